@@ -1,0 +1,1 @@
+"""The config loader (`cli.py`) and one YAML preset per recipe."""

@@ -1,0 +1,389 @@
+"""The config loader on a config of its own: every way to say a setting, and every way to err."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from configs import cli
+from configs.cli import ConfigError, dump, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Nested settings."""
+
+    access: Literal["map", "stream"] = "map"
+    """How records are read."""
+    widths: tuple[int, ...] = (64, 128)
+    """Any number of values."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Two values."""
+    levels: tuple[bool, ...] = (True, False)
+    """A switch for each level."""
+    verify: bool = False
+    """A switch."""
+    num_workers: int | None = None
+    """May be absent."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers is not None and self.num_workers < 0:
+            raise ValueError(f"data.num_workers: expected 0 or more, found {self.num_workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of a command that is not there.
+
+    This paragraph is for the code's reader and not in the help.
+    """
+
+    name: str
+    """The only setting without a default."""
+    vae: str | None = None
+    """May be absent."""
+    seed: int = 0
+    """A whole number."""
+    rate: float = 1e-4
+    """A number."""
+    compile: bool = True
+    """A switch that is on."""
+    prompts: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["--prompt"])
+    ] = ()
+    """Texts, any number of them."""
+    data: Data = field(default_factory=Data)
+    """The nested settings."""
+
+    def __post_init__(self) -> None:
+        if self.rate <= 0:
+            raise ValueError(f"rate: expected more than 0, found {self.rate} for {self.name}")
+
+
+WritePreset = Callable[[object], str]
+
+
+@pytest.fixture
+def write_preset(tmp_path: Path) -> WritePreset:
+    """Writes a preset, given as YAML text or as a document, and returns its path."""
+
+    def write(document: object) -> str:
+        path = tmp_path / "preset.yaml"
+        text = document if isinstance(document, str) else yaml.safe_dump(document)
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def parse_flags(*flags: str) -> Settings:
+    return parse(Settings, "train", flags)
+
+
+def refusal(*flags: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_flags(*flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults() -> None:
+    assert parse_flags("--name", "x") == Settings(name="x")
+
+
+def test_flags_of_every_kind() -> None:
+    config = parse_flags(
+        "--name=x", "--vae", "a/b", "--rate", "1e-3", "--no-compile", "--data.verify",
+        "--data.access", "stream", "--data.widths", "1", "2", "3", "--data.betas", "0.5", "0.6",
+        "--data.levels", "False", "--data.num-workers", "4",
+    )  # fmt: skip
+    assert config == Settings(
+        name="x",
+        vae="a/b",
+        rate=1e-3,
+        compile=False,
+        data=Data(
+            access="stream",
+            widths=(1, 2, 3),
+            betas=(0.5, 0.6),
+            levels=(False,),
+            verify=True,
+            num_workers=4,
+        ),
+    )
+
+
+def test_underscores_are_hyphens() -> None:
+    assert parse_flags("--name", "x", "--data.num_workers", "2").data.num_workers == 2
+    assert not parse_flags("--name", "x", "--data.no_verify").data.verify
+
+
+def test_none_and_empty_and_dashed_values() -> None:
+    assert parse_flags("--name", "x", "--data.num-workers", "None").data.num_workers is None
+    assert parse_flags("--name", "x", "--data.widths").data.widths == ()
+    assert parse_flags("--name=--x").name == "--x"
+    assert parse_flags("--name", "-5").name == "-5"
+
+
+def test_later_flags_win() -> None:
+    config = parse_flags("--name", "x", "--data.verify", "--name", "y", "--data.no-verify")
+    assert config == Settings(name="y")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--prompt", "a", "--prompt", "b"), ("--prompts", "a", "b"), ("--prompts=a", "--prompt", "b")],
+)
+def test_repeatable_flag_adds_up(flags: tuple[str, ...]) -> None:
+    assert parse_flags("--name", "x", *flags).prompts == ("a", "b")
+
+
+def test_preset_shared_keys_section_and_flags(write_preset: WritePreset) -> None:
+    path = write_preset(
+        "name: shared\nseed: 3\nimage_size_px: 64\n"
+        "train: {seed: 4, rate: 1e-3, compile: false, prompts: [a, b],"
+        " data: {widths: [8], verify: yes, num_workers: null}}\n"
+        "sample: {name: other}\n"
+    )
+    config = parse_flags("--config", path, "--prompt", "c", "--data.no-verify")
+    assert config == Settings(
+        name="shared", seed=4, rate=1e-3, compile=False, prompts=("c",), data=Data(widths=(8,))
+    )
+    assert parse_flags(f"--config={path}").prompts == ("a", "b")
+
+
+def test_flags_before_the_preset_win_as_well(write_preset: WritePreset) -> None:
+    path = write_preset("name: preset")
+    assert parse_flags("--name", "mine", "--config", path).name == "mine"
+
+
+def test_empty_preset(write_preset: WritePreset) -> None:
+    assert parse_flags("--config", write_preset("train:\n"), "--name", "x") == Settings(name="x")
+
+
+def test_argv_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--name", "mine"])
+    assert parse(Settings, "train").name == "mine"
+
+
+def test_preset_is_found_from_anywhere(elsewhere: Path) -> None:
+    (elsewhere / "mine.yaml").write_text("name: mine")
+    assert cli.find_preset("mine.yaml") == Path("mine.yaml")
+    assert cli.find_preset("configs/demo.yaml") == cli.PRESETS_DIR / "demo.yaml"
+    assert cli.find_preset("demo") == cli.PRESETS_DIR / "demo.yaml"
+
+
+def test_folder_does_not_hide_a_preset(elsewhere: Path) -> None:
+    (elsewhere / "scenes").mkdir()
+    assert cli.find_preset("scenes") == cli.PRESETS_DIR / "scenes.yaml"
+
+
+text = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=8)
+configs = st.builds(
+    Settings,
+    name=text,
+    vae=st.none() | text.filter(lambda value: value != "None"),
+    seed=st.integers(-9, 9),
+    rate=st.floats(1e-12, 1e12),
+    compile=st.booleans(),
+    prompts=st.lists(text, max_size=3).map(tuple),
+    data=st.builds(
+        Data,
+        access=st.sampled_from(["map", "stream"]),
+        widths=st.lists(st.integers(-9, 999), max_size=3).map(tuple),
+        betas=st.tuples(st.floats(-1, 1), st.floats(-1, 1)),
+        levels=st.lists(st.booleans(), max_size=3).map(tuple),
+        verify=st.booleans(),
+        num_workers=st.none() | st.integers(0, 9),
+    ),
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(config=configs)
+def test_dump_parses_to_the_same(config: Settings, write_preset: WritePreset) -> None:
+    document = {"train": dump(config)}
+    assert parse_flags("--config", write_preset(document)) == config
+    assert yaml.safe_load(yaml.safe_dump(document)) == document
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "missing --name: give it, or a preset with --config (see --help)"),
+        (["--nam", "x"], "unknown flag --nam, did you mean --name? (see --help)"),
+        (["--verify"], "unknown flag --verify, did you mean --data.verify? (see --help)"),
+        (["--quaxle"], "unknown flag --quaxle (see --help)"),
+        (["x"], "unexpected argument 'x': settings begin with -- (see --help)"),
+        (["--name"], "--name takes one value, found none (see --help)"),
+        (["--name", "x", "y"], "--name takes one value, found 'x' 'y' (see --help)"),
+        (["--config"], "--config takes one value, found none (see --help)"),
+        (
+            ["--name", "x", "--data.verify", "True"],
+            "--data.verify takes no value, found 'True': write --data.verify or --data.no-verify",
+        ),
+        (
+            ["--name", "x", "--rate", "fast"],
+            "--rate: could not convert string to float: 'fast' (see --help)",
+        ),
+        (
+            ["--name", "x", "--data.betas", "1"],
+            "--data.betas takes 2 values, found 1 (see --help)",
+        ),
+        (
+            ["--name", "x", "--rate", "0"],
+            "rate: expected more than 0, found 0.0 for x (see --help)",
+        ),
+        (
+            ["--name", "x", "--data.num-workers", "-1"],
+            "data.num_workers: expected 0 or more, found -1 (see --help)",
+        ),
+    ],
+)
+def test_refused_flags(flags: list[str], message: str) -> None:
+    assert refusal(*flags) == message
+
+
+def test_refused_choice_names_flag_value_and_choices() -> None:
+    message = refusal("--name", "x", "--data.access", "fetch")
+    assert all(part in message for part in ("--data.access", "'fetch'", "'map'", "'stream'"))
+
+
+def test_long_values_stay_whole_in_messages() -> None:
+    name = "/a/long/path" * 20
+    assert name in refusal(f"--name={name}", "--rate", "-1")
+
+
+def test_missing_preset_lists_the_presets() -> None:
+    message = refusal("--config", "nowhere.yaml")
+    assert message.startswith("--config: no preset 'nowhere.yaml'; give a path, or one of coco256,")
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("[1, 2]", ": expected keys with values, found [1, 2]"),
+        ("train: 3", ": train: expected keys with values, found 3"),
+        ("trian: {}", ": unknown key 'trian', did you mean train?"),
+        ("train: {nmae: x}", ": train.nmae: unknown key, did you mean name?"),
+        ("train: {verify: true}", ": train.verify: unknown key, did you mean data.verify?"),
+        (
+            "train: {data: {acess: map}}",
+            ": train.data.acess: unknown key, did you mean data.access?",
+        ),
+        ("train: {data: map}", ": train.data: expected keys with values, found 'map'"),
+        ("name: null", ": name: expected a value, found null"),
+        ("name: no", ": name: expected a text or number (quote it), found false"),
+        ("name: [x]", ": name: expected one value, found ['x']"),
+        ("name: {x: 1, y: 2}", ": name: expected a value, found the keys x, y"),
+        ("train: {compile: maybe}", ": train.compile: expected true or false, found maybe"),
+        ("train: {rate: true}", ": train.rate: expected a text or number (quote it), found true"),
+        ("train: {data: {widths: 8}}", ": train.data.widths: expected a list, found 8"),
+        ("train: {data: {levels: [1]}}", ": train.data.levels: expected true or false, found 1"),
+    ],
+)
+def test_refused_presets(write_preset: WritePreset, document: str, message: str) -> None:
+    path = write_preset(document)
+    assert refusal("--config", path, "--name", "x") == path + message
+
+
+@pytest.mark.parametrize(
+    ("document", "part"),
+    [("name: [x", "not YAML: while parsing"), ("name: x\nname: y", "key 'name' stands twice")],
+)
+def test_refused_yaml(write_preset: WritePreset, document: str, part: str) -> None:
+    message = refusal("--config", write_preset(document))
+    assert "preset.yaml: " in message
+    assert part in message
+
+
+@pytest.mark.parametrize(
+    "section",
+    ["rate: fast", "rate: -1", "data: {access: fetch}", "data: {betas: [1]}"],
+)
+def test_errors_name_the_preset_a_value_came_from(write_preset: WritePreset, section: str) -> None:
+    path = write_preset(f"name: x\ntrain: {{{section}}}")
+    assert f" (in {path}) (see --help)" in refusal("--config", path)
+
+
+def test_errors_about_flags_do_not_name_the_preset(write_preset: WritePreset) -> None:
+    path = write_preset("train: {rate: 0.1}")
+    assert path not in refusal("--config", path, "--name", "x", "--rate", "fast")
+
+
+def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_flags("--help")
+    assert not stop.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any("--data.num-workers" in line for line in lines)
+    assert any("--config PRESET" in line for line in lines)
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, run: Callable[[Settings], None], *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(run, Settings, "train")
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+def raise_(error: BaseException) -> Callable[[Settings], None]:
+    def run(config: Settings) -> None:
+        raise error
+
+    return run
+
+
+def test_main_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr(sys, "argv", ["run.py", "--name", "x"])
+    cli.main(seen.append, Settings, "train")
+    assert seen == [Settings(name="x")]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("shards: found\n  another VAE"), "error: shards: found another VAE"),
+        (FileNotFoundError(2, "No such file or directory", "x.json"),
+         "error: x.json: No such file or directory"),
+        (OSError("disk full"), "error: disk full"),
+    ],
+)  # fmt: skip
+def test_main_turns_user_errors_into_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    line: str,
+) -> None:
+    assert run_main(monkeypatch, raise_(error), "--name", "x") == 2
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_main_refuses_flags_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, raise_(AssertionError("not reached")), "--nam", "x") == 2
+    assert capsys.readouterr().err.startswith("error: unknown flag --nam")
+
+
+def test_main_leaves_faults_of_the_program_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--name", "x"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main(raise_(ZeroDivisionError()), Settings, "train")
+
+
+def test_main_on_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_main(monkeypatch, raise_(KeyboardInterrupt()), "--name", "x") == 130

@@ -1,0 +1,58 @@
+"""Commands that the pages and presets show are commands that work: their flags parse, their make
+targets and presets exist."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from configs.cli import PRESETS_DIR, parse
+from tests.commands import COMMANDS
+
+ROOT = PRESETS_DIR.parent
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(PRESETS_DIR.glob("*.yaml")),
+]
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of every shell command that stands on a line of its own."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in text.splitlines():
+        line = line.removeprefix("#").strip()
+        if re.match(r"(make [a-z]|python -m [a-z]+\.run |accelerate launch )", line):
+            yield shlex.split(line, comments=True)
+
+
+def settings(words: list[str]) -> tuple[str, list[str]]:
+    """The section and the flags of a command line that starts one of our commands."""
+    for index, word in enumerate(words):
+        found = re.fullmatch(r"([a-z]+)(\.run|/run\.py)", word)
+        if found:
+            return found[1], words[index + 1 :]
+    raise AssertionError(f"none of our commands: {words}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_documented_commands(page: Path) -> None:
+    for words in commands(page):
+        if words[0] == "make":
+            arguments = [word.partition("=") for word in words[1:]]
+            assert {name for name, equals, _ in arguments if not equals} <= TARGETS, words
+            configs = [value for name, _, value in arguments if name == "CONFIG"]
+            assert all((ROOT / config).is_file() for config in configs), words
+        else:
+            section, flags = settings(words)
+            # A run's own settings are a preset too, but only once the run has been made.
+            flags = [re.sub(r"^runs/(\w+)/config\.json$", r"\1", flag) for flag in flags]
+            assert parse(COMMANDS[section], section, flags), words
+
+
+def test_readme_shows_each_command() -> None:
+    shown = {settings(words)[0] for words in commands(PAGES[0]) if words[0] != "make"}
+    assert shown == set(COMMANDS)

@@ -1,0 +1,67 @@
+"""Every preset parses against every command, and every command's help can be read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.cli import PRESETS_DIR, SECTIONS, ConfigError, dump, find_preset, parse
+from tests.commands import COMMANDS
+
+PRESETS = sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
+
+
+def test_there_is_a_section_for_each_command() -> None:
+    assert tuple(COMMANDS) == SECTIONS
+    assert {"demo", "scenes", "scenes-gpu", "coco64", "coco256"} <= set(PRESETS)
+
+
+@pytest.mark.parametrize("section", COMMANDS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_parses_and_survives_a_dump(preset: str, section: str, tmp_path: Path) -> None:
+    config = parse(COMMANDS[section], section, ["--config", preset])
+    assert config.name == preset
+    document = {section: dump(config)}
+    for text in (yaml.safe_dump(document), json.dumps(document)):
+        path = tmp_path / "dump.yaml"
+        path.write_text(text, encoding="utf-8")
+        assert parse(COMMANDS[section], section, ["--config", str(path)]) == config
+
+
+@pytest.mark.parametrize("section", COMMANDS)
+def test_preset_with_a_misspelt_key_is_refused(section: str, tmp_path: Path) -> None:
+    document = yaml.safe_load(find_preset("demo").read_bytes())
+    document[section]["num_stepz"] = 1
+    path = tmp_path / "misspelt.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"misspelt\.yaml: {section}\.num_stepz: unknown key"):
+        parse(COMMANDS[section], section, ["--config", str(path)])
+
+
+@pytest.mark.parametrize("section", COMMANDS)
+def test_help_fits_80_columns_and_tells_every_flag(
+    section: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(COMMANDS[section], section, ["--help"])
+    assert not stop.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    flags = [number for number, line in enumerate(lines) if line.startswith("│ --")]
+    assert len(flags) > 5
+    told = "".join(line.strip("│ ") for line in lines)
+    assert "(fixed)" not in told, "a setting that no flag can change"
+
+
+def test_coco64_is_the_recipe_it_says() -> None:
+    pipeline = parse(COMMANDS["pipeline"], "pipeline", ["--config", "coco64"])
+    train = parse(COMMANDS["train"], "train", ["--config", "coco64"])
+    assert (pipeline.vae, pipeline.text_encoder, pipeline.image_size_px) == (
+        "stabilityai/sd-vae-ft-mse",
+        "openai/clip-vit-large-patch14",
+        64,
+    )
+    assert (train.batch_size, train.num_epochs, train.mixed_precision) == (8, 4, "fp16")
+    assert train.objective.beta_schedule == "linear"
+    assert 0 < train.objective.caption_dropout < 1

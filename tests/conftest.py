@@ -1,0 +1,33 @@
+"""What every test gets: no network, one thread, and the real photographs where they are at hand."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Before anything imports huggingface_hub, which reads it once; subprocesses inherit it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+COCO_MINI = ROOT.parent / "shared" / "data" / "coco-mini"
+
+
+@pytest.fixture(scope="session")
+def coco_mini() -> Path:
+    """A few COCO 2017 photographs with their annotations, in COCO's layout."""
+    if not COCO_MINI.is_dir():
+        pytest.skip(f"no COCO photographs at {COCO_MINI}")
+    return COCO_MINI
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder that is the working directory during the test."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield folder
