@@ -1,0 +1,372 @@
+"""What a set of shards is: the types that cross between the stages, and the manifest.
+
+    FOLDER/manifest.json   empty_text.npy   empty_tokens.npy   shard-000000.tar ...
+
+A shard is a plain WebDataset tar of KEY.json, KEY.latent.npy, KEY.text.npy and KEY.tokens.npy
+whose records all have one byte layout, so that it is a strided array too: item `i` of a field
+starts at `offset_bytes + i * record_bytes`. The price is that all images of a shard have equally
+many captions and that the JSON is padded with spaces. The manifest carries its own hash.
+"""
+
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+PROGRESS_DIR = "progress"
+"""Holds the plan and the finished shards' reports while stage one runs; removed at the end."""
+
+BLOCK_BYTES = 512
+"""A tar header's size; every member's data is padded to a multiple of it."""
+TAR_RECORD_BYTES = 10240
+"""A tar file is padded to a multiple of this."""
+
+MEMBERS = {"json": "json", "latent": "latent.npy", "text": "text.npy", "tokens": "tokens.npy"}
+"""The member's extension by field, in the order of the bytes."""
+
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
+"""A key is a file name in the tar: no dot (WebDataset cuts there), and short enough for ustar."""
+
+LatentKind = Literal["moments", "plain"]
+
+
+class FormatError(ValueError):
+    """A file is not what the format says it is; the message names the place."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Example:
+    """One image with its captions, encoded: what crosses from stage one to the shards."""
+
+    key: str
+    latent: NDArray[np.float16]  # (views, 2C, h, w) moments, or (views, C, h, w)
+    text: NDArray[np.float16]  # (captions, T, D)
+    tokens: NDArray[np.int32]  # (captions, T)
+    meta: Mapping[str, Any]
+    """JSON: `captions` (a list of text) and `truncated` (indices of those cut at T tokens), and
+    whatever else the source knows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """A network or tokenizer: where it was loaded from, and the hash that tells it from others."""
+
+    name: str
+    revision: str | None
+    sha256: str
+
+    def __str__(self) -> str:
+        revision = f" at {self.revision}" if self.revision else ""
+        return f"{self.name!r}{revision} (sha256 {self.sha256})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """Where an item of a record lies."""
+
+    offset_bytes: int
+    """Of the first data byte, from the record's start."""
+    header_bytes: int
+    """What stands before the data and after the tar header: .npy's header; 0 for the JSON."""
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the data, without padding."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    @property
+    def header(self) -> bytes:
+        """The .npy header; empty for the JSON."""
+        return npy_header(self.dtype, self.shape) if self.header_bytes else b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The byte layout shared by all records of a shard."""
+
+    record_bytes: int
+    fields: dict[str, Field]
+
+    @property
+    def num_captions(self) -> int:
+        """How many captions each record has."""
+        return self.fields["tokens"].shape[0]
+
+    def shard_bytes(self, num_records: int) -> int:
+        """The size of a shard: its records, two empty blocks, and tar's padding."""
+        used = num_records * self.record_bytes + 2 * BLOCK_BYTES
+        return round_up(used, TAR_RECORD_BYTES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file of a set."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry(FileEntry):
+    """A shard; `layout` is an index into the manifest's layouts."""
+
+    layout: int
+    records: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentStatistics:
+    """Of latents sampled from their posteriors, unscaled: per channel, and over all values."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scaling_factor: float
+    """1 / (standard deviation over all values), as Stable Diffusion's 0.18215 was found."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """What decides a set's content. Two sets with equal hashes and settings hold equal records."""
+
+    vae: Identity
+    text_encoder: Identity
+    tokenizer: Identity
+    latent_kind: LatentKind
+    max_tokens: int
+    preprocessing: dict[str, str | int]
+    source: dict[str, str | int]
+    """Kind, number of records and the hash of their keys, captions and further data."""
+    records_per_shard: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Provenance):
+    """All about a finished set. Written last: a folder without one is not finished."""
+
+    schema_version: int = SCHEMA_VERSION
+    layouts: tuple[Layout, ...]
+    shards: tuple[ShardEntry, ...]
+    num_source: int
+    """Images that came in: those written and those quarantined."""
+    num_records: int
+    quarantined: dict[str, str] = field(default_factory=dict)
+    """The reason by key of each image that was left out."""
+    num_captions: int
+    num_truncated: int
+    """Captions longer than `max_tokens`, start and end included."""
+    latent_statistics: LatentStatistics
+    empty_text: FileEntry  # .npy (T, D) float16: the empty prompt's hidden states
+    empty_tokens: FileEntry  # .npy (T,) int32
+
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        """Every file of the set but the manifest."""
+        return (*self.shards, self.empty_text, self.empty_tokens)
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """One view of a stored latent.  # (2C, h, w) moments, or (C, h, w)"""
+        return self.layouts[0].fields["latent"].shape[1:]
+
+    @property
+    def num_views(self) -> int:
+        """1, or 2 when the flipped image is encoded too."""
+        return self.layouts[0].fields["latent"].shape[0]
+
+    @property
+    def latent_channels(self) -> int:
+        """C, whether stored as moments or plain."""
+        return self.latent_shape[0] // (2 if self.latent_kind == "moments" else 1)
+
+    @property
+    def text_width(self) -> int:
+        """D, the size of a token's hidden state."""
+        return self.layouts[0].fields["text"].shape[2]
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the manifest's content, and through it of every shard's."""
+        return hash_json(asdict(self))
+
+    def dump(self) -> str:
+        """The manifest as it stands in the file: the same content, the same bytes."""
+        version = {"schema_version": self.schema_version}
+        document = version | asdict(self) | {"sha256": self.sha256}
+        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads and checks the manifest of a set.
+
+        Raises FormatError for a missing, unreadable, altered or inconsistent one, and for a schema
+        version this code does not know.
+        """
+        path = folder / MANIFEST_NAME
+        document = _read_document(path, folder)
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise FormatError(
+                f"{path}: schema_version: expected {SCHEMA_VERSION}, found {version!r}: "
+                "written by another release; make the shards again with this one"
+            )
+        stored = document.pop("sha256", None)
+        try:
+            manifest = cls(**_parse(document))
+            computed = manifest.sha256
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"{path}: not a manifest of version {version}: {error!r}") from error
+        if stored != computed:
+            raise FormatError(
+                f"{path}: sha256: expected {computed}, found {stored}: "
+                "the manifest was altered after it was written"
+            )
+        manifest._check(path)
+        return manifest
+
+    def _check(self, path: Path) -> None:
+        """Holds the numbers to each other, so that what opens is also consistent."""
+        written = sum(shard.records for shard in self.shards)
+        pairs = {
+            "num_records": (written, self.num_records),
+            "num_source": (written + len(self.quarantined), self.num_source),
+            "bytes": (
+                sum(self.layouts[shard.layout].shard_bytes(shard.records) for shard in self.shards),
+                sum(shard.bytes for shard in self.shards),
+            ),
+        }
+        for name, (expected, found) in pairs.items():
+            if expected != found:
+                raise FormatError(f"{path}: {name}: expected {expected}, found {found}")
+        if not self.shards:
+            raise FormatError(f"{path}: shards: expected at least one, found none")
+
+
+def make_layout(
+    *,
+    latent: tuple[int, ...],
+    text: tuple[int, int, int],
+    json_bytes: int,
+    dtypes: Mapping[str, str] | None = None,
+) -> Layout:
+    """Lays out a record of latents (views, channels, h, w) and text (captions, T, D)."""
+    shapes = {"json": (json_bytes,), "latent": latent, "text": text, "tokens": text[:2]}
+    kinds = {"json": "uint8", "latent": "float16", "text": "float16", "tokens": "int32"}
+    kinds |= dict(dtypes or {})
+    laid: dict[str, Field] = {}
+    start = 0
+    for name in MEMBERS:
+        header_bytes = 0 if name == "json" else len(npy_header(kinds[name], shapes[name]))
+        laid[name] = Field(
+            offset_bytes=start + BLOCK_BYTES + header_bytes,
+            header_bytes=header_bytes,
+            dtype=kinds[name],
+            shape=shapes[name],
+        )
+        start = round_up(laid[name].offset_bytes + laid[name].num_bytes, BLOCK_BYTES)
+    return Layout(record_bytes=start, fields=laid)
+
+
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The bytes that NumPy's .npy format puts before a C-ordered array's data."""
+    stream = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype).newbyteorder("<"))
+    np.lib.format.write_array_header_1_0(
+        stream, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
+    return stream.getvalue()
+
+
+def encode_meta(meta: Mapping[str, Any]) -> bytes:
+    """A record's JSON, without its padding."""
+    text = json.dumps(meta, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8")
+
+
+def differences(found: Provenance, asked: Provenance) -> list[str]:
+    """What tells two sets apart, a line each naming both values; empty for the same set.
+
+    An encoder is told by its hash alone: the same weights loaded from elsewhere are the same.
+    """
+    lines = []
+    for name in (part.name for part in fields(Provenance)):
+        old, new = getattr(found, name), getattr(asked, name)
+        if isinstance(old, Identity):
+            if old.sha256 != new.sha256:
+                lines.append(f"{name}: found {old}, asked for {new}")
+        elif isinstance(old, dict):
+            for key in {**old, **new}:
+                if old.get(key) != new.get(key):
+                    found_value, asked_value = old.get(key), new.get(key)
+                    lines.append(f"{name}.{key}: found {found_value!r}, asked for {asked_value!r}")
+        elif old != new:
+            lines.append(f"{name}: found {old!r}, asked for {new!r}")
+    return lines
+
+
+def hash_json(document: Any) -> str:
+    """The sha256 of a JSON document, whatever its key order or spacing."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+def parse_provenance(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a `Provenance` from its JSON."""
+    parts = {name: Identity(**document[name]) for name in ("vae", "text_encoder", "tokenizer")}
+    return {**document, **parts}
+
+
+def parse_layout(document: Mapping[str, Any]) -> Layout:
+    """A `Layout` from its JSON."""
+    parts = {name: document["fields"][name] for name in MEMBERS}
+    laid = {name: Field(**{**part, "shape": tuple(part["shape"])}) for name, part in parts.items()}
+    return Layout(record_bytes=document["record_bytes"], fields=laid)
+
+
+def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
+    statistics = document["latent_statistics"]
+    return {
+        **parse_provenance(document),
+        "layouts": tuple(parse_layout(layout) for layout in document["layouts"]),
+        "shards": tuple(ShardEntry(**shard) for shard in document["shards"]),
+        "latent_statistics": LatentStatistics(
+            mean=tuple(statistics["mean"]),
+            std=tuple(statistics["std"]),
+            scaling_factor=statistics["scaling_factor"],
+        ),
+        "empty_text": FileEntry(**document["empty_text"]),
+        "empty_tokens": FileEntry(**document["empty_tokens"]),
+    }
+
+
+def _read_document(path: Path, folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: no such folder of shards")
+    if not path.is_file():
+        begun = (folder / PROGRESS_DIR).is_dir()
+        remedy = "stage one did not finish: start the same command again" if begun else "no shards"
+        raise FormatError(f"{path}: missing ({remedy})")
+    try:
+        document = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise FormatError(f"{path}: not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise FormatError(f"{path}: expected a JSON object, found a {type(document).__name__}")
+    return document

@@ -1,0 +1,105 @@
+"""Small sets of shards filled with random numbers, for tests that read them."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import webdataset
+
+from shards.schema import (
+    Example,
+    Identity,
+    LatentKind,
+    Layout,
+    Manifest,
+    Provenance,
+    encode_meta,
+    make_layout,
+    round_up,
+)
+from shards.writer import ShardWriter, begin_set, finish_set
+
+CHANNELS = 4
+SIDE = 8
+MAX_TOKENS = 7
+TEXT_WIDTH = 32
+
+
+def make_identity(part: str) -> Identity:
+    """An identity whose hash is the part's first letter 64 times."""
+    return Identity(name=f"some/{part}", revision=None, sha256=part[0] * 64)
+
+
+def make_provenance(kind: LatentKind = "moments", **changes: Any) -> Provenance:
+    """The provenance of a set that no encoder made."""
+    values: dict[str, Any] = {
+        "vae": make_identity("vae"),
+        "text_encoder": make_identity("text_encoder"),
+        "tokenizer": make_identity("tokenizer"),
+        "latent_kind": kind,
+        "max_tokens": MAX_TOKENS,
+        "preprocessing": {"image_size_px": 64, "views": 1},
+        "source": {"kind": "random", "sha256": "0" * 64},
+        "records_per_shard": 4,
+    }
+    return Provenance(**(values | changes))
+
+
+def make_examples(
+    num: int, *, num_captions: int = 3, views: int = 1, kind: LatentKind = "moments", seed: int = 0
+) -> list[Example]:
+    """Examples of random numbers; the keys tell them apart."""
+    rng = np.random.default_rng([seed, num_captions])
+    channels = 2 * CHANNELS if kind == "moments" else CHANNELS
+    return [
+        Example(
+            key=f"{seed:02d}-{num_captions}-{index:06d}",
+            latent=rng.normal(size=(views, channels, SIDE, SIDE)).astype(np.float16),
+            text=rng.normal(size=(num_captions, MAX_TOKENS, TEXT_WIDTH)).astype(np.float16),
+            tokens=rng.integers(0, 99, (num_captions, MAX_TOKENS)).astype(np.int32),
+            meta={"captions": [f"caption {n} of {index}" for n in range(num_captions)]}
+            | {"truncated": [0] if index % 2 else []},
+        )
+        for index in range(num)
+    ]
+
+
+def layout_of(examples: Sequence[Example]) -> Layout:
+    """The layout that holds these examples, which are of one shape."""
+    first = examples[0]
+    room = max(len(encode_meta(example.meta)) for example in examples)
+    captions, tokens, width = first.text.shape
+    return make_layout(
+        latent=first.latent.shape, text=(captions, tokens, width), json_bytes=round_up(room, 512)
+    )
+
+
+def write_set(
+    folder: Path, shards: Sequence[Sequence[Example]], provenance: Provenance | None = None
+) -> Manifest:
+    """Writes a whole set, a shard for each sequence of examples."""
+    provenance = provenance or make_provenance()
+    first = shards[0][0]
+    begin_set(folder, provenance)
+    for index, examples in enumerate(shards):
+        with ShardWriter(folder, index, layout_of(examples), provenance.latent_kind) as shard:
+            for example in examples:
+                shard.write(example)
+    return finish_set(
+        folder,
+        provenance,
+        num_shards=len(shards),
+        quarantined={},
+        empty_text=np.full(first.text.shape[1:], 0.5, np.float16),
+        empty_tokens=np.arange(len(first.tokens[0]), dtype=np.int32),
+    )
+
+
+def read_stock(folder: Path) -> list[dict[str, Any]]:
+    """All samples of a set, as a stock WebDataset pipeline gives them."""
+    urls = [str(path) for path in sorted(folder.glob("*.tar"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves closing files to Python
+        return list(webdataset.WebDataset(urls, shardshuffle=False).decode())
