@@ -1,0 +1,1 @@
+"""What training and sampling share: encoders, denoiser, objective, weight average and bundle."""

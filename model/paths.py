@@ -1,0 +1,64 @@
+"""Where things are: the project root, inputs given by name, and the default place of outputs.
+
+An input path counts from the current directory first and from the project root second, so a
+preset's `scenes/encoders/vae` is found from anywhere. An output path that a user gives counts from
+the current directory only; default outputs go to the checkout, or to the current directory once
+installed.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder that holds the packages: the checkout, or site-packages once installed."""
+
+
+def find_path(name: str | Path) -> Path | None:
+    """Returns `name` as given if it exists, else under the project root if it exists there."""
+    given = Path(name).expanduser()
+    candidates = (given,) if given.is_absolute() else (given, ROOT / given)
+    return next((path for path in candidates if path.exists()), None)
+
+
+def output_root() -> Path:
+    """Returns the folder under which default outputs (`shards/data`, `runs`) are made."""
+    return ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
+
+
+@contextmanager
+def complete_or_absent(final: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `final` that takes its name and place once it is whole.
+
+    The files are flushed to disk before the rename, so neither a killed process nor a power cut
+    leaves a half-written folder under the final name. What an earlier kill left under a temporary
+    name goes.
+    """
+    temporary = final.with_name(f".{final.name}.partial")
+    old = final.with_name(f".{final.name}.old")
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, make room
+        raise
+    for path in [*temporary.rglob("*"), temporary]:
+        _flush(path)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Forces a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

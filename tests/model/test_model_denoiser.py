@@ -1,0 +1,62 @@
+"""A description in a few numbers becomes the UNet it describes."""
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+from model.denoiser import DenoiserConfig, build, choose_attention
+
+SMALL: dict[str, Any] = {
+    "channels": (8, 16),
+    "attention": (False, True),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "norm_num_groups": 4,
+}
+
+
+def test_the_network_has_the_described_shape() -> None:
+    unet = build(DenoiserConfig(**SMALL), latent_channels=4, sample_size=8, text_width=32)
+    assert unet.config.down_block_types == ("DownBlock2D", "CrossAttnDownBlock2D")
+    assert unet.config.up_block_types == ("CrossAttnUpBlock2D", "UpBlock2D")
+    noisy, text = torch.zeros(2, 4, 8, 8), torch.zeros(2, 7, 32)
+    assert unet(noisy, torch.tensor([0, 9]), text).sample.shape == noisy.shape
+    heads = unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.heads
+    assert heads == SMALL["attention_head_dim"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device_type", "precision", "expected"),
+    [
+        ("auto", "cpu", "bf16", "plain"),
+        ("auto", "cpu", "no", "sdpa"),
+        ("auto", "cuda", "bf16", "sdpa"),
+        ("plain", "cuda", "fp16", "plain"),
+        ("sdpa", "cpu", "bf16", "sdpa"),
+    ],
+)
+def test_the_attention_kernel_is_chosen(
+    kernel: Any, device_type: str, precision: str, expected: str
+) -> None:
+    unet = build(DenoiserConfig(**SMALL), latent_channels=4, sample_size=8, text_width=32)
+    chosen = choose_attention(unet, kernel, device_type=device_type, precision=precision)
+    kind = AttnProcessor if expected == "plain" else AttnProcessor2_0
+    assert chosen == expected
+    assert {type(p) for p in unet.attn_processors.values()} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channels": ()}, "model.channels: expected one width per level"),
+        ({"attention": (True,)}, r"model.attention: expected one flag per level .*\(2\), found 1"),
+        ({"norm_num_groups": 5}, "model.norm_num_groups: 5 does not divide the width 8"),
+        ({"attention_head_dim": 16}, "model.attention_head_dim: 16 does not divide the width 8"),
+        ({"dropout": 1.0}, "model.dropout: expected 0 <= p < 1, found 1.0"),
+    ],
+)
+def test_an_impossible_network_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DenoiserConfig(**(SMALL | change))
