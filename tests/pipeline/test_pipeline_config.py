@@ -1,0 +1,47 @@
+"""Settings of stage one that cannot be meant are refused, with the flag's name."""
+
+from typing import Any
+
+import pytest
+
+from configs.cli import ConfigError, parse
+from pipeline.config import PipelineConfig
+
+COCO = ("--source.images", "i", "--source.captions", "c")
+BASE = ("--name", "n", "--vae", "v", "--text-encoder", "t")
+
+
+def test_flags_make_a_config() -> None:
+    config = parse(PipelineConfig, "pipeline", [*BASE, *COCO, "--views", "2"])
+    assert (config.source.images, config.views, config.source.num_images) == ("i", 2, None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--source.images: a coco source needs it"),
+        (("--source.images", "i"), "--source.captions: a coco source needs it"),
+        (("--source.kind", "scenes"), "--source.num-images: a scenes source needs it"),
+        (
+            ("--source.kind", "scenes", "--source.num-images", "5", "--source.images", "i"),
+            "--source.images: has no effect on scenes",
+        ),
+        (
+            ("--source.kind", "scenes", "--source.num-images", "5", "--split", "test"),
+            "--split: expected train, val, held_out for scenes, found 'test'",
+        ),
+        ((*COCO, "--source.num-images", "0"), "--source.num-images: expected at least 1, found 0"),
+        ((*COCO, "--name", "a/b"), "--name: expected the name of a folder, found 'a/b'"),
+        ((*COCO, "--split", ".."), "--split: expected the name of a folder, found '..'"),
+        ((*COCO, "--max-tokens", "2"), "--max-tokens: expected at least 3, found 2"),
+        ((*COCO, "--batch-size", "0"), "--batch-size: expected at least 1, found 0"),
+        ((*COCO, "--records-per-shard", "0"), "--records-per-shard: expected at least 1"),
+        ((*COCO, "--image-size-px", "-8"), "--image-size-px: expected at least 1, found -8"),
+        ((*COCO, "--max-quarantined", "2"), "--max-quarantined: expected a share from 0 to 1"),
+        ((*COCO, "--views", "3"), "invalid choice '3' for argument '--views'"),
+    ],
+)
+def test_refused(flags: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(PipelineConfig, "pipeline", [*BASE, *flags])
+    assert str(error.value).startswith(message)

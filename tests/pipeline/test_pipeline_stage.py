@@ -1,0 +1,330 @@
+"""Stage one from end to end: real photographs, broken ones, kills and reruns."""
+
+import dataclasses
+import json
+import os
+import runpy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.encoders import fingerprint, load_text_encoder, load_vae
+from pipeline.config import PipelineConfig, SourceConfig
+from pipeline.stage import build
+from shards.reader import open_shards
+from shards.verify import verify
+from tests import tiny
+from tests.coco_folders import CocoFolder, make_coco
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_config(folder: CocoFolder, out: Path, **changes: Any) -> PipelineConfig:
+    encoders = tiny.encoders()
+    source = SourceConfig(
+        images=str(folder.images), captions=str(folder.captions), instances=str(folder.instances)
+    )
+    values: dict[str, Any] = {
+        "name": "noise",
+        "vae": encoders.vae,
+        "text_encoder": encoders.clip,
+        "source": source,
+        "max_tokens": 16,
+        "records_per_shard": 2,
+        "batch_size": 4,
+        "out": str(out),
+        "device": "cpu",
+    }
+    return PipelineConfig(**(values | changes))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes, by its path in the folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    """Runs `python -m pipeline.run` in this process; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["pipeline.run", *flags])
+    try:
+        runpy.run_module("pipeline.run", run_name="__main__")
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+    return 0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CocoFolder:
+    return make_coco(tmp_path / "coco", [2, 2, 3, 2, 2, 3])
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("image_size_px", [64, 128])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_real_photographs(coco_mini: Path, out: Path, split: str, image_size_px: int) -> None:
+    captions = coco_mini / f"annotations/captions_{split}2017.json"
+    instances = coco_mini / f"annotations/instances_{split}2017.json"
+    folder = CocoFolder(coco_mini / f"{split}2017", captions, instances)
+    config = make_config(folder, out, image_size_px=image_size_px, records_per_shard=50)
+    manifest = build(config)
+    assert manifest.num_source == manifest.num_records == {"train": 80, "val": 79}[split]
+    shards = open_shards(out)
+    side = image_size_px // 8
+    assert manifest.latent_shape == (2 * tiny.LATENT_CHANNELS, side, side)
+    expected = sorted(
+        (annotation["image_id"], annotation["caption"])
+        for annotation in json.loads(captions.read_text())["annotations"]
+    )
+    metas = [shards.meta(record) for record in range(len(shards))]
+    found = [(meta["image_id"], caption) for meta in metas for caption in meta["captions"]]
+    assert sorted(found) == expected
+    assert all(min(meta["source_size_px"]) > 100 for meta in metas)
+    assert list(verify(out)) == []
+
+
+def test_shards_name_the_encoders_by_their_weights(folder: CocoFolder, out: Path) -> None:
+    build(make_config(folder, out))
+    encoders = tiny.encoders()
+    _, text_encoder = load_text_encoder(encoders.clip)
+    shards = open_shards(
+        out,
+        vae_sha256=fingerprint(load_vae(encoders.vae)),
+        text_sha256=fingerprint(text_encoder),
+        verify=True,
+    )
+    batch = shards.gather(np.arange(6), np.zeros(6), np.zeros(6))
+    assert batch.latent.shape == (6, 2 * tiny.LATENT_CHANNELS, 8, 8)
+    assert batch.text.shape == (6, 16, tiny.TEXT_WIDTH)
+    assert shards.meta(0)["objects"][0]["category"] == "noise"
+
+
+def test_the_last_line_accounts_for_every_image(
+    folder: CocoFolder, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder.images / "000000000002.png").write_text("no picture")
+    (folder.images / "000000000003.png").unlink()
+    annotations = folder.read("captions")["annotations"]
+    annotations = [a for a in annotations if a["image_id"] != 5]
+    folder.change("captions", annotations=annotations)
+    manifest = build(make_config(folder, out, max_quarantined=0.5))
+    assert manifest.quarantined == {
+        "000000000002": "not an image",
+        "000000000003": "missing file",
+        "000000000005": "no caption",
+    }
+    assert (manifest.num_source, manifest.num_records, manifest.num_captions) == (6, 3, 7)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "images      6 in = 3 written + 3 quarantined"
+    assert "left out    000000000002: not an image" in lines
+    # Widths are held to 80 columns but for the folder, which here is a long temporary one.
+    assert max(len(line.replace(str(out), "shards/data/noise/train")) for line in lines) <= 80
+
+
+def test_too_many_left_out_is_an_error_that_lists_them(folder: CocoFolder, out: Path) -> None:
+    (folder.images / "000000000002.png").write_text("no picture")
+    config = make_config(folder, out, max_quarantined=0.1)
+    message = (
+        r"1 of 6 images have to be left out, --max-quarantined 0\.1 allows 0: "
+        r"000000000002: not an image \(all in .*quarantined\.json\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(config)
+    assert not (out / "manifest.json").exists()
+    assert json.loads((out / "progress/quarantined.json").read_text()) == {
+        "000000000002": "not an image"
+    }
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert build(make_config(folder, out, max_quarantined=0.5)).num_records == 5
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert list(verify(out)) == []
+
+
+def test_missing_images_are_told_before_anything_is_encoded(
+    folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder.images / "000000000002.png").unlink()
+    monkeypatch.setattr("pipeline.stage.encode_missing", None)
+    with pytest.raises(ValueError, match=r"1 of 6 images .* 000000000002: missing file"):
+        build(make_config(folder, out))
+
+
+def test_folder_of_other_images_is_named(folder: CocoFolder, out: Path) -> None:
+    for path in list(folder.images.iterdir())[:4]:
+        path.unlink()
+    message = rf"4 of the 6 files that the captions name are not in {folder.images}, 0"
+    with pytest.raises(ValueError, match=message):
+        build(make_config(folder, out))
+    assert not out.exists()
+
+
+def test_same_source_gives_the_same_bytes(
+    folder: CocoFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        build(make_config(folder, tmp_path / name))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    capsys.readouterr()
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+    build(make_config(folder, tmp_path / "a"))
+    assert "is finished already: nothing to do" in capsys.readouterr().out
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+
+
+MOMENTS = [
+    ("fsync", 1),  # of the provenance
+    ("write", 1),  # of the first record
+    ("fsync", 3),  # of the first shard
+    ("replace", 2),  # the first shard's rename
+    ("replace", 3),  # its report's rename: the shard has its name
+    ("fsync", 6),  # of the folder of that report
+    ("write", 2),  # the third record, the second being unreadable
+    ("replace", 9),  # the manifest's rename, all shards being finished
+    ("fsync", 6),  # of the folder of the manifest
+    ("rmtree", 1),  # of the reports
+]
+"""The call, counted from the start of each run, at which that run is killed."""
+
+KILLER = """
+    import json, os, signal, sys
+    from pathlib import Path
+    from configs.cli import parse
+    from pipeline.config import PipelineConfig
+    from pipeline.encode import load_encoders
+    from pipeline.stage import build
+    from shards import writer
+
+    def kill_at(owner, name, count):
+        original = getattr(owner, name)
+        calls = iter(range(1, count + 1))
+
+        def counting(*args, **kwargs):
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counting)
+
+    config = parse(PipelineConfig, "pipeline", sys.argv[2:])
+    load_encoders(config)  # so that the children need not import what this imports
+    owners = {"write": writer.ShardWriter, "fsync": os, "replace": Path, "rmtree": writer.shutil}
+    statuses = []
+    for name, count in json.loads(sys.argv[1]):
+        pid = os.fork()
+        if not pid:
+            kill_at(owners[name], name, count)
+            build(config)
+            os._exit(0)
+        statuses.append(os.waitpid(pid, 0)[1])
+    print(json.dumps(statuses))
+"""
+
+
+def test_killed_anywhere_and_started_again_gives_the_same_bytes(
+    folder: CocoFolder, tmp_path: Path
+) -> None:
+    """Real SIGKILLs, one after another: each run goes on from where the last was killed."""
+    (folder.images / "000000000002.png").write_text("no picture")
+    changes = {"records_per_shard": 1, "max_quarantined": 0.5}
+    build(make_config(folder, tmp_path / "whole", **changes))
+    config = make_config(folder, tmp_path / "killed", **changes)
+    flags = ["--name", "noise", "--vae", config.vae, "--text-encoder", config.text_encoder]
+    flags += ["--source.images", config.source.images, "--source.captions"]
+    flags += [config.source.captions, "--source.instances", str(config.source.instances)]
+    flags += ["--max-tokens", "16", "--records-per-shard", "1", "--batch-size", "4"]
+    flags += ["--out", str(config.out), "--device", "cpu", "--max-quarantined", "0.5"]
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLER), json.dumps(MOMENTS), *flags],
+        env=os.environ | threads,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(killed.stdout.splitlines()[-1]) == [9] * len(MOMENTS), killed.stderr
+    assert (tmp_path / "killed/manifest.json").exists()  # the last kill was after it
+    build(config)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_finished_shards_are_not_encoded_again(
+    folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(folder, out)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.stage.finish_set", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(config)
+    monkeypatch.setattr("pipeline.stage.write_shard", None)
+    assert build(config).num_records == 6
+
+
+def test_a_folder_of_another_command_is_refused(folder: CocoFolder, out: Path) -> None:
+    build(make_config(folder, out))
+    with pytest.raises(ValueError, match="max_tokens: found 16, asked for 20"):
+        build(make_config(folder, out, max_tokens=20))
+    other = tiny.make_encoders(out.with_name("encoders"), seed=1)
+    message = rf"vae: found .*{tiny.encoders().vae}.* asked for '{other.vae}'"
+    with pytest.raises(ValueError, match=message):
+        build(make_config(folder, out, vae=other.vae))
+    folder.change("captions", annotations=folder.read("captions")["annotations"][1:])
+    with pytest.raises(ValueError, match=r"source\.sha256: found '\w{64}', asked for '\w{64}'"):
+        build(make_config(folder, out))
+
+
+def test_command_with_scenes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoders = tiny.encoders()
+    out = tmp_path / "demo"
+    flags = ["--name", "demo", "--vae", encoders.vae, "--text-encoder", encoders.clip]
+    flags += ["--source.kind", "scenes", "--source.num-images", "5", "--out", str(out)]
+    assert run(monkeypatch, *flags) == 0
+    assert capsys.readouterr().out.endswith("images      5 in = 5 written + 0 quarantined\n")
+    assert open_shards(out).manifest.num_captions == 25
+
+
+def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("pipeline.stage.output_root", lambda: tmp_path)
+    folder = make_coco(tmp_path / "coco", [1])
+    config = dataclasses.replace(make_config(folder, tmp_path), out=None, split="val")
+    build(config)
+    assert (tmp_path / "shards/data/noise/val/manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--source.images", "nowhere"), "error: --source.images: nothing at 'nowhere'"),
+        (("--source.captions", "README.md"), "not JSON, expected a COCO annotation file"),
+        (("--image-size-px", "60"), "error: --image-size-px: 60 is not a multiple of 8"),
+        (("--vae", "no/vae"), "error: --vae: "),
+        (("--sauce.images", "x"), "error: unknown flag --sauce.images, did you mean"),
+    ],
+)
+def test_errors_are_one_line_and_exit_with_2(
+    folder: CocoFolder,
+    out: Path,
+    flags: tuple[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    encoders = tiny.encoders()
+    given = ["--name", "noise", "--vae", encoders.vae, "--text-encoder", encoders.clip]
+    given += ["--source.images", str(folder.images), "--source.captions", str(folder.captions)]
+    assert run(monkeypatch, *given, "--out", str(out), *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not out.exists()
