@@ -1,0 +1,113 @@
+"""Checkpoints restore every bit, run no code, and only go on with the run they belong to."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from model.denoiser import DenoiserConfig, build
+from model.ema import EMA, EMAConfig
+from train import checkpoint
+from train.checkpoint import TrainState
+from train.config import OptimConfig
+from train.optim import make_optimizer
+
+SETTINGS: dict[str, Any] = {
+    "seed": 0,
+    "model": {"channels": (8,), "attention_kernel": "auto"},
+    "optim": {"learning_rate": 1e-4},
+}
+
+
+def make_state(seed: int = 0, *, channels_last: bool = False) -> TrainState:
+    """A state after two updates by random gradients."""
+    torch.manual_seed(seed)
+    config = DenoiserConfig(
+        channels=(8,),
+        attention=(True,),
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    unet = build(config, latent_channels=4, sample_size=8, text_width=32)
+    unet.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    ema = EMA(EMAConfig(), unet.named_parameters())
+    optimizer = Accelerator(cpu=True, mixed_precision="no").prepare(
+        make_optimizer(OptimConfig(), unet.parameters())
+    )
+    state = TrainState(unet=unet, ema=ema, optimizer=optimizer)
+    for _ in range(2):
+        update(state)
+    return state
+
+
+def update(state: TrainState) -> None:
+    """One step by random gradients."""
+    for parameter in state.unet.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    state.optimizer.step()
+    state.ema.update(state.unet.parameters(), state.step)
+    state.step += 1
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_restored_state_goes_on_bit_by_bit(tmp_path: Path, channels_last: bool) -> None:
+    state = make_state(channels_last=channels_last)
+    state.train_s, state.metrics = 1.25, {"rows": [[0.1, 0.2, 0.0]]}
+    checkpoint.save(tmp_path, state, SETTINGS, keep=2)
+    other = make_state(seed=1, channels_last=channels_last)
+    checkpoint.load(checkpoint.find_all(tmp_path)[-1], other)
+    assert (other.step, other.train_s, other.metrics) == (2, state.train_s, state.metrics)
+    for each in (state, other):
+        torch.manual_seed(5)
+        update(each)
+    for name, tensor in state.unet.state_dict().items():
+        assert torch.equal(other.unet.state_dict()[name], tensor), name
+        assert torch.equal(other.ema.average[name], state.ema.average[name]), name
+
+
+def test_only_the_newest_are_kept_and_half_written_ones_do_not_count(tmp_path: Path) -> None:
+    state = make_state()
+    (tmp_path / ".step-00000009.partial").mkdir()
+    for _ in range(3):
+        state.step += 1
+        checkpoint.save(tmp_path, state, SETTINGS, keep=2)
+    assert [p.name for p in checkpoint.find_all(tmp_path)] == ["step-00000004", "step-00000005"]
+
+
+@pytest.mark.parametrize("name", ["unet.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_truncated_file_is_named_with_the_remedy(tmp_path: Path, name: str) -> None:
+    checkpoint.save(tmp_path, make_state(), SETTINGS, keep=1)
+    (folder,) = checkpoint.find_all(tmp_path)
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"step-00000002: damaged .* delete this folder"):
+        checkpoint.load(folder, make_state())
+
+
+def test_a_planted_pickle_is_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, make_state(), SETTINGS, keep=1)
+    (folder,) = checkpoint.find_all(tmp_path)
+    (folder / "unet.safetensors").write_bytes(pickle.dumps({"conv_in.weight": 0}))
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.load(folder, make_state())
+
+
+def test_a_changed_model_is_refused_naming_both_values(tmp_path: Path) -> None:
+    now = SETTINGS | {"model": {"channels": (16,), "attention_kernel": "auto"}}
+    with pytest.raises(ValueError, match=r"model.channels: .* has \[8\], this command says \[16\]"):
+        checkpoint.compare_settings(SETTINGS, now, tmp_path)
+
+
+def test_a_changed_learning_rate_is_allowed_and_said(tmp_path: Path) -> None:
+    now = SETTINGS | {
+        "optim": {"learning_rate": 2e-4},
+        "model": {"channels": [8], "attention_kernel": "plain"},
+    }
+    assert checkpoint.compare_settings(SETTINGS, now, tmp_path) == [
+        "model.attention_kernel changed from 'auto' to 'plain'",
+        "optim.learning_rate changed from 0.0001 to 0.0002",
+    ]

@@ -1,0 +1,74 @@
+"""What is wrong with a run is told before its first step."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.encoders import load_vae
+from tests import tiny
+from tests.train.conftest import MakeConfig
+from train.preflight import count_steps, split_batch, validate
+
+
+def test_a_sound_run_has_a_plan(make_config: MakeConfig, shards: Path) -> None:
+    plan = validate(make_config(), num_processes=2)
+    assert plan.latent_shape == (4, 8, 8)
+    assert plan.micro_batch_size == 2
+    assert plan.settings["shards_sha256"] == plan.shards.manifest.sha256
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro", "num_processes", "message"),
+    [
+        (10, None, 4, "batch_size: 10 examples over 4 processes are 2.5 each; .* multiple of 4"),
+        (24, 5, 2, "24 examples / 2 processes = 12 each, which 5 does not divide; .* of 12"),
+    ],
+)
+def test_an_impossible_split_is_refused_with_the_arithmetic(
+    batch_size: int, micro: int | None, num_processes: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_batch(batch_size, micro, num_processes)
+
+
+def test_epochs_become_steps_the_last_one_filled(make_config: MakeConfig) -> None:
+    assert count_steps(make_config(num_steps=None, num_epochs=3, batch_size=10), 24) == 8
+
+
+def test_missing_shards_are_named_with_the_remedy(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"shards: no folder 'no/such'; .* python -m pipeline.run"):
+        validate(make_config(shards="no/such"), num_processes=1)
+
+
+def test_another_vae_is_refused_naming_both(make_config: MakeConfig, tmp_path: Path) -> None:
+    vae = load_vae(tiny.encoders().vae)
+    vae.decoder.conv_out.bias.data[0] += 1
+    vae.save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match=r"vae: .*sha256 \w{64}.* asks for one with sha256 \w{64}"):
+        validate(make_config(vae=str(tmp_path / "vae")), num_processes=1)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json"])
+def test_another_tokenizer_is_refused(make_config: MakeConfig, tmp_path: Path, file: Any) -> None:
+    folder = shutil.copytree(tiny.encoders().clip, tmp_path / "clip")
+    text = (folder / file).read_text()
+    swapped = text.replace('"a": 0', '"a": -1').replace('"b": 1', '"b": 0').replace("-1", "1")
+    assert swapped != text
+    (folder / file).write_text(swapped)
+    with pytest.raises(ValueError, match=r"text_encoder: its tokenizer is not the shards'"):
+        validate(make_config(text_encoder=str(folder)), num_processes=1)
+
+
+def test_damaged_shards_are_found_when_verified(
+    make_config: MakeConfig, shards: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(shards, tmp_path / "copy")
+    tiny.plant_nan(folder, shard=0, records=[0])
+    config = make_config(shards=str(folder))
+    validate(config, num_processes=1)
+    from dataclasses import replace
+
+    with pytest.raises(ValueError, match="sha256"):
+        validate(replace(config, data=replace(config.data, verify=True)), num_processes=1)

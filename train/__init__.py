@@ -1,0 +1,1 @@
+"""Stage two: shards in, a bundle out; nothing but the denoiser runs."""

@@ -1,0 +1,160 @@
+"""Checkpoints: all that the next step depends on, in safetensors and JSON, complete or absent.
+
+    runs/NAME/checkpoints/step-00000500/
+        unet.safetensors  ema.safetensors  optimizer.safetensors  state.json
+
+Order and noise are functions of (seed, step), so the step stands for them. Nothing here can run
+code when loaded. To resume is to give the same command again: the newest checkpoint is found by its
+step, and settings that would make the continued run another one are refused.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.ema import EMA
+from model.paths import complete_or_absent
+
+# A run goes on only if these are what they were; all other settings may change, and it is said.
+FIXED = ("seed", "batch_size", "model.", "objective.", "data.shuffle", "shards_sha256")
+FREE = ("model.attention_kernel",)
+
+
+@dataclass(kw_only=True)
+class TrainState:
+    """What a step changes."""
+
+    unet: UNet2DConditionModel
+    ema: EMA
+    optimizer: AcceleratedOptimizer
+    step: int = 0
+    train_s: float = 0.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """The unfinished logging interval (progress.py), as plain JSON."""
+
+
+def save(folder: Path, state: TrainState, settings: Mapping[str, Any], *, keep: int) -> None:
+    """Writes the checkpoint of `state.step` and deletes all but the `keep` newest."""
+    scaler = state.optimizer.scaler
+    record = {
+        "step": state.step,
+        "train_s": state.train_s,
+        "scaler": scaler.state_dict() if scaler is not None else {},
+        "metrics": state.metrics,
+        "settings": dict(settings),
+    }
+    with complete_or_absent(folder / f"step-{state.step:08d}") as temporary:
+        for name, tensors in (
+            ("unet", state.unet.state_dict()),
+            ("ema", state.ema.average),
+            ("optimizer", _moments(state)),
+        ):
+            packed = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            save_file(packed, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n")
+    for old in find_all(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def find_all(folder: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Returns state.json of a checkpoint."""
+    try:
+        record: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise _damaged(checkpoint, error) from error
+    return record
+
+
+def load(checkpoint: Path, state: TrainState) -> None:
+    """Restores `state` from a checkpoint, in place."""
+    record = read_state(checkpoint)
+    try:
+        unet = load_file(checkpoint / "unet.safetensors")
+        ema = load_file(checkpoint / "ema.safetensors")
+        moments = load_file(checkpoint / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(checkpoint, error) from error
+    state.unet.load_state_dict(unet)
+    state.ema.load(ema)
+    _load_moments(state, moments)
+    if state.optimizer.scaler is not None and record["scaler"]:
+        state.optimizer.scaler.load_state_dict(record["scaler"])
+    state.step, state.train_s = record["step"], record["train_s"]
+    state.metrics = record["metrics"]
+
+
+def _damaged(checkpoint: Path, error: Exception) -> ValueError:
+    """Returns the error of a checkpoint that something has changed since it was written."""
+    return ValueError(
+        f"{checkpoint}: damaged ({error}); delete this folder to go on from the one before"
+    )
+
+
+def _moments(state: TrainState) -> dict[str, Tensor]:
+    """Returns AdamW's state by parameter name, `conv_in.weight/exp_avg` and so on."""
+    names = {parameter: name for name, parameter in state.unet.named_parameters()}
+    return {
+        f"{names[parameter]}/{kind}": tensor
+        for parameter, entry in state.optimizer.optimizer.state.items()
+        for kind, tensor in entry.items()
+    }
+
+
+def _load_moments(state: TrainState, moments: Mapping[str, Tensor]) -> None:
+    """Restores AdamW's state as the fused kernel wants it.
+
+    A step count lies on the device, a moment in its parameter's memory format, which files lose.
+    """
+    kinds = sorted({name.rpartition("/")[2] for name in moments})
+    for name, parameter in state.unet.named_parameters():
+        entry = {kind: moments[f"{name}/{kind}"].to(parameter.device) for kind in kinds}
+        state.optimizer.optimizer.state[parameter] = {
+            kind: torch.empty_like(parameter).copy_(t) if t.shape == parameter.shape else t
+            for kind, t in entry.items()
+        }
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings as one level of dotted names; tuples as lists, as JSON has them."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
+    """Returns what changed since the checkpoint, a line each.
+
+    Raises ValueError, naming both values, for what cannot change within a run.
+    """
+    old, new = flatten(before), flatten(now)
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        was, is_now = old.get(name), new.get(name)
+        if was == is_now:
+            continue
+        if name.startswith(FIXED) and name not in FREE:
+            raise ValueError(
+                f"{name}: the run in {folder} has {was!r}, this command says {is_now!r}; "
+                f"use the old value to go on, or another --name or --out to begin anew"
+            )
+        changes.append(f"{name} changed from {was!r} to {is_now!r}")
+    return changes

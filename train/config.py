@@ -1,0 +1,120 @@
+"""Stage two's settings. Checks that need the shards or the process count are in preflight.py."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from model.denoiser import DenoiserConfig
+from model.diffusion import ObjectiveConfig
+from model.ema import EMAConfig
+
+Precision = Literal["no", "fp16", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019, 1711.05101) and its learning rate over the steps."""
+
+    learning_rate: float = 1e-4
+    """The highest rate, reached after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear growth from zero."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: stay, or fall to zero at the last step."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's first and second moments."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(
+                f"optim.learning_rate: expected more than 0, found {self.learning_rate}"
+            )
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"optim.max_grad_norm: expected above 0, found {self.max_grad_norm}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas: expected 0 <= beta < 1, found {self.betas}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps: expected 0 or more, found {self.warmup_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How records are visited."""
+
+    shuffle: Literal["full", "none"] = "full"
+    """`full`: each epoch is a fresh permutation of all records; `none`: the shards' order."""
+    verify: bool = False
+    """Hash every shard against the manifest before the first step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that stage two can be told."""
+
+    name: str
+    """Name of the run, and of the data set unless `shards` says otherwise."""
+    vae: str | None = None
+    """VAE for the bundle, a folder or hub name; default: the one that the shards name."""
+    text_encoder: str | None = None
+    """Text encoder for the bundle, a folder or hub name; default: the one that the shards name."""
+    shards: str | None = None
+    """Folder of shards; default shards/data/NAME/train."""
+    out: str | None = None
+    """Folder of the run; default runs/NAME."""
+    seed: int = 0
+    """Decides the first weights, the order and all noise."""
+    batch_size: int = 64
+    """Examples per step over all processes together."""
+    micro_batch_size: int | None = None
+    """Examples per process and forward pass; fewer than its share means gradient accumulation."""
+    num_steps: int | None = None
+    """Length of the run in steps; give this or num_epochs."""
+    num_epochs: int | None = None
+    """Length of the run in visits to each record; give this or num_steps."""
+    max_train_s: float | None = None
+    """Stop after this many seconds of training, over all starts, as if the last step had come."""
+    mixed_precision: Precision = "fp16"
+    """Arithmetic of the forward and backward pass; weights stay float32. fp16 needs a GPU."""
+    compile: bool = False
+    """Compile the denoiser with torch.compile: a slow first step, faster ones after."""
+    channels_last: bool = False
+    """Keep activations channels-last, which convolutions on a GPU prefer in half precision."""
+    log_every_steps: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every_steps: int = 500
+    """Steps between two checkpoints; the end of the run and a signal also make one."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    max_bad_steps: int = 50
+    """Give up after more than this many steps in a row with non-finite gradients."""
+    bundle_dtype: Literal["float32", "float16"] = "float32"
+    """How the bundle's weights are stored."""
+    model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    """The denoiser."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What it learns."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """How it learns."""
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    """The average of its weights."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What it sees."""
+
+    def __post_init__(self) -> None:
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError(
+                f"num_steps, num_epochs: give exactly one, found num_steps={self.num_steps} and "
+                f"num_epochs={self.num_epochs}"
+            )
+        counts = ("batch_size", "micro_batch_size", "num_steps", "num_epochs", "max_train_s")
+        intervals = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
+        for name in (*counts, *intervals):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: expected more than 0, found {value}")
+        for name in ("seed", "max_bad_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")

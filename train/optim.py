@@ -1,0 +1,63 @@
+"""The update of the weights, with no word between device and host.
+
+Clipping and skipping both ride on the two tensors that torch's fused AdamW takes from a gradient
+scaler: it divides gradients by `grad_scale` and leaves weights, moments and step count alone where
+`found_inf` is 1. So clipping costs no pass over the gradients of its own, and a non-finite step
+changes nothing. All processes hold the same reduced gradients and therefore skip the same steps.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+
+from train.config import OptimConfig
+
+
+def make_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """Returns fused AdamW."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """Returns the rate of the update that follows `step` earlier ones."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    progress = min(progress, 1.0)
+    match config.schedule:
+        case "constant":
+            factor = 1.0
+        case "linear":
+            factor = 1.0 - progress
+        case "cosine":
+            factor = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.learning_rate * factor
+
+
+def update(
+    optimizer: AcceleratedOptimizer, parameters: list[nn.Parameter], *, rate: float, max_norm: float
+) -> tuple[Tensor, Tensor]:
+    """Clips, then updates the weights or skips, and clears the gradients.
+
+    Returns, on the device, the gradients' norm before clipping and 1.0 where the step was skipped.
+    """
+    adamw = optimizer.optimizer
+    adamw.param_groups[0]["lr"] = rate
+    if optimizer.scaler is not None:  # fp16: divides by the loss scale and looks for infinities
+        optimizer.scaler.unscale_(adamw)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    skipped = (~norm.isfinite()).float()
+    adamw.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    adamw.found_inf = skipped
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm, skipped

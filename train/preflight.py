@@ -1,0 +1,121 @@
+"""Everything that can be wrong with a run and known before its first step, checked in seconds."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from model.encoders import (
+    fingerprint,
+    latent_channels,
+    load_text_encoder,
+    load_vae,
+    tokenizer_fingerprint,
+)
+from model.paths import find_path, output_root
+from shards.reader import ShardSet, open_shards
+from shards.schema import Identity
+from train.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run whose parts fit together."""
+
+    folder: Path
+    shards: ShardSet
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    latent_shape: tuple[int, int, int]
+    micro_batch_size: int
+    num_steps: int
+    settings: dict[str, Any]
+    """The resolved configuration and the shards' hash, as checkpoints and the bundle keep them."""
+
+
+def validate(config: TrainConfig, num_processes: int) -> Plan:
+    """Opens the shards, loads the encoders, and checks them and the arithmetic of the batch.
+
+    Raises ValueError naming the setting, what was found and what would be right.
+    """
+    micro_batch_size = split_batch(config.batch_size, config.micro_batch_size, num_processes)
+    root = output_root()
+    given = config.shards or root / "shards" / "data" / config.name / "train"
+    path = find_path(given)
+    if path is None:
+        raise ValueError(f"shards: no folder {str(given)!r}; make it with python -m pipeline.run")
+    manifest = open_shards(path).manifest
+    vae = load_vae(*choose(config.vae, manifest.vae))
+    tokenizer, text_encoder = load_text_encoder(*choose(config.text_encoder, manifest.text_encoder))
+    shards = open_shards(
+        path,
+        vae_sha256=fingerprint(vae),
+        text_sha256=fingerprint(text_encoder),
+        verify=config.data.verify,
+    )
+    check_tokenizer(manifest.tokenizer.sha256, tokenizer_fingerprint(tokenizer))
+    check_equal("latent channels", manifest.latent_channels, "VAE's", latent_channels(vae))
+    width = text_encoder.config.hidden_size
+    check_equal("text width", manifest.text_width, "text encoder's", width)
+    _, height, breadth = manifest.latent_shape
+    return Plan(
+        folder=Path(config.out).expanduser() if config.out else root / "runs" / config.name,
+        shards=shards,
+        vae=vae,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        latent_shape=(manifest.latent_channels, height, breadth),
+        micro_batch_size=micro_batch_size,
+        num_steps=count_steps(config, len(shards)),
+        settings=asdict(config) | {"shards_sha256": manifest.sha256},
+    )
+
+
+def choose(given: str | None, noted: Identity) -> tuple[str, str | None]:
+    """Returns name and revision of an encoder: the one asked for, else the one the shards name."""
+    return (given, None) if given else (noted.name, noted.revision)
+
+
+def split_batch(batch_size: int, micro_batch_size: int | None, num_processes: int) -> int:
+    """Returns the examples per forward pass; raises ValueError with the arithmetic if none fits."""
+    per_process, rest = divmod(batch_size, num_processes)
+    if rest:
+        raise ValueError(
+            f"batch_size: {batch_size} examples over {num_processes} processes are "
+            f"{batch_size / num_processes:g} each; expected a multiple of {num_processes}"
+        )
+    if micro_batch_size is None:
+        return per_process
+    if per_process % micro_batch_size:
+        raise ValueError(
+            f"micro_batch_size: {batch_size} examples / {num_processes} processes = {per_process} "
+            f"each, which {micro_batch_size} does not divide; expected a divisor of {per_process}"
+        )
+    return micro_batch_size
+
+
+def count_steps(config: TrainConfig, num_records: int) -> int:
+    """Returns the length of the run in steps; epochs that end within a batch are filled up."""
+    if config.num_steps is not None:
+        return config.num_steps
+    assert config.num_epochs is not None
+    return math.ceil(config.num_epochs * num_records / config.batch_size)
+
+
+def check_tokenizer(expected: str, found: str) -> None:
+    """Refuses a tokenizer that gives other ids than the shards were made with."""
+    if found != expected:
+        raise ValueError(
+            f"text_encoder: its tokenizer is not the shards'; they name {expected[:12]}, this one "
+            f"is {found[:12]}"
+        )
+
+
+def check_equal(what: str, found: int, of: str, expected: int) -> None:
+    """Refuses shards whose shapes do not fit the encoders'."""
+    if found != expected:
+        raise ValueError(f"shards: {what}: found {found}, the {of} is {expected}")

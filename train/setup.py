@@ -1,0 +1,206 @@
+"""From a checked plan to the objects that the loop turns: in the order in which they are made."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from torch import Tensor, nn
+
+from model import denoiser, diffusion
+from model.diffusion import Prediction
+from model.ema import EMA
+from train import checkpoint
+from train.batches import Batch, Order, Source
+from train.checkpoint import TrainState
+from train.config import Precision, TrainConfig
+from train.ledger import Ledger
+from train.optim import make_optimizer
+from train.preflight import Plan, validate
+from train.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A batch in, a loss per example out: `diffusion.loss` with a run's constants."""
+
+    alpha_bar: Tensor  # (num_timesteps,)
+    empty_text: Tensor  # (T, D)
+    scaling_factor: float
+    prediction: Prediction
+    snr_gamma: float | None
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns losses (b,) float32."""
+        latents = diffusion.sample_posterior(batch.latent, batch.posterior_noise)
+        text = torch.where(batch.drop[:, None, None], self.empty_text, batch.text.float())
+        return diffusion.loss(
+            model,
+            self.alpha_bar,
+            latents * self.scaling_factor,
+            text,
+            batch.noise,
+            batch.timesteps,
+            prediction=self.prediction,
+            snr_gamma=self.snr_gamma,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that the loop turns."""
+
+    config: TrainConfig
+    plan: Plan
+    accelerator: Accelerator
+    state: TrainState
+    model: nn.Module
+    """The denoiser as it is called: `state.unet`, wrapped and maybe compiled."""
+    objective: Objective
+    source: Source
+    ledger: Ledger
+    progress: Progress
+
+
+def start(config: TrainConfig) -> Run:
+    """Checks a configuration, builds its run and restores its newest checkpoint, if any."""
+    accelerator = make_accelerator(config.mixed_precision)
+    plan = validate(config, accelerator.num_processes)
+    state, model = make_state(config, plan, accelerator)
+    run = Run(
+        config=config,
+        plan=plan,
+        accelerator=accelerator,
+        state=state,
+        model=model,
+        objective=make_objective(config, plan, accelerator.device),
+        source=make_source(config, plan, accelerator),
+        ledger=Ledger(accelerator.device),
+        progress=Progress(accelerator, plan.folder, config.log_every_steps),
+    )
+    changes = resume(plan, state)
+    if accelerator.is_main_process:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"train": asdict(config)}, indent=1)
+        (plan.folder / "config.json").write_text(text + "\n")
+    run.progress.open(state.step, plan.num_steps, state.metrics)
+    for change in changes:
+        run.progress.say(change)
+    return run
+
+
+def make_accelerator(precision: Precision) -> Accelerator:
+    """Returns an Accelerator in our precision; fp16 becomes "no", with one warning, without a GPU.
+
+    The precision is passed even where it is "no": accelerate would otherwise take its launcher's.
+    Without a GPU, several processes find each other only if accelerate is told `cpu`.
+    """
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)
+    notes = cpu_warnings(os.environ, state.num_processes) if on_cpu else []
+    if precision == "fp16" and on_cpu:
+        notes.append("mixed_precision: fp16 needs a GPU, found none: training in float32")
+        precision = "no"
+    for note in notes if state.is_main_process else ():
+        print(f"warning: {note}", file=sys.stderr)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+
+
+def cpu_warnings(environment: Mapping[str, str], num_processes: int) -> list[str]:
+    """Returns what accelerate's launcher (1.15) does on a CPU without saying so.
+
+    Asked for several processes it starts one: it then leaves the address at which they should meet
+    in the environment, but no rank. And it gives a process one thread unless told otherwise.
+    """
+    warnings = []
+    if num_processes == 1 and "MASTER_ADDR" in environment and "RANK" not in environment:
+        warnings.append(
+            "accelerate launch --cpu starts one process whatever --num_processes says; for N: "
+            "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes N train/run.py ..."
+        )
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if num_processes == 1 and torch.get_num_threads() == 1 < num_cores:
+        warnings.append(
+            f"training on 1 of {num_cores} cores; for all: "
+            f"accelerate launch --num_cpu_threads_per_process {num_cores} train/run.py ..."
+        )
+    return warnings
+
+
+def make_state(
+    config: TrainConfig, plan: Plan, accelerator: Accelerator
+) -> tuple[TrainState, nn.Module]:
+    """Returns the state at step 0 and the denoiser as it is called (wrapped, maybe compiled)."""
+    torch.manual_seed(config.seed)
+    channels, height, _ = plan.latent_shape
+    unet = denoiser.build(
+        config.model,
+        latent_channels=channels,
+        sample_size=height,
+        text_width=plan.shards.manifest.text_width,
+    )
+    denoiser.choose_attention(
+        unet,
+        config.model.attention_kernel,
+        device_type=accelerator.device.type,
+        precision=accelerator.mixed_precision,
+    )
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    unet.to(accelerator.device, memory_format=memory_format)
+    ema = EMA(config.ema, unet.named_parameters())
+    model, optimizer = accelerator.prepare(
+        torch.compile(unet) if config.compile else unet,
+        make_optimizer(config.optim, unet.parameters()),
+    )
+    return TrainState(unet=unet, ema=ema, optimizer=optimizer), model.train()
+
+
+def resume(plan: Plan, state: TrainState) -> list[str]:
+    """Loads the newest checkpoint, if there is one, and returns what to say of it, a line each.
+
+    Raises ValueError where its settings and the plan's cannot be one run.
+    """
+    found = checkpoint.find_all(plan.folder / "checkpoints")
+    if not found:
+        return []
+    before = checkpoint.read_state(found[-1])["settings"]
+    changes = checkpoint.compare_settings(before, plan.settings, plan.folder)
+    checkpoint.load(found[-1], state)
+    return [f"going on from {found[-1]}", *changes]
+
+
+def make_source(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> Source:
+    """Returns this process's source of batches."""
+    order = Order(
+        num_records=len(plan.shards),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle == "full",
+    )
+    return Source(
+        shards=plan.shards,
+        order=order,
+        latent_shape=plan.latent_shape,
+        num_timesteps=config.objective.num_timesteps,
+        caption_dropout=config.objective.caption_dropout,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def make_objective(config: TrainConfig, plan: Plan, device: torch.device) -> Objective:
+    """Returns the objective of a run."""
+    schedule = diffusion.make_scheduler(config.objective)
+    return Objective(
+        alpha_bar=schedule.alphas_cumprod.to(device),
+        empty_text=plan.shards.empty_text.float().to(device),
+        scaling_factor=plan.vae.config.scaling_factor,
+        prediction=config.objective.prediction,
+        snr_gamma=config.objective.snr_gamma,
+    )
