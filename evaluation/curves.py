@@ -1,0 +1,101 @@
+"""Charts as inline SVG, drawn by matplotlib in colours that read on light and dark paper."""
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")  # before pyplot: no window system is needed or wanted
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+COLOURS = ("#3b7dd8", "#d9722e", "#3a9a5b", "#a257c7")
+GREY = "#8a8f98"
+STYLE = {
+    "font.size": 11,
+    "font.family": "sans-serif",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "latent-t2i",  # the same figures give the same bytes
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "text.color": GREY,
+    "axes.grid": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics.jsonl; raises ValueError naming a line that is no JSON."""
+    history = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            history.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {line[:60]!r}") from error
+    return history
+
+
+def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """Exponential moving average, corrected for its start as in Adam (1412.6980, section 3)."""
+    smoothed, total = [], 0.0
+    for number, value in enumerate(values, start=1):
+        total = weight * total + (1 - weight) * value
+        smoothed.append(total / (1 - weight**number))
+    return smoothed
+
+
+def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
+    """The training loss against the step, as it was logged and smoothed."""
+    finite = [line for line in history if line.get("loss") is not None]
+    steps = [line["step"] for line in finite]
+    losses = [line["loss"] for line in finite]
+
+    def fill(axes: Axes) -> None:
+        axes.plot(steps, losses, color=COLOURS[0], alpha=0.35, linewidth=1)
+        axes.plot(steps, smooth(losses), color=COLOURS[0], linewidth=2)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        if losses and min(losses) > 0:
+            axes.set_yscale("log")
+
+    return _chart(fill)
+
+
+def guidance_chart(series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Shares of pictures that are right against the guidance scale, a line per attribute."""
+
+    def fill(axes: Axes) -> None:
+        for colour, (name, points) in zip(COLOURS, series.items(), strict=False):
+            scales, shares = zip(*sorted(points), strict=True)
+            axes.plot(scales, [100 * s for s in shares], marker="o", color=colour, label=name)
+        axes.set_xlabel("guidance scale")
+        axes.set_ylabel("% right")
+        axes.set_ylim(0, 103)
+        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+    return _chart(fill)
+
+
+def _chart(fill: Any) -> str:
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+        fill(axes)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    svg = stream.getvalue()
+    size = r'width="[\d.]+pt" height="[\d.]+pt"'
+    return re.sub(size, 'width="100%"', svg[svg.index("<svg") :], count=1)

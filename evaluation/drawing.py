@@ -1,0 +1,107 @@
+"""Which prompts are drawn at which guidance, and the pictures that came of it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from evaluation.config import EvaluationConfig
+from model.paths import find_path
+from sample import sampler
+from scenes import prompts as scene_prompts
+from scenes.world import Scene
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What is asked for; `scene` is None where no oracle can judge it."""
+
+    text: str
+    scene: Scene | None = None
+    mentions: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The pictures of one kind of prompt at one guidance scale."""
+
+    kind: str
+    guidance_scale: float
+    prompts: Sequence[Prompt]
+    pictures: Sequence[Image.Image]
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """The pictures as one array.  # (B, H, W, 3)"""
+        return np.stack([np.asarray(picture.convert("RGB")) for picture in self.pictures])
+
+
+def make_prompts(config: EvaluationConfig) -> dict[str, list[Prompt]]:
+    """Returns the prompts of each kind."""
+    if config.oracle:
+        return {
+            kind: [
+                Prompt(text=p.text, scene=p.scene, mentions=p.mentions)
+                for p in scene_prompts.make(config.world, kind, config.num_prompts, config.seed)
+            ]
+            for kind in scene_prompts.KINDS
+        }
+    return {"captions": read_captions(str(config.captions), config.num_prompts)}
+
+
+def read_captions(name: str, num: int) -> list[Prompt]:
+    """Returns the first caption of each of the first `num` images of a COCO captions file."""
+    path = find_path(name)
+    if path is None:
+        raise ValueError(f"--captions: no file {name!r} here or in the project")
+    try:
+        annotations = json.loads(path.read_text("utf-8"))["annotations"]
+        first: dict[int, str] = {}
+        for annotation in annotations:
+            first.setdefault(annotation["image_id"], annotation["caption"].strip())
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--captions: {path} is not a COCO captions file: {error!r}") from error
+    return [Prompt(text=first[image_id]) for image_id in sorted(first)[:num]]
+
+
+def draw_all(config: EvaluationConfig, folder: Path) -> list[Drawn]:
+    """Draws every kind at the main guidance, and half of the prompts at the others.
+
+    A prompt has the same seed at every guidance scale, so pictures differ by guidance alone.
+    """
+    pipeline = sampler.load(folder, device=config.device, dtype=config.dtype)
+    others = [scale for scale in config.guidance_scales if scale != config.guidance_scale]
+    drawn = []
+    for kind, prompts in make_prompts(config).items():
+        drawn.append(_draw(pipeline, config, kind, prompts, config.guidance_scale))
+        half = prompts[: max(1, len(prompts) // 2)]
+        drawn += [_draw(pipeline, config, kind, half, scale) for scale in others]
+    return drawn
+
+
+def _draw(
+    pipeline: "StableDiffusionPipeline",
+    config: EvaluationConfig,
+    kind: str,
+    prompts: Sequence[Prompt],
+    scale: float,
+) -> Drawn:
+    pictures = sampler.draw(
+        pipeline,
+        [prompt.text for prompt in prompts],
+        [config.seed + number for number in range(len(prompts))],
+        guidance_scale=scale,
+        num_steps=config.num_steps,
+        scheduler=config.scheduler,
+        batch_size=config.batch_size,
+        title=f"{kind}, guidance {scale:g}",
+    )
+    return Drawn(kind=kind, guidance_scale=scale, prompts=prompts, pictures=pictures)

@@ -1,0 +1,12 @@
+"""Figures and a report of a bundle.
+
+python -m evaluation.run --config demo
+python -m evaluation.run --config coco64 --bundle runs/coco64/bundle
+"""
+
+from configs.cli import main
+from evaluation.config import EvaluationConfig
+from evaluation.evaluate import evaluate
+
+if __name__ == "__main__":
+    main(evaluate, EvaluationConfig, "evaluation")

@@ -1,0 +1,77 @@
+"""Pictures as files: PNGs that carry their settings, and a grid with a label under each picture."""
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+SETTINGS_CHUNK = "latent-t2i"
+CELL_PX = 192
+PADDING_PX = 12
+FONT_PX = 14
+INK, PAPER = (30, 30, 34), (250, 250, 248)
+
+
+def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes a picture with its prompt, and all its settings as JSON, in text chunks."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("Description", str(settings.get("prompt", "")))
+    chunks.add_itxt(SETTINGS_CHUNK, json.dumps(dict(settings), ensure_ascii=False))
+    image.save(path, pnginfo=chunks)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Returns the settings that `save_png` put into a picture; raises ValueError without any."""
+    with Image.open(path) as image:
+        text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
+    if text is None:
+        raise ValueError(f"{path}: no {SETTINGS_CHUNK} text chunk, so no settings to read")
+    settings: dict[str, Any] = json.loads(text)
+    return settings
+
+
+def labelled_grid(
+    images: Sequence[Image.Image], labels: Sequence[str], *, num_columns: int | None = None
+) -> Image.Image:
+    """Returns the pictures in rows, each with its label wrapped under it.
+
+    Pictures smaller than a cell are enlarged by a whole factor, pixel by pixel, so that nothing is
+    smoothed over.
+    """
+    assert len(images) == len(labels) > 0, (len(images), len(labels))
+    columns = num_columns or min(len(images), 4)
+    font = ImageFont.load_default(FONT_PX)
+    side = max(_enlarged(image).width for image in images)
+    texts = [_wrap(label, font, side) for label in labels]
+    label_px = max(len(text) for text in texts) * (FONT_PX + 4) + 6
+    rows = -(-len(images) // columns)
+    step_x, step_y = side + PADDING_PX, side + label_px + PADDING_PX
+    size = (columns * step_x + PADDING_PX, rows * step_y + PADDING_PX)
+    grid = Image.new("RGB", size, PAPER)
+    pen = ImageDraw.Draw(grid)
+    for number, (image, lines) in enumerate(zip(images, texts, strict=True)):
+        x = PADDING_PX + number % columns * step_x
+        y = PADDING_PX + number // columns * step_y
+        grid.paste(_enlarged(image), (x, y))
+        for line_number, line in enumerate(lines):
+            place = (x, y + side + 4 + line_number * (FONT_PX + 4))
+            pen.text(place, line, fill=INK, font=font)
+    return grid
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    factor = max(1, CELL_PX // image.width)
+    size = (image.width * factor, image.height * factor)
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def _wrap(
+    label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int
+) -> list[str]:
+    """Breaks a label so that its lines fit the width, a few at most."""
+    mean_px = font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27
+    lines = textwrap.wrap(label, max(8, int(width_px / mean_px)), max_lines=4, placeholder=" …")
+    return lines or [""]

@@ -1,0 +1,103 @@
+"""Draws pictures with the stock `StableDiffusionPipeline`, so that what is seen here is what any
+diffusers program gives for the same bundle.
+
+One seed is one picture: each has a generator of its own on the CPU, so neither the batch size nor
+the device changes what is drawn beyond rounding.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from tqdm import tqdm
+
+from model.bundle import find_bundle
+from model.encoders import quiet
+from sample.config import DtypeName, SchedulerName
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+def load(
+    folder: str | Path, *, device: str = "auto", dtype: DtypeName = "auto"
+) -> "StableDiffusionPipeline":
+    """Loads a bundle, ready to draw. Raises ValueError where there is none or it does not load."""
+    found = find_bundle(folder)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    with (
+        quiet(),
+        without_bar(),
+    ):  # the import tells at length of an image processor that nothing here uses
+        from diffusers import StableDiffusionPipeline
+
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                found, dtype=getattr(torch, dtype), local_files_only=True
+            )
+        except OSError as error:
+            raise ValueError(f"--bundle: {found} does not load: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Holds back diffusers' bar over the few files of a bundle."""
+    was_on = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            diffusers_logging.enable_progress_bar()
+
+
+def draw(
+    pipeline: "StableDiffusionPipeline",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    guidance_scale: float,
+    num_steps: int,
+    scheduler: SchedulerName = "dpmpp",
+    batch_size: int = 16,
+    title: str = "draw",
+) -> list[Image.Image]:
+    """Draws one picture per prompt and seed, in their order.
+
+    Guidance is eq. 6 of Ho & Salimans 2022 (2207.12598) with 1 + w = `guidance_scale`.
+    """
+    assert len(prompts) == len(seeds), (len(prompts), len(seeds))
+    use_scheduler(pipeline, scheduler)
+    pictures: list[Image.Image] = []
+    with tqdm(total=len(prompts), desc=title, unit="image", disable=None, leave=False) as bar:
+        for start in range(0, len(prompts), batch_size):
+            piece = slice(start, start + batch_size)
+            result = pipeline(
+                prompt=list(prompts[piece]),
+                guidance_scale=guidance_scale,
+                num_inference_steps=num_steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds[piece]],
+            )
+            pictures += result.images
+            bar.update(len(result.images))
+    return pictures
+
+
+def use_scheduler(pipeline: "StableDiffusionPipeline", name: SchedulerName) -> None:
+    """Gives the pipeline a sampler on the schedule that its bundle was trained on.
+
+    DDIM: Song et al. 2020 (2010.02502). DPM-Solver++ (2M): Lu et al. 2022 (2211.01095).
+    """
+    kinds = {"ddim": DDIMScheduler, "dpmpp": DPMSolverMultistepScheduler}
+    if name != "bundle":
+        pipeline.scheduler = kinds[name].from_config(pipeline.scheduler.config)

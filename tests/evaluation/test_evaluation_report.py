@@ -1,0 +1,109 @@
+"""The whole of evaluation on a bundle of noise: every figure, and a page that stands alone."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from configs.cli import ConfigError, parse
+from evaluation.config import EvaluationConfig
+from evaluation.drawing import read_captions
+from evaluation.evaluate import evaluate
+from model.paths import ROOT
+from tests.bundles import make_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+def config(bundle: Path, out: Path, **settings: object) -> EvaluationConfig:
+    chosen = {"num_prompts": 4, "num_steps": 2, "guidance_scales": (1.0, 4.0)} | settings
+    return EvaluationConfig(name="tiny", bundle=str(bundle), out=str(out), run=str(out), **chosen)
+
+
+class Links(HTMLParser):
+    """Collects what a page would load, and checks that its tags match."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.num_images = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.num_images += tag == "img"
+        self.loads += [str(value) for name, value in attrs if name in ("src", "href")]
+
+
+def test_figures_and_report_of_scenes(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"step": s, "loss": 1.0 / s, "ledger": {"denoise": 0.9, "data": 0.1}} for s in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    report = evaluate(config(bundle, tmp_path, started_at=1))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    for name in (
+        "oracle/single/shape_and_colour",
+        "oracle/pair/colours",
+        "oracle/pair/all",
+        "oracle/held_out/shape_and_colour",
+    ):
+        assert 0 <= metrics[name] <= 1
+        assert 0 <= metrics[f"{name}@g1"] <= 1
+        assert f"{name}@g4" not in metrics, "the main guidance has no suffix"
+    assert 0 <= metrics["clip_score"] < metrics["clip_score/drawn"] <= 100
+    assert metrics["train_seconds"] == 1.5
+    assert metrics["total_seconds"] > 1e9
+    assert all(isinstance(value, int | float) for value in metrics.values()), "one flat object"
+    page = report.read_text()
+    links = Links()
+    links.feed(page)
+    assert all(link.startswith(("data:image/png", "#")) for link in links.loads)
+    assert not re.search(r"url\(\s*['\"]?http|@import|<script", page)
+    assert links.num_images == 4 * 3 + 2 * 2, "each kind's pictures, and the guidance strips"
+    assert "denoise" in page
+    assert str(report) in capsys.readouterr().out
+
+
+def test_without_a_training_log_the_report_says_so(bundle: Path, tmp_path: Path) -> None:
+    report = evaluate(config(bundle, tmp_path, num_prompts=2))
+    assert "There is no metrics.jsonl beside this bundle" in report.read_text()
+
+
+def test_captions_without_an_oracle(bundle: Path, tmp_path: Path) -> None:
+    told = tmp_path / "captions.json"
+    annotations = [{"image_id": i, "caption": f"caption <{i}> & more"} for i in (3, 1, 1, 2)]
+    told.write_text(json.dumps({"images": [], "annotations": annotations}))
+    settings = {"oracle": False, "captions": str(told), "num_prompts": 3}
+    report = evaluate(config(bundle, tmp_path, **settings))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert not [name for name in metrics if name.startswith("oracle")]
+    assert {"clip_score", "clip_score@g1"} <= set(metrics)
+    assert metrics["num_prompts"] == 3
+    assert "caption &lt;1&gt; &amp; more" in report.read_text()
+
+
+def test_files_that_hold_no_captions_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--captions: no file 'gone\.json'"):
+        read_captions("gone.json", 1)
+    other = tmp_path / "instances.json"
+    other.write_text(json.dumps({"annotations": [{"image_id": 1, "bbox": []}]}))
+    with pytest.raises(ValueError, match=r"instances\.json is not a COCO captions file"):
+        read_captions(str(other), 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--no-oracle"], "--captions: without the oracle it is needed"),
+        (["--captions", "x.json"], "with it it has no effect"),
+        (["--num-prompts", "0"], "--num-prompts: expected at least 1, found 0"),
+        (["--guidance-scales", "0", "4"], "--guidance-scales: expected at least 1, found 0"),
+    ],
+)
+def test_wrong_settings_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(EvaluationConfig, "evaluation", ["--config", str(ROOT / "configs/demo.yaml"), *flags])

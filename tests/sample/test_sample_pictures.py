@@ -1,0 +1,120 @@
+"""Prompts to files: settings inside, a readable grid, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.cli import ConfigError, parse
+from sample import pictures, sampler
+from sample.config import SampleConfig
+from sample.grid import labelled_grid, read_settings, save_png
+from tests.bundles import make_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+def config(bundle: Path, out: Path, **settings: object) -> SampleConfig:
+    chosen = {"prompts": ("a red circle", "ein rotes Häuschen 赤"), "num_steps": 3} | settings
+    return SampleConfig(bundle=str(bundle), out=str(out), **chosen)
+
+
+def test_a_picture_can_be_drawn_again_from_what_it_carries(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = pictures.sample(config(bundle, tmp_path, images_per_prompt=2, seed=40))
+    assert str(grid) in capsys.readouterr().out
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in files] == ["0000.png", "0001.png", "0002.png", "0003.png"]
+    settings = read_settings(files[3])
+    assert settings["prompt"] == "ein rotes Häuschen 赤"
+    assert settings["seed"] == 43
+    (again,) = sampler.draw(
+        sampler.load(bundle),
+        [settings["prompt"]],
+        [settings["seed"]],
+        guidance_scale=settings["guidance_scale"],
+        num_steps=settings["num_steps"],
+        scheduler=settings["scheduler"],
+    )
+    kept = np.asarray(Image.open(files[3]), dtype=int)
+    assert np.abs(kept - np.asarray(again, dtype=int)).max() <= 1
+
+
+def test_a_picture_of_somebody_else_has_no_settings(tmp_path: Path) -> None:
+    path = tmp_path / "plain.png"
+    Image.new("RGB", (4, 4)).save(path)
+    with pytest.raises(ValueError, match=r"plain\.png: no latent-t2i text chunk"):
+        read_settings(path)
+    save_png(Image.new("RGB", (4, 4)), path, {"prompt": "x", "seed": 1})
+    assert read_settings(path) == {"prompt": "x", "seed": 1}
+
+
+def test_the_grid_shows_every_picture_whole_and_some_ink_under_each() -> None:
+    colours = [(200, 30 * i, 60) for i in range(6)]
+    images = [Image.new("RGB", (64, 64), colour) for colour in colours]
+    labels = ["short", "a label so long that it has to be broken into lines " * 4] * 3
+    grid = np.asarray(labelled_grid(images, labels, num_columns=3))
+    side, step = 192, 192 + 12
+    label_px = (grid.shape[0] - 12) // 2 - step
+    assert grid.shape[1] == 3 * step + 12
+    for number, colour in enumerate(colours):
+        x, y = 12 + number % 3 * step, 12 + number // 3 * (step + label_px)
+        assert (grid[y : y + side, x : x + side] == colour).all()
+        under = grid[y + side : y + side + label_px, x : x + side]
+        assert (under.max(-1) < 128).any()
+
+
+def test_prompts_come_from_flags_and_then_from_a_file(tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("three\n\n  four \n", "utf-8")
+    argv = ["--prompt", "one", "two", "--prompt-file", str(lines)]
+    assert pictures.read_prompts(parse(SampleConfig, "sample", argv)) == [
+        "one", "two", "three", "four"
+    ]  # fmt: skip
+
+
+def test_without_a_bundle_the_error_says_how_to_get_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pictures, "SHIPPED_BUNDLE", "not/shipped")
+    monkeypatch.setattr(pictures, "output_root", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"--bundle: no .*runs/x/bundle: train one"):
+        pictures.choose_bundle(None, "x")
+
+
+def test_a_run_without_a_bundle_of_its_own_draws_from_the_shipped_one(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(pictures, "SHIPPED_BUNDLE", str(bundle))
+    monkeypatch.setattr(pictures, "output_root", lambda: tmp_path)
+    assert pictures.choose_bundle(None, "x") == bundle
+    assert "drawing from the shipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--guidance-scale", "0.5"], "--guidance-scale: expected at least 1, found 0.5"),
+        (["--num-steps", "0"], "--num-steps: expected at least 1, found 0"),
+        (["--seed", "-1"], "--seed: expected at least 0, found -1"),
+        (["--scheduler", "euler"], "scheduler"),
+    ],
+)
+def test_wrong_settings_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(SampleConfig, "sample", flags)
+
+
+def test_nothing_to_draw_and_a_missing_prompt_file_are_named() -> None:
+    with pytest.raises(ValueError, match="--prompt: nothing to draw"):
+        pictures.read_prompts(SampleConfig())
+    with pytest.raises(ValueError, match=r"--prompt-file: no file 'gone\.txt'"):
+        pictures.read_prompts(SampleConfig(prompt_file="gone.txt"))
