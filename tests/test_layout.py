@@ -1,0 +1,187 @@
+"""The repository's own rules: who may import whom, names, sizes, and a README that is true."""
+
+import ast
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+ALLOWED = {
+    "configs": set(),
+    "scenes": set(),
+    "shards": set(),
+    "model": set(),
+    "pipeline": {"shards", "model", "scenes"},
+    "train": {"shards", "model"},
+    "sample": {"model"},
+    "evaluation": {"model", "sample", "scenes", "shards"},
+}
+"""Which of our packages each of them may import, apart from itself."""
+ALLOWED_BY_SHARDS = {"fsspec", "numpy", "torch", "webdataset"}
+"""The format must be readable without the networks, so shards imports nothing else."""
+
+
+def package_files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def all_files() -> list[Path]:
+    return [path for package in ALLOWED for path in package_files(package)]
+
+
+def imported_names(source: str) -> set[str]:
+    """The top-level names that a module imports anywhere, in functions too; not relative ones."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def forbidden_imports(package: str, file: str, source: str) -> set[str]:
+    """What a module of `package` imports against the dependency rule."""
+    names = imported_names(source)
+    allowed = {package, *ALLOWED[package], *({"configs"} if file == "run.py" else ())}
+    ours = names & ALLOWED.keys() - allowed
+    if package == "shards":
+        ours |= names - sys.stdlib_module_names - ALLOWED_BY_SHARDS - allowed
+    return ours
+
+
+def functions(source: str) -> Iterator[tuple[str, int]]:
+    """Every function's name and number of lines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+def test_packages_are_those_of_pyproject() -> None:
+    on_disk = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert on_disk == set(ALLOWED)
+    assert sorted(on_disk) == PROJECT["tool"]["setuptools"]["packages"]
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_dependency_rule(package: str) -> None:
+    for path in package_files(package):
+        forbidden = forbidden_imports(package, path.name, path.read_text(encoding="utf-8"))
+        assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+@pytest.mark.parametrize(
+    ("package", "file", "source", "forbidden"),
+    [
+        ("train", "loop.py", "import pipeline.encode", {"pipeline"}),
+        ("train", "loop.py", "def f():\n    from sample import sampler", {"sample"}),
+        ("sample", "sampler.py", "if TYPE_CHECKING:\n    import shards", {"shards"}),
+        ("model", "ema.py", "from shards.schema import Example", {"shards"}),
+        ("train", "loop.py", "from configs.cli import dump", {"configs"}),
+        ("train", "run.py", "from configs.cli import main", set()),
+        ("train", "loop.py", "from shards.reader import open_shards\nimport torch", set()),
+        ("shards", "reader.py", "import json, numpy, diffusers, webdataset", {"diffusers"}),
+        ("shards", "reader.py", "from . import schema\nfrom shards import writer", set()),
+    ],
+)
+def test_dependency_rule_sees(package: str, file: str, source: str, forbidden: set[str]) -> None:
+    assert forbidden_imports(package, file, source) == forbidden
+
+
+@pytest.mark.parametrize("package", ["pipeline", "train", "sample", "evaluation"])
+def test_run_files_only_wire(package: str) -> None:
+    source = (ROOT / package / "run.py").read_text(encoding="utf-8")
+    kinds = (ast.ClassDef, ast.For, ast.While, ast.Try)
+    assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
+def test_no_module_hides_another() -> None:
+    installed = {
+        name
+        for name, owners in packages_distributions().items()
+        if PROJECT["project"]["name"] not in owners
+    }
+    names = {*ALLOWED, *(path.stem for path in all_files() if path.stem != "__init__")}
+    assert not names & (installed | sys.stdlib_module_names)
+
+
+def test_functions_are_short() -> None:
+    lengths = {
+        f"{path.relative_to(ROOT)} {name}": lines
+        for path in all_files()
+        for name, lines in functions(path.read_text(encoding="utf-8"))
+    }
+    assert not {place: lines for place, lines in lengths.items() if lines > 80}
+    assert statistics.median(lengths.values()) <= 12
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= 40
+
+
+def test_functions_are_measured() -> None:
+    source = "class A:\n  def f(self):\n    pass\n\nasync def g():\n  def h(): pass\n\n  return h\n"
+    assert dict(functions(source)) == {"f": 2, "g": 4, "h": 1}
+
+
+def test_test_files_are_named_for_what_they_test() -> None:
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    assert "__init__.py" not in names
+    assert not [name for name, count in names.items() if count > 1 and name != "conftest.py"]
+    for path in (ROOT / "tests").glob("*/test_*.py"):
+        assert path.name.startswith(f"test_{path.parent.name}_"), path
+
+
+def readme_tree(text: str) -> list[str]:
+    """The paths in the tree of README's section "Layout"; a folder's ends with a slash."""
+    block = text.partition("## Layout")[2].split("```")[1]
+    paths: list[str] = []
+    parents: list[str] = []
+    for line in filter(str.strip, block.splitlines()[1:]):
+        name, *about = line.split(maxsplit=1)
+        assert about, f"README says nothing about {name}"
+        depth = (len(line) - len(line.lstrip())) // 2
+        parents[depth:] = [name]
+        paths.append("".join(parents))
+    return paths
+
+
+def untold(files: list[str], tree: list[str]) -> list[str]:
+    """The files without a line of their own that lie in no folder told as a whole."""
+    folders = [path for path in tree if path.endswith("/")]
+    whole = tuple(f for f in folders if sum(path.startswith(f) for path in tree) == 1)
+    return [
+        path
+        for path in files
+        if path not in tree and not path.startswith(whole) and not path.endswith("/__init__.py")
+    ]
+
+
+def files_of_checkout() -> list[str]:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [path for path in listed.stdout.splitlines() if (ROOT / path).is_file()]
+
+
+def test_readme_tree_is_the_disk() -> None:
+    tree = readme_tree((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert not [path for path in tree if not (ROOT / path).exists()], "in README's tree only"
+    assert not untold(files_of_checkout(), tree), "not in README's tree"
+
+
+def test_readme_tree_sees() -> None:
+    text = "## Layout\n```\na/     code\n  b.py one\n  c/   whole\nd.md   text\n```\n"
+    tree = readme_tree(text)
+    assert tree == ["a/", "a/b.py", "a/c/", "d.md"]
+    files = ["a/__init__.py", "a/b.py", "a/c/x/y.bin", "a/new.py", "d.md", "e.md"]
+    assert untold(files, tree) == ["a/new.py", "e.md"]
