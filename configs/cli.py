@@ -354,9 +354,9 @@ def _parse_settings(
 ) -> T:
     """tyro's parse, with its boxed error message made one line."""
     _check_counts(settings, fields)
-    box = io.StringIO()
+    box = io.StringIO()  # for both: tyro draws and colours the box by what stdout can show
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
             return _call_tyro(cls, _to_tokens(settings, fields), section)
     except SystemExit as stop:
         raise ConfigError(_unbox(box.getvalue(), stop, cls.__name__)) from None
@@ -375,11 +375,10 @@ def _call_tyro(cls: type[T], tokens: Sequence[str], section: str) -> T:
 
 
 def _unbox(box: str, stop: SystemExit, root: str) -> str:
-    """The message in tyro's box. The box wraps at 80 columns, in the middle of a long path if need
-    be, so where a `ValueError` led to it that error's own text is taken instead."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    rules = [number for number, line in enumerate(lines) if re.fullmatch("[─╰╯]+", line)]
-    message = " ".join(" ".join(lines[: rules[0] if rules else None]).split())
+    """The message in tyro's box: title, rule, message, rule, hints. The box wraps at 80 columns, in
+    the middle of a long path if need be, so where a `ValueError` led to it that text is taken."""
+    _, *parts = re.split(r"^ *-{3,} *$", box, flags=re.MULTILINE)
+    message = _one_line(parts[0] if parts else box)
     place, colon, _ = message.removeprefix("Error parsing ").partition(": ")
     cause = stop.__context__
     while cause is not None and not isinstance(cause, ValueError | TypeError):

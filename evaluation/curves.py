@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 COLOURS = ("#3b7dd8", "#d9722e", "#3a9a5b", "#a257c7")
 GREY = "#8a8f98"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 11,
     "font.family": "sans-serif",
     "svg.fonttype": "none",

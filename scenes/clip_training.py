@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.modeling_clip import CLIPTextModel
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from scenes.captions import Caption, caption, vocabulary
 from scenes.dataset import render
@@ -79,7 +79,8 @@ def make_tokenizer() -> CLIPTokenizer:
     tokens += [left + right for left, right in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
+    pairs: Any = merges  # annotated as strings; `tokenizers` takes pairs
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=MAX_TOKENS)
 
 
 def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -44,9 +44,9 @@ COLOUR_DISTANCE = 50.0
 """Furthest an object's or background's colour may be from its name's."""
 MIN_AREA_PX = 24.0
 """Smaller components are specks, not objects."""
-MAX_MISFIT = 0.15
+MAX_MISFIT = 0.16
 """Largest area between outline and template, as a share of their union."""
-MIN_MARGIN = 0.068
+MIN_MARGIN = 0.075
 """How much worse the next best shape must fit."""
 _CROP = 32
 _REACH = 1.75

@@ -1,6 +1,6 @@
 """Trains the embedded encoders and writes them as stock folders with a card.
 
-    python -m scenes.train_encoders --out scenes/encoders          # both, about 40 minutes, 2 cores
+    python -m scenes.train_encoders --out scenes/encoders          # both, about an hour, 2 cores
     python -m scenes.train_encoders --out scenes/encoders --only measure    # the card alone
 
 The figures on the card come from the float16 weights as shipped, read back from the folder, on
@@ -41,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, nargs=4, default=(1600, 4200, 1200, 2600),
                         metavar=("SMALL", "GROWN", "DECODER", "JOINT"))  # fmt: skip
+    parser.add_argument("--num-measured", type=int, default=1000, help="scenes for the figures")
     parser.add_argument("--text-steps", type=int, default=900)
     parser.add_argument("--image-steps", type=int, default=2000)
     args = parser.parse_args(argv)
     started = time.perf_counter()
     _train(args)
-    figures = measure(args.out)
+    figures = measure(args.out, args.num_measured)
     minutes = (time.perf_counter() - started) / 60
     for name, value in figures.items():
         print(f"{name:28} {value:.4f}")
@@ -142,7 +143,7 @@ coloured shapes on plain backgrounds and nothing else; use real ones for photogr
 * CLIP: text tower causal, 77 positions, width 128, 4 layers, locked after learning descriptions;
   image tower 8-pixel patches of 64-pixel pictures, width 128, 4 layers.
 
-Measured on 1,000 scenes of the full world that were never trained on, from the shipped weights:
+Measured on {num:,} scenes of the full world that were never trained on, from the shipped weights:
 
 | figure | value | at least |
 |---|---|---|
@@ -160,7 +161,7 @@ def write_card(folder: Path, figures: dict[str, float], args: argparse.Namespace
     rows = [f"| {name} | {value:.4f} | {LIMITS.get(name, '')} |" for name, value in figures.items()]
     card = CARD.format(
         seed=args.seed, vae=" ".join(map(str, args.vae_steps)), text=args.text_steps,
-        image=args.image_steps, size_mb=size / 1e6, rows="\n".join(rows),
+        image=args.image_steps, num=args.num_measured, size_mb=size / 1e6, rows="\n".join(rows),
     )  # fmt: skip
     (folder / "README.md").write_text(card, "utf-8")
 

@@ -12,6 +12,7 @@ same picture from latents with noise on them, since a denoiser's are never quite
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -68,10 +69,9 @@ def grow(small: AutoencoderKL) -> AutoencoderKL:
     ours = large.state_dict()
     for name, weight in ours.items():
         # The decoder's blocks are counted from the middle, so each moves up by one.
-        source = name
-        if name.startswith("decoder.up_blocks."):
-            head, number, rest = name[:18], *name[18:].split(".", 1)
-            source = f"{head}{int(number) - 1}.{rest}"
+        source = re.sub(
+            r"(?<=^decoder\.up_blocks\.)\d+", lambda found: str(int(found[0]) - 1), name
+        )
         if source in theirs and theirs[source].shape == weight.shape:
             weight.copy_(theirs[source])
     return large
