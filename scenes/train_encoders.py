@@ -10,6 +10,8 @@ scenes that were never trained on; `gate` refuses encoders that a denoiser could
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from itertools import islice
@@ -41,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, nargs=4, default=(1600, 4200, 1200, 2600),
                         metavar=("SMALL", "GROWN", "DECODER", "JOINT"))  # fmt: skip
+    parser.add_argument("--made", help="how, for the card, when it was not one command")
     parser.add_argument("--num-measured", type=int, default=1000, help="scenes for the figures")
     parser.add_argument("--text-steps", type=int, default=900)
-    parser.add_argument("--image-steps", type=int, default=2000)
+    parser.add_argument("--image-steps", type=int, default=2700)
     args = parser.parse_args(argv)
     started = time.perf_counter()
     _train(args)
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     minutes = (time.perf_counter() - started) / 60
     for name, value in figures.items():
         print(f"{name:28} {value:.4f}")
-    write_card(args.out, figures, args)
+    write_card(args.out, figures, args, sys.argv[1:] if argv is None else argv)
     print(f"{minutes:.0f} minutes, written to {args.out}")
     gate(figures)
 
@@ -135,9 +138,9 @@ A VAE (`vae/`, `AutoencoderKL`) and a CLIP (`clip/`, `CLIPModel` with `CLIPToken
 procedural scenes of this package, in stock formats: `from_pretrained` loads them. They know
 coloured shapes on plain backgrounds and nothing else; use real ones for photographs.
 
-* Made by: `python -m scenes.train_encoders --seed {seed} --vae-steps {vae} --text-steps {text} \
---image-steps {image}`, two CPU cores, bfloat16 autocast, no data but the drawn scenes of the
-  training split (held-out compositions are not in it). License: as the project.
+* Made by {made}, on two CPU cores with bfloat16 autocast, of
+  nothing but the drawn scenes of the training split: held-out compositions are not in it. License:
+  as the project.
 * Weights: float16 safetensors, {size_mb:.1f} MB together.
 * VAE: 8x downscaling, 8 channels, scaling factor 1 (latents standardised per channel).
 * CLIP: text tower causal, 77 positions, width 128, 4 layers, locked after learning descriptions;
@@ -155,14 +158,18 @@ thing changed; chance is 0.5.
 """
 
 
-def write_card(folder: Path, figures: dict[str, float], args: argparse.Namespace) -> None:
+def write_card(
+    folder: Path, figures: dict[str, float], args: argparse.Namespace, argv: Sequence[str]
+) -> None:
     """README.md beside the weights."""
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     rows = [f"| {name} | {value:.4f} | {LIMITS.get(name, '')} |" for name, value in figures.items()]
     card = CARD.format(
-        seed=args.seed, vae=" ".join(map(str, args.vae_steps)), text=args.text_steps,
-        image=args.image_steps, num=args.num_measured, size_mb=size / 1e6, rows="\n".join(rows),
-    )  # fmt: skip
+        made=args.made or f"`{shlex.join(['python', '-m', 'scenes.train_encoders', *argv])}`",
+        num=args.num_measured,
+        size_mb=size / 1e6,
+        rows="\n".join(rows),
+    )
     (folder / "README.md").write_text(card, "utf-8")
 
 
