@@ -13,6 +13,7 @@ mpl.use("svg")  # before pyplot: no window system is needed or wanted
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import FormatStrFormatter
 
 COLOURS = ("#3b7dd8", "#d9722e", "#3a9a5b", "#a257c7")
 GREY = "#8a8f98"
@@ -48,7 +49,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return history
 
 
-def smooth(values: Sequence[float], weight: float = 0.8) -> list[float]:
+def smooth(values: Sequence[float], weight: float = 0.5) -> list[float]:
     """Exponential moving average, corrected for its start as in Adam (1412.6980, section 3)."""
     smoothed, total = [], 0.0
     for number, value in enumerate(values, start=1):
@@ -70,6 +71,8 @@ def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylabel("loss")
         if losses and min(losses) > 0:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
 
     return _chart(fill)
 

@@ -26,16 +26,16 @@ NUM_STRIPS = 4
 HEADLINES = {
     "oracle/single/shape_and_colour": (
         "One object",
-        "prompts with one object: the picture shows exactly one, of the right shape and colour",
+        "Prompts with one object: the picture shows exactly one, of the right shape and colour",
     ),
-    "oracle/pair/colours": ("Two objects, colours", "prompts with two objects: both colours right"),
+    "oracle/pair/colours": ("Two objects, colours", "Prompts with two objects: both colours right"),
     "oracle/pair/shapes_colours_relation": (
         "Two objects, all of it",
-        "both shapes, both colours, and which stands where",
+        "Both shapes, both colours, and which stands where",
     ),
     "oracle/held_out/shape_and_colour": (
         "Never seen together",
-        "one object whose shape and colour never met in training",
+        "One object whose shape and colour never met in training",
     ),
 }
 LINES = {
@@ -98,7 +98,7 @@ def headlines(metrics: Mapping[str, Any], counts: Mapping[str, int]) -> list[dic
     for key, (title, meaning) in HEADLINES.items():
         if key in metrics:
             low, high = wilson(metrics[key], counts[key.split("/")[1]])
-            note = f"{meaning}. 95 % interval {100 * low:.0f} to {100 * high:.0f} %"
+            note = f"{meaning}. 95 % interval: {100 * low:.0f} to {100 * high:.0f} %"
             found.append({"title": title, "value": f"{100 * metrics[key]:.0f} %", "note": note})
     drawn = metrics.get("clip_score/drawn")
     ceiling = f" Pictures drawn as the prompts ask score {drawn:.1f}." if drawn else ""

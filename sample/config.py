@@ -17,8 +17,10 @@ class SampleConfig:
     """Name of the run: its bundle is drawn from and its folder takes the pictures."""
     bundle: str | None = None
     """Folder of the bundle; default runs/NAME/bundle, else the shipped scenes/bundle."""
-    prompts: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--prompt"])] = ()
-    """What to draw; several prompts may follow one flag."""
+    prompts: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["--prompt"])
+    ] = ()
+    """What to draw; several prompts may follow one flag, and the flag may be repeated."""
     prompt_file: str | None = None
     """Text file with one prompt per line, drawn after the prompts."""
     out: str | None = None

@@ -176,6 +176,7 @@ def files_of_checkout() -> list[str]:
 def test_readme_tree_is_the_disk() -> None:
     tree = readme_tree((ROOT / "README.md").read_text(encoding="utf-8"))
     assert not [path for path in tree if not (ROOT / path).exists()], "in README's tree only"
+    assert not [path for path, count in Counter(tree).items() if count > 1], "told twice"
     assert not untold(files_of_checkout(), tree), "not in README's tree"
 
 

@@ -53,6 +53,8 @@ def save(folder: Path, state: TrainState, settings: Mapping[str, Any], *, keep: 
         "metrics": state.metrics,
         "settings": dict(settings),
     }
+    for leftover in folder.glob(".step-*"):  # of a run killed while it saved
+        shutil.rmtree(leftover)
     with complete_or_absent(folder / f"step-{state.step:08d}") as temporary:
         for name, tensors in (
             ("unet", state.unet.state_dict()),

@@ -52,6 +52,12 @@ def test_help_fits_80_columns_and_tells_every_flag(
     assert "(fixed" not in " ".join(lines), "a setting that no flag can change"
 
 
+@pytest.mark.parametrize("flags", [["--prompt", "a", "b"], ["--prompt", "a", "--prompts", "b"]])
+def test_prompts_replace_those_of_the_preset(flags: list[str]) -> None:
+    config = parse(COMMANDS["sample"], "sample", ["--config", "demo", *flags])
+    assert config.prompts == ("a", "b")
+
+
 def test_coco64_is_the_recipe_it_says() -> None:
     pipeline = parse(COMMANDS["pipeline"], "pipeline", ["--config", "coco64"])
     train = parse(COMMANDS["train"], "train", ["--config", "coco64"])

@@ -75,7 +75,9 @@ def test_only_the_newest_are_kept_and_half_written_ones_do_not_count(tmp_path: P
     for _ in range(3):
         state.step += 1
         checkpoint.save(tmp_path, state, SETTINGS, keep=2)
-    assert [p.name for p in checkpoint.find_all(tmp_path)] == ["step-00000004", "step-00000005"]
+    kept = ["step-00000004", "step-00000005"]
+    assert [p.name for p in checkpoint.find_all(tmp_path)] == kept
+    assert sorted(p.name for p in tmp_path.iterdir()) == kept
 
 
 @pytest.mark.parametrize("name", ["unet.safetensors", "optimizer.safetensors", "state.json"])
