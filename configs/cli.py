@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import os
 import re
 import sys
 import textwrap
@@ -49,10 +50,14 @@ def main(run: Callable[[T], object], cls: type[T], section: str) -> None:
     """Parse the command line into a `cls`, then `run` it, ending as a command should.
 
     A `ValueError` or `OSError`, from the settings or from `run`, is printed as one line and exits
-    with 2 (with its traceback under `python -X dev`); an interrupt exits with 130.
+    with 2 (with its traceback under `python -X dev`); an interrupt exits with 130, and a reader of
+    the output that leaves early, such as `head`, with 141, as a shell's own commands do.
     """
     try:
         run(parse(cls, section))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(141)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise

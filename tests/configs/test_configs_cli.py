@@ -1,6 +1,7 @@
 """The config loader on a config of its own: every way to say a setting, and every way to err."""
 
 import io
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -408,3 +409,27 @@ def test_main_leaves_faults_of_the_program_alone(monkeypatch: pytest.MonkeyPatch
 
 def test_main_on_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_main(monkeypatch, raise_(KeyboardInterrupt()), "--name", "x") == 130
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    code = (
+        "from dataclasses import dataclass\n"
+        "from configs.cli import main\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Nothing:\n"
+        "    'Nothing.'\n"
+        "def run(_):\n"
+        "    while True: print('line' * 1000)\n"
+        "main(run, Nothing, 'train')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=cli.PRESETS_DIR.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
