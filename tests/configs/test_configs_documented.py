@@ -25,6 +25,7 @@ def commands(page: Path) -> Iterator[list[str]]:
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         line = line.removeprefix("#").strip()
+        line = re.sub(r"^[A-Z_]+=\S+ ", "", line)
         if re.match(r"(make [a-z]|python -m [a-z]+\.run |accelerate launch )", line):
             yield shlex.split(line, comments=True)
 
