@@ -34,6 +34,13 @@ class ObjectiveConfig:
     """Rescale the schedule so that the last level is pure noise (Lin et al. 2023, 2305.08891)."""
     snr_gamma: float | None = None
     """Cap of min-SNR weighting (5 is usual); null weighs every timestep alike."""
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+    """Which noise levels are trained: all alike, or the middle ones more often (Esser et al. 2024,
+    2403.03206, section 3.1), where a caption says most about the picture."""
+    logit_mean: float = 0.0
+    """Mean of the logit of t / num_timesteps under logit_normal; above zero favours more noise."""
+    logit_std: float = 1.0
+    """Standard deviation of that logit; smaller keeps closer to the mean."""
     caption_dropout: float = 0.1
     """Share of examples trained on the empty prompt, which guidance needs (Ho & Salimans 2022)."""
 
@@ -48,6 +55,13 @@ class ObjectiveConfig:
             )
         if self.snr_gamma is not None and self.snr_gamma <= 0:
             raise ValueError(f"objective.snr_gamma: expected more than 0, found {self.snr_gamma}")
+        if self.logit_std <= 0:
+            raise ValueError(f"objective.logit_std: expected more than 0, found {self.logit_std}")
+        if self.timestep_sampling == "uniform" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise ValueError(
+                "objective.logit_mean and logit_std: only logit_normal sampling reads them, found "
+                "objective.timestep_sampling uniform"
+            )
         if self.zero_terminal_snr and self.prediction == "epsilon":
             raise ValueError(
                 "objective.zero_terminal_snr: true needs objective.prediction v or sample, found "
@@ -68,6 +82,17 @@ def make_scheduler(config: ObjectiveConfig) -> DDPMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
     )
+
+
+def sample_timesteps(u: Tensor, config: ObjectiveConfig) -> Tensor:
+    """Turns uniform numbers u (B,) in [0, 1) into timesteps (B,) int64.
+
+    Logit-normal: the logit of t is normal (Esser et al. 2024, 2403.03206, eq. 19), by the inverse
+    of the normal distribution function, so that one number gives one timestep either way.
+    """
+    if config.timestep_sampling == "logit_normal":
+        u = torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
+    return (u * config.num_timesteps).long().clamp(max=config.num_timesteps - 1)
 
 
 def sample_posterior(moments: Tensor, noise: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.diffusion import ObjectiveConfig, sample_timesteps
 from shards.reader import ShardSet
 
 NUM_AHEAD = 2
@@ -80,19 +81,17 @@ def draw(
     step: int,
     batch_size: int,
     latent_shape: tuple[int, int, int],
-    *,
-    num_timesteps: int,
-    caption_dropout: float,
+    objective: ObjectiveConfig,
 ) -> Draws:
     """Draws the random numbers of a step's global batch."""
     generator = torch.Generator().manual_seed(mixed_seed(seed, "draws", step))
     shape = (batch_size, *latent_shape)
-    u = torch.rand(3, batch_size, dtype=torch.float64, generator=generator)
+    u = torch.rand(4, batch_size, dtype=torch.float64, generator=generator)
     return Draws(
         caption_u=u[0],
         view_u=u[1],
-        drop=u[2] < caption_dropout,
-        timesteps=torch.randint(num_timesteps, (batch_size,), generator=generator),
+        drop=u[2] < objective.caption_dropout,
+        timesteps=sample_timesteps(u[3], objective),
         posterior_noise=torch.randn(shape, generator=generator),
         noise=torch.randn(shape, generator=generator),
     )
@@ -132,8 +131,7 @@ class Source:
     shards: ShardSet
     order: Order
     latent_shape: tuple[int, int, int]
-    num_timesteps: int
-    caption_dropout: float
+    objective: ObjectiveConfig
     rank: int
     num_processes: int
     pin_memory: bool
@@ -145,8 +143,7 @@ class Source:
             step,
             self.order.batch_size,
             self.latent_shape,
-            num_timesteps=self.num_timesteps,
-            caption_dropout=self.caption_dropout,
+            self.objective,
         )
         size = self.order.batch_size // self.num_processes
         mine = slice(self.rank * size, (self.rank + 1) * size)

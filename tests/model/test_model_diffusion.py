@@ -1,5 +1,6 @@
 """The objective against diffusers' own arithmetic and against the papers' by hand."""
 
+import math
 from typing import Any
 
 import pytest
@@ -93,6 +94,31 @@ def test_losses_are_finite_at_zero_snr(example: dict[str, Tensor], prediction: A
     assert diffusion.min_snr_weight(torch.zeros(1), "epsilon", 5.0) == 1
 
 
+def test_uniform_timesteps_come_alike() -> None:
+    u = torch.arange(4000, dtype=torch.float64) / 4000
+    timesteps = diffusion.sample_timesteps(u, ObjectiveConfig(num_timesteps=10))
+    assert torch.bincount(timesteps).tolist() == [400] * 10
+
+
+def test_logit_normal_timesteps_are_the_papers() -> None:
+    config = ObjectiveConfig(timestep_sampling="logit_normal", logit_mean=0.4, logit_std=0.7)
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    times = (diffusion.sample_timesteps(u, config).double() + 0.5) / 1000
+    counts = torch.histc(times, bins=50, min=0, max=1) / 100_000 * 50
+    t = (torch.arange(50, dtype=torch.float64) + 0.5) / 50
+    # Esser et al. 2024, eq. 19: the density of the logit-normal distribution.
+    logit = (torch.logit(t) - 0.4) / 0.7
+    density = torch.exp(-0.5 * logit**2) / (0.7 * math.sqrt(2 * math.pi) * t * (1 - t))
+    torch.testing.assert_close(counts, density, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+def test_the_ends_of_chance_are_timesteps(sampling: Any) -> None:
+    u = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    timesteps = diffusion.sample_timesteps(u, ObjectiveConfig(timestep_sampling=sampling))
+    assert timesteps.tolist() == [0, 999]
+
+
 def test_the_posterior_is_diffusers() -> None:
     moments, noise = torch.randn(2, 8, 8, 8) * 30, torch.randn(2, 4, 8, 8)
     posterior = DiagonalGaussianDistribution(moments.half().float())
@@ -108,6 +134,11 @@ def test_the_posterior_is_diffusers() -> None:
         ({"caption_dropout": 1.5}, "objective.caption_dropout: expected 0 to 1, found 1.5"),
         ({"num_timesteps": 0}, "objective.num_timesteps: expected 1 or more, found 0"),
         ({"snr_gamma": 0.0}, "objective.snr_gamma: expected more than 0, found 0.0"),
+        (
+            {"timestep_sampling": "logit_normal", "logit_std": 0.0},
+            "logit_std: expected more than 0",
+        ),
+        ({"logit_mean": 0.5}, "only logit_normal sampling reads them"),
         ({"zero_terminal_snr": True}, "needs objective.prediction v or sample, found epsilon"),
     ],
 )

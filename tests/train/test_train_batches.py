@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.diffusion import ObjectiveConfig
 from shards.reader import open_shards
 from tests import tiny
 from train.batches import USES, Batch, Order, Source, draw, epoch_order, mixed_seed
@@ -23,8 +24,7 @@ def make_source(folder: Path, *, rank: int = 0, num_processes: int = 1, seed: in
         shards=shards,
         order=Order(num_records=len(shards), batch_size=6, seed=seed, shuffle=True),
         latent_shape=SHAPE,
-        num_timesteps=1000,
-        caption_dropout=0.5,
+        objective=ObjectiveConfig(caption_dropout=0.5),
         rank=rank,
         num_processes=num_processes,
         pin_memory=False,
@@ -85,7 +85,7 @@ def test_steps_and_near_seeds_share_no_noise() -> None:
 
 
 def test_draws_are_uniform_and_normal() -> None:
-    draws = draw(0, 5, 4096, (1, 2, 2), num_timesteps=10, caption_dropout=0.1)
+    draws = draw(0, 5, 4096, (1, 2, 2), ObjectiveConfig(num_timesteps=10))
     assert 0.08 < draws.drop.float().mean() < 0.12
     assert torch.bincount(draws.timesteps).min() > 340
     assert torch.bincount((draws.caption_u * 5).long()).min() > 730
