@@ -44,8 +44,8 @@ BACKGROUNDS: dict[str, RGB] = {
 EXTENT = {"circle": 1.0, "square": 0.9, "triangle": 1.1, "cross": 1.05, "star": 1.15,
           "diamond": 1.15}  # fmt: skip
 SHAPES = tuple(EXTENT)
-SIZES_PX: dict[str, tuple[float, float]] = {"small": (8.5, 10.0), "large": (12.5, 15.5)}
-SIZE_LIMIT_PX = 10.875
+SIZES_PX: dict[str, tuple[float, float]] = {"small": (9.25, 10.25), "large": (12.5, 15.5)}
+SIZE_LIMIT_PX = 11.0
 """A radius below this is small, one above it large."""
 PAIR_LARGE_PX = (11.75, 12.25)
 """Two large objects side by side must fit, so they are drawn from the low end."""
@@ -109,7 +109,7 @@ WORLDS = {
         colours=tuple(COLOURS),
         backgrounds=tuple(BACKGROUNDS),
         sizes=("small", "large"),
-        counts=(0.35, 0.5, 0.15),
+        counts=(0.5, 0.4, 0.1),
     ),
 }
 
@@ -250,7 +250,7 @@ def _make_triple(world: World, rng: np.random.Generator) -> Scene:
     things = []
     for x, y in centres:
         look, radius = _look(world, rng), rng.uniform(*SIZES_PX["small"])
-        dx, dy = rng.uniform(-2.5, 2.5, size=2)
+        dx, dy = rng.uniform(-2.0, 2.0, size=2)
         things.append(_thing(look, "small", radius, x + float(dx), y + float(dy)))
     ground = str(rng.choice(world.backgrounds))
     return Scene(background=ground, things=tuple(things), relation=relation)
