@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scenes.world import SPLITS
+from shards.schema import TextDtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,11 @@ class PipelineConfig:
     out: str | None = None
     """Folder for the shards, in place of shards/data/NAME/SPLIT."""
     records_per_shard: int = 1000
-    """Images per shard: what a killed run may have to do again."""
+    """Most images per shard: what a killed run may have to do again."""
+    max_shard_bytes: int = 1_000_000_000
+    """Most bytes per shard, though at least one image; the lesser of the two limits holds."""
+    text_dtype: TextDtype = "float16"
+    """int8 halves the text, with one scale per channel; the error is measured and noted."""
     batch_size: int = 32
     """Images per run of the VAE; the text encoder takes four times as many captions."""
     seed: int = 0
@@ -84,6 +89,7 @@ class PipelineConfig:
             ("--image-size-px", self.image_size_px, 1),
             ("--max-tokens", self.max_tokens, 3),
             ("--records-per-shard", self.records_per_shard, 1),
+            ("--max-shard-bytes", self.max_shard_bytes, 1),
             ("--batch-size", self.batch_size, 1),
             ("--seed", self.seed, 0),
         ):

@@ -33,6 +33,7 @@ def make_provenance(
             sha256=tokenizer_fingerprint(encoders.tokenizer),
         ),
         latent_kind="moments",
+        text_dtype=config.text_dtype,
         max_tokens=config.max_tokens,
         preprocessing={
             "image_size_px": config.image_size_px,
@@ -46,6 +47,7 @@ def make_provenance(
             "sha256": hash_records(records),
         },
         records_per_shard=config.records_per_shard,
+        max_shard_bytes=config.max_shard_bytes,
     )
 
 

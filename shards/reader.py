@@ -3,15 +3,20 @@
     shards = open_shards("shards/data/demo/train")
     batch = shards.gather(records, caption_u, view_u)
 
-Every record of a shard has the same byte layout, so a field of all its records is one strided
-array over the mapped file, and a batch is one gather per field and shard that reads only the chosen
-caption and view. Opening looks at the manifest and the files' sizes; a shard is mapped, and its
-first and last record held to the layout, on first use. The price: shards lie on a local disk.
+Every record of a shard has the same byte layout, and all shards are mapped side by side
+(mapping.py), so that where any caption of any record begins is arithmetic, and a batch is one
+indexed copy per field, straight into the caller's buffer, that reads only the chosen caption and
+view. Opening looks at the manifest and the files' sizes; a shard is mapped, and its first and last
+record held to the layout, on first use. The price: shards lie on a local disk (cache.py brings
+them there).
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+import math
+import mmap
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shards.mapping import Region
+from shards.order import Order
 from shards.schema import (
     BLOCK_BYTES,
     MEMBERS,
@@ -33,6 +40,9 @@ from shards.schema import (
 
 NAME_BYTES = 100
 """The size of a tar header's first field, the member's name."""
+TORCH_DTYPES = {"float16": torch.float16, "int8": torch.int8, "int32": torch.int32}
+CARRIERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+"""Bytes are moved as the widest integers that divide them: torch copies those fastest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +50,7 @@ class Gathered:
     """A batch: one caption and one view of each record asked for."""
 
     latent: Tensor  # (B, 2C, h, w) moments or (B, C, h, w), float16
-    text: Tensor  # (B, T, D) float16
+    text: Tensor  # (B, T, D) float16, or int8 in units of the set's text_scale
     tokens: Tensor  # (B, T) int32
 
 
@@ -77,98 +87,153 @@ class ShardSet:
     """The records of a set, numbered from 0 in the order of the manifest."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
+        if sys.byteorder != "little":
+            raise FormatError(f"{folder}: shards are little-endian, this machine is not")
         self.folder = folder
         self.manifest = manifest
         self.empty_text = _load_array(folder, manifest.empty_text)  # (T, D) float16
         self.empty_tokens = _load_array(folder, manifest.empty_tokens)  # (T,) int32
+        self.text_scale: Tensor | None = None  # (D,) float32, for int8 text
+        if manifest.text_scale:
+            self.text_scale = _load_array(folder, manifest.text_scale.file)
         counts = [shard.records for shard in manifest.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self._mapped: dict[int, dict[str, NDArray[Any]]] = {}
+        self._region = Region([shard.bytes for shard in manifest.shards])
+        self._layout = np.array([shard.layout for shard in manifest.shards])
+        self._record_bytes = np.array([layout.record_bytes for layout in manifest.layouts])
+        self._rows = {name: _Rows(name, manifest, self._region) for name in ITEM_FIELDS}
 
     def __len__(self) -> int:
         return self.manifest.num_records
+
+    def order(self, *, batch_size: int, seed: int, **settings: Any) -> Order:
+        """Returns an order in which to visit the records; `settings` are Order's."""
+        sizes = tuple(shard.records for shard in self.manifest.shards)
+        return Order(sizes=sizes, batch_size=batch_size, seed=seed, **settings)
+
+    def buffer(self, size: int, *, pin_memory: bool = False) -> Gathered:
+        """Returns an empty batch of `size` records, to gather into."""
+        shapes = {name: (size, *rows.shape) for name, rows in self._rows.items()}
+        return Gathered(
+            **{
+                name: torch.empty(shapes[name], dtype=rows.dtype, pin_memory=pin_memory)
+                for name, rows in self._rows.items()
+            }
+        )
 
     def gather(
         self,
         records: NDArray[np.int64],
         caption_u: NDArray[np.float64],
         view_u: NDArray[np.float64],
+        out: Gathered | None = None,
     ) -> Gathered:
-        """Returns a batch of the records' numbers (B,), in that order.
+        """Returns a batch of the records' numbers (B,), in that order, in `out` if given.
 
         `caption_u` and `view_u` (B,), in [0, 1), choose a caption and a view of each record.
         """
-        size = len(records)
-        manifest = self.manifest
-        latent = np.empty((size, *manifest.latent_shape), np.float16)
-        text = np.empty((size, *self.empty_text.shape), np.float16)
-        tokens = np.empty((size, *self.empty_tokens.shape), np.int32)
-        view = _choose(view_u, manifest.num_views)
-        for shard, places, local in self._split(records):
-            fields = self._map(shard)
-            caption = _choose(caption_u[places], fields["tokens"].shape[1])
-            latent[places] = fields["latent"][local, view[places]]
-            text[places] = fields["text"][local, caption]
-            tokens[places] = fields["tokens"][local, caption]
-        return Gathered(*(torch.from_numpy(array) for array in (latent, text, tokens)))
+        shard, first = self._locate(records)
+        layout = self._layout[shard]
+        out = out or self.buffer(len(first))
+        for name, rows in self._rows.items():
+            item = _choose(view_u if name == "latent" else caption_u, rows.num_items[layout])
+            rows.gather(first + rows.offsets[layout] + item * rows.item_bytes, getattr(out, name))
+        return out
 
     def keys(self, records: NDArray[np.int64]) -> list[str]:
         """Returns the records' keys, in that order."""
-        found = [""] * len(records)
-        for shard, places, local in self._split(records):
-            names = self._map(shard)["record"][local, :NAME_BYTES]
-            for place, name in zip(places, names, strict=True):
-                found[place] = key_of(name.tobytes())
-        return found
+        _, first = self._locate(records)
+        names = self._region.bytes[first[:, None] + np.arange(NAME_BYTES)]
+        return [key_of(name.tobytes()) for name in names]
 
     def meta(self, record: int) -> dict[str, Any]:
         """Returns a record's JSON: `captions`, `truncated` and what the source told."""
-        ((shard, _, local),) = self._split(np.array([record]))
-        document: dict[str, Any] = json.loads(self._map(shard)["json"][local[0]].tobytes())
+        (shard,), (first,) = self._locate(np.array([record]))
+        part = self.manifest.layouts[self._layout[shard]].fields["json"]
+        start = first + part.offset_bytes
+        document: dict[str, Any] = json.loads(
+            self._region.bytes[start:][: part.num_bytes].tobytes()
+        )
         return document
 
-    def _split(
-        self, records: NDArray[np.int64]
-    ) -> list[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        """Sorts records by shard: (shard, places in the batch, numbers within the shard)."""
+    def _locate(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns each record's shard (B,) and first byte in the region (B,), mapped by then."""
         records = np.asarray(records, np.int64)
-        if not records.size:
-            return []
-        if not 0 <= records.min() <= records.max() < len(self):
+        if records.size and not 0 <= records.min() <= records.max() < len(self):
             raise IndexError(f"{self.folder}: a record outside 0..{len(self) - 1} was asked for")
-        shards = np.searchsorted(self._starts, records, side="right") - 1
-        order = np.argsort(shards, kind="stable")
-        present, firsts = np.unique(shards[order], return_index=True)
-        return [
-            (int(shard), places, records[places] - self._starts[shard])
-            for shard, places in zip(present, np.split(order, firsts[1:]), strict=True)
-        ]
+        shard = np.searchsorted(self._starts, records, side="right") - 1
+        for absent in np.unique(shard[~self._region.is_mapped[shard]]):
+            self._map(int(absent))
+        within = (records - self._starts[shard]) * self._record_bytes[self._layout[shard]]
+        return shard, self._region.starts[shard] + within
 
-    def _map(self, shard: int) -> dict[str, NDArray[Any]]:
-        """Returns a shard's fields as arrays over its mapped file, checked on the first call."""
-        if shard not in self._mapped:
-            entry = self.manifest.shards[shard]
-            layout = self.manifest.layouts[entry.layout]
-            self._mapped[shard] = map_shard(self.folder / entry.name, entry, layout)
-        return self._mapped[shard]
+    def _map(self, shard: int) -> None:
+        """Maps a shard and checks its first and last record."""
+        entry = self.manifest.shards[shard]
+        layout, path = self.manifest.layouts[entry.layout], self.folder / entry.name
+        check_size(self.folder, entry)  # again: the set may have been opened long ago
+        self._region.map(shard, path)
+        try:
+            start = int(self._region.starts[shard])
+            for record in (0, entry.records - 1):
+                place = start + record * layout.record_bytes
+                check_record(path, self._region.bytes[place:][: layout.record_bytes], layout)
+        except FormatError:
+            self._region.unmap(shard)
+            raise
+
+
+ITEM_FIELDS = tuple(part.name for part in fields(Gathered))
+
+
+class _Rows:
+    """A field of a whole set as rows of one matrix: the items (views or captions) of all records.
+
+    The rows overlap: one begins at every `unit` bytes of the region, which all items' places are
+    multiples of.
+    """
+
+    def __init__(self, name: str, manifest: Manifest, region: Region) -> None:
+        parts = [layout.fields[name] for layout in manifest.layouts]
+        self.shape = parts[0].shape[1:]
+        self.dtype = TORCH_DTYPES[parts[0].dtype]
+        self.offsets = np.array([part.offset_bytes for part in parts])
+        self.num_items = np.array([part.shape[0] for part in parts])
+        self.item_bytes = parts[0].num_bytes // parts[0].shape[0]
+        steps = [layout.record_bytes for layout in manifest.layouts]
+        self._unit = math.gcd(mmap.PAGESIZE, self.item_bytes, *steps, *self.offsets.tolist())
+        width = math.gcd(8, self._unit)
+        self._carrier = CARRIERS[width]
+        self._matrix = (
+            torch.from_numpy(region.bytes)
+            .view(self._carrier)
+            .as_strided(
+                ((len(region.bytes) - self.item_bytes) // self._unit + 1, self.item_bytes // width),
+                (self._unit // width, 1),
+            )
+        )
+
+    def gather(self, places: NDArray[np.int64], out: Tensor) -> None:
+        """Copies the items that begin at these bytes of the region to `out` (B, ...)."""
+        target = out.view(len(out), -1).view(self._carrier) if len(out) else out
+        if len(out):
+            torch.index_select(self._matrix, 0, torch.from_numpy(places // self._unit), out=target)
 
 
 def map_shard(path: Path, entry: ShardEntry, layout: Layout) -> dict[str, NDArray[Any]]:
-    """Maps a shard and returns its fields, each (records, ...), and `record`, all bytes of each.
+    """Maps one shard and returns its fields, each (records, ...), and `record`, all its bytes.
 
     Raises FormatError where the first or last record is not of the layout.
     """
-    # torch maps without holding a file descriptor; a set may have more shards than a process may
-    # have files.
-    memory = torch.from_file(str(path), shared=False, size=entry.bytes, dtype=torch.uint8).numpy()
-    memory.flags.writeable = False
+    region = Region([entry.bytes])
+    region.map(0, path)
 
     def view(dtype: str, offset_bytes: int, shape: tuple[int, ...]) -> NDArray[Any]:
         inner = np.empty(shape, dtype).strides
         return np.ndarray(
             (entry.records, *shape),
             np.dtype(dtype).newbyteorder("<"),
-            memory.data,
+            region.bytes.data,
             offset_bytes,
             (layout.record_bytes, *inner),
         )
@@ -176,8 +241,8 @@ def map_shard(path: Path, entry: ShardEntry, layout: Layout) -> dict[str, NDArra
     whole = view("uint8", 0, (layout.record_bytes,))
     for record in (0, -1):
         check_record(path, whole[record], layout)
-    fields = {name: view(f.dtype, f.offset_bytes, f.shape) for name, f in layout.fields.items()}
-    return fields | {"record": whole}
+    laid = {name: view(f.dtype, f.offset_bytes, f.shape) for name, f in layout.fields.items()}
+    return laid | {"record": whole}
 
 
 def check_record(path: Path, record: NDArray[np.uint8], layout: Layout) -> str:
@@ -240,7 +305,7 @@ def _load_array(folder: Path, entry: FileEntry) -> Tensor:
     return torch.from_numpy(np.load(folder / entry.name, allow_pickle=False))
 
 
-def _choose(draw: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+def _choose(draw: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.minimum((np.asarray(draw) * count).astype(np.int64), count - 1)
 
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PROGRESS_DIR = "progress"
 """Holds the plan and the finished shards' reports while stage one runs; removed at the end."""
@@ -38,6 +38,7 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 """A key is a file name in the tar: no dot (WebDataset cuts there), and short enough for ustar."""
 
 LatentKind = Literal["moments", "plain"]
+TextDtype = Literal["float16", "int8"]
 
 
 class FormatError(ValueError):
@@ -50,7 +51,7 @@ class Example:
 
     key: str
     latent: NDArray[np.float16]  # (views, 2C, h, w) moments, or (views, C, h, w)
-    text: NDArray[np.float16]  # (captions, T, D)
+    text: NDArray[np.float16 | np.int8]  # (captions, T, D)
     tokens: NDArray[np.int32]  # (captions, T)
     meta: Mapping[str, Any]
     """JSON: `captions` (a list of text) and `truncated` (indices of those cut at T tokens), and
@@ -145,11 +146,25 @@ class Provenance:
     text_encoder: Identity
     tokenizer: Identity
     latent_kind: LatentKind
+    text_dtype: TextDtype
     max_tokens: int
     preprocessing: dict[str, str | int]
     source: dict[str, str | int]
     """Kind, number of records and the hash of their keys, captions and further data."""
     records_per_shard: int
+    max_shard_bytes: int
+    """A shard ends at whichever of the two comes first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextScale:
+    """How int8 text becomes numbers again: text * scale, one scale per channel."""
+
+    file: FileEntry  # .npy (D,) float32
+    relative_error: float
+    """|| text - stored || / || text || over the captions that the scales were found on."""
+    num_captions: int
+    """How many those were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +185,19 @@ class Manifest(Provenance):
     latent_statistics: LatentStatistics
     empty_text: FileEntry  # .npy (T, D) float16: the empty prompt's hidden states
     empty_tokens: FileEntry  # .npy (T,) int32
+    text_scale: TextScale | None = None
+    """None for float16 text."""
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
         """Every file of the set but the manifest."""
-        return (*self.shards, self.empty_text, self.empty_tokens)
+        return (*self.shards, *self.small_files)
+
+    @property
+    def small_files(self) -> tuple[FileEntry, ...]:
+        """The files that are read whole when a set is opened."""
+        scale = (self.text_scale.file,) if self.text_scale else ()
+        return (self.empty_text, self.empty_tokens, *scale)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -252,6 +275,11 @@ class Manifest(Provenance):
                 raise FormatError(f"{path}: {name}: expected {expected}, found {found}")
         if not self.shards:
             raise FormatError(f"{path}: shards: expected at least one, found none")
+        if (self.text_dtype == "int8") != (self.text_scale is not None):
+            raise FormatError(
+                f"{path}: text_scale: expected one for int8 text and none for float16, found "
+                f"{self.text_scale} for {self.text_dtype}"
+            )
 
 
 def make_layout(
@@ -259,12 +287,11 @@ def make_layout(
     latent: tuple[int, ...],
     text: tuple[int, int, int],
     json_bytes: int,
-    dtypes: Mapping[str, str] | None = None,
+    text_dtype: TextDtype = "float16",
 ) -> Layout:
     """Lays out a record of latents (views, channels, h, w) and text (captions, T, D)."""
     shapes = {"json": (json_bytes,), "latent": latent, "text": text, "tokens": text[:2]}
-    kinds = {"json": "uint8", "latent": "float16", "text": "float16", "tokens": "int32"}
-    kinds |= dict(dtypes or {})
+    kinds = {"json": "uint8", "latent": "float16", "text": text_dtype, "tokens": "int32"}
     laid: dict[str, Field] = {}
     start = 0
     for name in MEMBERS:
@@ -353,7 +380,14 @@ def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
         ),
         "empty_text": FileEntry(**document["empty_text"]),
         "empty_tokens": FileEntry(**document["empty_tokens"]),
+        "text_scale": _parse_text_scale(document["text_scale"]),
     }
+
+
+def _parse_text_scale(document: Mapping[str, Any] | None) -> TextScale | None:
+    if document is None:
+        return None
+    return TextScale(**{**document, "file": FileEntry(**document["file"])})
 
 
 def _read_document(path: Path, folder: Path) -> dict[str, Any]:

@@ -39,10 +39,12 @@ def make_provenance(kind: LatentKind = "moments", **changes: Any) -> Provenance:
         "text_encoder": make_identity("text_encoder"),
         "tokenizer": make_identity("tokenizer"),
         "latent_kind": kind,
+        "text_dtype": "float16",
         "max_tokens": MAX_TOKENS,
         "preprocessing": {"image_size_px": 64, "views": 1},
         "source": {"kind": "random", "sha256": "0" * 64},
         "records_per_shard": 4,
+        "max_shard_bytes": 10**9,
     }
     return Provenance(**(values | changes))
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from model.ema import EMA
 from model.paths import complete_or_absent
 
+ORDER = ("data.shuffle", "data.window_shards", "data.last_batch")
 # A run goes on only if these are what they were; all other settings may change, and it is said.
-FIXED = ("seed", "batch_size", "model.", "objective.", "data.shuffle", "shards_sha256")
+FIXED = ("seed", "batch_size", "model.", "objective.", "shards_sha256", *ORDER)
 FREE = ("model.attention_kernel",)
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 from model.denoiser import DenoiserConfig
 from model.diffusion import ObjectiveConfig
 from model.ema import EMAConfig
+from shards.order import LastBatch, Shuffle
 
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -44,8 +45,13 @@ class OptimConfig:
 class DataConfig:
     """How records are visited."""
 
-    shuffle: Literal["full", "none"] = "full"
-    """`full`: each epoch is a fresh permutation of all records; `none`: the shards' order."""
+    shuffle: Shuffle = "full"
+    """`full`: each epoch is a fresh permutation of all records; `blocks`: of the shards, mixed
+    within a window of them; `none`: the shards' order."""
+    window_shards: int = 16
+    """How many shards `blocks` mixes with each other."""
+    last_batch: LastBatch = "fill"
+    """An epoch's last, partial batch: filled up from the next epoch, or dropped."""
     verify: bool = False
     """Hash every shard against the manifest before the first step."""
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from model.bundle import INFO_FILE, read_info, save_bundle
 from model.diffusion import make_scheduler
+from shards.order import mixed_seed
 from train import checkpoint, optim
-from train.batches import Batch, mixed_seed
+from train.batches import Batch
 from train.config import TrainConfig
 from train.progress import shorten
 from train.setup import Run, start
@@ -110,19 +111,19 @@ def report(run: Run) -> None:
     wall_s, shares = run.ledger.read()
     line = {
         **figures,
-        "epoch": state.step * config.batch_size / len(run.plan.shards),
+        "epoch": state.step * config.batch_size / run.plan.order.epoch_records,
         "lr": optim.learning_rate(config.optim, state.step - 1, run.plan.num_steps),
         "images_per_s": num_steps * config.batch_size / wall_s,
         "train_s": state.train_s,
         "ledger": shares,
     }
     progress.write(line)
-    progress.say_skipped(bad, run.source.suspects)
+    progress.say_skipped(bad, run.source.loader.suspects)
     if progress.num_skipped_in_a_row > config.max_bad_steps:
         raise ValueError(
             f"{progress.num_skipped_in_a_row} steps in a row up to {state.step} were not finite "
             f"(max_bad_steps: {config.max_bad_steps}) and were skipped; the checkpoints are good; "
-            f"records of the last one: {shorten(run.source.suspects(bad[-1]))}"
+            f"records of the last one: {shorten(run.source.loader.suspects(bad[-1]))}"
         )
 
 

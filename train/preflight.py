@@ -16,6 +16,7 @@ from model.encoders import (
     tokenizer_fingerprint,
 )
 from model.paths import find_path, output_root
+from shards.order import Order, share
 from shards.reader import ShardSet, open_shards
 from shards.schema import Identity
 from train.config import TrainConfig
@@ -30,6 +31,7 @@ class Plan:
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
+    order: Order
     latent_shape: tuple[int, int, int]
     micro_batch_size: int
     num_steps: int
@@ -62,15 +64,23 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
     width = text_encoder.config.hidden_size
     check_equal("text width", manifest.text_width, "text encoder's", width)
     _, height, breadth = manifest.latent_shape
+    order = shards.order(
+        batch_size=config.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        window_shards=config.data.window_shards,
+        last_batch=config.data.last_batch,
+    )
     return Plan(
         folder=Path(config.out).expanduser() if config.out else root / "runs" / config.name,
         shards=shards,
+        order=order,
         vae=vae,
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         latent_shape=(manifest.latent_channels, height, breadth),
         micro_batch_size=micro_batch_size,
-        num_steps=count_steps(config, len(shards)),
+        num_steps=count_steps(config, order),
         settings=asdict(config) | {"shards_sha256": manifest.sha256},
     )
 
@@ -82,12 +92,8 @@ def choose(given: str | None, noted: Identity) -> tuple[str, str | None]:
 
 def split_batch(batch_size: int, micro_batch_size: int | None, num_processes: int) -> int:
     """Returns the examples per forward pass; raises ValueError with the arithmetic if none fits."""
-    per_process, rest = divmod(batch_size, num_processes)
-    if rest:
-        raise ValueError(
-            f"batch_size: {batch_size} examples over {num_processes} processes are "
-            f"{batch_size / num_processes:g} each; expected a multiple of {num_processes}"
-        )
+    mine = share(batch_size, 0, num_processes)
+    per_process = mine.stop - mine.start
     if micro_batch_size is None:
         return per_process
     if per_process % micro_batch_size:
@@ -98,12 +104,12 @@ def split_batch(batch_size: int, micro_batch_size: int | None, num_processes: in
     return micro_batch_size
 
 
-def count_steps(config: TrainConfig, num_records: int) -> int:
-    """Returns the length of the run in steps; epochs that end within a batch are filled up."""
+def count_steps(config: TrainConfig, order: Order) -> int:
+    """Returns the length of the run in steps; a last epoch that ends within one is filled up."""
     if config.num_steps is not None:
         return config.num_steps
     assert config.num_epochs is not None
-    return math.ceil(config.num_epochs * num_records / config.batch_size)
+    return math.ceil(config.num_epochs * order.epoch_records / config.batch_size)
 
 
 def check_tokenizer(expected: str, found: str) -> None:

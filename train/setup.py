@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from model import denoiser, diffusion
 from model.diffusion import Prediction
 from model.ema import EMA
+from shards.loader import MapLoader
 from train import checkpoint
-from train.batches import Batch, Order, Source
+from train.batches import Batch, Source
 from train.checkpoint import TrainState
 from train.config import Precision, TrainConfig
 from train.ledger import Ledger
@@ -30,6 +31,7 @@ class Objective:
 
     alpha_bar: Tensor  # (num_timesteps,)
     empty_text: Tensor  # (T, D)
+    text_scale: Tensor | None  # (D,), for int8 text
     scaling_factor: float
     prediction: Prediction
     snr_gamma: float | None
@@ -37,7 +39,10 @@ class Objective:
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """Returns losses (b,) float32."""
         latents = diffusion.sample_posterior(batch.latent, batch.posterior_noise)
-        text = torch.where(batch.drop[:, None, None], self.empty_text, batch.text.float())
+        text = batch.text.float()
+        if self.text_scale is not None:
+            text = text * self.text_scale
+        text = torch.where(batch.drop[:, None, None], self.empty_text, text)
         return diffusion.loss(
             model,
             self.alpha_bar,
@@ -176,19 +181,17 @@ def resume(plan: Plan, state: TrainState) -> list[str]:
 
 def make_source(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> Source:
     """Returns this process's source of batches."""
-    order = Order(
-        num_records=len(plan.shards),
-        batch_size=config.batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle == "full",
-    )
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
     return Source(
-        shards=plan.shards,
-        order=order,
+        loader=MapLoader(
+            shards=plan.shards, order=plan.order, rank=rank, num_processes=num_processes
+        ),
+        seed=config.seed,
+        batch_size=config.batch_size,
         latent_shape=plan.latent_shape,
         objective=config.objective,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
+        rank=rank,
+        num_processes=num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )
 
@@ -196,9 +199,11 @@ def make_source(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> So
 def make_objective(config: TrainConfig, plan: Plan, device: torch.device) -> Objective:
     """Returns the objective of a run."""
     schedule = diffusion.make_scheduler(config.objective)
+    scale = plan.shards.text_scale
     return Objective(
         alpha_bar=schedule.alphas_cumprod.to(device),
         empty_text=plan.shards.empty_text.float().to(device),
+        text_scale=None if scale is None else scale.to(device),
         scaling_factor=plan.vae.config.scaling_factor,
         prediction=config.objective.prediction,
         snr_gamma=config.objective.snr_gamma,

@@ -40,8 +40,8 @@ def use_shard_0(folder: Path) -> None:
 
 
 def test_another_schema_version(folder: Path) -> None:
-    change_manifest(folder, lambda document: document.update(schema_version=2))
-    with pytest.raises(FormatError, match=r"manifest\.json: schema_version: expected 1, found 2"):
+    change_manifest(folder, lambda document: document.update(schema_version=9))
+    with pytest.raises(FormatError, match=r"manifest\.json: schema_version: expected 2, found 9"):
         open_shards(folder)
 
 
@@ -62,7 +62,7 @@ def test_unfinished_set(folder: Path) -> None:
         open_shards(folder)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "null", '{"schema_version": 1}'])
+@pytest.mark.parametrize("content", ["{", "[]", "null", '{"schema_version": 2}'])
 def test_not_a_manifest(folder: Path, content: str) -> None:
     (folder / "manifest.json").write_text(content)
     with pytest.raises(FormatError, match=r"manifest\.json: (not|expected)"):

@@ -123,7 +123,7 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(
 ) -> None:
     whole = train(make_config(out=str(tmp_path / "whole")))
     handler = signal.getsignal(number)
-    on_step(6, lambda: os.kill(os.getpid(), number))
+    on_step(5, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as exit_:
         train(make_config())
     assert exit_.value.code == 128 + number

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from model.encoders import load_vae
+from shards.order import Order
 from tests import tiny
 from tests.train.conftest import MakeConfig
 from train.preflight import count_steps, split_batch, validate
@@ -22,7 +23,7 @@ def test_a_sound_run_has_a_plan(make_config: MakeConfig, shards: Path) -> None:
 @pytest.mark.parametrize(
     ("batch_size", "micro", "num_processes", "message"),
     [
-        (10, None, 4, "batch_size: 10 examples over 4 processes are 2.5 each; .* multiple of 4"),
+        (10, None, 4, "batch_size: 10 records over 4 processes are 2.5 each; .* multiple of 4"),
         (24, 5, 2, "24 examples / 2 processes = 12 each, which 5 does not divide; .* of 12"),
     ],
 )
@@ -34,7 +35,10 @@ def test_an_impossible_split_is_refused_with_the_arithmetic(
 
 
 def test_epochs_become_steps_the_last_one_filled(make_config: MakeConfig) -> None:
-    assert count_steps(make_config(num_steps=None, num_epochs=3, batch_size=10), 24) == 8
+    config = make_config(num_steps=None, num_epochs=3, batch_size=10)
+    filled = Order(sizes=(20, 4), batch_size=10, seed=0)
+    assert count_steps(config, filled) == 8
+    assert count_steps(config, replace(filled, last_batch="drop")) == 6
 
 
 def test_missing_shards_are_named_with_the_remedy(make_config: MakeConfig) -> None:

@@ -1,0 +1,133 @@
+"""Batches of a set for one process, made ahead in a background thread, into buffers used in turn.
+
+    shards = open_shards("shards/data/demo/train")
+    loader = MapLoader(shards, shards.order(batch_size=256, seed=0), rank=0, num_processes=1)
+    for batch in batches(loader, start=0, stop=1000):
+        ...
+
+No worker processes: a batch is three indexed copies, which release Python's lock. There are two
+buffers, and a batch is overwritten when the next but one is made: it is good until the next is
+asked for, so copy what is to be kept. With pinned buffers the copy to a GPU may still be under way
+then; the thread waits for it before it writes.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shards.order import Order, choices, share
+from shards.reader import Gathered, ShardSet
+
+NUM_BUFFERS = 2
+T = TypeVar("T")
+
+
+class Loader(Protocol):
+    """What fills the batches of one process."""
+
+    def buffer(self, *, pin_memory: bool = False) -> Gathered:
+        """Returns an empty batch of this process's size."""
+
+    def fill(self, step: int, out: Gathered) -> None:
+        """Puts this process's share of a step's global batch into `out`."""
+
+    def suspects(self, step: int) -> list[str]:
+        """Returns the keys of a step's records with values that are not finite.
+
+        All its keys where every value is finite: then numbers overflowed in training.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapLoader:
+    """Fills batches from mapped shards; any step, in any order."""
+
+    shards: ShardSet
+    order: Order
+    rank: int = 0
+    num_processes: int = 1
+
+    def buffer(self, *, pin_memory: bool = False) -> Gathered:
+        """Returns an empty batch of this process's size."""
+        return self.shards.buffer(
+            self.order.batch_size // self.num_processes, pin_memory=pin_memory
+        )
+
+    def fill(self, step: int, out: Gathered) -> None:
+        """Puts this process's share of a step's global batch into `out`."""
+        mine = share(self.order.batch_size, self.rank, self.num_processes)
+        caption_u, view_u = choices(self.order.seed, step, self.order.batch_size)
+        records = self.order.records(step)[mine]
+        self.shards.gather(records, caption_u[mine], view_u[mine], out)
+
+    def suspects(self, step: int) -> list[str]:
+        """Returns the keys of a step's records, of all processes, that are not finite; or all."""
+        records = self.order.records(step)
+        batch = self.shards.gather(records, *choices(self.order.seed, step, len(records)))
+        bad = ~are_finite(batch)
+        return self.shards.keys(records[bad] if bad.any() else records)
+
+
+def are_finite(batch: Gathered) -> NDArray[np.bool_]:
+    """Returns which records (B,) of a batch have finite latents and text."""
+    finite: NDArray[np.bool_] = (
+        batch.latent.isfinite().flatten(1).all(1) & batch.text.isfinite().flatten(1).all(1)
+    ).numpy()
+    return finite
+
+
+def batches(
+    loader: Loader, *, start: int, stop: int, pin_memory: bool = False
+) -> Generator[Gathered]:
+    """Yields this process's batches of steps `start` to `stop`; each is good until the next."""
+    buffers = [loader.buffer(pin_memory=pin_memory) for _ in range(NUM_BUFFERS)]
+    return prefetch(loader.fill, buffers, start=start, stop=stop)
+
+
+def prefetch(
+    fill: Callable[[int, T], None], buffers: Sequence[T], *, start: int, stop: int
+) -> Generator[T]:
+    """Yields the buffers in turn, filled for steps `start` to `stop` by a background thread.
+
+    Steps are filled one after the other, in order. A buffer is good until the next is asked for;
+    what the caller's GPU stream was told to do with it until then is waited for. An error while
+    filling comes out when its step is asked for.
+    """
+
+    def refill(step: int, buffer: T, used: torch.cuda.Event | None) -> T:
+        if used is not None:
+            used.synchronize()
+        fill(step, buffer)
+        return buffer
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        steps = iter(range(start, stop))
+        pending = deque(
+            pool.submit(refill, step, buffer, None)
+            for buffer, step in zip(buffers, steps, strict=False)
+        )
+        try:
+            while pending:
+                buffer = pending.popleft().result()
+                yield buffer
+                step = next(steps, None)
+                if step is not None:
+                    pending.append(pool.submit(refill, step, buffer, _mark()))
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _mark() -> torch.cuda.Event | None:
+    """Returns an event after all that the current GPU stream was told so far."""
+    if not torch.cuda.is_initialized():
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event

@@ -1,0 +1,160 @@
+"""Batches made ahead are those asked for; buffers are used in turn; errors come out."""
+
+import threading
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shards.loader import NUM_BUFFERS, MapLoader, batches, prefetch
+from shards.reader import Gathered, open_shards
+from tests import shard_sets, tiny
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards of two layouts, and two views."""
+    first = shard_sets.make_examples(10, views=2)
+    second = shard_sets.make_examples(7, views=2, num_captions=5, seed=1)
+    shard_sets.write_set(tmp_path / "set", [first, second])
+    return tmp_path / "set"
+
+
+def copy(batch: Gathered) -> Gathered:
+    """The batch in memory of its own."""
+    return Gathered(**{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
+
+
+def assert_equal(first: Gathered, second: Gathered) -> None:
+    """Compares every tensor bit by bit."""
+    for field in fields(Gathered):
+        assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
+
+
+def make_loader(folder: Path, *, rank: int = 0, num_processes: int = 1) -> MapLoader:
+    """A loader of global batches of twelve."""
+    shards = open_shards(folder)
+    order = shards.order(batch_size=12, seed=5)
+    return MapLoader(shards=shards, order=order, rank=rank, num_processes=num_processes)
+
+
+def join(parts: list[Gathered]) -> Gathered:
+    """The parts of several ranks, one after the other."""
+    return Gathered(
+        **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Gathered)}
+    )
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
+def test_ranks_together_make_the_global_batches(folder: Path, num_processes: int) -> None:
+    whole = [copy(batch) for batch in batches(make_loader(folder), start=0, stop=6)]
+    parts = [
+        [
+            copy(batch)
+            for batch in batches(
+                make_loader(folder, rank=rank, num_processes=num_processes), start=0, stop=6
+            )
+        ]
+        for rank in range(num_processes)
+    ]
+    for step in range(6):
+        assert_equal(join([part[step] for part in parts]), whole[step])
+
+
+def test_an_interrupted_loader_goes_on_as_if_nothing_had_happened(folder: Path) -> None:
+    whole = [copy(batch) for batch in batches(make_loader(folder), start=0, stop=9)]
+    for cut in range(9):
+        loader = make_loader(folder)
+        start = loader.order.step(loader.order.cursor(cut))
+        for step, batch in enumerate(batches(loader, start=start, stop=9), start=cut):
+            assert_equal(batch, whole[step])
+
+
+def test_every_caption_and_view_comes_up(folder: Path) -> None:
+    loader = make_loader(folder)
+    seen: dict[str, set[bytes]] = {}
+    latents: dict[str, set[bytes]] = {}
+    for step, batch in enumerate(batches(loader, start=0, stop=120)):
+        keys = loader.shards.keys(loader.order.records(step))
+        for key, text, latent in zip(keys, batch.text.numpy(), batch.latent.numpy(), strict=True):
+            seen.setdefault(key, set()).add(text.tobytes())
+            latents.setdefault(key, set()).add(latent.tobytes())
+    assert {key: len(texts) for key, texts in seen.items()} == {
+        key: int(key.split("-")[1]) for key in seen
+    }
+    assert {len(views) for views in latents.values()} == {2}
+
+
+def test_buffers_are_used_in_turn(folder: Path) -> None:
+    places = [batch.text.data_ptr() for batch in batches(make_loader(folder), start=0, stop=8)]
+    assert len(set(places)) == NUM_BUFFERS
+    assert places == places[:NUM_BUFFERS] * 4
+
+
+def test_the_buffer_in_use_is_not_written_to() -> None:
+    """The next batch is made while one is in use, but not into it, and no further ahead."""
+    started: list[int] = []
+    reached = threading.Semaphore(0)
+
+    def fill(step: int, out: list[int]) -> None:
+        started.append(step)
+        out[0] = step
+        reached.release()
+
+    steps = prefetch(fill, [[-1], [-1]], start=0, stop=6)
+    for step, buffer in enumerate(steps):
+        for _ in range(NUM_BUFFERS if step == 0 else 1 if step + NUM_BUFFERS <= 6 else 0):
+            assert reached.acquire(timeout=5)  # all buffers are filled, this one and those ahead
+        assert buffer == [step]
+        assert len(started) <= step + NUM_BUFFERS
+    assert started == list(range(6))
+
+
+def test_an_error_comes_out_at_its_step_and_the_thread_ends() -> None:
+    def fill(step: int, out: list[int]) -> None:
+        if step == 2:
+            raise OSError("the disk is gone")
+        out[0] = step
+
+    steps = prefetch(fill, [[-1], [-1]], start=0, stop=5)
+    assert [next(steps), next(steps)] == [[0], [1]]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(steps)
+    assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+def test_leaving_early_ends_the_thread(folder: Path) -> None:
+    steps = batches(make_loader(folder), start=0, stop=10**6)
+    next(steps)
+    steps.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
+
+
+def test_suspects_are_the_records_that_are_not_finite(tmp_path: Path) -> None:
+    folder = tiny.make_shards(tmp_path / "train", sizes=(6, 6))
+    tiny.plant_nan(folder, shard=1, records=[2])
+    shards = open_shards(folder)
+    order = shards.order(batch_size=6, seed=0)
+    bad_step = next(step for step in range(2) if 8 in order.records(step))
+    for rank in range(2):  # every rank names what any rank saw
+        loader = MapLoader(shards=shards, order=order, rank=rank, num_processes=2)
+        assert loader.suspects(bad_step) == ["01-3-000002"]
+        assert loader.suspects(1 - bad_step) == shards.keys(order.records(1 - bad_step))
+
+
+def test_a_thousand_shards_are_one_gather(tmp_path: Path) -> None:
+    """More shards than a process may have files, in one batch, and none read before it is asked."""
+    num = 1100
+    examples = [
+        shard_sets.make_examples(1, num_captions=1, kind="plain", seed=seed) for seed in range(num)
+    ]
+    provenance = shard_sets.make_provenance("plain")
+    shard_sets.write_set(tmp_path / "set", examples, provenance)
+    shards = open_shards(tmp_path / "set")
+    assert not shards._region.is_mapped.any()
+    records = np.arange(num)[::-1].copy()
+    batch = shards.gather(records, np.zeros(num), np.zeros(num))
+    for place, record in enumerate(records):
+        assert np.array_equal(batch.latent[place].numpy(), examples[record][0].latent[0])
