@@ -3,7 +3,8 @@
 Latents are stored as the posterior's moments, so that training can draw from it anew at each visit.
 Each distinct caption of a shard is encoded once, in the order of first appearance, and let go
 after its last use. No batch crosses from one shard into the next: a shard's bytes depend on its own
-records only. Values are stored in float16; what does not fit is left out with its reason.
+records only. Values are stored in float16, text also in int8; what does not fit is left out with
+its reason.
 """
 
 from collections import Counter, deque
@@ -103,8 +104,9 @@ def examples(
     pool: Executor,
     *,
     quarantine: Callable[[str, str], None],
+    quantise: Callable[[NDArray[np.float16]], NDArray[np.int8]] | None = None,
 ) -> Iterator[Example]:
-    """Yields the examples of one shard, in order.
+    """Yields the examples of one shard, in order, their text as `quantise` makes it, if given.
 
     Every record is either yielded or handed to `quarantine` with its key and the reason.
     """
@@ -128,7 +130,8 @@ def examples(
                 quarantine(record.key, "text is not finite in float16")
                 continue
             meta = make_meta(record, truncated=truncated, source_size_px=picture.source_size_px)
-            yield Example(key=record.key, latent=latent, text=text, tokens=tokens, meta=meta)
+            stored = quantise(text) if quantise else text
+            yield Example(key=record.key, latent=latent, text=stored, tokens=tokens, meta=meta)
 
 
 def encode_views(encoders: Encoders, pixels: NDArray[np.uint8]) -> NDArray[np.float16]:

@@ -7,8 +7,9 @@
 
 A shard is written under a temporary name, synced, renamed, and then reported in a small JSON
 beside it; a run that was killed goes on after the last report. The manifest is the sum of the
-reports, so the same examples give the same bytes, killed or not. All state is on disk: several
-processes may each write shards of their own, and any of them may finish the set.
+reports, so the same examples give the same bytes, killed or not. The scale of int8 text is kept
+before the first shard (`keep_text_scale`), so that all shards share one. All state is on disk:
+several processes may each write shards of their own, and any of them may finish the set.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 import webdataset
@@ -42,6 +43,7 @@ from shards.schema import (
     Manifest,
     Provenance,
     ShardEntry,
+    TextScale,
     differences,
     encode_meta,
     parse_layout,
@@ -49,6 +51,7 @@ from shards.schema import (
 )
 
 PROVENANCE_NAME = "provenance.json"
+TEXT_SCALE_NAME = "text_scale.json"
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 """diffusers clamps the posterior's log-variance to it before sampling."""
 
@@ -76,6 +79,14 @@ class ShardReport:
     sums: LatentSums
 
 
+class FoundScale(NamedTuple):
+    """A scale for int8 text, with what was measured when it was found."""
+
+    scale: NDArray[np.float32]  # (D,)
+    relative_error: float
+    num_captions: int
+
+
 def begin_set(folder: Path, provenance: Provenance) -> Manifest | None:
     """Prepares a folder for a set; returns the manifest if that set is already finished there.
 
@@ -91,14 +102,35 @@ def begin_set(folder: Path, provenance: Provenance) -> Manifest | None:
     progress = folder / PROGRESS_DIR
     noted = progress / PROVENANCE_NAME
     if noted.exists() and any(progress.glob("shard-*.json")):
-        found = Provenance(**parse_provenance(_read_json(noted)))
-        _require_same(folder, found, provenance)
+        _require_same(folder, _read_provenance(noted), provenance)
+        _require_scale(folder, provenance)
         return None
     if not noted.exists() and folder.is_dir() and {*folder.iterdir()} - {progress}:
         raise ValueError(f"{folder}: holds other files and no shards: choose an empty folder")
     progress.mkdir(parents=True, exist_ok=True)
-    _write_file(noted, json.dumps(asdict(provenance)).encode())
+    content = json.dumps(asdict(provenance)).encode()
+    if not noted.exists() or noted.read_bytes() != content:
+        (progress / TEXT_SCALE_NAME).unlink(missing_ok=True)  # of another set, without a shard
+    _write_file(noted, content)
     return None
+
+
+def keep_text_scale(folder: Path, found: FoundScale) -> None:
+    """Notes the scale of a set's int8 text for this run and any that goes on after it.
+
+    Call it before the first shard is written: values of another scale would be another text.
+    """
+    document = {**found._asdict(), "scale": found.scale.tolist()}
+    _write_file(folder / PROGRESS_DIR / TEXT_SCALE_NAME, json.dumps(document).encode())
+
+
+def read_text_scale(folder: Path) -> FoundScale | None:
+    """Returns the scale that was kept for an unfinished set, bit for bit; None if there is none."""
+    path = folder / PROGRESS_DIR / TEXT_SCALE_NAME
+    if not path.exists():
+        return None
+    document = _read_json(path)
+    return FoundScale(**{**document, "scale": np.array(document["scale"], np.float32)})
 
 
 def read_report(folder: Path, index: int) -> ShardReport | None:
@@ -131,17 +163,15 @@ def finish_set(
     quarantined: Mapping[str, str],
     empty_text: NDArray[np.float16],
     empty_tokens: NDArray[np.int32],
+    text_scale: tuple[NDArray[np.float32], float, int] | None = None,
 ) -> Manifest:
     """Adds the reports of shards 0..num_shards-1 up to the manifest and writes it, last of all.
 
     `quarantined` are the records that were in no shard to begin with; `empty_text` (T, D) and
-    `empty_tokens` (T,) are the empty prompt's. Raises ValueError if nothing was written.
+    `empty_tokens` (T,) are the empty prompt's; `text_scale` is a `FoundScale` for int8 text.
+    Raises ValueError if nothing was written, or text of another kind than `provenance` says.
     """
-    reports = [read_report(folder, index) for index in range(num_shards)]
-    done = [report for report in reports if report is not None]
-    missing = [index for index, report in enumerate(reports) if report is None]
-    if missing:
-        raise ValueError(f"{folder}: shard {missing[0]} of {num_shards} is not finished")
+    done = _read_reports(folder, num_shards)
     written = [report for report in done if report.records]
     if not written:
         raise ValueError(f"{folder}: no image could be written, every one was quarantined")
@@ -149,6 +179,7 @@ def finish_set(
     for report in written:
         if report.layout not in layouts:
             layouts.append(report.layout)
+    _require_text(folder, provenance, layouts, text_scale)
     reasons = dict(quarantined)
     for report in done:
         reasons |= report.quarantined
@@ -165,6 +196,7 @@ def finish_set(
         latent_statistics=_statistics([report.sums for report in written]),
         empty_text=_write_array(folder / "empty_text.npy", empty_text),
         empty_tokens=_write_array(folder / "empty_tokens.npy", empty_tokens),
+        text_scale=_write_text_scale(folder, text_scale),
     )
     _write_file(folder / MANIFEST_NAME, manifest.dump().encode())
     shutil.rmtree(folder / PROGRESS_DIR)
@@ -375,13 +407,79 @@ def _require_same(folder: Path, found: Provenance, asked: Provenance) -> None:
         )
 
 
+def _require_scale(folder: Path, provenance: Provenance) -> None:
+    path = folder / PROGRESS_DIR / TEXT_SCALE_NAME
+    if provenance.text_dtype == "int8" and not path.exists():
+        raise ValueError(
+            f"{path}: missing, expected the scale of the shards that are finished: "
+            "choose another folder, or delete this one"
+        )
+
+
+def _require_text(
+    folder: Path,
+    provenance: Provenance,
+    layouts: Sequence[Layout],
+    text_scale: tuple[NDArray[np.float32], float, int] | None,
+) -> None:
+    """Holds the layouts and the scale to the dtype of the text."""
+    asked = provenance.text_dtype
+    for found in {layout.fields["text"].dtype for layout in layouts} - {asked}:
+        raise ValueError(f"{folder}: text: expected {asked}, as the provenance says, found {found}")
+    if (asked == "int8") != (text_scale is not None):
+        found = "none" if text_scale is None else "one"
+        raise ValueError(
+            f"{folder}: text_scale: expected one for int8 and none for float16, "
+            f"found {found} for {asked}"
+        )
+    if text_scale is None:
+        return
+    scale, shape = text_scale[0], layouts[0].fields["text"].shape[2:]
+    if scale.dtype != np.float32 or scale.shape != shape:
+        raise ValueError(
+            f"{folder}: text_scale: expected float32 {shape}, found {scale.dtype} {scale.shape}"
+        )
+    if not (np.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f"{folder}: text_scale: expected finite values above 0, found {scale}")
+
+
+def _read_reports(folder: Path, num_shards: int) -> list[ShardReport]:
+    reports = [read_report(folder, index) for index in range(num_shards)]
+    missing = [index for index, report in enumerate(reports) if report is None]
+    if missing:
+        raise ValueError(f"{folder}: shard {missing[0]} of {num_shards} is not finished")
+    return [report for report in reports if report is not None]
+
+
 def _report_path(folder: Path, index: int) -> Path:
     return folder / PROGRESS_DIR / f"shard-{index:06d}.json"
+
+
+def _read_provenance(path: Path) -> Provenance:
+    try:
+        return Provenance(**parse_provenance(_read_json(path)))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: begun by another release ({error!r}): delete the folder and start again"
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads(path.read_bytes())
     return document
+
+
+def _write_text_scale(
+    folder: Path, text_scale: tuple[NDArray[np.float32], float, int] | None
+) -> TextScale | None:
+    if text_scale is None:
+        return None
+    scale, relative_error, num_captions = text_scale
+    return TextScale(
+        file=_write_array(folder / "text_scale.npy", scale),
+        relative_error=float(relative_error),
+        num_captions=int(num_captions),
+    )
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> FileEntry:

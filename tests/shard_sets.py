@@ -15,11 +15,12 @@ from shards.schema import (
     Layout,
     Manifest,
     Provenance,
+    TextDtype,
     encode_meta,
     make_layout,
     round_up,
 )
-from shards.writer import ShardWriter, begin_set, finish_set
+from shards.writer import FoundScale, ShardWriter, begin_set, finish_set, keep_text_scale
 
 CHANNELS = 4
 SIDE = 8
@@ -50,16 +51,25 @@ def make_provenance(kind: LatentKind = "moments", **changes: Any) -> Provenance:
 
 
 def make_examples(
-    num: int, *, num_captions: int = 3, views: int = 1, kind: LatentKind = "moments", seed: int = 0
+    num: int,
+    *,
+    num_captions: int = 3,
+    views: int = 1,
+    kind: LatentKind = "moments",
+    text_dtype: TextDtype = "float16",
+    seed: int = 0,
 ) -> list[Example]:
     """Examples of random numbers; the keys tell them apart."""
     rng = np.random.default_rng([seed, num_captions])
     channels = 2 * CHANNELS if kind == "moments" else CHANNELS
+    spread = 40 if text_dtype == "int8" else 1
     return [
         Example(
             key=f"{seed:02d}-{num_captions}-{index:06d}",
             latent=rng.normal(size=(views, channels, SIDE, SIDE)).astype(np.float16),
-            text=rng.normal(size=(num_captions, MAX_TOKENS, TEXT_WIDTH)).astype(np.float16),
+            text=(spread * rng.normal(size=(num_captions, MAX_TOKENS, TEXT_WIDTH)))
+            .clip(-127, 127)
+            .astype(text_dtype),
             tokens=rng.integers(0, 99, (num_captions, MAX_TOKENS)).astype(np.int32),
             meta={"captions": [f"caption {n} of {index}" for n in range(num_captions)]}
             | {"truncated": [0] if index % 2 else []},
@@ -74,17 +84,29 @@ def layout_of(examples: Sequence[Example]) -> Layout:
     room = max(len(encode_meta(example.meta)) for example in examples)
     captions, tokens, width = first.text.shape
     return make_layout(
-        latent=first.latent.shape, text=(captions, tokens, width), json_bytes=round_up(room, 512)
+        latent=first.latent.shape,
+        text=(captions, tokens, width),
+        json_bytes=round_up(room, 512),
+        text_dtype="int8" if first.text.dtype == np.int8 else "float16",
     )
+
+
+def make_scale(width: int = TEXT_WIDTH) -> FoundScale:
+    """A scale for int8 text, other for each channel."""
+    scale = np.linspace(0.01, 0.1, width, dtype=np.float32)
+    return FoundScale(scale=scale, relative_error=0.01, num_captions=9)
 
 
 def write_set(
     folder: Path, shards: Sequence[Sequence[Example]], provenance: Provenance | None = None
 ) -> Manifest:
     """Writes a whole set, a shard for each sequence of examples."""
-    provenance = provenance or make_provenance()
     first = shards[0][0]
+    provenance = provenance or make_provenance(text_dtype=first.text.dtype.name)
+    found = make_scale(first.text.shape[2]) if provenance.text_dtype == "int8" else None
     begin_set(folder, provenance)
+    if found:
+        keep_text_scale(folder, found)
     for index, examples in enumerate(shards):
         with ShardWriter(folder, index, layout_of(examples), provenance.latent_kind) as shard:
             for example in examples:
@@ -96,6 +118,7 @@ def write_set(
         quarantined={},
         empty_text=np.full(first.text.shape[1:], 0.5, np.float16),
         empty_tokens=np.arange(len(first.tokens[0]), dtype=np.int32),
+        text_scale=found,
     )
 
 

@@ -29,7 +29,7 @@ from model.encoders import (
     quiet,
     tokenizer_fingerprint,
 )
-from shards.schema import Identity, Manifest
+from shards.schema import Identity, Manifest, TextDtype
 from tests import shard_sets
 
 LATENT_CHANNELS = 4
@@ -109,7 +109,9 @@ def _make_tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def make_shards(folder: Path, *, sizes: Sequence[int] = (10, 10, 4)) -> Path:
+def make_shards(
+    folder: Path, *, sizes: Sequence[int] = (10, 10, 4), text_dtype: TextDtype = "float16"
+) -> Path:
     """Writes a finished set of shards of `sizes` records: noise that names the tiny encoders."""
     folders = encoders()
     tokenizer, text_encoder = load_text_encoder(folders.clip)
@@ -119,8 +121,12 @@ def make_shards(folder: Path, *, sizes: Sequence[int] = (10, 10, 4)) -> Path:
         tokenizer=Identity(
             name=folders.clip, revision=None, sha256=tokenizer_fingerprint(tokenizer)
         ),
+        text_dtype=text_dtype,
     )
-    shards = [shard_sets.make_examples(size, seed=seed) for seed, size in enumerate(sizes)]
+    shards = [
+        shard_sets.make_examples(size, seed=seed, text_dtype=text_dtype)
+        for seed, size in enumerate(sizes)
+    ]
     shard_sets.write_set(folder, shards, provenance)
     return folder
 

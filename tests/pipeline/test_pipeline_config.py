@@ -36,6 +36,8 @@ def test_flags_make_a_config() -> None:
         ((*COCO, "--max-tokens", "2"), "--max-tokens: expected at least 3, found 2"),
         ((*COCO, "--batch-size", "0"), "--batch-size: expected at least 1, found 0"),
         ((*COCO, "--records-per-shard", "0"), "--records-per-shard: expected at least 1"),
+        ((*COCO, "--max-shard-bytes", "0"), "--max-shard-bytes: expected at least 1, found 0"),
+        ((*COCO, "--text-dtype", "int4"), "invalid choice 'int4' for argument '--text-dtype'"),
         ((*COCO, "--image-size-px", "-8"), "--image-size-px: expected at least 1, found -8"),
         ((*COCO, "--max-quarantined", "2"), "--max-quarantined: expected a share from 0 to 1"),
         ((*COCO, "--views", "3"), "invalid choice '3' for argument '--views'"),

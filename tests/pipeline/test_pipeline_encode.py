@@ -3,22 +3,27 @@
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from model import encoders as networks
 from pipeline import coco, encode
 from pipeline.config import PipelineConfig, SourceConfig
 from pipeline.encode import Encoders, examples, load_encoders
 from pipeline.images import load
-from pipeline.plan import make_plan, most_meta_bytes
+from pipeline.plan import Plan, make_plan, most_meta_bytes
 from pipeline.provenance import hash_records
+from pipeline.quantise import Quantiser
 from pipeline.record import Record
-from shards.schema import Example, encode_meta
+from shards.schema import Example, TextDtype, encode_meta
 from tests import tiny
 from tests.coco_folders import make_coco
 
@@ -146,6 +151,28 @@ def test_text_that_is_not_finite_is_left_out(
     )
     _, left_out = encode_all(records[:1], encoders)
     assert left_out == {records[0].key: "text is not finite in float16"}
+    with ThreadPoolExecutor(2) as pool:  # before it would become an int8, and so finite
+        found = examples(records, encoders, pool, quarantine=left_out.__setitem__, quantise=no_call)
+        assert list(found) == []
+    assert len(left_out) == len(records)
+
+
+def no_call(text: NDArray[np.float16]) -> NDArray[np.int8]:
+    raise AssertionError("called")
+
+
+def test_int8_text_is_the_float16_text_quantised(records: list[Record], encoders: Encoders) -> None:
+    quantise = Quantiser(np.full(tiny.TEXT_WIDTH, 0.05, np.float32))
+    expected, _ = encode_all(records, encoders)
+    with ThreadPoolExecutor(2) as pool:
+        left_out: dict[str, str] = {}
+        quarantine = left_out.__setitem__
+        found = list(examples(records, encoders, pool, quarantine=quarantine, quantise=quantise))
+    assert not left_out
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(b.text, Quantiser(np.full(32, 0.05, np.float32))(a.text))
+        np.testing.assert_array_equal(b.latent, a.latent)
+        assert b.text.dtype == np.int8
 
 
 @pytest.mark.parametrize(
@@ -164,13 +191,15 @@ def test_encoders_that_do_not_fit(changes: dict[str, Any], message: str) -> None
         load_encoders(make_config(**changes))
 
 
-def plan_of(records: list[Record], records_per_shard: int = 2) -> Any:
-    return make_plan(
-        records,
-        latent_shape=(1, 8, 8, 8),
-        text_shape=(16, 32),
-        records_per_shard=records_per_shard,
-    )
+def plan_of(records: list[Record], **changes: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "latent_shape": (1, 8, 8, 8),
+        "text_shape": (16, 32),
+        "text_dtype": "float16",
+        "records_per_shard": 2,
+        "max_shard_bytes": 10**9,
+    }
+    return make_plan(records, **(settings | changes))
 
 
 def test_plan_groups_by_number_of_captions_and_loses_none(tmp_path: Path) -> None:
@@ -181,6 +210,62 @@ def test_plan_groups_by_number_of_captions_and_loses_none(tmp_path: Path) -> Non
     assert [shard.layout.num_captions for shard in plan.shards] == [2, 2, 3]
     assert plan.quarantined == {"000000000004": "no caption"}
     assert (plan.num_source, plan.num_captions) == (6, 12)
+
+
+def make_record(index: int, num_captions: int, length: int) -> Record:
+    captions = tuple("x" * length for _ in range(num_captions))
+    return Record(key=f"{index:06d}", path=Path("none"), captions=captions, extra={})
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shapes=st.lists(
+        st.tuples(st.integers(0, 3), st.sampled_from([1, 90, 400, 900, 5000])), min_size=1
+    ),
+    records_per_shard=st.integers(1, 9),
+    max_shard_bytes=st.integers(1, 150_000),
+    text_dtype=st.sampled_from(["float16", "int8"]),
+)
+def test_shards_are_within_both_limits_and_no_shorter_than_they_need_be(
+    shapes: list[tuple[int, int]],
+    records_per_shard: int,
+    max_shard_bytes: int,
+    text_dtype: TextDtype,
+) -> None:
+    records = [make_record(index, *shape) for index, shape in enumerate(shapes)]
+    limits: dict[str, Any] = {
+        "records_per_shard": records_per_shard,
+        "max_shard_bytes": max_shard_bytes,
+        "text_dtype": text_dtype,
+    }
+    plan = plan_of(records, **limits)
+    assert plan == plan_of(records, **limits)
+    planned = [record for shard in plan.shards for record in shard.records]
+    by_count = sorted((r for r in records if r.captions), key=lambda r: len(r.captions))
+    assert planned == by_count  # in the source's order within each number of captions
+    assert [shard.index for shard in plan.shards] == list(range(len(plan.shards)))
+    for shard in plan.shards:
+        size = len(shard.records)
+        assert {len(record.captions) for record in shard.records} == {shard.layout.num_captions}
+        assert max(map(most_meta_bytes, shard.records)) <= shard.layout.fields["json"].shape[0]
+        assert shard.layout.fields["text"].dtype == text_dtype
+        assert 1 <= size <= records_per_shard
+        assert size == 1 or shard.layout.shard_bytes(size) <= max_shard_bytes
+    for shard, after in pairwise(plan.shards):
+        if shard.layout.num_captions == after.layout.num_captions:
+            longer = (*shard.records, after.records[0])
+            (whole,) = plan_of(list(longer), records_per_shard=99, text_dtype=text_dtype).shards
+            too_many = len(longer) > records_per_shard
+            assert too_many or whole.layout.shard_bytes(len(longer)) > max_shard_bytes
+
+
+def test_a_long_record_ends_a_shard_when_it_would_widen_it_past_the_limit() -> None:
+    records = [make_record(index, 1, length) for index, length in enumerate([9, 9, 9, 30000, 9])]
+    (whole,) = plan_of(records[:3], records_per_shard=9).shards
+    limit = whole.layout.shard_bytes(4)
+    plan = plan_of(records, records_per_shard=9, max_shard_bytes=limit)
+    assert [len(shard.records) for shard in plan.shards] == [3, 1, 1]
+    assert plan.shards[1].layout.shard_bytes(1) > limit  # it must go somewhere
 
 
 def test_plan_reserves_room_for_any_outcome(records: list[Record]) -> None:

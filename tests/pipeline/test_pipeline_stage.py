@@ -168,17 +168,83 @@ def test_folder_of_other_images_is_named(folder: CocoFolder, out: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.parametrize("text_dtype", ["float16", "int8"])
 def test_same_source_gives_the_same_bytes(
-    folder: CocoFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: CocoFolder, tmp_path: Path, text_dtype: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("a", "b"):
-        build(make_config(folder, tmp_path / name))
+        build(make_config(folder, tmp_path / name, text_dtype=text_dtype))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     capsys.readouterr()
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
-    build(make_config(folder, tmp_path / "a"))
+    build(make_config(folder, tmp_path / "a", text_dtype=text_dtype))
     assert "is finished already: nothing to do" in capsys.readouterr().out
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+
+
+def test_int8_text_is_the_float16_text_within_the_noted_error(
+    folder: CocoFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(make_config(folder, tmp_path / "float16"))
+    capsys.readouterr()
+    manifest = build(make_config(folder, tmp_path / "int8", text_dtype="int8"))
+    assert list(verify(tmp_path / "int8")) == []
+    assert manifest.text_scale is not None
+    error, num_captions = manifest.text_scale.relative_error, manifest.text_scale.num_captions
+    assert num_captions == 7  # "a picture" is everyone's
+    line = f"text        int8 16x32, relative error {error:.2%} on 7 captions"
+    assert line in capsys.readouterr().out.splitlines()
+    exact, stored = open_shards(tmp_path / "float16"), open_shards(tmp_path / "int8")
+    assert stored.text_scale is not None
+    u = np.full(6, 0.99)  # the last caption of each image: all different
+    wanted, found = (shards.gather(np.arange(6), u, u) for shards in (exact, stored))
+    text, restored = wanted.text.float(), found.text * stored.text_scale
+    assert ((restored - text).norm() / text.norm()).item() == pytest.approx(error, rel=0.3)
+    assert 0 < error < 0.01
+    assert (restored - text).abs().amax((0, 1)).le(stored.text_scale * 0.51).all()
+    assert wanted.latent.equal(found.latent) and wanted.tokens.equal(found.tokens)
+    assert exact.empty_text.equal(stored.empty_text)
+
+
+def test_values_beyond_the_sample_are_told(
+    folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("pipeline.stage.sample_captions", lambda records: ["a"])
+    manifest = build(make_config(folder, out, text_dtype="int8"))
+    assert manifest.text_scale is not None and manifest.text_scale.num_captions == 1
+    assert "of this run's values were beyond the sample's range" in capsys.readouterr().out
+    assert list(verify(out)) == []
+
+
+def test_the_scale_is_decided_once(
+    folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rerun takes the scale that the killed run's shards have, not one of its own."""
+    config = make_config(folder, out, text_dtype="int8")
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.stage.finish_set", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("pipeline.stage.sample_captions", lambda records: ["picture 1"])
+        with pytest.raises(ZeroDivisionError):
+            build(config)
+    next(iter(out.glob("*.tar"))).unlink()  # one to write again
+    monkeypatch.setattr("pipeline.stage.find_scale", None)
+    manifest = build(config)
+    assert manifest.text_scale is not None and manifest.text_scale.num_captions == 1
+    assert list(verify(out)) == []
+
+
+def test_no_shard_is_larger_than_asked_for(folder: CocoFolder, out: Path) -> None:
+    manifest = build(make_config(folder, out, records_per_shard=9))
+    assert [shard.records for shard in manifest.shards] == [4, 2]
+    limit = max(shard.bytes for shard in manifest.shards) - 1
+    changes = {"records_per_shard": 9, "max_shard_bytes": limit}
+    manifest = build(make_config(folder, out.with_name("cut"), **changes))
+    assert [shard.records for shard in manifest.shards] == [2, 2, 2]
+    sizes = [path.stat().st_size for path in out.with_name("cut").glob("*.tar")]
+    assert max(sizes) <= limit
+    assert list(verify(out.with_name("cut"))) == []
+    with pytest.raises(ValueError, match=rf"max_shard_bytes: found {limit}, asked for 1000000000"):
+        build(make_config(folder, out.with_name("cut"), records_per_shard=9))
 
 
 MOMENTS = [
@@ -194,6 +260,18 @@ MOMENTS = [
     ("rmtree", 1),  # of the reports
 ]
 """The call, counted from the start of each run, at which that run is killed."""
+
+INT8_MOMENTS = [
+    ("fsync", 3),  # of the scale, after the provenance
+    ("replace", 2),  # the scale's rename
+    ("fsync", 4),  # of the folder of the scale, which has its name
+    ("write", 1),  # of the first record
+    ("replace", 3),  # the first shard's report's rename: the scale is not written again
+    ("write", 2),
+    ("replace", 11),  # the scale's rename in the set, all shards being finished
+    ("replace", 4),  # the manifest's rename
+    ("rmtree", 1),  # of the reports and the scale they have
+]
 
 KILLER = """
     import json, os, signal, sys
@@ -230,12 +308,13 @@ KILLER = """
 """
 
 
+@pytest.mark.parametrize(("text_dtype", "moments"), [("float16", MOMENTS), ("int8", INT8_MOMENTS)])
 def test_killed_anywhere_and_started_again_gives_the_same_bytes(
-    folder: CocoFolder, tmp_path: Path
+    folder: CocoFolder, tmp_path: Path, text_dtype: str, moments: list[tuple[str, int]]
 ) -> None:
     """Real SIGKILLs, one after another: each run goes on from where the last was killed."""
     (folder.images / "000000000002.png").write_text("no picture")
-    changes = {"records_per_shard": 1, "max_quarantined": 0.5}
+    changes = {"records_per_shard": 1, "max_quarantined": 0.5, "text_dtype": text_dtype}
     build(make_config(folder, tmp_path / "whole", **changes))
     config = make_config(folder, tmp_path / "killed", **changes)
     flags = ["--name", "noise", "--vae", config.vae, "--text-encoder", config.text_encoder]
@@ -243,16 +322,17 @@ def test_killed_anywhere_and_started_again_gives_the_same_bytes(
     flags += [config.source.captions, "--source.instances", str(config.source.instances)]
     flags += ["--max-tokens", "16", "--records-per-shard", "1", "--batch-size", "4"]
     flags += ["--out", str(config.out), "--device", "cpu", "--max-quarantined", "0.5"]
+    flags += ["--text-dtype", text_dtype]
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
     killed = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLER), json.dumps(MOMENTS), *flags],
+        [sys.executable, "-c", textwrap.dedent(KILLER), json.dumps(moments), *flags],
         env=os.environ | threads,
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert json.loads(killed.stdout.splitlines()[-1]) == [9] * len(MOMENTS), killed.stderr
+    assert json.loads(killed.stdout.splitlines()[-1]) == [9] * len(moments), killed.stderr
     assert (tmp_path / "killed/manifest.json").exists()  # the last kill was after it
     build(config)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")

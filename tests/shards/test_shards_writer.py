@@ -3,19 +3,56 @@
 import errno
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from shards.schema import Example, FormatError, Identity, Layout, make_layout
-from shards.writer import ShardWriter, begin_set, finish_set, read_report
-from tests.shard_sets import layout_of, make_examples, make_provenance, write_set
+from shards.reader import open_shards
+from shards.schema import (
+    Example,
+    FormatError,
+    Identity,
+    LatentKind,
+    Layout,
+    Manifest,
+    make_layout,
+)
+from shards.writer import (
+    FoundScale,
+    ShardWriter,
+    begin_set,
+    finish_set,
+    keep_text_scale,
+    read_report,
+    read_text_scale,
+)
+from tests.shard_sets import (
+    TEXT_WIDTH,
+    layout_of,
+    make_examples,
+    make_provenance,
+    make_scale,
+    read_stock,
+    write_set,
+)
 
 
 def write_shard(folder: Path, index: int, examples: list[Example], layout: Layout) -> None:
     with ShardWriter(folder, index, layout, "moments") as shard:
         for example in examples:
             shard.write(example)
+
+
+def finish(folder: Path, *examples: Example, **changes: Any) -> Manifest:
+    """Finishes a set of one shard."""
+    first = examples[0]
+    settings = {"num_shards": 1, "quarantined": {}, "empty_text": first.text[0].astype(np.float16)}
+    provenance = make_provenance(text_dtype=first.text.dtype.name)
+    values = settings | {"provenance": provenance, "empty_tokens": first.tokens[0]} | changes
+    return finish_set(folder, **values)
 
 
 def names(folder: Path) -> list[str]:
@@ -34,6 +71,10 @@ def names(folder: Path) -> list[str]:
         (
             {"tokens": np.zeros((3, 7), np.int64)},
             r"field tokens: expected int32 \(3, 7\), found int64 \(3, 7\)",
+        ),
+        (
+            {"text": np.zeros((3, 7, 32), np.int8)},
+            r"field text: expected float16 \(3, 7, 32\), found int8 \(3, 7, 32\)",
         ),
         (
             {"meta": {"captions": ["one"], "truncated": []}},
@@ -168,3 +209,151 @@ def test_data_is_aligned_for_mapping() -> None:
     layout = make_layout(latent=(1, 8, 8, 8), text=(5, 77, 768), json_bytes=1024)
     assert layout.record_bytes % 512 == 0
     assert all(field.offset_bytes % 64 == 0 for field in layout.fields.values())
+
+
+@st.composite
+def sets_of_one_shard(draw: st.DrawFn) -> tuple[LatentKind, list[Example]]:
+    """Examples of any shape that the format allows, with latents and text of either kind."""
+    kind: LatentKind = draw(st.sampled_from(["moments", "plain"]))
+    views, channels, height, breadth = draw(st.tuples(st.integers(1, 2), *[st.integers(1, 5)] * 3))
+    latent = (views, 2 * channels if kind == "moments" else channels, height, breadth)
+    captions, tokens = draw(st.integers(1, 7)), draw(st.integers(1, 77))
+    text = (captions, tokens, draw(st.integers(1, 9)))
+    dtype = draw(st.sampled_from(["float16", "int8"]))
+    most = 127 if dtype == "int8" else 60000
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    words = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+    more = st.dictionaries(words, st.none() | st.integers() | words, max_size=2)
+    return kind, [
+        Example(
+            key=f"key_{index}",
+            latent=rng.uniform(-9, 9, latent).astype(np.float16),
+            text=rng.uniform(-most, most, text).astype(dtype),
+            tokens=rng.integers(0, 2**31, (captions, tokens)).astype(np.int32),
+            meta={"captions": [draw(words) for _ in range(captions)], "truncated": []}
+            | {"more": draw(more)},
+        )
+        for index in range(draw(st.integers(1, 3)))
+    ]
+
+
+@settings(max_examples=50, deadline=None)
+@given(made=sets_of_one_shard())
+def test_any_shapes_and_dtypes_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, made: tuple[LatentKind, list[Example]]
+) -> None:
+    """Through our reader, every caption and view of every record, and through stock WebDataset."""
+    kind, examples = made
+    latents, texts = examples[0].latent, examples[0].text
+    folder = tmp_path_factory.mktemp("set")
+    changes = {"max_tokens": texts.shape[1], "text_dtype": texts.dtype.name}
+    manifest = write_set(folder, [examples], make_provenance(kind, **changes))
+    assert (manifest.num_views, manifest.latent_shape) == (len(latents), latents.shape[1:])
+    shards, samples = open_shards(folder, verify=True), read_stock(folder)
+    assert len(shards) == len(samples) == len(examples)
+    for record, (example, sample) in enumerate(zip(examples, samples, strict=True)):
+        assert shards.meta(record) == sample["json"] == example.meta
+        for name in ("latent", "text", "tokens"):
+            assert sample[f"{name}.npy"].dtype == getattr(example, name).dtype
+            np.testing.assert_array_equal(sample[f"{name}.npy"], getattr(example, name))
+        for caption, view in np.ndindex(len(texts), len(latents)):
+            u = (np.array([(caption + 0.5) / len(texts)]), np.array([(view + 0.5) / len(latents)]))
+            batch = shards.gather(np.array([record]), *u)
+            assert batch.text.numpy().dtype == example.text.dtype
+            np.testing.assert_array_equal(batch.text[0], example.text[caption])
+            np.testing.assert_array_equal(batch.tokens[0], example.tokens[caption])
+            np.testing.assert_array_equal(batch.latent[0], example.latent[view])
+
+
+def test_int8_text_comes_back_with_its_scale(tmp_path: Path) -> None:
+    manifest = write_set(tmp_path, [make_examples(3, text_dtype="int8")])
+    assert manifest.text_dtype == "int8" and manifest.text_scale is not None
+    assert (manifest.text_scale.relative_error, manifest.text_scale.num_captions) == (0.01, 9)
+    shards = open_shards(tmp_path, verify=True)
+    assert shards.text_scale is not None
+    np.testing.assert_array_equal(shards.text_scale, make_scale().scale)
+    assert shards.empty_text.dtype.itemsize == 2  # the empty prompt is not quantised
+    assert Manifest.load(tmp_path) == manifest
+    assert names(tmp_path)[-2:] == ["shard-000000.tar", "text_scale.npy"]
+
+
+def test_a_kept_scale_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    provenance = make_provenance(text_dtype="int8")
+    begin_set(tmp_path, provenance)
+    assert read_text_scale(tmp_path) is None
+    scale = np.random.default_rng(0).lognormal(0, 9, 768).astype(np.float32)
+    keep_text_scale(tmp_path, FoundScale(scale, 0.1 + 0.2, 7))
+    assert begin_set(tmp_path, provenance) is None
+    found = read_text_scale(tmp_path)
+    assert found is not None and found[1:] == (0.1 + 0.2, 7)
+    assert found.scale.tobytes() == scale.tobytes()
+
+
+def test_a_scale_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin_set(tmp_path, make_provenance(text_dtype="int8"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            keep_text_scale(tmp_path, make_scale())
+    assert read_text_scale(tmp_path) is None
+
+
+def test_a_scale_of_another_set_is_not_taken(tmp_path: Path) -> None:
+    begin_set(tmp_path, make_provenance(text_dtype="int8"))
+    keep_text_scale(tmp_path, make_scale())
+    begin_set(tmp_path, make_provenance(text_dtype="int8", max_tokens=5))
+    assert read_text_scale(tmp_path) is None
+
+
+def test_finished_shards_without_their_scale_are_refused(tmp_path: Path) -> None:
+    examples = make_examples(2, text_dtype="int8")
+    provenance = make_provenance(text_dtype="int8")
+    begin_set(tmp_path, provenance)
+    write_shard(tmp_path, 0, examples, layout_of(examples))
+    with pytest.raises(
+        ValueError, match=r"text_scale\.json: missing, expected the scale of the sh"
+    ):
+        begin_set(tmp_path, provenance)
+
+
+def test_progress_of_another_release_is_refused(tmp_path: Path) -> None:
+    examples = make_examples(1)
+    begin_set(tmp_path, make_provenance())
+    write_shard(tmp_path, 0, examples, layout_of(examples))
+    noted = tmp_path / "progress/provenance.json"
+    noted.write_text(noted.read_text().replace('"text_dtype"', '"text_kind"'))
+    with pytest.raises(ValueError, match=r"provenance\.json: begun by another release"):
+        begin_set(tmp_path, make_provenance())
+
+
+@pytest.mark.parametrize(
+    ("stored", "changes", "message"),
+    [
+        ("int8", {"text_scale": None}, "text_scale: expected one for int8 .* found none for int8"),
+        ("float16", {"text_scale": make_scale()}, "none for float16, found one for float16"),
+        (
+            "float16",
+            {"provenance": make_provenance(text_dtype="int8"), "text_scale": make_scale()},
+            "text: expected int8, as the provenance says, found float16",
+        ),
+        (
+            "int8",
+            {"text_scale": make_scale(TEXT_WIDTH + 1)},
+            r"text_scale: expected float32 \(32,\), found float32 \(33,\)",
+        ),
+        (
+            "int8",
+            {"text_scale": (np.zeros(TEXT_WIDTH, np.float32), 0.01, 9)},
+            "text_scale: expected finite values above 0",
+        ),
+    ],
+)
+def test_text_and_scale_that_do_not_fit_are_refused(
+    tmp_path: Path, stored: Any, changes: dict[str, Any], message: str
+) -> None:
+    examples = make_examples(2, text_dtype=stored)
+    begin_set(tmp_path, make_provenance(text_dtype=stored))
+    write_shard(tmp_path, 0, examples, layout_of(examples))
+    with pytest.raises(ValueError, match=message):
+        finish(tmp_path, *examples, **changes)
+    assert not (tmp_path / "manifest.json").exists()

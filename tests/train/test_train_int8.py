@@ -1,0 +1,155 @@
+"""Training from int8 text: the text is that of the float16 shards within the error they state."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+from pipeline.config import PipelineConfig, SourceConfig
+from pipeline.stage import build
+from shards.reader import open_shards
+from shards.schema import FormatError
+from shards.verify import verify
+from tests import tiny
+from tests.coco_folders import make_coco
+from tests.train.conftest import MakeConfig
+from train import setup
+from train.config import OptimConfig, TrainConfig
+from train.loop import train
+from train.preflight import validate
+from train.setup import make_objective
+
+NUM_IMAGES = 24
+LOSS_TOLERANCE = 1e-3
+"""Relative, of a step's loss with int8 text to that with float16 text."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same noise and captions, through the tiny encoders into shards of either dtype."""
+    root = tmp_path_factory.mktemp("sets")
+    source = make_coco(root / "coco", [3] * NUM_IMAGES)
+    encoders = tiny.encoders()
+    for text_dtype in ("float16", "int8"):
+        build(
+            PipelineConfig(
+                name="noise",
+                vae=encoders.vae,
+                text_encoder=encoders.clip,
+                source=SourceConfig(images=str(source.images), captions=str(source.captions)),
+                max_tokens=16,
+                records_per_shard=10,
+                text_dtype=text_dtype,
+                out=str(root / text_dtype),
+                device="cpu",
+            )
+        )
+    return {name: root / name for name in ("float16", "int8")}
+
+
+def test_text_after_the_scale_is_within_the_stated_error(folders: dict[str, Path]) -> None:
+    """Over the distinct captions, which all are in the sample: exactly the stated error."""
+    exact, stored = (open_shards(folders[name]) for name in ("float16", "int8"))
+    assert stored.manifest.text_scale is not None and stored.text_scale is not None
+    stated = stored.manifest.text_scale
+    assert stated.num_captions == NUM_IMAGES + 1
+    records = np.array([0, *range(NUM_IMAGES)])
+    draws = np.array([0.0, *[0.99] * NUM_IMAGES])  # everyone's caption, and each image's own
+    text = exact.gather(records, draws, draws).text.float()
+    found = stored.gather(records, draws, draws)
+    assert found.text.dtype == torch.int8
+    restored = found.text * stored.text_scale
+    error = ((restored - text).norm() / text.norm()).item()
+    assert error == pytest.approx(stated.relative_error, rel=0.01)
+    assert 0 < error < 0.01
+
+
+def test_the_denoiser_is_given_numbers_and_the_empty_prompt_as_it_is(
+    folders: dict[str, Path], make_config: MakeConfig
+) -> None:
+    config = make_config(shards=str(folders["int8"]), batch_size=NUM_IMAGES)
+    plan = validate(config, num_processes=1)
+    batch = setup.make_source(config, plan, Accelerator(cpu=True)).batch(0)
+    batch.drop[:] = torch.arange(NUM_IMAGES) < 4
+    given: list[torch.Tensor] = []
+
+    class Recorder(nn.Module):
+        def forward(self, noisy: torch.Tensor, *_: Any, **keywords: Any) -> tuple[torch.Tensor]:
+            given.append(keywords["encoder_hidden_states"])
+            return (noisy,)
+
+    setup.make_objective(config, plan, torch.device("cpu"))(Recorder(), batch)
+    assert plan.shards.text_scale is not None
+    assert given[0].dtype == torch.float32
+    assert given[0][:4].equal(plan.shards.empty_text.float().expand(4, -1, -1))
+    assert given[0][4:].equal(batch.text[4:] * plan.shards.text_scale)
+
+
+def losses(config: TrainConfig) -> list[float]:
+    """Those of each step of a run."""
+    AcceleratorState._reset_state(True)
+    train(config)
+    lines = (Path(str(config.out)) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def without_scale(*args: Any) -> setup.Objective:
+    """An objective that takes the steps of int8 text for the text."""
+    return replace(make_objective(*args), text_scale=None)
+
+
+def test_losses_are_nearly_those_of_float16(
+    folders: dict[str, Path],
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Step by step, in a run that learns; had the scale been left out, they would be far off."""
+
+    def run(name: str, folder: Path) -> list[float]:
+        return losses(
+            make_config(
+                shards=str(folder),
+                out=str(tmp_path / name),
+                num_steps=30,
+                log_every_steps=1,
+                checkpoint_every_steps=30,
+                optim=OptimConfig(learning_rate=1e-2, warmup_steps=1),
+            )
+        )
+
+    exact, found = (run(name, folders[name]) for name in ("float16", "int8"))
+    assert len(found) == 30 and found != exact
+    np.testing.assert_allclose(found, exact, rtol=LOSS_TOLERANCE)
+    monkeypatch.setattr(setup, "make_objective", without_scale)
+    wrong = run("wrong", folders["int8"])
+    assert np.abs(np.array(wrong) / exact - 1).max() > 100 * LOSS_TOLERANCE
+
+
+def test_int8_shards_without_their_scale_are_refused(
+    folders: dict[str, Path], make_config: MakeConfig, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["int8"], tmp_path / "copy")
+    path = folder / "text_scale.npy"
+    whole = path.read_bytes()
+    open_shards(folder, verify=True)
+    path.write_bytes(whole[:-4])
+    with pytest.raises(FormatError, match=r"text_scale\.npy: cut short: expected \d+ bytes, found"):
+        open_shards(folder)
+    path.unlink()
+    with pytest.raises(FormatError, match=r"text_scale\.npy: missing, expected a file of \d+"):
+        open_shards(folder)
+    with pytest.raises(ValueError, match=r"text_scale\.npy: missing"):
+        validate(make_config(shards=str(folder)), num_processes=1)
+    path.write_bytes(bytes([*whole[:-1], whole[-1] ^ 1]))
+    with pytest.raises(FormatError, match=r"text_scale\.npy: sha256: expected \w{64}, found \w"):
+        open_shards(folder, verify=True)
+    assert any("text_scale.npy: sha256" in fault for fault in verify(folder))
