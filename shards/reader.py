@@ -36,6 +36,7 @@ from shards.schema import (
     Layout,
     Manifest,
     ShardEntry,
+    npy_header,
 )
 
 NAME_BYTES = 100
@@ -71,11 +72,7 @@ def open_shards(
     """
     folder = Path(path)
     manifest = Manifest.load(folder)
-    for part, identity, asked in (
-        ("vae", manifest.vae, vae_sha256),
-        ("text_encoder", manifest.text_encoder, text_sha256),
-    ):
-        _require_encoder(folder, part, identity, asked)
+    require_encoders(folder, manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
     for entry in manifest.files:
         check_size(folder, entry)
         if verify:
@@ -91,11 +88,13 @@ class ShardSet:
             raise FormatError(f"{folder}: shards are little-endian, this machine is not")
         self.folder = folder
         self.manifest = manifest
-        self.empty_text = _load_array(folder, manifest.empty_text)  # (T, D) float16
-        self.empty_tokens = _load_array(folder, manifest.empty_tokens)  # (T,) int32
-        self.text_scale: Tensor | None = None  # (D,) float32, for int8 text
-        if manifest.text_scale:
-            self.text_scale = _load_array(folder, manifest.text_scale.file)
+        small = {
+            name: torch.from_numpy(load_array(folder, *expected))
+            for name, expected in small_arrays(manifest).items()
+        }
+        self.empty_text = small["empty_text"]  # (T, D) float16
+        self.empty_tokens = small["empty_tokens"]  # (T,) int32
+        self.text_scale = small.get("text_scale")  # (D,) float32, for int8 text; else None
         counts = [shard.records for shard in manifest.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._region = Region([shard.bytes for shard in manifest.shards])
@@ -150,10 +149,15 @@ class ShardSet:
         """Returns a record's JSON: `captions`, `truncated` and what the source told."""
         (shard,), (first,) = self._locate(np.array([record]))
         part = self.manifest.layouts[self._layout[shard]].fields["json"]
-        start = first + part.offset_bytes
-        document: dict[str, Any] = json.loads(
-            self._region.bytes[start:][: part.num_bytes].tobytes()
-        )
+        content = self._region.bytes[first + part.offset_bytes :][: part.num_bytes].tobytes()
+        try:
+            document: dict[str, Any] = json.loads(content)
+        except ValueError as error:
+            path = self.folder / self.manifest.shards[shard].name
+            raise FormatError(
+                f"{path}: key {self.keys(np.array([record]))[0]!r}: field json: expected a JSON "
+                f"object, found {error}"
+            ) from error
         return document
 
     def _locate(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -268,7 +272,39 @@ def check_record(path: Path, record: NDArray[np.uint8], layout: Layout) -> str:
 
 def key_of(name: bytes) -> str:
     """Returns the key from the name field of a record's first tar header."""
-    return _text(name).removesuffix(f".{MEMBERS['json']}")
+    return _text(name).partition(".")[0]
+
+
+def small_arrays(manifest: Manifest) -> dict[str, tuple[FileEntry, str, tuple[int, ...]]]:
+    """Returns the file, dtype and shape of each array beside the shards, by manifest key."""
+    tokens, width = manifest.max_tokens, manifest.text_width
+    arrays: dict[str, tuple[FileEntry, str, tuple[int, ...]]] = {
+        "empty_text": (manifest.empty_text, "float16", (tokens, width)),
+        "empty_tokens": (manifest.empty_tokens, "int32", (tokens,)),
+    }
+    if manifest.text_scale:
+        arrays["text_scale"] = (manifest.text_scale.file, "float32", (width,))
+    return arrays
+
+
+def load_array(folder: Path, entry: FileEntry, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Reads an .npy file. Raises FormatError where it is of another size, dtype or shape."""
+    check_size(folder, entry)
+    content = (folder / entry.name).read_bytes()
+    expected = npy_header(dtype, shape)
+    found = content[: len(expected)]
+    if found != expected:
+        raise FormatError(
+            f"{folder / entry.name}: expected array header {expected!r}, found {found!r}"
+        )
+    size = len(expected) + math.prod(shape) * np.dtype(dtype).itemsize
+    if len(content) != size:
+        raise FormatError(
+            f"{folder / entry.name}: expected {size} bytes for {dtype} {shape}, "
+            f"found {len(content)}"
+        )
+    array = np.frombuffer(content, np.dtype(dtype).newbyteorder("<"), offset=len(expected))
+    return array.reshape(shape).copy()
 
 
 def check_size(folder: Path, entry: FileEntry) -> None:
@@ -293,16 +329,25 @@ def check_hash(folder: Path, entry: FileEntry) -> None:
         )
 
 
-def _require_encoder(folder: Path, part: str, identity: Identity, asked: str | None) -> None:
+def require_encoders(
+    location: str | Path, manifest: Manifest, *, vae_sha256: str | None, text_sha256: str | None
+) -> None:
+    """Raises FormatError where a set was made with other encoders than those asked for, if any."""
+    for part, identity, asked in (
+        ("vae", manifest.vae, vae_sha256),
+        ("text_encoder", manifest.text_encoder, text_sha256),
+    ):
+        _require_encoder(location, part, identity, asked)
+
+
+def _require_encoder(
+    location: str | Path, part: str, identity: Identity, asked: str | None
+) -> None:
     if asked is not None and asked != identity.sha256:
         raise FormatError(
-            f"{folder}: {part}: the shards were made with {identity}, the run asks for one with "
+            f"{location}: {part}: the shards were made with {identity}, the run asks for one with "
             f"sha256 {asked}: give it the same weights, or make the shards again"
         )
-
-
-def _load_array(folder: Path, entry: FileEntry) -> Tensor:
-    return torch.from_numpy(np.load(folder / entry.name, allow_pickle=False))
 
 
 def _choose(draw: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.int64]:

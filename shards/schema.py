@@ -261,25 +261,73 @@ class Manifest(Provenance):
 
     def _check(self, path: Path) -> None:
         """Holds the numbers to each other, so that what opens is also consistent."""
+        if not self.shards:
+            raise FormatError(f"{path}: shards: expected at least one, found none")
+        seen: set[str] = set()
+        for entry in self.files:
+            if Path(entry.name).name != entry.name or entry.name in seen:
+                raise FormatError(f"{path}: expected file names, each once, found {entry.name!r}")
+            seen.add(entry.name)
+        for number in range(len(self.layouts)):
+            self._check_layout(path, number)
+        for shard in self.shards:
+            self._check_shard(path, shard)
         written = sum(shard.records for shard in self.shards)
         pairs = {
             "num_records": (written, self.num_records),
             "num_source": (written + len(self.quarantined), self.num_source),
-            "bytes": (
-                sum(self.layouts[shard.layout].shard_bytes(shard.records) for shard in self.shards),
-                sum(shard.bytes for shard in self.shards),
-            ),
         }
         for name, (expected, found) in pairs.items():
             if expected != found:
                 raise FormatError(f"{path}: {name}: expected {expected}, found {found}")
-        if not self.shards:
-            raise FormatError(f"{path}: shards: expected at least one, found none")
         if (self.text_dtype == "int8") != (self.text_scale is not None):
             raise FormatError(
                 f"{path}: text_scale: expected one for int8 text and none for float16, found "
                 f"{self.text_scale} for {self.text_dtype}"
             )
+
+    def _check_shard(self, path: Path, shard: ShardEntry) -> None:
+        place = f"{path}: shard {shard.name!r}"
+        if not 0 <= shard.layout < len(self.layouts):
+            last = len(self.layouts) - 1
+            raise FormatError(f"{place}: layout: expected 0 to {last}, found {shard.layout}")
+        if shard.records < 1:
+            raise FormatError(f"{place}: records: expected at least 1, found {shard.records}")
+        size = self.layouts[shard.layout].shard_bytes(shard.records)
+        if shard.bytes != size:
+            raise FormatError(
+                f"{place}: bytes: expected {size} for {shard.records} records of this layout, "
+                f"found {shard.bytes}"
+            )
+
+    def _check_layout(self, path: Path, number: int) -> None:
+        """Holds a layout to the format and to the settings, and its items to the first layout's."""
+        found = self.layouts[number]
+        latent, text, room = (found.fields[name].shape for name in ("latent", "text", "json"))
+        place = f"{path}: layout {number}"
+        if (len(latent), len(text), len(room)) != (4, 3, 1):
+            raise FormatError(
+                f"{place}: expected latent (views, channels, h, w), text (captions, T, D) and json "
+                f"(bytes,), found {latent}, {text} and {room}"
+            )
+        expected_items = (self.layouts[0].fields["latent"].shape, self.max_tokens, self.text_width)
+        if (latent, *text[1:]) != expected_items:
+            raise FormatError(
+                f"{place}: expected latents, tokens and text width of {expected_items}, "
+                f"found {(latent, *text[1:])}"
+            )
+        if self.latent_kind == "moments" and latent[1] % 2:
+            raise FormatError(
+                f"{place}: latent: expected 2C channels of moments, found {latent[1]}"
+            )
+        expected = make_layout(
+            latent=latent,
+            text=(text[0], text[1], text[2]),
+            json_bytes=room[0],
+            text_dtype=self.text_dtype,
+        )
+        if found != expected:
+            raise FormatError(f"{place}: expected {expected} for these shapes, found {found}")
 
 
 def make_layout(

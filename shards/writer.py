@@ -19,11 +19,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import webdataset
@@ -219,7 +219,7 @@ class ShardWriter:
         self._sums = _Sums(channels)
 
     def __enter__(self) -> Self:
-        self._file = _HashingFile(self._temporary().open("wb"))
+        self._file = _HashingFile(self._temporary())
         self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, mode=0o444)
         return self
 
@@ -320,8 +320,9 @@ class ShardWriter:
 class _HashingFile:
     """A file that knows the size and sha256 of what was written to it."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
         self._hash = hashlib.sha256()
         self._muted = False
         self.num_bytes = 0
@@ -331,18 +332,21 @@ class _HashingFile:
             return len(data)
         self._hash.update(data)
         self.num_bytes += len(data)
-        return self._file.write(data)
+        with _naming(self._path):
+            return self._file.write(data)
 
     def mute(self) -> None:
         """Makes what is written from now on vanish."""
         self._muted = True
 
     def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with _naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with _naming(self._path):
+            self._file.close()
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -494,12 +498,23 @@ def _write_array(path: Path, array: NDArray[Any]) -> FileEntry:
 def _write_file(path: Path, content: bytes) -> None:
     """Writes a small file completely or not at all."""
     temporary = path.with_name(f"{path.name}.part")
-    with temporary.open("wb") as file:
+    with _naming(temporary), temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds the path to an error of writing to an open file, which comes without: a full disk's."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

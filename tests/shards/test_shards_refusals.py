@@ -1,6 +1,7 @@
 """What the reader refuses, and that it says what was expected and found."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import webdataset
 
 from shards.reader import open_shards
-from shards.schema import FormatError, hash_json
+from shards.schema import BLOCK_BYTES, MEMBERS, FormatError, Manifest, hash_json
 from tests.shard_sets import make_examples, write_set
 
 
@@ -81,7 +82,42 @@ def test_altered_manifest(folder: Path) -> None:
     [
         (lambda d: d.update(num_records=4), "num_records: expected 3, found 4"),
         (lambda d: d.update(num_source=7), "num_source: expected 3, found 7"),
-        (lambda d: d["shards"][0].update(bytes=1), "bytes: expected .*, found 1"),
+        (
+            lambda d: d["shards"][0].update(bytes=1),
+            r"shard 'shard-000000\.tar': bytes: expected \d+ for 3 records .*, found 1",
+        ),
+        (
+            lambda d: d["shards"][0].update(records=0),
+            r"shard 'shard-000000\.tar': records: expected at least 1, found 0",
+        ),
+        (
+            lambda d: d["shards"][0].update(layout=1),
+            r"shard 'shard-000000\.tar': layout: expected 0 to 0, found 1",
+        ),
+        (
+            lambda d: d["shards"][0].update(name="../shard-000000.tar"),
+            r"expected file names, each once, found '\.\./shard-000000\.tar'",
+        ),
+        (
+            lambda d: d["empty_text"].update(name="empty_tokens.npy"),
+            r"expected file names, each once, found 'empty_tokens\.npy'",
+        ),
+        (
+            lambda d: d.update(text_dtype="int8"),
+            r"layout 0: expected .*'int8'.* for these shapes, found .*'float16'",
+        ),
+        (
+            lambda d: d.update(max_tokens=8),
+            r"layout 0: expected .*\(\(1, 8, 8, 8\), 8, 32\), found \(\(1, 8, 8, 8\), 7, 32\)",
+        ),
+        (
+            lambda d: d["layouts"][0]["fields"]["text"].update(offset_bytes=512),
+            r"layout 0: expected .*offset_bytes.* for these shapes, found .*offset_bytes=512",
+        ),
+        (
+            lambda d: d["layouts"][0]["fields"]["latent"].update(shape=[8, 8, 8]),
+            r"layout 0: expected latent \(views, channels, h, w\).*, found \(8, 8, 8\)",
+        ),
         (lambda d: d.update(shards=[], num_records=0, num_source=0), "shards: expected at least"),
     ],
 )
@@ -126,6 +162,19 @@ def test_hash_mismatch_only_when_verifying(folder: Path) -> None:
         open_shards(folder, verify=True)
 
 
+def test_another_sets_manifest(tmp_path: Path, folder: Path) -> None:
+    """Where it differs in form at once; where it does not, as soon as hashes are compared."""
+    write_set(tmp_path / "other", [make_examples(3, seed=1)])
+    write_set(tmp_path / "longer", [make_examples(4)])
+    shutil.copy(tmp_path / "longer" / "manifest.json", folder / "manifest.json")
+    with pytest.raises(FormatError, match=r"shard-000000\.tar: cut short: expected \d+ bytes"):
+        open_shards(folder)
+    shutil.copy(tmp_path / "other" / "manifest.json", folder / "manifest.json")
+    open_shards(folder)
+    with pytest.raises(FormatError, match=r"shard-000000\.tar: sha256: expected \w{64}, found"):
+        open_shards(folder, verify=True)
+
+
 def test_foreign_encoders(folder: Path) -> None:
     open_shards(folder, vae_sha256="v" * 64, text_sha256="t" * 64)
     with pytest.raises(FormatError, match=f"vae: .*'some/vae' .sha256 {'v' * 64}.*{'w' * 64}"):
@@ -151,3 +200,93 @@ def test_an_array_of_another_shape(folder: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"(1, 8, 8, 8)", b"(1, 4, 8, 8)"))
     with pytest.raises(FormatError, match=r"field latent: expected array header .*\(1, 8, 8, 8\)"):
         use_shard_0(folder)
+
+
+def test_a_plain_webdataset_tar_with_an_adapted_manifest(folder: Path) -> None:
+    """As many records and a manifest that names its size, but its sizes differ by record."""
+    path = shard_of(folder)
+    with webdataset.TarWriter(str(path), mtime=0) as tar:
+        for number in range(3):
+            latent = np.zeros((1, 8, 8, 8 + number), np.float16)
+            tar.write({"__key__": f"k{number}", "json": {}, "latent.npy": latent})
+    size = path.stat().st_size
+    change_manifest(folder, lambda document: document["shards"][0].update(bytes=size))
+    message = (
+        rf"'shard-000000\.tar': bytes: expected \d+ for 3 records of this layout, found {size}"
+    )
+    with pytest.raises(FormatError, match=message):
+        open_shards(folder)
+
+
+def test_a_truncated_tar_with_an_adapted_manifest(folder: Path) -> None:
+    path = shard_of(folder)
+    size = path.stat().st_size - 10240
+    path.write_bytes(path.read_bytes()[:size])
+    change_manifest(folder, lambda document: document["shards"][0].update(bytes=size))
+    with pytest.raises(FormatError, match=rf"bytes: expected {size + 10240} .*, found {size}"):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize("record", [0, 2])
+@pytest.mark.parametrize("missing", MEMBERS)
+def test_a_missing_member(folder: Path, missing: str, record: int) -> None:
+    """In the first or last record; of those between `shards.verify` tells."""
+    (layout,) = Manifest.load(folder).layouts
+    path = shard_of(folder)
+    content = path.read_bytes()
+    bounds = [
+        part.offset_bytes - part.header_bytes - BLOCK_BYTES for part in layout.fields.values()
+    ]
+    bounds.append(layout.record_bytes)
+    number = list(MEMBERS).index(missing)
+    start, end = (record * layout.record_bytes + bound for bound in bounds[number : number + 2])
+    path.write_bytes((content[:start] + content[end:]).ljust(len(content), b"\0"))
+    key = f"00-3-00000{record}"
+    following = [*MEMBERS.values(), MEMBERS["json"]][number + 1]
+    found = "" if (record, missing) == (2, "tokens") else rf".*\.{following}"
+    message = (
+        rf"shard-000000\.tar: key '{key}': field {missing}: expected member "
+        rf"'{key}\.{MEMBERS[missing]}' at byte \d+, found '{found}'"
+    )
+    with pytest.raises(FormatError, match=message):
+        use_shard_0(folder)
+
+
+def test_a_shard_that_changed_after_the_set_was_opened(folder: Path) -> None:
+    shards = open_shards(folder)
+    path = shard_of(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FormatError, match=r"shard-000000\.tar: cut short"):
+        shards.keys(np.array([0]))
+
+
+def test_json_that_cannot_be_read(folder: Path) -> None:
+    path = shard_of(folder)
+    path.write_bytes(path.read_bytes().replace(b'"caption 1 of 1"', b'"caption 1 of 1 '))
+    shards = open_shards(folder)
+    assert shards.meta(0)
+    message = r"shard-000000\.tar: key '00-3-000001': field json: expected a JSON object, found"
+    with pytest.raises(FormatError, match=message):
+        shards.meta(1)
+
+
+@pytest.mark.parametrize("name", ["empty_text.npy", "empty_tokens.npy", "text_scale.npy"])
+def test_arrays_of_another_kind_beside_the_shards(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "set"
+    write_set(folder, [make_examples(2, text_dtype="int8")])
+    path = folder / name
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"'<", b"'>"))
+    with pytest.raises(FormatError, match=rf"{name}: expected array header .*, found .*'>"):
+        open_shards(folder)
+    path.write_bytes(b"x" * len(content))
+    with pytest.raises(FormatError, match=rf"{name}: expected array header .*NUMPY.*, found b'xx"):
+        open_shards(folder)
+
+
+def test_a_scale_that_the_text_does_not_call_for(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_set(folder, [make_examples(2, text_dtype="int8")])
+    change_manifest(folder, lambda document: document.update(text_scale=None))
+    with pytest.raises(FormatError, match=r"text_scale: expected one for int8 text .*, found None"):
+        open_shards(folder)

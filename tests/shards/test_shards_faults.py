@@ -1,0 +1,298 @@
+"""Writers that are killed or run out of room, and every byte of a set turned over."""
+
+import errno
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shards.schema import BLOCK_BYTES, Layout, Manifest
+from shards.verify import verify
+from shards.writer import (
+    ShardWriter,
+    begin_set,
+    finish_set,
+    keep_text_scale,
+    read_report,
+    read_text_scale,
+)
+from tests.conftest import ROOT
+from tests.shard_sets import (
+    MAX_TOKENS,
+    TEXT_WIDTH,
+    layout_of,
+    make_examples,
+    make_provenance,
+    make_scale,
+    write_set,
+)
+
+NUM_KILLS = 20
+NUM_SHARDS, RECORDS_PER_SHARD = 4, 6
+PAUSE_S = 0.002
+
+
+def write_slowly(folder: Path, pause_s: float = 0.0) -> None:
+    """Writes a set as stage one does: what is finished is kept, what is not is made again."""
+    provenance = make_provenance(text_dtype="int8")
+    if begin_set(folder, provenance):
+        return
+    if read_text_scale(folder) is None:
+        keep_text_scale(folder, make_scale())
+    for index in range(NUM_SHARDS):
+        if read_report(folder, index):
+            continue
+        examples = make_examples(RECORDS_PER_SHARD, text_dtype="int8", seed=index)
+        with ShardWriter(folder, index, layout_of(examples), "moments") as shard:
+            for example in examples:
+                shard.write(example)
+                time.sleep(pause_s)
+    finish_set(
+        folder,
+        provenance,
+        num_shards=NUM_SHARDS,
+        quarantined={"bad": "not an image"},
+        empty_text=np.zeros((MAX_TOKENS, TEXT_WIDTH), np.float16),
+        empty_tokens=np.zeros(MAX_TOKENS, np.int32),
+        text_scale=read_text_scale(folder),
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files, by path in the folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def assert_none_partial(folder: Path, whole: dict[str, bytes]) -> None:
+    """What has its final name must be as it is in the finished set."""
+    for name, content in contents(folder).items():
+        if name.endswith(".part"):
+            continue
+        if name.startswith("progress/"):
+            json.loads(content)
+        else:
+            assert content == whole[name], name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The files of a set whose writer was left alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_slowly(folder)
+    found = contents(folder)
+    assert len(found) == NUM_SHARDS + 4
+    return found
+
+
+@pytest.fixture(scope="module")
+def forks() -> ForkServerContext:
+    """Starts processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # the server imports from there
+        process = context.Process(target=os.getpid)
+        process.start()
+    process.join()
+    assert process.exitcode == 0
+    return context
+
+
+def test_a_writer_killed_anywhere_ends_with_the_same_bytes(
+    tmp_path: Path, forks: ForkServerContext, whole: dict[str, bytes]
+) -> None:
+    def start(name: str) -> "multiprocessing.process.BaseProcess":
+        process = forks.Process(target=write_slowly, args=(tmp_path / name, PAUSE_S))
+        process.start()
+        return process
+
+    started = time.monotonic()
+    process = start("timed")
+    process.join()
+    duration_s = time.monotonic() - started
+    assert process.exitcode == 0
+    rng = np.random.default_rng(0)
+    num_files = set()
+    for kill in range(NUM_KILLS):
+        delay_s = (kill + rng.random()) / NUM_KILLS * duration_s
+        while True:
+            name = f"{kill}-{delay_s:.6f}"
+            process = start(name)
+            time.sleep(delay_s)
+            process.kill()
+            process.join()
+            if process.exitcode != 0:
+                break
+            delay_s *= 0.9  # it had ended before
+        assert process.exitcode == -9
+        folder = tmp_path / name
+        assert_none_partial(folder, whole)
+        num_files.add(len(contents(folder)))
+        write_slowly(folder)
+        assert contents(folder) == whole
+    assert len(num_files) >= 4, "killed at much the same moment each time"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of a size that can be given again."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: str) -> Path:
+        options = f"size={size}" + (",remount" if folder.is_mount() else "")
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+        return folder
+
+    if not shutil.which("mount"):
+        pytest.skip("there is no mount command")
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def assert_disk_full(folder: Path, number: int, whole: dict[str, bytes]) -> None:
+    with pytest.raises(OSError) as caught:
+        write_slowly(folder)
+    assert caught.value.errno == number
+    assert str(folder) in str(caught.value)
+    assert_none_partial(folder, whole)
+    assert "manifest.json" not in contents(folder)
+
+
+# Room for a part of the first shard, of the third, or for all but the files beside the shards.
+@pytest.mark.parametrize(("num_shards", "num_pages"), [(0, 4), (2, 9), (4, 7)])
+def test_a_full_disk_is_named_and_going_on_is_exact(
+    small_disk: Callable[[str], Path], whole: dict[str, bytes], num_shards: int, num_pages: int
+) -> None:
+    pages = num_pages + num_shards * -(-len(whole["shard-000000.tar"]) // 4096)
+    folder = small_disk(f"{4 * pages}k") / "set"
+    assert_disk_full(folder, errno.ENOSPC, whole)
+    assert len(list(folder.glob("*.tar"))) == num_shards
+    small_disk("4m")
+    write_slowly(folder)
+    assert contents(folder) == whole
+
+
+@pytest.mark.parametrize("limit_bytes", [100, 700, 30000])
+def test_a_file_past_its_limit_is_named_and_going_on_is_exact(
+    tmp_path: Path, whole: dict[str, bytes], limit_bytes: int
+) -> None:
+    """As a full disk, where nothing can be mounted: files may not grow past a limit."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
+    try:
+        assert_disk_full(tmp_path / "set", errno.EFBIG, whole)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write_slowly(tmp_path / "set")
+    assert contents(tmp_path / "set") == whole
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A set of one shard of two records, each field as small as may be."""
+    folder = tmp_path / "tiny"
+    examples = [
+        replace(
+            example,
+            latent=example.latent[:, :4, :2, :2],
+            text=example.text[:, :, :3],
+            meta={"captions": ["a caption"], "truncated": []},
+        )
+        for example in make_examples(2, num_captions=1, text_dtype="int8")
+    ]
+    write_set(folder, [examples])
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "empty_text.npy",
+        "empty_tokens.npy",
+        "manifest.json",
+        "shard-000000.tar",
+        "text_scale.npy",
+    ]
+    assert not list(verify(folder))
+    return folder
+
+
+def faults_by_flip(path: Path, flips: Iterator[tuple[int, int]]) -> Iterator[tuple[int, list[str]]]:
+    """Yields each place with the faults that a flip of its bits makes `verify` find."""
+    path.chmod(0o644)
+    content = path.read_bytes()
+    with path.open("r+b", buffering=0) as file:
+        for place, bits in flips:
+            os.pwrite(file.fileno(), bytes([content[place] ^ bits]), place)
+            yield place, list(verify(path.parent))
+            os.pwrite(file.fileno(), content[place : place + 1], place)
+    assert not list(verify(path.parent))
+
+
+def part_at(layout: Layout, place: int) -> tuple[str, str]:
+    """The field that a byte of a record belongs to, and whether to headers, data or padding."""
+    *_, (name, part) = (
+        (name, part)
+        for name, part in layout.fields.items()
+        if part.offset_bytes - part.header_bytes - BLOCK_BYTES <= place
+    )
+    if place < part.offset_bytes:
+        return name, "header"
+    return name, "data" if place < part.offset_bytes + part.num_bytes else "padding"
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "empty_text.npy", "empty_tokens.npy", "text_scale.npy"]
+)
+def test_every_byte_beside_the_shards_counts(tiny: Path, name: str) -> None:
+    path = tiny / name
+    flips = ((place, 1 << place % 8) for place in range(path.stat().st_size))
+    for place, faults in faults_by_flip(path, flips):
+        assert faults, f"byte {place}"
+        assert all(str(path) in fault for fault in faults)
+
+
+def test_every_byte_of_a_shard_counts(tiny: Path) -> None:
+    """A record's headers byte by byte, the rest in steps; around the data a fault names its field.
+
+    No step of 17 falls on the same place of two blocks.
+    """
+    (layout,) = Manifest.load(tiny).layouts
+    size = 2 * layout.record_bytes
+    path = tiny / "shard-000000.tar"
+    parts = [part_at(layout, place % layout.record_bytes) for place in range(size)]
+    places = [place for place in range(layout.record_bytes) if parts[place][1] == "header"]
+    assert len(places) == 4 * BLOCK_BYTES + 3 * 128
+    places += range(0, path.stat().st_size, 17)
+    for place, faults in faults_by_flip(path, ((place, 1 << place % 8) for place in places)):
+        assert "sha256: expected" in faults[0], f"byte {place}"
+        name, kind = parts[place] if place < size else ("", "end")
+        if kind == "end":
+            assert any("zeros alone after the last record" in fault for fault in faults)
+        elif kind != "data":
+            assert any(f"field {name}: expected" in fault for fault in faults), f"byte {place}"
+
+
+@pytest.mark.slow
+def test_every_bit_of_a_set_counts(tiny: Path) -> None:
+    for path in sorted(tiny.iterdir()):
+        flips = ((place, 1 << bit) for place in range(path.stat().st_size) for bit in range(8))
+        num_flips = 0
+        for place, faults in faults_by_flip(path, flips):
+            assert faults, f"{path.name}: byte {place}"
+            num_flips += 1
+        print(f"{path.name}: {num_flips} flips, all found")
