@@ -300,7 +300,7 @@ class ShardWriter:
         records = len(self._keys)
         if records:
             self._temporary().replace(self._folder / self._name)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
         else:
             self._temporary().unlink()
         report = ShardReport(
@@ -503,7 +503,7 @@ def _write_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -517,7 +517,7 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename last: it is the folder's content that changed."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -25,7 +25,14 @@ from torch import Tensor
 from model.ema import EMA
 from model.paths import complete_or_absent
 
-ORDER = ("data.shuffle", "data.window_shards", "data.last_batch")
+ORDER = (
+    "order of data.access",
+    "data.shuffle",
+    "data.window_shards",
+    "data.last_batch",
+    "data.num_workers",
+    "data.window_records",
+)
 # A run goes on only if these are what they were; all other settings may change, and it is said.
 FIXED = ("seed", "batch_size", "model.", "objective.", "shards_sha256", *ORDER)
 FREE = ("model.attention_kernel",)

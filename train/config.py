@@ -6,6 +6,7 @@ from typing import Literal
 from model.denoiser import DenoiserConfig
 from model.diffusion import ObjectiveConfig
 from model.ema import EMAConfig
+from shards.access import CACHE_BYTES, WINDOW_RECORDS, Asked
 from shards.order import LastBatch, Shuffle
 
 Precision = Literal["no", "fp16", "bf16"]
@@ -43,17 +44,35 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How records are visited."""
+    """How records are reached and visited."""
 
+    access: Asked = "auto"
+    """`map`: a local folder, mapped; `cache`: fetched ahead of use into a local folder, then
+    mapped; `stream`: read front to back, nothing kept; `auto`: map a folder, cache a URL."""
+    cache_dir: str | None = None
+    """cache: its folder; default: latent-t2i/shards in the user's cache folder."""
+    cache_bytes: int = CACHE_BYTES
+    """cache: the most that the shards may take there."""
+    num_workers: int = 0
+    """stream: processes that read for each rank; 0: the rank itself."""
+    window_records: int = WINDOW_RECORDS
+    """stream: among how many records each of them mixes."""
     shuffle: Shuffle = "full"
-    """`full`: each epoch is a fresh permutation of all records; `blocks`: of the shards, mixed
-    within a window of them; `none`: the shards' order."""
+    """`full`: each epoch is a fresh permutation of all records (stream: of the shards, records
+    mixed in the window); `blocks`: of the shards, mixed within some; `none`: the shards' order."""
     window_shards: int = 16
     """How many shards `blocks` mixes with each other."""
     last_batch: LastBatch = "fill"
     """An epoch's last, partial batch: filled up from the next epoch, or dropped."""
     verify: bool = False
-    """Hash every shard against the manifest before the first step."""
+    """Hash every shard against the manifest before the first step; a fetched one always is."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("cache_bytes", 1), ("num_workers", 0), ("window_records", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"data.{name}: expected {least} or more, found {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +86,7 @@ class TrainConfig:
     text_encoder: str | None = None
     """Text encoder for the bundle, a folder or hub name; default: the one that the shards name."""
     shards: str | None = None
-    """Folder of shards; default shards/data/NAME/train."""
+    """Folder or URL of shards, or pipe:COMMAND; default shards/data/NAME/train."""
     out: str | None = None
     """Folder of the run; default runs/NAME."""
     seed: int = 0

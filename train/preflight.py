@@ -1,7 +1,7 @@
 """Everything that can be wrong with a run and known before its first step, checked in seconds."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,25 @@ from model.encoders import (
     tokenizer_fingerprint,
 )
 from model.paths import find_path, output_root
+from shards.access import Access, check_order, choose_kind, open_set
 from shards.order import Order, share
-from shards.reader import ShardSet, open_shards
+from shards.reader import ShardSet, require_encoders
+from shards.remote import is_remote
 from shards.schema import Identity
-from train.config import TrainConfig
+from train.config import DataConfig, TrainConfig
+
+USED_BY = {
+    "cache_dir": ("cache",),
+    "cache_bytes": ("cache",),
+    "num_workers": ("stream",),
+    "window_records": ("stream",),
+    "window_shards": ("map", "cache"),
+    "last_batch": ("map", "cache"),
+    "verify": ("map", "cache"),
+}
+"""Which access a setting of the data has an effect with; those not named, with any."""
+ORDER_OF_ACCESS = "order of data.access"
+"""The setting that tells map and cache, which visit the same batches, from stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +43,7 @@ class Plan:
 
     folder: Path
     shards: ShardSet
+    access: Access
     vae: AutoencoderKL
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -46,24 +62,10 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
     """
     micro_batch_size = split_batch(config.batch_size, config.micro_batch_size, num_processes)
     root = output_root()
-    given = config.shards or root / "shards" / "data" / config.name / "train"
-    path = find_path(given)
-    if path is None:
-        raise ValueError(f"shards: no folder {str(given)!r}; make it with python -m pipeline.run")
-    manifest = open_shards(path).manifest
-    vae = load_vae(*choose(config.vae, manifest.vae))
-    tokenizer, text_encoder = load_text_encoder(*choose(config.text_encoder, manifest.text_encoder))
-    shards = open_shards(
-        path,
-        vae_sha256=fingerprint(vae),
-        text_sha256=fingerprint(text_encoder),
-        verify=config.data.verify,
-    )
-    check_tokenizer(manifest.tokenizer.sha256, tokenizer_fingerprint(tokenizer))
-    check_equal("latent channels", manifest.latent_channels, "VAE's", latent_channels(vae))
-    width = text_encoder.config.hidden_size
-    check_equal("text width", manifest.text_width, "text encoder's", width)
-    _, height, breadth = manifest.latent_shape
+    location = find_shards(config.shards or str(root / "shards" / "data" / config.name / "train"))
+    access = make_access(config.data, location)
+    shards = open_set(location, access, verify=config.data.verify)
+    manifest = shards.manifest
     order = shards.order(
         batch_size=config.batch_size,
         seed=config.seed,
@@ -71,9 +73,21 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
         window_shards=config.data.window_shards,
         last_batch=config.data.last_batch,
     )
+    check_order(shards, order, access, num_processes)
+    vae = load_vae(*choose(config.vae, manifest.vae))
+    tokenizer, text_encoder = load_text_encoder(*choose(config.text_encoder, manifest.text_encoder))
+    require_encoders(
+        location, manifest, vae_sha256=fingerprint(vae), text_sha256=fingerprint(text_encoder)
+    )
+    check_tokenizer(manifest.tokenizer.sha256, tokenizer_fingerprint(tokenizer))
+    check_equal("latent channels", manifest.latent_channels, "VAE's", latent_channels(vae))
+    width = text_encoder.config.hidden_size
+    check_equal("text width", manifest.text_width, "text encoder's", width)
+    _, height, breadth = manifest.latent_shape
     return Plan(
         folder=Path(config.out).expanduser() if config.out else root / "runs" / config.name,
         shards=shards,
+        access=access,
         order=order,
         vae=vae,
         tokenizer=tokenizer,
@@ -81,7 +95,48 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
         latent_shape=(manifest.latent_channels, height, breadth),
         micro_batch_size=micro_batch_size,
         num_steps=count_steps(config, order),
-        settings=asdict(config) | {"shards_sha256": manifest.sha256},
+        settings=asdict(config)
+        | {
+            "shards_sha256": manifest.sha256,
+            ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",
+        },
+    )
+
+
+def find_shards(given: str) -> str:
+    """Returns where the shards are: a URL as it is, a folder as `find_path` finds it."""
+    if is_remote(given):
+        return given
+    path = find_path(given)
+    if path is None:
+        raise ValueError(f"shards: no folder {given!r}; make it with python -m pipeline.run")
+    return str(path)
+
+
+def make_access(data: DataConfig, location: str) -> Access:
+    """Returns how the shards are reached.
+
+    Raises ValueError for settings that would have no effect.
+    """
+    kind = choose_kind(location, data.access)
+    for part in fields(DataConfig):
+        found = getattr(data, part.name)
+        if found != part.default and kind not in USED_BY.get(part.name, (kind,)):
+            raise ValueError(
+                f"data.{part.name}: has no effect with {kind} access to {location}; "
+                f"expected {part.default}, found {found}"
+            )
+    if kind == "stream" and data.shuffle == "blocks":
+        raise ValueError(
+            "data.shuffle: stream access mixes records within data.window_records; "
+            "expected full or none, found blocks"
+        )
+    return Access(
+        kind=kind,
+        cache_dir=Path(data.cache_dir) if data.cache_dir else None,
+        cache_bytes=data.cache_bytes,
+        num_workers=data.num_workers,
+        window_records=data.window_records,
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model import denoiser, diffusion
 from model.diffusion import Prediction
 from model.ema import EMA
-from shards.loader import MapLoader
+from shards.access import make_loader
 from train import checkpoint
 from train.batches import Batch, Source
 from train.checkpoint import TrainState
@@ -176,6 +176,11 @@ def resume(plan: Plan, state: TrainState) -> list[str]:
     before = checkpoint.read_state(found[-1])["settings"]
     changes = checkpoint.compare_settings(before, plan.settings, plan.folder)
     checkpoint.load(found[-1], state)
+    if plan.access.kind == "stream":
+        changes.append(
+            "stream access resumes to the shard: records of those that were being read come again; "
+            "map and cache access resume exactly"
+        )
     return [f"going on from {found[-1]}", *changes]
 
 
@@ -183,8 +188,8 @@ def make_source(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> So
     """Returns this process's source of batches."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     return Source(
-        loader=MapLoader(
-            shards=plan.shards, order=plan.order, rank=rank, num_processes=num_processes
+        loader=make_loader(
+            plan.shards, plan.order, plan.access, rank=rank, num_processes=num_processes
         ),
         seed=config.seed,
         batch_size=config.batch_size,

@@ -1,0 +1,328 @@
+"""A bounded folder of one set's shards, filled from elsewhere; several processes may share it.
+
+    CACHE/<manifest's hash>/manifest.json   empty_text.npy   shard-000003.tar ...
+
+A shard is fetched under a hidden name, held to its size and hash, synced and renamed, so what bears
+a shard's name is that shard. Its hidden file is also its lock: whoever holds it is fetching it, and
+one that nobody holds was left by a killed process and goes. Room is made under the folder's lock,
+so that the files together, unfinished ones too, never exceed the bound. The price: a shard that one
+process throws out may be one that another would have liked to keep.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Literal
+
+from shards.reader import check_hash
+from shards.remote import (
+    Retry,
+    check_sha256,
+    fetch_manifest,
+    fetch_small_files,
+    iterate,
+    join,
+    open_stream,
+)
+from shards.schema import MANIFEST_NAME, FormatError, Manifest, ShardEntry
+from shards.writer import sync_folder
+
+HASH_TRIES = 3
+"""How often a shard with a wrong hash is fetched: once more for the network, once for a proxy."""
+FOLDER_LOCK = ".lock"
+IN_USE_LOCK = ".in-use"
+ID_LENGTH = 16
+
+Outcome = Literal["here", "elsewhere", "no room"]
+"""Of an attempt to bring a shard; `elsewhere`: another process is fetching it."""
+
+
+def default_cache_dir() -> Path:
+    """Returns where shards are kept unless told: in the user's cache folder."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "latent-t2i" / "shards"
+
+
+def open_store(
+    location: str,
+    cache_dir: Path,
+    cache_bytes: int,
+    *,
+    verify: bool = False,
+    retry: Retry | None = None,
+) -> "Store":
+    """Brings a set's manifest and small files to the cache, and returns its store.
+
+    Shards are hashed when they are fetched; `verify` hashes those that were there before too, and
+    throws out the damaged. Other sets that no process uses go, the longest unused first, while the
+    cache with all that this one may hold would exceed `cache_bytes`.
+
+    Raises RemoteError and FormatError for a location that does not hold a finished set.
+    """
+    with tempfile.TemporaryDirectory(prefix="shards-") as temporary:
+        manifest = fetch_manifest(location, Path(temporary), retry=retry)
+        content = (Path(temporary) / MANIFEST_NAME).read_bytes()
+    folder = cache_dir.expanduser() / manifest.sha256[:ID_LENGTH]
+    in_use = _share(folder / IN_USE_LOCK)
+    with _locked(folder):
+        _remove_leftovers(folder)
+        fetch_small_files(location, folder, manifest, retry=retry)
+        partial = folder / f".{MANIFEST_NAME}.partial"
+        partial.write_bytes(content)
+        partial.rename(folder / MANIFEST_NAME)
+    whole = sum(entry.bytes for entry in manifest.files) + len(content)
+    _make_room_among_sets(folder, cache_bytes - min(cache_bytes, whole))
+    store = Store(location, folder, manifest, cache_bytes, retry or Retry(), in_use)
+    for shard in store.present() if verify else ():
+        store.remove_damaged(shard)
+    return store
+
+
+class Store:
+    """The shards of a set that are on disk, by their index."""
+
+    def __init__(
+        self,
+        location: str,
+        folder: Path,
+        manifest: Manifest,
+        cache_bytes: int,
+        retry: Retry,
+        in_use: IO[bytes],
+    ) -> None:
+        self.location = location
+        self.folder = folder
+        self.manifest = manifest
+        self.cache_bytes = cache_bytes
+        self.stopped = threading.Event()
+        """Set it to end a download and its waits."""
+        self.retry = replace(retry, pause=self.stopped.wait)
+        self._release = weakref.finalize(self, in_use.close)
+
+    def close(self) -> None:
+        """Ends a download under way, and lets the set go from the cache if room is needed."""
+        self.stopped.set()
+        self._release()
+
+    @property
+    def room_bytes(self) -> int:
+        """What the bound leaves for shards."""
+        small = sum(entry.bytes for entry in self.manifest.small_files)
+        return self.cache_bytes - small - (self.folder / MANIFEST_NAME).stat().st_size
+
+    def has(self, shard: int) -> bool:
+        """Returns whether a shard is on disk, of the right size."""
+        entry = self.manifest.shards[shard]
+        try:
+            return (self.folder / entry.name).stat().st_size == entry.bytes
+        except FileNotFoundError:
+            return False
+
+    def present(self) -> set[int]:
+        """Returns the shards on disk."""
+        names = {path.name for path in self.folder.iterdir()}
+        return {i for i, entry in enumerate(self.manifest.shards) if entry.name in names}
+
+    def bring(self, shard: int, spare: Sequence[int], drop: Callable[[int], bool]) -> Outcome:
+        """Fetches a shard, in place of others if there is no room for it beside them.
+
+        Args:
+            shard: Its index.
+            spare: Those that may go, the first first.
+            drop: Is told which one goes, and may refuse it.
+
+        Raises:
+            RemoteError: The location cannot be read.
+            FormatError: What lies there is not the manifest's shard.
+        """
+        entry = self.manifest.shards[shard]
+        partial = self.folder / _hidden(entry)
+        with _locked(self.folder):
+            if self.has(shard):
+                return "here"
+            file = _claim(partial)
+            if file is None:
+                return "elsewhere"
+            if not self._make_room(spare, drop):
+                partial.unlink()
+                file.close()
+                return "no room"
+        with file:
+            try:
+                self._download(entry, file)
+                partial.rename(self.folder / entry.name)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+        sync_folder(self.folder)
+        return "here"
+
+    def used_bytes(self) -> int:
+        """Returns the size of the shards on disk, whole or still to come."""
+        names = {path.name for path in self.folder.iterdir()}
+        return sum(
+            entry.bytes
+            for entry in self.manifest.shards
+            if entry.name in names or _hidden(entry) in names
+        )
+
+    def remove_damaged(self, shard: int) -> None:
+        """Removes a shard whose content is not the manifest's."""
+        entry = self.manifest.shards[shard]
+        try:
+            check_hash(self.folder, entry)
+        except FormatError:
+            (self.folder / entry.name).unlink(missing_ok=True)
+
+    def trim(self, spare: Sequence[int], drop: Callable[[int], bool]) -> None:
+        """Throws out what exceeds the bound; of a cache whose bound was lowered."""
+        with _locked(self.folder):
+            self._make_room(spare, drop)
+
+    def _make_room(self, spare: Sequence[int], drop: Callable[[int], bool]) -> bool:
+        excess = self.used_bytes() - self.room_bytes
+        if excess > 0:
+            _remove_leftovers(self.folder)
+            excess = self.used_bytes() - self.room_bytes
+        if excess <= 0:
+            return True
+        candidates = [shard for shard in spare if self.has(shard)]
+        if excess > sum(self.manifest.shards[shard].bytes for shard in candidates):
+            return False
+        for shard in candidates:
+            if drop(shard):
+                entry = self.manifest.shards[shard]
+                (self.folder / entry.name).unlink(missing_ok=True)
+                excess -= entry.bytes
+            if excess <= 0:
+                return True
+        return False
+
+    def _download(self, entry: ShardEntry, file: IO[bytes]) -> None:
+        """Fills the claimed file; tries again after a wrong hash, which may be a proxy's fault."""
+        url = join(self.location, entry.name)
+        tries = min(HASH_TRIES, self.retry.attempts)
+        for _ in range(tries):
+            file.seek(0)
+            file.truncate()
+            digest = hashlib.sha256()
+            with open_stream(url, size=entry.bytes, retry=self.retry) as stream:
+                for chunk in iterate(stream):
+                    digest.update(chunk)
+                    self._write(entry, file, chunk)
+                    if self.stopped.is_set():
+                        raise InterruptedError(f"{url}: stopped")
+            if digest.hexdigest() == entry.sha256:
+                file.flush()
+                os.fsync(file.fileno())
+                return
+        check_sha256(url, entry, digest.hexdigest(), tries=tries)
+
+    def _write(self, entry: ShardEntry, file: IO[bytes], chunk: bytes) -> None:
+        try:
+            file.write(chunk)
+        except OSError as error:  # which says nothing about the place
+            raise OSError(error.errno, error.strerror, str(self.folder / entry.name)) from error
+
+
+def _hidden(entry: ShardEntry) -> str:
+    """The name under which a shard is fetched."""
+    return f".{entry.name}.partial"
+
+
+def _claim(path: Path) -> IO[bytes] | None:
+    """Returns a file that only this process writes; None where another does."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    if not _is_still_at(path, file):
+        file.close()
+        return None
+    return file
+
+
+def _share(path: Path) -> IO[bytes]:
+    """Marks a set's folder as used by this process, for as long as the file is open."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("ab")
+        except FileNotFoundError:
+            continue  # removed between these two lines
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if _is_still_at(path, file):
+            os.utime(path)
+            return file
+        file.close()
+
+
+def _is_still_at(path: Path, file: IO[bytes]) -> bool:
+    """Returns whether an open file still has its name: it may have gone while we took the lock."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / FOLDER_LOCK).open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes unfinished files that no process is writing."""
+    for path in folder.glob(".*.partial"):
+        file = _claim(path)
+        if file is not None:
+            path.unlink()
+            file.close()
+
+
+def _make_room_among_sets(mine: Path, room_bytes: int) -> None:
+    """Removes other sets that no process uses, the longest unused first, down to `room_bytes`."""
+    marks = [path for path in mine.parent.glob(f"*/{IN_USE_LOCK}") if path.parent != mine]
+    sizes = {mark: _folder_bytes(mark.parent) for mark in marks}
+    for mark in sorted(marks, key=_used_at):
+        if sum(sizes.values()) <= room_bytes:
+            return
+        if _remove_unused(mark):
+            del sizes[mark]
+
+
+def _remove_unused(mark: Path) -> bool:
+    try:
+        with mark.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            doomed = Path(tempfile.mkdtemp(prefix=".removed-", dir=mark.parent.parent))
+            mark.parent.rename(doomed)
+    except (BlockingIOError, FileNotFoundError):
+        return False  # in use, or another process was faster
+    shutil.rmtree(doomed, ignore_errors=True)
+    return True
+
+
+def _used_at(mark: Path) -> float:
+    try:
+        return mark.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _folder_bytes(folder: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir())
+    except FileNotFoundError:
+        return 0  # another process is removing it

@@ -1,0 +1,130 @@
+"""Servers on loopback for tests: HTTP that can be told to misbehave, and an S3 API."""
+
+import contextlib
+import http.server
+import itertools
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+
+from shards.remote import Retry
+
+QUICK = Retry(attempts=4, first_wait_s=0.001)
+NUMBERS = itertools.count()
+
+
+class Server:
+    """What a server was asked for, and what it is told to do instead of answering."""
+
+    def __init__(self, folder: Path, *, ranges: bool) -> None:
+        self.folder = folder
+        self.ranges = ranges
+        self.url = ""
+        self.asked: list[str] = []
+        self.faults: dict[str, list[str]] = {}
+        """By file name, for one request after the other: "503", "drop", "short", "hang up"."""
+        self.before: Callable[[str], Any] = lambda name: None
+        """Called with the name before each answer."""
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How often each file was asked for."""
+        return Counter(self.asked)
+
+    def next_fault(self, name: str) -> str:
+        """Takes the next fault from the list; one that ends in "..." stays."""
+        faults = self.faults.get(name, [])
+        if not faults:
+            return ""
+        return faults[0].removesuffix("...") if faults[0].endswith("...") else faults.pop(0)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers GET with a file, or a part of it."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer takes 40 ms
+
+    def __init__(self, server: Server, *args: Any) -> None:
+        self.told = server
+        super().__init__(*args)
+
+    def log_message(self, *args: Any) -> None:
+        """Says nothing."""
+
+    def do_GET(self) -> None:
+        name = self.path.lstrip("/")
+        self.told.asked.append(name)
+        self.told.before(name)
+        fault = self.told.next_fault(name)
+        path = self.told.folder / name
+        if fault.isdigit() or not path.is_file():
+            self.send_error(int(fault or 404))
+        elif fault == "hang up":
+            self._hang_up()
+        else:
+            self._send(path.read_bytes(), fault)
+
+    def _send(self, content: bytes, fault: str) -> None:
+        wanted = self.headers.get("Range") if self.told.ranges else None
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+        body = content[start:]
+        self.send_response(206 if wanted else 200)
+        if fault != "short":  # without a length, the end of the connection is the end of the file
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if fault == "corrupt":
+            body = body[:1000] + bytes([body[1000] ^ 1]) + body[1001:]
+        self.wfile.write(body[: len(body) // 2] if fault in ("drop", "short") else body)
+        if fault in ("drop", "short"):
+            self._hang_up()
+
+    def _hang_up(self) -> None:
+        self.wfile.flush()
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def serve(folder: Path, *, ranges: bool = True) -> Iterator[Server]:
+    """Serves a folder over HTTP; without `ranges` as Python's own http.server does."""
+    told = Server(folder, ranges=ranges)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, told))
+    server.handle_error = lambda *args: None  # type: ignore[method-assign]  # clients hang up
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    told.url = f"http://127.0.0.1:{server.server_address[1]}"
+    try:
+        yield told
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def serve_s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Serves a folder from an S3 bucket of moto's, which keeps it, and yields its URL."""
+    bucket = f"bucket-{next(NUMBERS)}"
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"endpoint_url": f"http://{host}:{port}", "key": "id", "secret": "secret"}
+    monkeypatch.setitem(fsspec.config.conf, "s3", settings)
+    try:
+        system = fsspec.filesystem("s3")
+        system.mkdir(bucket)
+        for path in folder.iterdir():
+            system.pipe(f"{bucket}/train/{path.name}", path.read_bytes())
+        yield f"s3://{bucket}/train"
+    finally:
+        server.stop()

@@ -1,0 +1,363 @@
+"""Stream access: every record once an epoch, the fields of map access, and nothing passed over."""
+
+import io
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shards.access import Access, choose_kind, make_loader, open_set
+from shards.loader import batches
+from shards.reader import ShardSet, open_shards
+from shards.remote import RemoteError
+from shards.schema import FormatError, Manifest
+from shards.stream import StreamLoader, open_streamed
+from tests.servers import QUICK, Server, serve, serve_s3
+from tests.shard_sets import make_examples, write_set
+
+SIZES = (6, 10, 4, 8, 2, 6)  # 36
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of six small shards, two of them with other numbers of captions."""
+    folder = tmp_path_factory.mktemp("source") / "train"
+    shards = [
+        make_examples(size, seed=seed, views=2, num_captions=3 + seed // 4)
+        for seed, size in enumerate(SIZES)
+    ]
+    write_set(folder, shards)
+    return folder
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[Server]:
+    """A server of that set."""
+    with serve(folder) as served:
+        yield served
+
+
+def make(location: str | Path, *, batch_size: int = 4, **settings: Any) -> StreamLoader:
+    """A loader from a location; settings are the order's and the loader's."""
+    names = ("shuffle", "last_batch", "seed")
+    of_order = {"seed": 3} | {k: v for k, v in settings.items() if k in names}
+    shards = open_streamed(str(location), retry=QUICK)
+    order = shards.order(batch_size=batch_size, **of_order)
+    others = {k: v for k, v in settings.items() if k not in names}
+    return StreamLoader(shards=shards, order=order, **others)
+
+
+def keys_of(loader: StreamLoader, start: int, stop: int) -> list[str]:
+    """The keys of some steps, in order."""
+    for _ in batches(loader, start=start, stop=stop):
+        pass
+    return [key for step in range(start, stop) for key in loader.suspects(step)]
+
+
+def all_keys(folder: Path) -> list[str]:
+    """The keys of a set, in the order of its shards."""
+    shards = open_shards(folder)
+    return shards.keys(np.arange(len(shards)))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_has_every_record_once(folder: Path, num_workers: int) -> None:
+    if num_workers:  # their streams end apart: count what each reads in its first epoch
+        loader = make(folder, num_workers=num_workers)
+        reading = loader._reading
+        parts = [reading.epoch(0, w, reading.shards_of(0, w)) for w in range(num_workers)]
+        keys = [record.key for part in parts for record in part]
+    else:
+        keys = keys_of(make(folder), 0, 9)
+    assert sorted(keys) == sorted(all_keys(folder))
+
+
+def test_ranks_divide_an_epoch_and_none_ends(folder: Path) -> None:
+    loaders = [make(folder, rank=rank, num_processes=2) for rank in range(2)]
+    shards = [loader._reading.shards_of(0, 0) for loader in loaders]
+    assert sorted(shards[0] + shards[1]) == list(range(6))
+    keys = [keys_of(loader, 0, 40) for loader in loaders]
+    assert [len(part) for part in keys] == [80, 80]
+    for part, mine in zip(keys, shards, strict=True):
+        epoch = part[: sum(SIZES[index] for index in mine)]
+        expected = [key for key in all_keys(folder) if int(key[:2]) in mine]
+        assert sorted(epoch) == sorted(expected)
+    assert set(keys[0]) == set(keys[1]) == set(all_keys(folder)), "shards change hands"
+
+
+def test_epochs_differ_and_a_seed_gives_the_same_again(folder: Path) -> None:
+    keys = keys_of(make(folder), 0, 18)
+    assert sorted(keys[:36]) == sorted(keys[36:])
+    assert keys[:36] != keys[36:]
+    assert keys == keys_of(make(folder), 0, 18)
+    assert keys != keys_of(make(folder, seed=4), 0, 18)
+
+
+@pytest.mark.parametrize("place", ["folder", "http", "pipe", "s3"])
+def test_fields_are_those_of_map_access(
+    folder: Path, place: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "s3":
+        with serve_s3(folder, monkeypatch) as url:
+            assert_fields(folder, make(url))
+        return
+    locations = {"folder": str(folder), "http": server.url, "pipe": f"pipe:cat {folder}"}
+    assert_fields(folder, make(locations[place]))
+
+
+def assert_fields(folder: Path, loader: StreamLoader) -> None:
+    """Compares 18 batches with what map access says of the same keys."""
+    mapped = open_shards(folder)
+    numbers = {key: number for number, key in enumerate(all_keys(folder))}
+    chosen: Counter[tuple[int, int]] = Counter()
+    for step, batch in enumerate(batches(loader, start=0, stop=18)):
+        records = np.array([numbers[key] for key in loader.suspects(step)])
+        for row, record in enumerate(records):
+            view, caption = find_items(mapped, int(record), batch.latent[row], batch.text[row])
+            assert torch.equal(batch.tokens[row], gather(mapped, int(record), caption, 0).tokens[0])
+            chosen[view, caption] += 1
+    assert len(chosen) == 2 * 4
+    assert min(chosen[view, caption] for view in range(2) for caption in range(3)) > 2
+
+
+def gather(mapped: ShardSet, record: int, caption: int, view: int) -> Any:
+    """One caption and one view of a record, by map access."""
+    num = 4 if record >= sum(SIZES[:4]) else 3
+    u = np.array([(caption + 0.5) / num]), np.array([(view + 0.5) / 2])
+    return mapped.gather(np.array([record]), *u)
+
+
+def find_items(
+    mapped: ShardSet, record: int, latent: torch.Tensor, text: torch.Tensor
+) -> tuple[int, int]:
+    """Which view and which caption of a record these are."""
+    num = 4 if record >= sum(SIZES[:4]) else 3
+    views = [v for v in range(2) if torch.equal(gather(mapped, record, 0, v).latent[0], latent)]
+    captions = [c for c in range(num) if torch.equal(gather(mapped, record, c, 0).text[0], text)]
+    (view,), (caption,) = views, captions
+    return view, caption
+
+
+def test_records_are_mixed_within_the_window(folder: Path) -> None:
+    sorted_ = keys_of(make(folder, shuffle="none"), 0, 9)
+    assert sorted_ == all_keys(folder)
+    by_shard = keys_of(make(folder, window_records=1), 0, 9)
+    assert [key[:2] for key in by_shard] == sorted(
+        (key[:2] for key in by_shard), key=[key[:2] for key in by_shard].index
+    ), "shards in turn"
+    assert by_shard != sorted_
+    mixed = keys_of(make(folder, window_records=1000), 0, 9)
+    assert sum(a[:2] != b[:2] for a, b in pairwise(mixed)) > 12
+    near = keys_of(make(folder, window_records=6), 0, 9)
+    place = {key: number for number, key in enumerate(by_shard)}
+    early = [place[key] - number for number, key in enumerate(near)]
+    assert 0 < max(early) <= 12, "none comes much before its turn"
+
+
+def test_connections_lost_in_mid_shard_are_not_seen(folder: Path, server: Server) -> None:
+    for entry in Manifest.load(folder).shards:
+        server.faults[entry.name] = ["503", "drop", "short", "503"]
+    assert keys_of(make(server.url), 0, 9) == keys_of(make(folder), 0, 9)
+    assert max(server.counts.values()) == 5
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_lost_server_is_named(server: Server, num_workers: int) -> None:
+    loader = make(server.url, num_workers=num_workers)
+    name = loader._shards.manifest.shards[3].name
+    server.faults[name] = ["503..."]
+    with pytest.raises(RemoteError, match=rf"^{server.url}/{name}: gave up .* 4 att.* 503"):
+        keys_of(loader, 0, 9)
+
+
+def test_workers_give_every_batch_in_turn(folder: Path, server: Server) -> None:
+    loader = make(server.url, num_workers=2)
+    parts = [
+        iter(loader._reading.records(worker, 0))  # the same streams, in this process
+        for worker in range(2)
+    ]
+    keys = keys_of(loader, 0, 8)
+    for step in range(8):
+        expected = [next(parts[step % 2]).key for _ in range(4)]
+        assert keys[4 * step : 4 * step + 4] == expected
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_resuming_reads_no_shard_that_was_done(
+    folder: Path, server: Server, num_processes: int
+) -> None:
+    loader = make(server.url, num_processes=num_processes, rank=num_processes - 1)
+    names = [entry.name for entry in Manifest.load(folder).shards]
+    for start in (0, 1, 3, 7, 11, 20):
+        left = start * 4 // num_processes
+        order = [i for epoch in range(6) for i in loader._reading.shards_of(epoch, 0)]
+        while left >= SIZES[order[0]]:
+            left -= SIZES[order.pop(0)]
+        loader.close()
+        server.asked.clear()
+        keys_of(loader, start, start + 1)
+        assert server.asked[0] == names[order[0]]
+
+
+def test_workers_resume_where_each_was(folder: Path) -> None:
+    loader = make(folder, num_workers=2)
+    reading = loader._reading
+    # before step 7, worker 0 made the batches 0, 2, 4, 6, and worker 1 three
+    parts = [reading.records(1, 3 * 4), reading.records(0, 4 * 4)]
+    expected = [record.key for part in parts for record in islice(part, 4)]
+    assert keys_of(loader, 7, 9) == expected
+
+
+def test_resuming_epochs_later_begins_in_that_epoch(folder: Path, server: Server) -> None:
+    loader = make(server.url)
+    whole = keys_of(make(folder), 0, 45)
+    server.asked.clear()
+    keys = keys_of(loader, 36, 45)  # nine steps are an epoch
+    assert keys == whole[144:180]
+    assert sorted(server.asked) == sorted(e.name for e in Manifest.load(folder).shards)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "num_workers", "message"),
+    [
+        (4, 2, r"6 shards for 4 processes x 2 workers = 8 readers leave 2 without; use fewer"),
+        (8, 0, r"6 shards for 8 processes x 1 workers = 8 readers leave 2 without"),
+    ],
+)
+def test_too_few_shards_are_refused_with_the_arithmetic(
+    folder: Path, num_processes: int, num_workers: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^data.access: stream .*{message}"):
+        make(folder, batch_size=8, num_processes=num_processes, num_workers=num_workers)
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a copy of the set in which members of shard 1's fifth record are replaced."""
+
+    def damage(changes: dict[str, bytes | None], *, drop_record: bool = False) -> Path:
+        copy = tmp_path / "copy"
+        copy.mkdir()
+        for path in folder.iterdir():
+            (copy / path.name).write_bytes(path.read_bytes())
+        shard = copy / Manifest.load(folder).shards[1].name
+        size = shard.stat().st_size
+        with tarfile.open(shard) as source:
+            members = [(info, source.extractfile(info).read()) for info in source]  # type: ignore[union-attr]
+        with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as target:
+            for info, content in members:
+                key, _, ext = info.name.partition(".")
+                if key == "01-3-000004" and (drop_record or ext in changes):
+                    content = changes.get(ext)
+                if content is not None:
+                    info.size = len(content)
+                    target.addfile(info, io.BytesIO(content))
+        content = shard.read_bytes()
+        shard.write_bytes(content[:size] + b"\0" * (size - len(content)))
+        return copy
+
+    return damage
+
+
+def npy(array: np.ndarray[Any, Any]) -> bytes:
+    """An array as .npy."""
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens.npy": None}, r"field tokens: expected member '01-3-000004.tokens.npy', found no"),
+        (
+            {"latent.npy": npy(np.zeros((2, 8, 8, 4), np.float16))},
+            r"field latent: expected float16 \(2, 8, 8, 8\), found float16 \(2, 8, 8, 4\)",
+        ),
+        (
+            {"text.npy": npy(np.zeros((3, 7, 32), np.int8))},
+            r"field text: expected float16 \(3, 7, 32\), found int8 \(3, 7, 32\)",
+        ),
+        ({"text.npy": b"abc"}, r"field text: expected .* found 3 bytes that are no .npy array"),
+        ({"json": b"{}"}, r"field json: expected uint8 \(512,\), found 2 bytes"),
+    ],
+)
+def test_a_record_of_another_layout_is_refused(
+    damaged: Callable[..., Path], changes: dict[str, bytes | None], message: str
+) -> None:
+    copy = damaged(changes)
+    with pytest.raises(
+        FormatError, match=rf"^{copy}/shard-000001.tar: key '01-3-000004': {message}"
+    ):
+        keys_of(make(copy), 0, 9)
+
+
+def test_a_missing_record_is_refused(damaged: Callable[..., Path]) -> None:
+    copy = damaged({}, drop_record=True)
+    with pytest.raises(FormatError, match=r"shard-000001.tar: expected 10 records, found 9$"):
+        keys_of(make(copy), 0, 9)
+
+
+def test_what_is_no_tar_is_refused(folder: Path, damaged: Callable[..., Path]) -> None:
+    copy = damaged({})
+    shard = copy / "shard-000002.tar"
+    shard.write_bytes(b"x" * shard.stat().st_size)
+    with pytest.raises(FormatError, match=r"^[^ ]*shard-000002.tar: not a shard of this layout: "):
+        keys_of(make(copy), 0, 9)
+    shard.write_bytes((folder / shard.name).read_bytes() + b"x")
+    with pytest.raises(
+        FormatError, match=r"^[^ ]*shard-000002.tar: too long: expected \d+ bytes, found more$"
+    ):
+        keys_of(make(copy), 0, 9)
+
+
+def test_a_record_has_no_number(folder: Path) -> None:
+    with pytest.raises(ValueError, match="stream access reads no record by its number"):
+        open_streamed(str(folder)).keys(np.array([0]))
+
+
+def test_nothing_is_kept_on_disk(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    keys_of(make(server.url), 0, 9)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_recent_suspects_are_known(folder: Path) -> None:
+    loader = make(folder)
+    keys_of(loader, 0, 3)
+    assert len(loader.suspects(2)) == 4
+    assert loader.suspects(3) == loader.suspects(-1) == []
+
+
+def test_each_access_has_its_loader(folder: Path, server: Server, tmp_path: Path) -> None:
+    kinds = {}
+    for kind, location in (("map", str(folder)), ("stream", server.url), ("cache", server.url)):
+        access = Access(kind=kind, cache_dir=tmp_path / "cache")  # type: ignore[arg-type]
+        shards = open_set(location, access)
+        loader = make_loader(shards, shards.order(batch_size=4, seed=0), access)
+        kinds[kind] = type(loader).__name__
+        first = next(batches(loader, start=0, stop=1))
+        assert first.latent.isfinite().all()
+    assert kinds == {"map": "MapLoader", "stream": "StreamLoader", "cache": "CacheLoader"}
+
+
+def test_auto_maps_folders_and_caches_urls() -> None:
+    assert (choose_kind("a/b", "auto"), choose_kind("http://a", "auto")) == ("map", "cache")
+    assert (choose_kind("a/b", "stream"), choose_kind("a/b", "cache")) == ("stream", "cache")
+    with pytest.raises(ValueError, match=r"data.access: map needs a folder .* found 's3://a'"):
+        choose_kind("s3://a", "map")
+
+
+def test_another_encoder_is_refused(server: Server) -> None:
+    access = Access(kind="stream")
+    open_set(server.url, access, vae_sha256="v" * 64, text_sha256="t" * 64)
+    with pytest.raises(FormatError, match=rf"{server.url}: text_encoder: the shards were made"):
+        open_set(server.url, access, text_sha256="w" * 64)

@@ -1,0 +1,179 @@
+"""Training from a URL: the same run through the cache, another by streaming, and clear refusals."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs import cli
+from tests import tiny
+from tests.servers import Server, serve
+from tests.train.conftest import MakeConfig
+from train.config import DataConfig, TrainConfig
+from train.loop import train
+from train.preflight import validate
+
+
+@pytest.fixture
+def server(shards: Path) -> Iterator[Server]:
+    """A server of the shards that the tests train on."""
+    with serve(shards) as served:
+        yield served
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path) -> str:
+    """An empty folder."""
+    return str(tmp_path / "cache")
+
+
+def losses(folder: Any) -> list[float]:
+    """The losses of a run, by logging interval."""
+    lines = (Path(str(folder)) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_a_run_from_a_url_is_the_run_from_the_folder(
+    make_config: MakeConfig, server: Server, cache_dir: str, tmp_path: Path
+) -> None:
+    server.faults["shard-000001.tar"] = ["503", "drop"]
+    train(make_config())
+    remote = make_config(
+        shards=server.url, out=str(tmp_path / "remote"), data=DataConfig(cache_dir=cache_dir)
+    )
+    train(remote)
+    assert losses(tmp_path / "remote") == losses(tmp_path / "run")
+    assert len(list(Path(cache_dir).glob("*/*.tar"))) == 3
+
+
+def test_a_run_goes_on_with_the_other_of_map_and_cache(
+    make_config: MakeConfig,
+    server: Server,
+    cache_dir: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train(make_config(out=str(tmp_path / "whole")))
+    train(make_config(num_steps=5))
+    capsys.readouterr()
+    data = DataConfig(access="cache", cache_dir=cache_dir, cache_bytes=10**8)
+    train(make_config(shards=server.url, data=data))
+    assert losses(tmp_path / "run")[-1] == losses(tmp_path / "whole")[-1]
+    assert "data.access changed from 'auto' to 'cache'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("first", ["map", "stream"])
+def test_a_run_does_not_change_to_or_from_stream(make_config: MakeConfig, first: Any) -> None:
+    train(make_config(num_steps=1, data=DataConfig(access=first)))
+    second: Any = "stream" if first == "map" else "map"
+    names = {"map": "map and cache", "stream": "stream"}
+    message = f"has '{names[first]}', this command says '{names[second]}'"
+    with pytest.raises(ValueError, match=f"^order of data.access: the run in .* {message}"):
+        train(make_config(num_steps=2, data=DataConfig(access=second)))
+
+
+def test_streaming_trains_and_says_how_it_resumes(
+    make_config: MakeConfig, server: Server, capsys: pytest.CaptureFixture[str], cache_dir: str
+) -> None:
+    data = DataConfig(access="stream", window_records=8)
+    config = make_config(shards=server.url, data=data, num_steps=6)
+    train(config)
+    assert "stream access resumes" not in capsys.readouterr().err
+    train(replace(config, num_steps=10))
+    said = capsys.readouterr().err
+    assert said.count("stream access resumes to the shard") == 1
+    assert len(losses(config.out)) == 4
+    assert not Path(cache_dir).exists()
+
+
+def test_a_streamed_window_stays_what_it_was(make_config: MakeConfig) -> None:
+    train(make_config(num_steps=1, data=DataConfig(access="stream", window_records=8)))
+    with pytest.raises(ValueError, match=r"data.window_records: .* has 8, this command says 9"):
+        train(make_config(num_steps=2, data=DataConfig(access="stream", window_records=9)))
+
+
+def test_streamed_records_that_are_not_finite_are_named(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.make_shards(tmp_path / "bad")
+    tiny.plant_nan(folder, shard=1, records=[3])
+    train(make_config(shards=str(folder), data=DataConfig(access="stream"), num_steps=6))
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "skipped, not" in line]
+    assert "01-3-000003" in said
+
+
+def test_preflight_reads_no_shard(make_config: MakeConfig, server: Server, cache_dir: str) -> None:
+    for data in (DataConfig(cache_dir=cache_dir), DataConfig(access="stream")):
+        plan = validate(make_config(shards=server.url, data=data), num_processes=1)
+        assert plan.order.num_records == 24
+    assert not [name for name in server.asked if name.endswith(".tar")]
+
+
+@pytest.mark.parametrize(
+    ("data", "remote", "message"),
+    [
+        (DataConfig(access="map"), True, r"data.access: map needs a folder on a local disk"),
+        (DataConfig(num_workers=2), False, r"data.num_workers: has no effect with map access"),
+        (DataConfig(window_records=9), True, r"data.window_records: has no effect with cache"),
+        (DataConfig(cache_bytes=9), False, r"data.cache_bytes: has no effect .* found 9"),
+        (DataConfig(access="stream", cache_dir="a"), True, r"data.cache_dir: .* expected None"),
+        (DataConfig(access="stream", verify=True), True, r"data.verify: has no effect with stream"),
+        (DataConfig(access="stream", last_batch="drop"), True, r"data.last_batch: has no effect"),
+        (DataConfig(access="stream", shuffle="blocks"), True, r"data.shuffle: stream access mixes"),
+        (DataConfig(access="stream", num_workers=4), True, r"3 shards for 1 processes x 4 workers"),
+        (
+            DataConfig(cache_dir="CACHE", cache_bytes=50_000),
+            True,
+            r"data.cache_bytes: shuffle full",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_built(
+    make_config: MakeConfig,
+    server: Server,
+    cache_dir: str,
+    data: DataConfig,
+    remote: bool,
+    message: str,
+) -> None:
+    if data.cache_dir == "CACHE":
+        data = replace(data, cache_dir=cache_dir)
+    changes = {"shards": server.url} if remote else {}
+    with pytest.raises(ValueError, match=message):
+        validate(make_config(data=data, **changes), num_processes=1)
+
+
+@pytest.mark.parametrize("name", ["cache_bytes", "window_records", "num_workers"])
+def test_counts_that_cannot_be_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"data.{name}: expected \d or more, found -1"):
+        DataConfig(**{name: -1})
+
+
+def test_another_vae_is_refused_naming_the_url(
+    make_config: MakeConfig, server: Server, tmp_path: Path
+) -> None:
+    tiny.make_encoders(tmp_path, seed=1)
+    data = DataConfig(access="stream")
+    with pytest.raises(ValueError, match=rf"^{server.url}: vae: the shards were made with"):
+        validate(
+            make_config(shards=server.url, vae=str(tmp_path / "vae"), data=data), num_processes=1
+        )
+
+
+def test_a_url_without_shards_is_one_line_and_exit_code_two(
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cache_dir: str,
+    elsewhere: Path,
+) -> None:
+    flags = ["--name", "x", "--num-steps", "3", "--shards", f"{server.url}/no"]
+    monkeypatch.setattr("sys.argv", ["run.py", *flags, "--data.cache-dir", cache_dir])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(train, TrainConfig, "train")
+    assert exit_.value.code == 2
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if not s.startswith("warning")]
+    assert line == f"error: {server.url}/no/manifest.json: not found"
