@@ -1,0 +1,90 @@
+"""How long the first batch takes, and what is read for it, by the number of shards.
+
+    python -m bench.loaders.opening FOLDER
+
+The shards are put out of the page cache first. What of them is in it after opening and after the
+first batch was read from the disk for that; on a file system without a disk (tmpfs) nothing can be
+put out, which `evicted` tells.
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.loaders.contents import BATCH_SIZE
+from shards.loader import MapLoader, batches
+from shards.reader import open_shards
+
+
+def main(folder: Path) -> dict[str, Any]:
+    """Returns the figures of one set, cold and then warm."""
+    torch.set_num_threads(1)
+    torch.empty(1).clone()
+    paths = sorted(folder.glob("*.tar"))
+    measure(folder)  # the code itself, and what torch sets up on first use
+    for path in paths:
+        evict(path)
+    left = resident_bytes(paths)
+    cold = measure(folder, paths)
+    for path in paths:
+        path.read_bytes()
+    warm = measure(folder)
+    return {
+        "shards": len(paths),
+        "bytes": sum(path.stat().st_size for path in paths),
+        "evicted": left == 0,
+        "cold": cold,
+        "warm": warm,
+    }
+
+
+def measure(folder: Path, paths: list[Path] | None = None) -> dict[str, float]:
+    """Opens a set and asks for one batch; with `paths`, tells how much of them was read."""
+    began = time.perf_counter()
+    shards = open_shards(folder)
+    opened = time.perf_counter()
+    read = {"opening_bytes": resident_bytes(paths)} if paths else {}
+    counted = time.perf_counter()
+    loader = MapLoader(shards=shards, order=shards.order(batch_size=BATCH_SIZE, seed=0))
+    next(batches(loader, start=0, stop=1))
+    done = time.perf_counter()
+    read |= {"first_batch_bytes": resident_bytes(paths)} if paths else {}
+    return {"opening_s": opened - began, "first_batch_s": done - counted + opened - began, **read}
+
+
+def evict(path: Path) -> None:
+    """Asks the system to forget a file's pages."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def resident_bytes(paths: list[Path]) -> int:
+    """Returns how much of some files is in the page cache."""
+    mincore = ctypes.CDLL(None, use_errno=True).mincore
+    mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    pages = 0
+    for path in paths:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+            flags = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
+            place = np.frombuffer(mapped, np.uint8)
+            if mincore(place.ctypes.data, len(mapped), flags.ctypes.data):
+                raise OSError(ctypes.get_errno(), "mincore", str(path))
+            del place  # else the mapping could not be closed
+            pages += int((flags & 1).sum())
+    return pages * mmap.PAGESIZE
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))
