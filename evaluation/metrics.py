@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from evaluation.drawing import Drawn
-from model.encoders import fetch, quiet
+from model.encoders import quiet
+from model.folders import fetch
 from scenes import oracle
 
 Verdict = dict[str, bool]

@@ -14,18 +14,30 @@ from typing import Any, Literal
 
 import torch
 from diffusers import (
+    AsymmetricAutoencoderKL,
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMScheduler,
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from model.encoders import quiet
+from model.encoders import (
+    Autoencoder,
+    is_stock_text,
+    latent_channels,
+    latent_statistics,
+    quiet,
+    vae_downscale,
+)
 from model.paths import complete_or_absent, find_path
 
 INFO_FILE = "bundle.json"
+STOCK_MULTIPLE_PX = 8
+"""`StableDiffusionPipeline` draws pictures whose sides are multiples of this, whatever the VAE."""
 StorageDtype = Literal["float32", "float16"]
 
 
@@ -33,7 +45,7 @@ def save_bundle(
     folder: Path,
     *,
     unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
     scheduler: DDPMScheduler,
@@ -43,14 +55,17 @@ def save_bundle(
 ) -> None:
     """Writes the bundle, complete or not at all; an older one in its place is replaced.
 
-    `max_tokens` becomes the tokenizer's limit, so that a pipeline pads captions as training did.
+    `max_tokens` becomes the tokenizer's limit, so that a pipeline pads captions as training did. A
+    shift of the VAE's latents is folded into its weights. Raises ValueError for a VAE that a stock
+    pipeline cannot use.
     """
+    require_stock_vae(vae)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = max_tokens
     with quiet():  # the import tells at length of an image processor that nothing here uses
         from diffusers import StableDiffusionPipeline
     pipeline = StableDiffusionPipeline(
-        vae=vae,
+        vae=fold_shift(vae),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
@@ -66,6 +81,100 @@ def save_bundle(
             for path in temporary.rglob("*.safetensors"):
                 _store_float16(path)
         (temporary / INFO_FILE).write_text(json.dumps(dict(info), indent=1) + "\n")
+
+
+def require_stock_vae(vae: Autoencoder) -> None:
+    """Raises ValueError for a VAE whose latents a stock `StableDiffusionPipeline` does not decode.
+
+    It decodes latents / scaling_factor, hands `decode` a random generator, and takes what one cell
+    spans from the number of the decoder's blocks.
+    """
+    name = type(vae).__name__
+    usable = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny)
+    if not isinstance(vae, usable):
+        raise ValueError(
+            f"vae: the bundle is a stock StableDiffusionPipeline, which cannot decode with an "
+            f"{name}; expected {', '.join(kind.__name__ for kind in usable)}: make the shards with "
+            "such a VAE, or train on these with a program of another pipeline"
+        )
+    downscale, assumed = vae_downscale(vae), 2 ** (len(vae.config.block_out_channels) - 1)
+    if downscale != assumed:
+        raise ValueError(
+            f"vae: its encoder scales down by {downscale}, but a stock StableDiffusionPipeline "
+            f"takes {assumed} from its decoder's blocks; expected the same number of both"
+        )
+    if not isinstance(vae, AutoencoderKL) and not _is_standard(*latent_statistics(vae)):
+        raise ValueError(
+            f"vae: a stock StableDiffusionPipeline ignores shift_factor, and an {name} has no "
+            f"layer that takes it in; expected 0, found {vae.config.shift_factor}: set it to 0 in "
+            "the config.json (with a scaling_factor to suit) or make the shards with another VAE"
+        )
+
+
+def require_stock_shards(vae: Autoencoder, *, text_name: str, latent_size: tuple[int, ...]) -> None:
+    """Raises ValueError for shards that no stock `StableDiffusionPipeline` can draw from.
+
+    Takes the name of their text encoder and the latents' (h, w).
+    """
+    if not is_stock_text(text_name):
+        raise ValueError(
+            f"text_encoder: the shards' text is of {text_name!r}; the bundle is a stock "
+            "StableDiffusionPipeline, which takes one text encoder's last hidden state: make the "
+            "shards with one --text-encoder and its last state, or train on these with a program "
+            "of another pipeline"
+        )
+    require_stock_vae(vae)
+    height, width = (side * vae_downscale(vae) for side in latent_size)
+    if height % STOCK_MULTIPLE_PX or width % STOCK_MULTIPLE_PX:
+        raise ValueError(
+            f"shards: images of {width} x {height} px; a stock StableDiffusionPipeline, which the "
+            f"bundle is, draws multiples of {STOCK_MULTIPLE_PX} px only: make them with another "
+            "--image-size-px"
+        )
+
+
+def fold_shift(vae: Autoencoder) -> Autoencoder:
+    """Returns a VAE whose own latents, times its scaling factor, are what the denoiser works on.
+
+    A stock pipeline knows one scaling factor; a shift, and means and deviations of channels, go
+    into the 1x1 convolutions on both sides of the latents, which a VAE without them (SD3's, Flux's)
+    is given. The map is affine, so this is exact. A VAE that has none of these is returned as it
+    is, and else left alone.
+    """
+    mean, std = latent_statistics(vae)
+    if _is_standard(mean, std):
+        return vae
+    num = latent_channels(vae)
+    changes = {"shift_factor": None, "latents_mean": None, "latents_std": None}
+    with_convs = {"use_quant_conv": True, "use_post_quant_conv": True}
+    folded = AutoencoderKL.from_config({**vae.config, **changes, **with_convs})
+    identities = {
+        **_identity("quant_conv", 2 * num),
+        **_identity("post_quant_conv", num),
+    }
+    folded.load_state_dict(identities | vae.state_dict())
+    # The pipeline's latents are (the VAE's - mean) / std; log-variances are only moved.
+    encode, decode = folded.quant_conv, folded.post_quant_conv
+    both = torch.cat([std, torch.ones_like(std)])
+    moved = torch.cat([mean, 2 * std.log()])
+    weight, bias = (p.detach().double() for p in (encode.weight, encode.bias))
+    encode.weight.data.copy_(weight / both[:, None, None, None])
+    encode.bias.data.copy_((bias - moved) / both)
+    weight, bias = (p.detach().double() for p in (decode.weight, decode.bias))
+    decode.weight.data.copy_(weight * std[None, :, None, None])
+    decode.bias.data.copy_(bias + weight[:, :, 0, 0] @ mean)
+    return folded.eval().requires_grad_(False)
+
+
+def _is_standard(mean: Tensor, std: Tensor) -> bool:
+    """Returns whether one scaling factor is all that the latents need."""
+    return not mean.any() and bool((std == 1).all())
+
+
+def _identity(name: str, num: int) -> dict[str, Tensor]:
+    """Returns the weights of a 1x1 convolution that changes nothing."""
+    weight = torch.eye(num)[:, :, None, None]
+    return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(num)}
 
 
 def sampling_scheduler(scheduler: DDPMScheduler) -> DDIMScheduler:

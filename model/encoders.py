@@ -1,145 +1,190 @@
-"""The frozen networks on both sides of the denoiser: the VAE and the CLIP text encoder.
+"""The frozen networks on both sides of the denoiser: autoencoders and CLIP text encoders.
 
-They are loaded from a local folder or, failing that, from the Hugging Face hub, always as float32:
-a VAE in float16 overflows. Fingerprints identify weights by content, so that a folder that was
-copied, renamed or stored again is still recognised and another network never is. Encoding here is
-exactly what a stock `StableDiffusionPipeline` does, so what is precomputed equals what it computes
-while sampling.
+An autoencoder is any of diffusers' that makes 2-D latents of images; text is encoded by one CLIP,
+or by two side by side as in SDXL. Weights are loaded as float32 (an autoencoder in float16
+overflows) and told by their content, so that a folder that was copied, renamed or stored again is
+still recognised and another network never is. With one text encoder, what is precomputed is
+exactly what a stock `StableDiffusionPipeline` computes while sampling.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
-from diffusers import AutoencoderKL
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    VQModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from model.folders import (
+    fetch,
+    find_part,
+    loading,
+    read_config,
+    require_complete,
+    require_weights,
+)
 from model.paths import find_path
 
-CONNECT_TIMEOUT_S = 10.0
-VAE_FILES = ("config.json", "*.safetensors")
-TEXT_FILES = ("config.json", "model.safetensors", "tokenizer*.json", "vocab.json", "merges.txt")
+AUTOENCODERS: dict[str, Any] = {
+    kind.__name__: kind
+    for kind in (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel)
+}
+"""Those that can be loaded, by the `_class_name` of their config.json."""
+Autoencoder: TypeAlias = (
+    AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny | AutoencoderDC | VQModel
+)
+VAE_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"
+VAE_FILES = ("config.json", f"{VAE_STEM}.safetensors*", f"{VAE_STEM}-*-of-*.safetensors")
+TEXT_FILES = (
+    "config.json",
+    f"{TEXT_STEM}.safetensors*",
+    f"{TEXT_STEM}-*-of-*.safetensors",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+TEXT_TYPES = ("clip", "clip_text_model")
+BESIDE, PENULTIMATE = " + ", " (penultimate)"
+"""How the name of text that no single stock encoder makes is put together."""
+LatentKind = Literal["moments", "plain"]
+HiddenState = Literal["last", "penultimate"]
 
 
-def load_vae(name: str, revision: str | None = None) -> AutoencoderKL:
-    """Loads a VAE from a folder or hub repository, in float32 and evaluation mode.
+def load_vae(
+    name: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32
+) -> Autoencoder:
+    """Loads an autoencoder in evaluation mode from a folder or hub repository.
 
-    Raises ValueError, with the remedy, where it is neither here nor to be had.
+    `name` may be a whole pipeline with a `vae` sub-folder. `dtype` is float32 or bfloat16. Raises
+    ValueError, with the remedy, for one that is neither here nor to be had, or is of no use here.
     """
-    folder = fetch(name, revision, VAE_FILES, flag="--vae")
-    _require_config(folder, name, "--vae", "_class_name", "AutoencoderKL")
-    vae = AutoencoderKL.from_pretrained(
-        folder, torch_dtype=torch.float32, local_files_only=True, low_cpu_mem_usage=False
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"vae dtype: expected float32 or bfloat16, found {dtype}")
+    flag = "--vae"
+    folder = find_part(
+        fetch(name, revision, VAE_FILES, flag=flag, parts=("vae",)), "vae", flag=flag
     )
+    kind = read_config(folder, "_class_name", tuple(AUTOENCODERS), flag=flag)
+    require_weights(folder, VAE_STEM, flag=flag)
+    with quiet(), loading(folder, flag=flag):
+        vae, report = AUTOENCODERS[kind].from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    require_complete(report, folder, f"an {kind}", flag=flag)
+    if vae.config.in_channels != 3:
+        raise ValueError(
+            f"{flag}: {folder} takes images of {vae.config.in_channels} channels, expected 3"
+        )
     vae.register_to_config(_name_or_path="")  # a bundle shall not tell of this machine's folders
-    return vae.eval().requires_grad_(False)
+    return _round(vae.eval().requires_grad_(False), dtype)
+
+
+def _round(vae: Autoencoder, dtype: torch.dtype) -> Autoencoder:
+    """Rounds the weights to a dtype, in place; `fingerprint` still tells those before."""
+    if dtype != torch.float32:
+        vae.sha256_before_rounding = fingerprint(vae)
+        nn.Module.to(vae, dtype=dtype)  # diffusers' own `to` warns of nothing kept in float32
+    return vae
 
 
 def load_text_encoder(
-    name: str, revision: str | None = None
+    name: str, revision: str | None = None, *, number: Literal[1, 2] = 1
 ) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Loads a CLIP tokenizer and text encoder (float32, evaluation mode).
 
-    `name` may hold a CLIPTextModel or a whole CLIPModel, whose image tower is then left out.
-    Raises ValueError, with the remedy, where it is neither here nor to be had.
+    `name` may hold a CLIPTextModel, a CLIPTextModelWithProjection, whose projection is left out, a
+    whole CLIPModel, whose image tower is left out, or a whole pipeline, of which the first or the
+    second text encoder is taken. Raises ValueError, with the remedy, where it is neither here nor
+    to be had.
     """
-    folder = fetch(name, revision, TEXT_FILES, flag="--text-encoder")
-    _require_config(folder, name, "--text-encoder", "model_type", "clip")
-    with quiet():
+    at = "" if number == 1 else f"_{number}"
+    parts, flag = (f"text_encoder{at}", f"tokenizer{at}"), f"--text-encoder{at.replace('_', '-')}"
+    root = fetch(name, revision, TEXT_FILES, flag=flag, parts=parts)
+    folder = find_part(root, parts[0], flag=flag)
+    read_config(folder, "model_type", TEXT_TYPES, flag=flag)
+    require_weights(folder, TEXT_STEM, flag=flag)
+    with quiet(), loading(folder, flag=flag):
         loaded: Any = CLIPTextModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     encoder, report = loaded
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ValueError(
-            f"--text-encoder: {folder} lacks {len(missing)} weights of a CLIP text encoder, "
-            f"{missing[0]} first"
-        )
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    # A folder with only vocab.json and merges.txt says "no limit" (1e30).
-    limit = encoder.config.max_position_embeddings
-    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    require_complete(report, folder, "a CLIP text encoder", flag=flag)
+    tokenizer = _load_tokenizer(root if folder == root else root / parts[1], encoder, flag)
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
-def fetch(name: str, revision: str | None, files: Sequence[str], *, flag: str) -> Path:
-    """Returns the local folder of `name`: a path, a cached hub repository or a fresh download."""
-    local = find_path(name)
-    if local is not None and local.is_dir():
-        return local
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            return folder
-    except LocalEntryNotFoundError:
-        pass  # not in the cache: ask the hub below
-    except HFValidationError:
+def _load_tokenizer(folder: Path, encoder: CLIPTextModel, flag: str) -> CLIPTokenizer:
+    """Loads the tokenizer of an encoder; raises ValueError where it is not one."""
+    needed = ("tokenizer.json",), ("vocab.json", "merges.txt")
+    if not any(all((folder / name).is_file() for name in names) for names in needed):
+        raise ValueError(  # transformers would make one of two tokens and say nothing
+            f"{flag}: {folder} holds no tokenizer; expected tokenizer.json, or vocab.json and "
+            "merges.txt (of a pipeline, give the whole folder)"
+        )
+    with loading(folder, flag=flag):
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    most = max(tokenizer.get_vocab().values())
+    if most >= encoder.config.vocab_size or tokenizer.padding_side != "right":
         raise ValueError(
-            f"{flag}: no folder {name!r} here or in the project (and it is no hub name)"
-        ) from None
-    return _download(name, revision, files, flag)
-
-
-def _download(name: str, revision: str | None, files: Sequence[str], flag: str) -> Path:
-    """Downloads the named files of a hub repository; asks first whether the hub can be reached."""
-    found = f"{name!r} at revision {revision!r}" if revision else repr(name)
-    remedy = (
-        f"download {', '.join(files)} of https://huggingface.co/{name} into a folder on a machine "
-        f"with a network and point {flag} to it"
-    )
-    try:  # one short question: a download alone would retry for half a minute per file
-        HfApi().model_info(name, revision=revision, timeout=CONNECT_TIMEOUT_S)
-    except HfHubHTTPError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{flag}: the hub refuses {found}: {reason}; {remedy}") from error
-    except _connection_errors() as error:
-        raise ValueError(
-            f"{flag}: no folder {found}, not in the cache, no network; {remedy}"
-        ) from error
-    return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
-
-
-def _connection_errors() -> tuple[type[BaseException], ...]:
-    """Returns what the hub's client raises without a network, whatever library it is built on."""
-    return (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))
-
-
-def _require_config(folder: Path, name: str, flag: str, field: str, expected: str) -> None:
-    """Refuses a folder whose config.json does not announce the expected kind of network."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{flag}: {name!r} holds no config.json; expected one of a {expected}")
-    found = str(json.loads(path.read_text()).get(field))
-    if not found.startswith(expected):
-        raise ValueError(f"{flag}: {path} says {field} {found!r}, expected {expected!r}")
+            f"{flag}: the tokenizer in {folder} pads on the {tokenizer.padding_side} and has ids "
+            f"up to {most}; expected the right, and fewer than {encoder.config.vocab_size}"
+        )
+    # A folder with only vocab.json and merges.txt says "no limit" (1e30).
+    limit = encoder.config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    return tokenizer
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back transformers' progress bars and its report on weights left out on purpose."""
-    verbosity = transformers_logging.get_verbosity()
+    """Holds back transformers' progress bars and both libraries' remarks on what is left out."""
+    libraries = (transformers_logging, diffusers_logging)
+    before = [library.get_verbosity() for library in libraries]
     bar_was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    for library in libraries:
+        library.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
         if bar_was_on:
             transformers_logging.enable_progress_bar()
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Returns the sha256 of a network's weights: names, shapes, float32 values, in name order."""
+    """Returns the sha256 of a network's weights: names, shapes, float32 values, in name order.
+
+    Of an autoencoder that was loaded in bfloat16, of the weights before they were rounded.
+    """
+    noted = getattr(module, "sha256_before_rounding", None)
+    if noted is not None:
+        return str(noted)
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         # transformers 5 dropped this prefix of CLIPTextModel's names; the weights are the same.
@@ -153,45 +198,107 @@ def tokenizer_fingerprint(tokenizer: CLIPTokenizer) -> str:
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    content = json.dumps([sorted(model["vocab"].items()), merges, special])
-    return hashlib.sha256(content.encode()).hexdigest()
+    return _hash([sorted(model["vocab"].items()), merges, special])
 
 
-def vae_downscale(vae: AutoencoderKL) -> int:
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def vae_downscale(vae: Autoencoder) -> int:
     """Returns how many pixels one latent cell spans along each axis (8 for Stable Diffusion's)."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+    if isinstance(vae, AutoencoderDC):
+        return int(vae.spatial_compression_ratio)
+    names = {
+        AsymmetricAutoencoderKL: "down_block_out_channels",
+        AutoencoderTiny: "encoder_block_out_channels",
+    }
+    blocks = vae.config[names.get(type(vae), "block_out_channels")]
+    return int(2 ** (len(blocks) - 1))
 
 
-def latent_channels(vae: AutoencoderKL) -> int:
+def latent_channels(vae: Autoencoder) -> int:
     """Returns the number of channels of a latent (4 for Stable Diffusion's VAE)."""
+    if isinstance(vae, VQModel) and vae.config.vq_embed_dim is not None:
+        return int(vae.config.vq_embed_dim)
     return int(vae.config.latent_channels)
 
 
-@torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Encodes pixels to the moments of the posterior, unscaled.
+def latent_kind(vae: Autoencoder) -> LatentKind:
+    """Returns "moments" for an autoencoder with a posterior, "plain" for one without.
 
-    Takes images (B, 3, H, W) in [-1, 1] and returns float32 (B, 2C, h, w): means, then
-    log-variances. Autocast is off inside: it would run even a float32 VAE in half precision.
+    Those of a VQModel are plain, from before the quantisation, which is the decoder's first step.
+    """
+    has_posterior = isinstance(vae, AutoencoderKL | AsymmetricAutoencoderKL)
+    return "moments" if has_posterior else "plain"
+
+
+def scaling_factor(vae: Autoencoder) -> float:
+    """Returns what latents are multiplied by, after the shift, to be of about unit variance."""
+    return float(vae.config.scaling_factor)
+
+
+def shift_factor(vae: Autoencoder) -> float:
+    """Returns what is subtracted from latents first: 0 for most, not for SD3's and Flux's."""
+    return float(vae.config.get("shift_factor") or 0.0)
+
+
+def latent_statistics(vae: Autoencoder) -> tuple[Tensor, Tensor]:
+    """Returns the mean and deviation (C,) float64 that a VAE's config gives beside its scale.
+
+    A shift factor is a mean for all channels; 0 and 1 where the config gives none.
+    """
+    num = latent_channels(vae)
+    mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
+    if mean is None:
+        mean = [shift_factor(vae)] * num
+    if std is None:
+        std = [1.0] * num
+    return torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+
+
+def latent_affine(vae: Autoencoder) -> tuple[Tensor, Tensor]:
+    """Returns shift and scale (C, 1, 1) float32: a denoiser works on (latent - shift) * scale."""
+    mean, std = latent_statistics(vae)
+    scale = scaling_factor(vae) / std
+    return mean.float().reshape(-1, 1, 1), scale.float().reshape(-1, 1, 1)
+
+
+@torch.no_grad()
+def encode_images(vae: Autoencoder, images: Tensor) -> Tensor:
+    """Encodes pixels, unscaled, to the moments of the posterior or to plain latents.
+
+    Takes images (B, 3, H, W) in [-1, 1] and returns float32: means, then log-variances
+    (B, 2C, h, w), or latents (B, C, h, w) where there is no posterior. It computes in the weights'
+    dtype: autocast, which would run even a float32 VAE in half precision, is off inside.
     """
     with torch.autocast(images.device.type, enabled=False):
-        moments: Tensor = vae.encode(images.float()).latent_dist.parameters
-    return moments
+        encoded = vae.encode(images.to(vae.dtype))
+    if "latent_dist" in encoded:
+        latents: Tensor = encoded.latent_dist.parameters
+    else:
+        latents = encoded["latent" if isinstance(vae, AutoencoderDC) else "latents"]
+    return latents.float()
 
 
 def tokenize(
     tokenizer: CLIPTokenizer, captions: Sequence[str], max_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """Returns token ids (N, T) int64, padded on the right, and which captions were cut (N,)."""
-    whole = tokenizer(list(captions), verbose=False)["input_ids"]
-    ids: Tensor = tokenizer(
-        list(captions),
-        padding="max_length",
-        max_length=max_tokens,
-        truncation=True,
-        return_tensors="pt",
-    )["input_ids"]
-    return ids, torch.tensor([len(tokens) > max_tokens for tokens in whole])
+    whole = tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
+    return _fit(whole, max_tokens, tokenizer.pad_token_id)
+
+
+def _fit(whole: Sequence[Sequence[int]], max_tokens: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Cuts or pads ids to (N, T), the end token kept, and tells which were cut (N,)."""
+    fitted = [
+        [*ids[: max_tokens - 1], ids[-1]]
+        if len(ids) > max_tokens
+        else [*ids, *[pad_id] * (max_tokens - len(ids))]
+        for ids in whole
+    ]
+    is_cut = torch.tensor([len(ids) > max_tokens for ids in whole], dtype=torch.bool)
+    return torch.tensor(fitted, dtype=torch.int64).reshape(len(whole), max_tokens), is_cut
 
 
 @torch.no_grad()
@@ -200,3 +307,134 @@ def encode_text(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
     with torch.autocast(ids.device.type, enabled=False):
         hidden: Tensor = text_encoder(ids, attention_mask=None)[0]
     return hidden
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextEncoder:
+    """A text encoder with its tokenizer."""
+
+    name: str
+    revision: str | None
+    tokenizer: CLIPTokenizer
+    network: CLIPTextModel
+
+
+class TextEncoders:
+    """One text encoder, or two side by side: captions in, hidden states out.
+
+    The states of two stand beside each other along the width, as SDXL has them; "penultimate" takes
+    the state before the last layer, without the final norm, and the networks lose both. Any number
+    of threads may call it at once: captions are tokenised, once each, by copies of the tokenizers
+    that nothing alters.
+    """
+
+    def __init__(self, parts: Sequence[TextEncoder], hidden_state: HiddenState = "last") -> None:
+        assert parts
+        self.parts = tuple(parts)
+        self.hidden_state = hidden_state
+        is_stock = len(self.parts) == 1 and hidden_state == "last"
+        weights = [fingerprint(part.network) for part in self.parts]
+        self.fingerprint = weights[0] if is_stock else _hash([*weights, hidden_state])
+        """Of one encoder's last state, that of its weights."""
+        words = [tokenizer_fingerprint(part.tokenizer) for part in self.parts]
+        self.tokenizer_fingerprint = words[0] if len(words) == 1 else _hash(words)
+        self._tokenizers = [_alone(p.tokenizer) for p in parts]
+        if hidden_state == "penultimate":
+            for part in self.parts:
+                _end_at_penultimate(part.network)
+
+    @property
+    def name(self) -> str:
+        """The encoder's name; with two, or the penultimate state, one that says so."""
+        if len(self.parts) == 1:
+            name = self.parts[0].name
+        else:
+            name = BESIDE.join(
+                f"{p.name}@{p.revision}" if p.revision else p.name for p in self.parts
+            )
+        return name + (PENULTIMATE if self.hidden_state == "penultimate" else "")
+
+    @property
+    def revision(self) -> str | None:
+        """The encoder's revision; None with two, whose name tells theirs."""
+        return self.parts[0].revision if len(self.parts) == 1 else None
+
+    @property
+    def width(self) -> int:
+        """D, the size of a token's hidden state, over all encoders."""
+        return sum(int(part.network.config.hidden_size) for part in self.parts)
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that every encoder can take."""
+        return min(int(part.tokenizer.model_max_length) for part in self.parts)
+
+    def to(self, device: torch.device) -> Self:
+        """Moves the networks to a device."""
+        for part in self.parts:
+            part.network.to(device)  # type: ignore[arg-type]  # transformers' own annotation
+        return self
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Returns how many tokens each caption has uncut, start and end included.
+
+        With two encoders, by the one that has more.
+        """
+        counts = [
+            [len(found) for found in tokenizer.encode_batch_fast(list(captions))]
+            for tokenizer in self._tokenizers
+        ]
+        return [max(of_caption) for of_caption in zip(*counts, strict=True)]
+
+    def encode(self, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Encodes captions, cut or padded to `max_tokens`.
+
+        Returns hidden states (N, T, D) float32 on the networks' device, the first encoder's token
+        ids (N, T) int64 and whether any encoder's were cut (N,), both on the CPU.
+        """
+        assert max_tokens <= self.max_length, (max_tokens, self.max_length)
+        hidden, ids, is_cut = [], [], []
+        for part, tokenizer in zip(self.parts, self._tokenizers, strict=True):
+            whole = [found.ids for found in tokenizer.encode_batch_fast(list(captions))]
+            own_ids, own_cut = _fit(whole, max_tokens, part.tokenizer.pad_token_id)
+            hidden.append(encode_text(part.network, own_ids.to(part.network.device)).float())
+            ids.append(own_ids)
+            is_cut.append(own_cut)
+        return torch.cat(hidden, dim=-1), ids[0], torch.stack(is_cut).any(dim=0)
+
+
+def load_text_encoders(
+    *sources: tuple[str, str | None], hidden_state: HiddenState = "last"
+) -> TextEncoders:
+    """Loads one or two text encoders, each of a name and a revision.
+
+    Raises ValueError, with the remedy, for one that is neither here nor to be had.
+    """
+    if len(sources) not in (1, 2):
+        raise ValueError(f"text encoders: expected one or two, found {len(sources)}")
+    parts = []
+    for number, (name, revision) in enumerate(sources, start=1):
+        tokenizer, network = load_text_encoder(name, revision, number=1 if number == 1 else 2)
+        parts.append(
+            TextEncoder(name=name, revision=revision, tokenizer=tokenizer, network=network)
+        )
+    return TextEncoders(parts, hidden_state)
+
+
+def is_stock_text(name: str) -> bool:
+    """Returns whether `TextEncoders.name` is one encoder's whose last state was taken."""
+    return find_path(name) is not None or (BESIDE not in name and not name.endswith(PENULTIMATE))
+
+
+def _alone(tokenizer: CLIPTokenizer) -> Tokenizer:
+    """Returns a copy of the tokenizer's core that neither cuts nor pads."""
+    copied = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    copied.no_truncation()
+    copied.no_padding()
+    return copied
+
+
+def _end_at_penultimate(network: CLIPTextModel) -> None:
+    """Takes off the last layer and the final norm, so that nothing is computed in vain."""
+    network.encoder.layers = network.encoder.layers[:-1]
+    network.add_module("final_layer_norm", nn.Identity())

@@ -1,10 +1,11 @@
 """Tiny random encoders in the stock formats, and shards of noise that name them, for tests.
 
 64 px pictures become 4 x 8 x 8 latents; text is up to 77 positions of 32 numbers
-(7 in the shards).
+(7 in the shards). Autoencoders of every other kind, and a second text encoder, are made on demand.
 
     from tests import tiny
     folders = tiny.encoders()                     # .vae, .clip: what --vae and --text-encoder take
+    tiny.vae_folder("flux")                       # one of tiny.VAES
     tiny.make_shards(tmp_path / "train")
 """
 
@@ -13,17 +14,33 @@ import functools
 import shutil
 import string
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    VQModel,
+)
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from model.encoders import (
     fingerprint,
+    latent_channels,
+    latent_kind,
     load_text_encoder,
     load_vae,
     quiet,
@@ -34,6 +51,8 @@ from tests import shard_sets
 
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 32
+SECOND_TEXT_WIDTH = 48
+SECOND_MAX_POSITIONS = 60
 MAX_POSITIONS = 77
 SCALING_FACTOR = 0.7
 
@@ -49,9 +68,40 @@ class TinyEncoders:
 @functools.cache
 def encoders() -> TinyEncoders:
     """Returns the encoders of this test process, made on the first call."""
+    return make_encoders(_root())
+
+
+@functools.cache
+def vae_folder(kind: str) -> str:
+    """Returns a folder of an autoencoder of this test process, made on the first call."""
+    folder = _root() / kind
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(1)
+        VAES[kind]().save_pretrained(folder)
+    return str(folder)
+
+
+@functools.cache
+def second_clip() -> str:
+    """Returns a folder of a CLIP with a projection.
+
+    Its width, length, padding token and a merge ("re" is a token) are its own.
+    """
+    folder = _root() / "clip-2"
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(2)
+        text = _text_settings(_make_tokenizer(folder, "re", pad_token="!"))
+        sizes = {"hidden_size": SECOND_TEXT_WIDTH, "max_position_embeddings": SECOND_MAX_POSITIONS}
+        config = CLIPTextConfig(**(text | sizes))
+        CLIPTextModelWithProjection(config).save_pretrained(folder)
+    return str(folder)
+
+
+@functools.cache
+def _root() -> Path:
     root = Path(tempfile.mkdtemp(prefix="tiny-encoders-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return make_encoders(root)
+    return root
 
 
 def make_encoders(root: Path, seed: int = 0) -> TinyEncoders:
@@ -64,68 +114,180 @@ def make_encoders(root: Path, seed: int = 0) -> TinyEncoders:
 
 
 def _make_vae(folder: Path) -> None:
-    AutoencoderKL(
+    _make_kl(scaling_factor=SCALING_FACTOR).save_pretrained(folder)
+
+
+def _make_kl(latent_channels: int = LATENT_CHANNELS, **settings: Any) -> AutoencoderKL:
+    return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(8, 8, 8, 8),
         layers_per_block=1,
         norm_num_groups=4,
-        latent_channels=LATENT_CHANNELS,
+        latent_channels=latent_channels,
         sample_size=64,
-        scaling_factor=SCALING_FACTOR,
-    ).save_pretrained(folder)
+        **settings,
+    )
+
+
+def _make_asymmetric() -> AsymmetricAutoencoderKL:
+    return AsymmetricAutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        down_block_out_channels=(4, 4, 4),
+        layers_per_down_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        up_block_out_channels=(8, 8, 8),
+        layers_per_up_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    )
+
+
+def _make_tiny(num_stages: int = 4, decoder_stages: int | None = None, **settings: Any) -> Any:
+    decoder_stages = decoder_stages or num_stages
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8,) * num_stages,
+        num_encoder_blocks=(1,) * num_stages,
+        decoder_block_out_channels=(8,) * decoder_stages,
+        num_decoder_blocks=(1,) * decoder_stages,
+        **settings,
+    )
+
+
+def _make_dc() -> AutoencoderDC:
+    blocks = ("ResBlock",) * 4 + ("EfficientViTBlock",) * 2
+    widths = (8, 8, 8, 8, 16, 16)
+    return AutoencoderDC(
+        latent_channels=8,
+        encoder_block_types=blocks,
+        decoder_block_types=blocks,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=(0, 1, 1, 1, 1, 1),
+        decoder_layers_per_block=(0, 1, 1, 1, 1, 1),
+        attention_head_dim=8,
+        scaling_factor=0.41407,
+    )
+
+
+def _make_vq() -> VQModel:
+    return VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 8),
+        norm_num_groups=4,
+        latent_channels=5,
+        vq_embed_dim=3,
+        num_vq_embeddings=16,
+    )
+
+
+VAES: dict[str, Callable[[], Any]] = {
+    "sd": partial(_make_kl, scaling_factor=0.18215),
+    "flux": partial(
+        _make_kl,
+        latent_channels=16,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+    "shifted": partial(_make_kl, scaling_factor=0.5, shift_factor=-0.3),
+    "per_channel": partial(
+        _make_kl,
+        scaling_factor=0.5,
+        latents_mean=(-1.5, 0.25, 0.5, 2.0),
+        latents_std=(8.0, 5.5, 0.5, 3.0),
+    ),
+    "asymmetric": _make_asymmetric,
+    "tiny": _make_tiny,
+    "tiny_f4": partial(_make_tiny, num_stages=3, latent_channels=16, scaling_factor=1.5),
+    "dc": _make_dc,
+    "vq": _make_vq,
+    "tiny_shifted": partial(_make_tiny, shift_factor=0.5),
+    "tiny_lopsided": partial(_make_tiny, decoder_stages=3),
+    "four_bands": partial(_make_kl, in_channels=4),
+}
+"""One for every class and way to tell scale and shift; the last three are of no use for a bundle,
+the very last of none at all."""
 
 
 def _make_clip(folder: Path) -> None:
-    tokenizer = _make_tokenizer(folder)
-    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in _SPECIAL}
-    tower = {
-        "hidden_size": TEXT_WIDTH,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "projection_dim": 16,
-    }
-    text = tower | ids | {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_POSITIONS}
-    vision = tower | {"image_size": 64, "patch_size": 16}
+    text = _text_settings(_make_tokenizer(folder))
+    vision = _TOWER | {"image_size": 64, "patch_size": 16}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     with quiet():
         CLIPModel(config).save_pretrained(folder)
 
 
+_TOWER = {
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "projection_dim": 16,
+}
+
+
+def _text_settings(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in _SPECIAL}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_POSITIONS}
+    return _TOWER | ids | sizes
+
+
 _SPECIAL = ("bos", "eos", "pad")
 
 
-def _make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """Writes a byte-level tokenizer with no merges: a character is a token."""
+def _make_tokenizer(folder: Path, *pairs: str, **settings: Any) -> CLIPTokenizer:
+    """Writes a byte-level tokenizer: a character is a token, and so is a pair of them given."""
     characters = string.ascii_lowercase + string.digits + string.punctuation
     tokens = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    tokens += pairs
     tokenizer = CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)},
-        merges=[],
+        merges=[(pair[0], pair[1]) for pair in pairs],
         model_max_length=MAX_POSITIONS,
+        **settings,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
 def make_shards(
-    folder: Path, *, sizes: Sequence[int] = (10, 10, 4), text_dtype: TextDtype = "float16"
+    folder: Path,
+    *,
+    sizes: Sequence[int] = (10, 10, 4),
+    text_dtype: TextDtype = "float16",
+    vae: str | None = None,
+    text_name: str | None = None,
 ) -> Path:
-    """Writes a finished set of shards of `sizes` records: noise that names the tiny encoders."""
+    """Writes a finished set of shards of `sizes` records: noise that names the tiny encoders.
+
+    `vae` is another autoencoder's folder; `text_name` is what the set calls its text encoder.
+    """
     folders = encoders()
+    vae = vae or folders.vae
+    network = load_vae(vae)
     tokenizer, text_encoder = load_text_encoder(folders.clip)
     provenance = shard_sets.make_provenance(
-        vae=Identity(name=folders.vae, revision=None, sha256=fingerprint(load_vae(folders.vae))),
-        text_encoder=Identity(name=folders.clip, revision=None, sha256=fingerprint(text_encoder)),
+        latent_kind(network),
+        vae=Identity(name=vae, revision=None, sha256=fingerprint(network)),
+        text_encoder=Identity(
+            name=text_name or folders.clip, revision=None, sha256=fingerprint(text_encoder)
+        ),
         tokenizer=Identity(
             name=folders.clip, revision=None, sha256=tokenizer_fingerprint(tokenizer)
         ),
         text_dtype=text_dtype,
     )
     shards = [
-        shard_sets.make_examples(size, seed=seed, text_dtype=text_dtype)
+        shard_sets.make_examples(size, seed=seed, text_dtype=text_dtype, kind=latent_kind(network))
         for seed, size in enumerate(sizes)
+    ]
+    times = latent_channels(network) // LATENT_CHANNELS  # the examples' noise, said again
+    shards = [
+        [replace(example, latent=np.tile(example.latent, (1, times, 1, 1))) for example in shard]
+        for shard in shards
     ]
     shard_sets.write_set(folder, shards, provenance)
     return folder

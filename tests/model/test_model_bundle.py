@@ -13,14 +13,24 @@ from diffusers.utils import logging as diffusers_logging
 from model import bundle
 from model.denoiser import DenoiserConfig, build
 from model.diffusion import ObjectiveConfig, make_scheduler
-from model.encoders import encode_text, load_text_encoder, load_vae, tokenize
+from model.encoders import (
+    encode_images,
+    encode_text,
+    fingerprint,
+    latent_affine,
+    latent_channels,
+    load_text_encoder,
+    load_vae,
+    shift_factor,
+    tokenize,
+)
 from tests import tiny
 
 MAX_TOKENS = 20
 
 
-def save(folder: Path, **changes: Any) -> Path:
-    """Saves a bundle of fresh weights."""
+def save(folder: Path, *, channels: int = 4, **changes: Any) -> Path:
+    """Saves a bundle of fresh weights for latents of so many channels."""
     config = DenoiserConfig(
         channels=(8, 8),
         attention=(True, False),
@@ -31,7 +41,7 @@ def save(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(0)
     tokenizer, text_encoder = load_text_encoder(tiny.encoders().clip)
     values: dict[str, Any] = {
-        "unet": build(config, latent_channels=4, sample_size=8, text_width=32),
+        "unet": build(config, latent_channels=channels, sample_size=8, text_width=32),
         "vae": load_vae(tiny.encoders().vae),
         "tokenizer": tokenizer,
         "text_encoder": text_encoder,
@@ -44,12 +54,16 @@ def save(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def draw(pipeline: StableDiffusionPipeline) -> Any:
+def draw(pipeline: StableDiffusionPipeline, output_type: str = "np") -> Any:
     """Draws one picture of four steps."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
-    drawn = pipeline("red", num_inference_steps=4, generator=generator, output_type="np")
+    drawn = pipeline("red", num_inference_steps=4, generator=generator, output_type=output_type)
     return drawn.images
+
+
+SHIFTED = ("flux", "shifted", "per_channel")
+USABLE = ("sd", *SHIFTED, "asymmetric", "tiny", "tiny_f4")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -124,3 +138,86 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
         bundle.find_bundle(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no model_index.json, so it is no finished bundle"):
         bundle.find_bundle(tmp_path)
+
+
+@pytest.mark.parametrize("kind", USABLE)
+def test_the_stock_picture_is_the_vaes_own_decoding(tmp_path: Path, kind: str) -> None:
+    vae = load_vae(tiny.vae_folder(kind))
+    before = fingerprint(vae)
+    folder = save(tmp_path / "bundle", vae=vae, channels=latent_channels(vae))
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    latents = draw(pipeline, "latent")
+    shift, scale = latent_affine(vae)
+    decoded = vae.decode(latents / scale + shift).sample
+    torch.testing.assert_close(
+        draw(pipeline, "pt"), (decoded / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-6
+    )
+    assert pipeline.vae.config.scaling_factor == vae.config.scaling_factor
+    assert fingerprint(vae) == before
+
+
+@pytest.mark.parametrize("kind", SHIFTED)
+def test_a_folded_vae_is_a_vae_without_a_shift(kind: str) -> None:
+    vae = load_vae(tiny.vae_folder(kind))
+    folded = bundle.fold_shift(vae)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    shift, scale = latent_affine(vae)
+    mean, log_variance = encode_images(vae, images).chunk(2, dim=1)
+    std = vae.config.scaling_factor / scale
+    expected = torch.cat([(mean - shift) / std, log_variance - 2 * std.log()], dim=1)
+    torch.testing.assert_close(encode_images(folded, images), expected, rtol=1e-5, atol=2e-6)
+    assert (latent_affine(folded)[0] == 0).all()
+    assert (latent_affine(folded)[1] == vae.config.scaling_factor).all()
+    assert not folded.training and not any(p.requires_grad for p in folded.parameters())
+
+
+def test_without_the_fold_the_picture_would_be_another(tmp_path: Path) -> None:
+    vae = load_vae(tiny.vae_folder("flux"))
+    assert shift_factor(vae) == 0.1159
+    latents = torch.randn(1, 16, 8, 8)
+    folded = bundle.fold_shift(vae).decode(latents).sample
+    torch.testing.assert_close(folded, vae.decode(latents + 0.1159).sample, rtol=0, atol=1e-6)
+    assert (folded - vae.decode(latents).sample).abs().max() > 1e-3
+
+
+def test_a_vae_without_a_shift_goes_into_the_bundle_as_it_is() -> None:
+    for kind in ("sd", "asymmetric", "tiny"):
+        vae = load_vae(tiny.vae_folder(kind))
+        assert bundle.fold_shift(vae) is vae
+
+
+@pytest.mark.parametrize("kind", ["dc", "vq"])
+def test_what_is_refused_is_what_a_stock_pipeline_cannot_do(tmp_path: Path, kind: str) -> None:
+    vae = load_vae(tiny.vae_folder(kind))
+    name = type(vae).__name__
+    with pytest.raises(ValueError, match=rf"cannot decode with an {name}; expected AutoencoderKL"):
+        bundle.require_stock_vae(vae)
+    folder = save(tmp_path / "bundle")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    with pytest.raises((AttributeError, TypeError), match=r"block_out_channels|generator"):
+        draw(StableDiffusionPipeline(**(pipeline.components | {"vae": vae})))
+
+
+def test_autoencoders_that_stock_pipelines_mistake_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"ignores shift_factor, .*AutoencoderTiny.* found 0.5"):
+        bundle.require_stock_vae(load_vae(tiny.vae_folder("tiny_shifted")))
+    lopsided = load_vae(tiny.vae_folder("tiny_lopsided"))
+    with pytest.raises(ValueError, match=r"scales down by 8, but .* takes 4"):
+        save(tmp_path / "bundle", vae=lopsided)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_shards_that_no_stock_pipeline_draws_from_are_refused() -> None:
+    vae = load_vae(tiny.vae_folder("tiny_f4"))
+    bundle.require_stock_shards(vae, text_name="some/clip", latent_size=(8, 10))
+    with pytest.raises(ValueError, match=r"images of 32 x 36 px; .* multiples of 8 px only"):
+        bundle.require_stock_shards(vae, text_name="some/clip", latent_size=(9, 8))
+    for name in ("some/clip + other/clip", "some/clip (penultimate)"):
+        with pytest.raises(ValueError, match=r"takes one text encoder's last hidden state: make"):
+            bundle.require_stock_shards(vae, text_name=name, latent_size=(8, 8))
+
+
+def test_a_folder_may_be_called_like_two_encoders(elsewhere: Path) -> None:
+    (elsewhere / "a + b").mkdir()
+    vae = load_vae(tiny.encoders().vae)
+    bundle.require_stock_shards(vae, text_name="a + b", latent_size=(8, 8))

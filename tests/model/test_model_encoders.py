@@ -1,17 +1,75 @@
 """The encoders load from folders, are told by their content, and encode as a stock pipeline."""
 
+import json
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from model import encoders
 from tests import tiny
 
 LONG = "a red circle above a blue square " * 4
+CAPTIONS = (
+    "",
+    "a red circle",
+    "red " * 7,
+    LONG,
+    "Straße, naïve café! 42's",
+    "🙂🙃 日本語",
+    "a <|endoftext|> b <|startoftext|>",
+    "  two   spaces\tand a tab \n",
+    "x" * 500,
+)
+KINDS = {  # class, channels of what is encoded, downscale, latent channels, scale, shift
+    "sd": ("AutoencoderKL", 8, 8, 4, 0.18215, 0.0),
+    "flux": ("AutoencoderKL", 32, 8, 16, 0.3611, 0.1159),
+    "per_channel": ("AutoencoderKL", 8, 8, 4, 0.5, 0.0),
+    "asymmetric": ("AsymmetricAutoencoderKL", 8, 4, 4, 0.5, 0.0),
+    "tiny": ("AutoencoderTiny", 4, 8, 4, 1.0, 0.0),
+    "tiny_f4": ("AutoencoderTiny", 16, 4, 16, 1.5, 0.0),
+    "tiny_shifted": ("AutoencoderTiny", 4, 8, 4, 1.0, 0.5),
+    "dc": ("AutoencoderDC", 8, 32, 8, 0.41407, 0.0),
+    "vq": ("VQModel", 3, 4, 3, 0.18215, 0.0),
+}
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def copy_vae(folder: Path) -> Path:
+    return Path(shutil.copytree(tiny.encoders().vae, folder))
+
+
+def copy_clip(folder: Path) -> Path:
+    return Path(shutil.copytree(tiny.encoders().clip, folder))
+
+
+def make_pipeline(folder: Path) -> Path:
+    """Puts the tiny encoders into the folders of a pipeline with two text encoders."""
+    parts = (tiny.encoders().vae, "vae"), (tiny.encoders().clip, ""), (tiny.second_clip(), "_2")
+    shutil.copytree(parts[0][0], folder / "vae")
+    for source, at in parts[1:]:
+        shutil.copytree(
+            source, folder / f"text_encoder{at}", ignore=shutil.ignore_patterns("tokenizer*")
+        )
+        (folder / f"tokenizer{at}").mkdir()
+        for path in Path(source).glob("tokenizer*"):
+            shutil.copy(path, folder / f"tokenizer{at}")
+    (folder / "model_index.json").write_text("{}")
+    return folder
 
 
 def test_a_whole_clip_gives_its_text_tower_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +158,7 @@ def test_without_network_the_remedy_is_told() -> None:
 
 
 def test_another_kind_of_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--vae: .*_class_name 'None', expected 'AutoencoderKL'"):
+    with pytest.raises(ValueError, match=r"_class_name 'None', expected 'AutoencoderKL' or 'Asym"):
         encoders.load_vae(tiny.encoders().clip)
     with pytest.raises(ValueError, match=r"--text-encoder: .* holds no config.json"):
         encoders.load_text_encoder(str(tmp_path))
@@ -113,3 +171,307 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     save_file(kept, weights, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks 2 weights .* final_layer_norm.bias first"):
         encoders.load_text_encoder(str(tmp_path / "clip"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_class_tells_its_own_sizes_and_scale(
+    kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name, encoded_channels, downscale, channels, scale, shift = KINDS[kind]
+    folder = tiny.vae_folder(kind)
+    capfd.readouterr()
+    vae = encoders.load_vae(folder)
+    assert capfd.readouterr() == ("", "")
+    assert type(vae).__name__ == name
+    assert not vae.training and not any(p.requires_grad for p in vae.parameters())
+    images = torch.rand(2, 3, 64, 96) * 2 - 1
+    latents = encoders.encode_images(vae, images)
+    shape = (2, encoded_channels, 64 // downscale, 96 // downscale)
+    assert (latents.shape, latents.dtype) == (shape, torch.float32)
+    assert encoders.vae_downscale(vae) == downscale
+    assert encoders.latent_channels(vae) == channels
+    assert encoders.latent_kind(vae) == ("moments" if encoded_channels > channels else "plain")
+    assert (encoders.scaling_factor(vae), encoders.shift_factor(vae)) == (scale, shift)
+    assert vae.decode(latents[:, :channels]).sample.shape == images.shape
+
+
+@pytest.mark.parametrize("kind", ["sd", "tiny", "dc", "vq", "asymmetric"])
+def test_bfloat16_is_near_and_is_the_same_network_to_the_shards(kind: str) -> None:
+    whole = encoders.load_vae(tiny.vae_folder(kind))
+    rounded = encoders.load_vae(tiny.vae_folder(kind), dtype=torch.bfloat16)
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    assert encoders.fingerprint(rounded) == encoders.fingerprint(whole)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.autocast("cpu", torch.float16):
+        near = encoders.encode_images(rounded, images)
+    exact = encoders.encode_images(whole, images)
+    assert near.dtype == torch.float32
+    error = ((near - exact).norm() / exact.norm()).item()
+    assert 0 < error < 0.04
+
+
+def test_half_precision_is_not_offered() -> None:
+    with pytest.raises(ValueError, match=r"vae dtype: expected float32 or bfloat16, found .*16"):
+        encoders.load_vae(tiny.encoders().vae, dtype=torch.float16)
+
+
+def test_plain_latents_are_those_before_any_quantisation() -> None:
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    vq, small = (encoders.load_vae(tiny.vae_folder(kind)) for kind in ("vq", "tiny"))
+    expected = vq.quant_conv(vq.encoder(images))
+    torch.testing.assert_close(encoders.encode_images(vq, images), expected, rtol=0, atol=0)
+    torch.testing.assert_close(
+        encoders.encode_images(small, images), small.encoder(images), rtol=0, atol=0
+    )
+
+
+def test_shift_and_scale_are_those_of_the_config() -> None:
+    shift, scale = encoders.latent_affine(encoders.load_vae(tiny.vae_folder("flux")))
+    assert shift.shape == scale.shape == (16, 1, 1)
+    assert (shift == torch.tensor(0.1159)).all() and (scale == torch.tensor(0.3611)).all()
+    shift, scale = encoders.latent_affine(encoders.load_vae(tiny.vae_folder("per_channel")))
+    assert shift.flatten().tolist() == [-1.5, 0.25, 0.5, 2.0]
+    torch.testing.assert_close(scale.flatten(), 0.5 / torch.tensor([8.0, 5.5, 0.5, 3.0]))
+
+
+def test_the_old_names_of_attention_weights_are_understood(tmp_path: Path) -> None:
+    folder = copy_vae(tmp_path / "vae")
+    old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+
+    def rename(tensors: dict[str, Any]) -> dict[str, Any]:
+        for new, name in old.items():
+            tensors = {key.replace(new, name): tensor for key, tensor in tensors.items()}
+        return tensors
+
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    change_weights(weights, rename)
+    assert any("query" in name for name in load_file(weights))
+    expected = encoders.fingerprint(encoders.load_vae(tiny.encoders().vae))
+    assert encoders.fingerprint(encoders.load_vae(str(folder))) == expected
+
+
+def test_weights_may_be_in_several_files(tmp_path: Path) -> None:
+    vae = encoders.load_vae(tiny.encoders().vae)
+    vae.save_pretrained(tmp_path / "vae", max_shard_size="20KB")
+    assert len(list((tmp_path / "vae").glob("*-of-*.safetensors"))) > 1
+    loaded = encoders.load_vae(str(tmp_path / "vae"))
+    assert encoders.fingerprint(loaded) == encoders.fingerprint(vae)
+    text_encoder = encoders.load_text_encoder(tiny.encoders().clip)[1]
+    folder = copy_clip(tmp_path / "clip")
+    (folder / "model.safetensors").unlink()
+    with encoders.quiet():
+        text_encoder.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*-of-*.safetensors"))) > 1
+    again = encoders.load_text_encoder(str(folder))[1]
+    assert encoders.fingerprint(again) == encoders.fingerprint(text_encoder)
+
+
+def test_a_whole_pipeline_gives_its_parts(tmp_path: Path) -> None:
+    folder = str(make_pipeline(tmp_path / "pipeline"))
+    vae = encoders.load_vae(folder)
+    assert encoders.fingerprint(vae) == encoders.fingerprint(encoders.load_vae(tiny.encoders().vae))
+    both = encoders.load_text_encoders((folder, None), (folder, None))
+    apart = encoders.load_text_encoders((tiny.encoders().clip, None), (tiny.second_clip(), None))
+    assert both.fingerprint == apart.fingerprint
+    assert both.tokenizer_fingerprint == apart.tokenizer_fingerprint
+    shutil.rmtree(Path(folder) / "text_encoder_2")
+    with pytest.raises(ValueError, match=r"--text-encoder-2: .* whole pipeline .* text_encoder_2/"):
+        encoders.load_text_encoders((folder, None), (folder, None))
+
+
+def test_pickles_are_refused_by_name(tmp_path: Path) -> None:
+    vae, clip = copy_vae(tmp_path / "vae"), copy_clip(tmp_path / "clip")
+    (vae / "diffusion_pytorch_model.safetensors").rename(vae / "diffusion_pytorch_model.bin")
+    (clip / "model.safetensors").rename(clip / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"--vae: .* diffusion_pytorch_model.bin, a pickle, .*run"):
+        encoders.load_vae(str(vae))
+    with pytest.raises(ValueError, match=r"--text-encoder: .* pytorch_model.bin, a pickle, .* sav"):
+        encoders.load_text_encoder(str(clip))
+    for name, message in (("all.ckpt", "is a pickle"), ("all.safetensors", "from_single_file")):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=rf"--vae: .*{name} .*{message}"):
+            encoders.load_vae(str(tmp_path / name))
+
+
+def test_other_and_absent_weights_are_told(tmp_path: Path) -> None:
+    folder = copy_vae(tmp_path / "vae")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    half = weights.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.raises(ValueError, match=r"holds no .*model.safetensors, but .*fp16.*: rename it"):
+        encoders.load_vae(str(folder))
+    half.unlink()
+    with pytest.raises(ValueError, match=r"holds no diffusion_pytorch_model.safetensors$"):
+        encoders.load_vae(str(folder))
+
+
+def test_a_vae_that_lacks_weights_is_refused_not_filled_with_noise(tmp_path: Path) -> None:
+    folder = copy_vae(tmp_path / "vae")
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    change_weights(weights, lambda all_: {n: t for n, t in all_.items() if "conv_out" not in n})
+    with pytest.raises(ValueError, match=r"lacks 4 weights of an AutoencoderKL, decoder.conv_out"):
+        encoders.load_vae(str(folder))
+
+
+def test_broken_files_are_told_with_their_folder(tmp_path: Path) -> None:
+    cut, wide, words = (copy_vae(tmp_path / name) for name in ("cut", "wide", "words"))
+    clip = copy_clip(tmp_path / "clip")
+    for weights in (cut / "diffusion_pytorch_model.safetensors", clip / "model.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:5000])
+    change_config(wide, latent_channels=5)
+    (words / "config.json").write_text("{")
+    for folder, message in ((cut, "does not load: "), (wide, "size mismatch"), (words, "not JSON")):
+        with pytest.raises(ValueError, match=rf"--vae: .*{folder.name}.*{message}") as error:
+            encoders.load_vae(str(folder))
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"--text-encoder: .*clip does not load: "):
+        encoders.load_text_encoder(str(clip))
+
+
+def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
+    folder = copy_vae(tmp_path / "vae")
+    change_config(folder, _class_name="AutoencoderKLWan")
+    with pytest.raises(ValueError, match=r"'AutoencoderKLWan', expected .* or 'VQModel'"):
+        encoders.load_vae(str(folder))
+    clip = copy_clip(tmp_path / "clip")
+    for found in ("clip_vision_model", "clipseg"):
+        change_config(clip, model_type=found)
+        with pytest.raises(ValueError, match=rf"model_type '{found}', expected 'clip' or"):
+            encoders.load_text_encoder(str(clip))
+    with pytest.raises(ValueError, match=r"takes images of 4 channels, expected 3"):
+        encoders.load_vae(tiny.vae_folder("four_bands"))
+
+
+def test_a_tokenizer_that_is_not_there_or_not_the_encoders_is_refused(tmp_path: Path) -> None:
+    folder = copy_clip(tmp_path / "clip")
+    text = (folder / "tokenizer.json").read_text()
+    assert '"<|endoftext|>": 137' in text
+    (folder / "tokenizer.json").write_text(
+        text.replace('"<|endoftext|>": 137', '"<|endoftext|>": 138').replace(
+            '"id": 137', '"id": 138'
+        )
+    )
+    with pytest.raises(ValueError, match=r"has ids up to 138; expected .* fewer than 138"):
+        encoders.load_text_encoder(str(folder))
+    (folder / "tokenizer.json").write_text(text)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"padding_side": "left"}))
+    with pytest.raises(ValueError, match=r"pads on the left and .*; expected the right"):
+        encoders.load_text_encoder(str(folder))
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"--text-encoder: .*clip holds no tokenizer; expected"):
+        encoders.load_text_encoder(str(folder))
+
+
+@pytest.mark.parametrize("max_tokens", [9, 20, 77])
+def test_ids_are_those_that_transformers_gives(max_tokens: int) -> None:
+    tokenizer, network = encoders.load_text_encoder(tiny.encoders().clip)
+    expected = tokenizer(
+        list(CAPTIONS),
+        padding="max_length",
+        max_length=max_tokens,
+        truncation=True,
+        return_tensors="pt",
+    )["input_ids"]
+    assert torch.equal(encoders.tokenize(tokenizer, CAPTIONS, max_tokens)[0], expected)
+    text = encoders.load_text_encoders((tiny.encoders().clip, None))
+    hidden, ids, is_cut = text.encode(CAPTIONS, max_tokens)
+    assert torch.equal(ids, expected)
+    torch.testing.assert_close(hidden, encoders.encode_text(network, expected), rtol=0, atol=0)
+    whole = [len(tokenizer(caption, verbose=False)["input_ids"]) for caption in CAPTIONS]
+    assert text.count_tokens(CAPTIONS) == whole
+    assert is_cut.tolist() == [count > max_tokens for count in whole]
+    assert text.count_tokens([]) == []
+
+
+def test_what_a_tokenizer_did_before_does_not_matter() -> None:
+    source = (tiny.encoders().clip, None)
+    tokenizer, network = encoders.load_text_encoder(source[0])
+    tokenizer(
+        "red", padding="max_length", truncation=True, max_length=5
+    )  # which it then goes on to
+    used = encoders.TextEncoder(name=source[0], revision=None, tokenizer=tokenizer, network=network)
+    counts = encoders.TextEncoders([used]).count_tokens(CAPTIONS)
+    assert counts == encoders.load_text_encoders(source).count_tokens(CAPTIONS)
+    assert min(counts) == 2 and max(counts) > 400
+
+
+def test_one_encoder_is_told_as_it_always_was() -> None:
+    tokenizer, network = encoders.load_text_encoder(tiny.encoders().clip)
+    text = encoders.load_text_encoders((tiny.encoders().clip, "main"))
+    assert text.fingerprint == encoders.fingerprint(network)
+    assert text.tokenizer_fingerprint == encoders.tokenizer_fingerprint(tokenizer)
+    assert (text.name, text.revision) == (tiny.encoders().clip, "main")
+    assert (text.width, text.max_length) == (tiny.TEXT_WIDTH, 77)
+    assert encoders.is_stock_text(text.name) and encoders.is_stock_text("openai/clip")
+
+
+def test_a_projection_is_left_out_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.second_clip()
+    capfd.readouterr()
+    text = encoders.load_text_encoders((folder, None))
+    assert capfd.readouterr() == ("", "")
+    with encoders.quiet():
+        whole = CLIPTextModelWithProjection.from_pretrained(folder).eval()
+    _, ids, _ = text.encode(CAPTIONS, 20)
+    expected = whole(ids).last_hidden_state
+    torch.testing.assert_close(text.encode(CAPTIONS, 20)[0], expected, rtol=0, atol=0)
+
+
+def test_two_encoders_stand_side_by_side_each_with_its_own_padding() -> None:
+    sources = ((tiny.encoders().clip, None), (tiny.second_clip(), "v2"))
+    both, turned = (encoders.load_text_encoders(*order) for order in (sources, sources[::-1]))
+    first, second = (encoders.load_text_encoders(source) for source in sources)
+    assert both.width == first.width + second.width == tiny.TEXT_WIDTH + tiny.SECOND_TEXT_WIDTH
+    hidden, ids, is_cut = both.encode(CAPTIONS, 20)
+    assert hidden.shape == (len(CAPTIONS), 20, both.width)
+    parts = [text.encode(CAPTIONS, 20) for text in (first, second)]
+    torch.testing.assert_close(hidden, torch.cat([part[0] for part in parts], 2), rtol=0, atol=0)
+    assert torch.equal(ids, parts[0][1])
+    assert not torch.equal(ids, parts[1][1])  # they pad with other tokens
+    assert torch.equal(is_cut, parts[0][2])  # the second has fewer tokens
+    assert torch.equal(is_cut, turned.encode(CAPTIONS, 20)[2])
+    assert not torch.equal(is_cut, parts[1][2])
+    for text in (both, turned):
+        assert text.count_tokens(CAPTIONS) == first.count_tokens(CAPTIONS)
+        assert text.max_length == tiny.SECOND_MAX_POSITIONS
+    assert second.count_tokens(CAPTIONS) != first.count_tokens(CAPTIONS)
+    assert both.name == f"{sources[0][0]} + {sources[1][0]}@v2" and both.revision is None
+    assert not encoders.is_stock_text(both.name)
+
+
+def test_the_penultimate_state_is_that_before_the_last_layer_and_norm() -> None:
+    source = (tiny.encoders().clip, None)
+    text = encoders.load_text_encoders(source, hidden_state="penultimate")
+    network = encoders.load_text_encoder(source[0])[1]
+    hidden, ids, _ = text.encode(CAPTIONS, 20)
+    states = network(ids, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    torch.testing.assert_close(hidden, states[-2], rtol=0, atol=0)
+    assert text.name == f"{source[0]} (penultimate)" and not encoders.is_stock_text(text.name)
+
+
+def test_text_that_differs_is_never_taken_for_the_same() -> None:
+    one, two = (tiny.encoders().clip, None), (tiny.second_clip(), None)
+    made = [
+        encoders.load_text_encoders(*sources, hidden_state=state)
+        for sources in ((one,), (two,), (one, two), (two, one))
+        for state in ("last", "penultimate")
+    ]
+    assert len({text.fingerprint for text in made}) == len(made)
+    assert len({text.tokenizer_fingerprint for text in made}) == 4
+    with pytest.raises(ValueError, match="text encoders: expected one or two, found 3"):
+        encoders.load_text_encoders(one, two, one)
+
+
+def test_many_threads_may_encode_at_once() -> None:
+    text = encoders.load_text_encoders((tiny.encoders().clip, None), (tiny.second_clip(), None))
+    lengths = [9, 20, 60] * 8
+    expected = {length: text.encode(CAPTIONS, length) for length in set(lengths)}
+    counts = text.count_tokens(CAPTIONS)
+    with ThreadPoolExecutor(8) as pool:
+        counted = [pool.submit(text.count_tokens, CAPTIONS) for _ in lengths]
+        encoded = list(pool.map(lambda length: text.encode(CAPTIONS, length), lengths))
+    for length, found in zip(lengths, encoded, strict=True):
+        torch.testing.assert_close(found, expected[length])
+    assert all(future.result() == counts for future in counted)
