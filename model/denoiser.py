@@ -54,12 +54,17 @@ class DenoiserConfig:
 
 
 def build(
-    config: DenoiserConfig, *, latent_channels: int, sample_size: int, text_width: int
+    config: DenoiserConfig,
+    *,
+    latent_channels: int,
+    sample_size: int | tuple[int, int],
+    text_width: int,
 ) -> UNet2DConditionModel:
     """Returns a denoiser with fresh weights, drawn from torch's global generator.
 
     It maps latents (B, latent_channels, h, w), timesteps (B,) and text (B, T, text_width) to a
-    prediction of the latents' shape; `sample_size` is the h and w that a pipeline draws by default.
+    prediction of the latents' shape; `sample_size` is the side, or the h and w, that a pipeline
+    draws by default.
     """
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention))

@@ -29,6 +29,8 @@ from shards.store import Store
 
 NEVER = np.iinfo(np.int64).max
 """Not in this epoch and the next."""
+ORDERS_REMEMBERED = 128
+"""Two epochs of each bucket of a bucketed set; a few numbers for each shard."""
 POLL_S = 0.1
 """How often to look what other processes have brought, and whether anyone still wants shards."""
 
@@ -214,7 +216,7 @@ class CacheLoader(MapLoader):
 
     shards: CachedShards
 
-    def fill(self, step: int, out: Gathered) -> None:
+    def fill(self, step: int, out: Gathered) -> Gathered:
         """Puts this process's share of a step's global batch into `out`, part by part."""
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = (u[mine] for u in choices(self.order.seed, step, self.order.batch_size))
@@ -224,6 +226,7 @@ class CacheLoader(MapLoader):
             self.shards.advance(self.order, cursor)
             target = Gathered(**{f.name: getattr(out, f.name)[part] for f in fields(out)})
             self.shards.gather(records[part], caption_u[part], view_u[part], target)
+        return out
 
     def suspects(self, step: int) -> list[str]:
         """As MapLoader's, a shard at a time: the cache may hold few, and these may be gone."""
@@ -294,7 +297,7 @@ def parts(order: Order, start: int, size: int) -> Iterator[tuple[Cursor, slice]]
         done += num
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=ORDERS_REMEMBERED)
 def spans(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Returns the positions of each shard's first and last record in an epoch, -1 for none."""
     starts = np.cumsum(order.sizes)
@@ -306,7 +309,7 @@ def spans(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64
     return first, last
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=ORDERS_REMEMBERED)
 def cuts(order: Order, epoch: int) -> NDArray[np.int64]:
     """Returns the positions, the epoch's end included, at which no shard is half used."""
     first, last = spans(order, epoch)

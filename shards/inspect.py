@@ -5,8 +5,9 @@
 
 Sizes come from the manifest; caption lengths and latents from a sample of records spread evenly
 over the set, of which nothing but tokens and latents is read. `--decode` needs the VAE, so its two
-helpers import diffusers and Pillow, which the rest of this package does without. Exit code 2 for a
-set that cannot be opened or a VAE that cannot be had.
+helpers import diffusers and Pillow, which the rest of this package does without. Of a bucketed set
+a table comes first, then each of its sets, with a sheet of its own. Exit code 2 for a set that
+cannot be opened or a VAE that cannot be had.
 
 The module bears the name of a standard one, which is safe since shards/ itself is never on the
 import path, but for `python shards/NAME.py`: that is refused below.
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shards.buckets import BucketedShards, holds_buckets, open_buckets
 from shards.reader import ShardSet, map_shard, open_shards
 from shards.schema import BLOCK_BYTES, MEMBERS, Identity, Manifest
 from shards.verify import LatentSums
@@ -42,6 +44,13 @@ INDENT = 18
 BAR = 32
 MAX_BINS = 16
 MAX_REASONS = 10
+AUTOENCODERS = (
+    "AutoencoderKL",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+    "VQModel",
+)
 DECODE_BATCH = 8
 
 CELL_PX = 256
@@ -78,7 +87,7 @@ def describe(shards: ShardSet, *, num_sample: int, num_captions: int) -> Iterato
     if shards.text_scale is not None:
         yield from _describe_scale(manifest, shards.text_scale.numpy())
     yield from _describe_captions(shards, num_captions)
-    yield from _describe_quarantined(manifest)
+    yield from _describe_reasons("left out", manifest.quarantined)
 
 
 def spread(num_records: int, num: int) -> NDArray[np.int64]:
@@ -244,11 +253,11 @@ def _describe_captions(shards: ShardSet, num: int) -> Iterator[str]:
             yield f"    {_short(caption, COLUMNS - 4)}"
 
 
-def _describe_quarantined(manifest: Manifest) -> Iterator[str]:
-    if not manifest.quarantined:
+def _describe_reasons(title: str, quarantined: Mapping[str, str]) -> Iterator[str]:
+    if not quarantined:
         return
-    yield from _title(f"left out: {len(manifest.quarantined):,} images")
-    reasons = Counter(manifest.quarantined.values()).most_common()
+    yield from _title(f"{title}: {len(quarantined):,} images")
+    reasons = Counter(quarantined.values()).most_common()
     for reason, count in reasons[:MAX_REASONS]:
         yield f"  {count:>7,}  {_short(reason, COLUMNS - 11)}"
     if len(reasons) > MAX_REASONS:
@@ -300,8 +309,8 @@ def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str
 
 
 def _load_vae(manifest: Manifest, given: str | None) -> Any:
-    """Loads a VAE in float32, from the local disk if it is there."""
-    from diffusers import AutoencoderKL
+    """Loads an autoencoder in float32, from the local disk if it is there."""
+    import diffusers
 
     name = given or manifest.vae.name
     paths = (Path(name).expanduser(), ROOT / name)
@@ -310,24 +319,30 @@ def _load_vae(manifest: Manifest, given: str | None) -> Any:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     error = ""
     for only_local in (True,) if local else (True, False):
+        revision = None if given else manifest.vae.revision
+        where: dict[str, Any] = {"revision": revision, "local_files_only": only_local}
         try:
             with warnings.catch_warnings(action="ignore"):
-                network = AutoencoderKL.from_pretrained(
-                    local or name,
-                    revision=None if given else manifest.vae.revision,
-                    torch_dtype=torch.float32,
-                    local_files_only=only_local,
-                    low_cpu_mem_usage=False,
+                config = diffusers.AutoencoderKL.load_config(local or name, **where)
+                kind = config.get("_class_name")
+                if kind not in AUTOENCODERS:
+                    break
+                network: Any = getattr(diffusers, kind).from_pretrained(
+                    local or name, low_cpu_mem_usage=False, **where
                 )
         except (OSError, ValueError) as failure:
             error = " ".join(str(failure).split())
             continue
-        if network.config.latent_channels != manifest.latent_channels:
+        channels = network.config.get("vq_embed_dim") or network.config.latent_channels
+        if channels != manifest.latent_channels:
             raise ValueError(
                 f"--vae: {name!r}: expected {manifest.latent_channels} latent channels, "
-                f"found {network.config.latent_channels}"
+                f"found {channels}"
             )
-        return network.eval()
+        return network.float().eval()
+    if not error:
+        expected = ", ".join(AUTOENCODERS)
+        raise ValueError(f"--vae: {name!r}: expected one of {expected}, found {kind}")
     raise ValueError(f"--vae: {name!r} cannot be had, give a folder that holds it: {error}")
 
 
@@ -393,17 +408,56 @@ def wrap(text: str, measure: Callable[[str], float], width: float) -> list[str]:
     return lines
 
 
+def describe_buckets(shards: BucketedShards) -> Iterator[str]:
+    """Yields the lines that tell of a bucketed set as a whole."""
+    listed = shards.buckets
+    yield shards.location
+    yield from _title("buckets")
+    yield from _entry("list", f"version {listed.schema_version}, {listed.sha256[:12]}")
+    left_out = listed.num_source - listed.num_records
+    more = f", {left_out:,} left out" if left_out else ""
+    yield from _entry("records", f"{listed.num_records:,} in {len(listed.buckets)} buckets{more}")
+    for bucket, part in zip(listed.buckets, shards.sets, strict=True):
+        _, height, width = part.manifest.latent_shape
+        yield (
+            f"  {bucket.name:<{INDENT - 2}}{bucket.records:>9,}"
+            f"{bucket.records / listed.num_records:>9.2%}{bucket.quarantined:>9,} left out"
+            f"   latents {width} x {height}"
+        )
+    yield from _describe_reasons("left out before any bucket", listed.quarantined)
+
+
+def show(folder: Path, arguments: argparse.Namespace, out: Path) -> Iterator[str]:
+    """Yields the lines that the command line asks for of a set, after drawing its sheet."""
+    shards = open_shards(folder)
+    yield from describe(shards, num_sample=arguments.sample, num_captions=arguments.captions)
+    if arguments.decode:
+        yield ""
+        yield draw_sheet(shards, arguments.decode, vae=arguments.vae, out=out)
+
+
+def show_buckets(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
+    """Yields what `show` does for each set of a bucketed one, after its table."""
+    shards = open_buckets(folder)
+    yield from describe_buckets(shards)
+    out: Path = arguments.out
+    for bucket in shards.buckets.buckets:
+        yield ""
+        name = f"{out.stem}-{bucket.name}"
+        yield from show(folder / bucket.name, arguments, out.with_stem(name))
+
+
 def main() -> int:
     """Describes a set for the command line; returns the exit code."""
     arguments = _parse_arguments()
+    folder: Path = arguments.folder
     try:
-        shards = open_shards(arguments.folder)
-        lines = describe(shards, num_sample=arguments.sample, num_captions=arguments.captions)
+        if holds_buckets(folder):
+            lines = show_buckets(folder, arguments)
+        else:
+            lines = show(folder, arguments, arguments.out)
         for line in lines:
             print(line)
-        if arguments.decode:
-            drawn = draw_sheet(shards, arguments.decode, vae=arguments.vae, out=arguments.out)
-            print(f"\n{drawn}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -416,7 +470,7 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="folder that holds the manifest")
+    parser.add_argument("folder", type=Path, help="folder of the manifest or the buckets")
     for name, default, about in (
         ("--sample", 1000, "records to read caption lengths and latents of"),
         ("--captions", 3, "records to print the captions of"),

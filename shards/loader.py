@@ -15,27 +15,34 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from shards.bucket_order import BucketOrder
 from shards.order import Order, choices, share
 from shards.reader import Gathered, ShardSet
 
 NUM_BUFFERS = 2
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Loader(Protocol):
     """What fills the batches of one process."""
 
     def buffer(self, *, pin_memory: bool = False) -> Gathered:
-        """Returns an empty batch of this process's size."""
+        """Returns an empty batch of this process's size, and of the largest shape there is."""
 
-    def fill(self, step: int, out: Gathered) -> None:
-        """Puts this process's share of a step's global batch into `out`."""
+    def fill(self, step: int, out: Gathered) -> Gathered:
+        """Puts this process's share of a step's global batch into `out`, and returns it.
+
+        That is `out` itself, or where batches differ in shape what of it the step's takes up.
+        """
 
     def suspects(self, step: int) -> list[str]:
         """Returns the keys of a step's records with values that are not finite.
@@ -59,12 +66,12 @@ class MapLoader:
             self.order.batch_size // self.num_processes, pin_memory=pin_memory
         )
 
-    def fill(self, step: int, out: Gathered) -> None:
+    def fill(self, step: int, out: Gathered) -> Gathered:
         """Puts this process's share of a step's global batch into `out`."""
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = choices(self.order.seed, step, self.order.batch_size)
         records = self.order.records(step)[mine]
-        self.shards.gather(records, caption_u[mine], view_u[mine], out)
+        return self.shards.gather(records, caption_u[mine], view_u[mine], out)
 
     def suspects(self, step: int) -> list[str]:
         """Returns the keys of a step's records, of all processes, that are not finite; or all."""
@@ -72,6 +79,43 @@ class MapLoader:
         batch = self.shards.gather(records, *choices(self.order.seed, step, len(records)))
         bad = ~are_finite(batch)
         return self.shards.keys(records[bad] if bad.any() else records)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketLoader:
+    """Fills each batch from the bucket whose turn it is, by that bucket's own loader.
+
+    One buffer serves all buckets: it is of the largest, and a smaller batch lies at its start. The
+    areas of buckets are much alike, so a buffer for each would take as many times the memory.
+    """
+
+    order: BucketOrder
+    loaders: tuple[Loader, ...]
+    """Of each bucket, for the same process."""
+    latent_shapes: tuple[tuple[int, ...], ...]
+    """Of each bucket: (2C, h, w) or (C, h, w)."""
+
+    def buffer(self, *, pin_memory: bool = False) -> Gathered:
+        """Returns an empty batch of this process's size, of the largest bucket."""
+        sizes = [prod(shape) for shape in self.latent_shapes]
+        return self.loaders[sizes.index(max(sizes))].buffer(pin_memory=pin_memory)
+
+    def fill(self, step: int, out: Gathered) -> Gathered:
+        """Puts this process's share of a step's global batch into the start of `out`."""
+        bucket, local_step = self.order.place(step)
+        shape = (len(out.latent), *self.latent_shapes[bucket])
+        part = Gathered(latent=head(out.latent, shape), text=out.text, tokens=out.tokens)
+        return self.loaders[bucket].fill(local_step, part)
+
+    def suspects(self, step: int) -> list[str]:
+        """Returns the keys of a step's records that are not finite; or all."""
+        bucket, local_step = self.order.place(step)
+        return self.loaders[bucket].suspects(local_step)
+
+
+def head(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Returns the first values of a contiguous tensor as one of another shape, in its memory."""
+    return tensor if tensor.shape == shape else tensor.view(-1)[: prod(shape)].view(shape)
 
 
 def are_finite(batch: Gathered) -> NDArray[np.bool_]:
@@ -91,20 +135,19 @@ def batches(
 
 
 def prefetch(
-    fill: Callable[[int, T], None], buffers: Sequence[T], *, start: int, stop: int
-) -> Generator[T]:
-    """Yields the buffers in turn, filled for steps `start` to `stop` by a background thread.
+    fill: Callable[[int, T], U], buffers: Sequence[T], *, start: int, stop: int
+) -> Generator[U]:
+    """Yields what `fill` makes of the buffers in turn, in a background thread, step after step.
 
-    Steps are filled one after the other, in order. A buffer is good until the next is asked for;
-    what the caller's GPU stream was told to do with it until then is waited for. An error while
-    filling comes out when its step is asked for.
+    Steps go from `start` to `stop`, in order. What `fill` returns, its buffer or a part of it, is
+    good until the next is asked for; what the caller's GPU stream was told to do with it until then
+    is waited for. An error while filling comes out when its step is asked for.
     """
 
-    def refill(step: int, buffer: T, used: torch.cuda.Event | None) -> T:
+    def refill(step: int, buffer: T, used: torch.cuda.Event | None) -> tuple[T, U]:
         if used is not None:
             used.synchronize()
-        fill(step, buffer)
-        return buffer
+        return buffer, fill(step, buffer)
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         steps = iter(range(start, stop))
@@ -114,8 +157,8 @@ def prefetch(
         )
         try:
             while pending:
-                buffer = pending.popleft().result()
-                yield buffer
+                buffer, filled = pending.popleft().result()
+                yield filled
                 step = next(steps, None)
                 if step is not None:
                     pending.append(pool.submit(refill, step, buffer, _mark()))

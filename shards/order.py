@@ -1,6 +1,6 @@
 """In which order records are visited, and by whom: a function of the seed and the place alone.
 
-    order = Order(sizes=[...], batch_size=256, seed=0)
+    order = Order(sizes=(...), batch_size=256, seed=0)
     order.records(step)             # the global batch
     order.cursor(step)              # (epoch, position), all there is to resume from
 
@@ -10,16 +10,18 @@ middle of an epoch reads nothing twice and skips nothing. The price: the permuta
 8 bytes a record and 0.1 s a million, once per epoch.
 """
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Literal, get_args
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache, partial
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 Shuffle = Literal["full", "blocks", "none"]
 LastBatch = Literal["fill", "drop"]
-Use = Literal["order", "draws", "dropout", "choice"]
+Use = Literal["order", "draws", "dropout", "choice", "buckets"]
 USES = get_args(Use)
 
 
@@ -71,6 +73,14 @@ class Order:
             return self.num_records // self.batch_size * self.batch_size
         return self.num_records
 
+    def num_steps(self, num_epochs: int) -> int:
+        """Returns the steps of so many epochs; one that ends within a step is filled up."""
+        return math.ceil(num_epochs * self.epoch_records / self.batch_size)
+
+    def num_epochs(self, step: int) -> float:
+        """Returns how many epochs the steps before this one are."""
+        return step * self.batch_size / self.epoch_records
+
     def cursor(self, step: int) -> Cursor:
         """Returns where a step begins."""
         return Cursor(**dict(zip(("epoch", "position"), self._place(step), strict=True)))
@@ -102,18 +112,26 @@ class Order:
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         """Returns the records (epoch_records,) that an epoch visits, in order."""
-        window = self.window_shards if self.shuffle == "blocks" else len(self.sizes)
         if self.shuffle == "none":
             return np.arange(self.epoch_records)
-        return epoch_order(self.sizes, self.seed, epoch, window)[: self.epoch_records]
+        return self._permutation(epoch)[: self.epoch_records]
+
+    @cached_property
+    def _permutation(self) -> Callable[[int], NDArray[np.int64]]:
+        """Each order remembers two epochs of its own: those of several buckets are used in turn."""
+        window = self.window_shards if self.shuffle == "blocks" else len(self.sizes)
+        return lru_cache(maxsize=2)(partial(epoch_order, self.sizes, self.seed, window))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is worth giving to another process: not what is remembered."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def _place(self, step: int) -> tuple[int, int]:
         return divmod(step * self.batch_size, self.epoch_records)
 
 
-@lru_cache(maxsize=2)
 def epoch_order(
-    sizes: tuple[int, ...], seed: int, epoch: int, window_shards: int
+    sizes: tuple[int, ...], seed: int, window_shards: int, epoch: int
 ) -> NDArray[np.int64]:
     """Returns the permutation of all records in which an epoch visits them.
 

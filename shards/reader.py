@@ -105,6 +105,16 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.num_records
 
+    @property
+    def sha256(self) -> str:
+        """The hash of the manifest, and through it of every file."""
+        return self.manifest.sha256
+
+    @property
+    def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """One view of a stored latent; of a bucketed set there are several."""
+        return (self.manifest.latent_shape,)
+
     def order(self, *, batch_size: int, seed: int, **settings: Any) -> Order:
         """Returns an order in which to visit the records; `settings` are Order's."""
         sizes = tuple(shard.records for shard in self.manifest.shards)

@@ -23,6 +23,10 @@ from numpy.typing import NDArray
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
+BUCKETS_NAME = "buckets.json"
+"""In the folder of a bucketed set (buckets.py), whose sub-folders hold the manifests."""
+BUCKET_PATTERN = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
+"""A bucket's name and sub-folder: WIDTHxHEIGHT of its images in pixels."""
 PROGRESS_DIR = "progress"
 """Holds the plan and the finished shards' reports while stage one runs; removed at the end."""
 
@@ -238,7 +242,7 @@ class Manifest(Provenance):
         version this code does not know.
         """
         path = folder / MANIFEST_NAME
-        document = _read_document(path, folder)
+        document = read_document(path, folder)
         version = document.get("schema_version")
         if version != SCHEMA_VERSION:
             raise FormatError(
@@ -438,13 +442,12 @@ def _parse_text_scale(document: Mapping[str, Any] | None) -> TextScale | None:
     return TextScale(**{**document, "file": FileEntry(**document["file"])})
 
 
-def _read_document(path: Path, folder: Path) -> dict[str, Any]:
+def read_document(path: Path, folder: Path) -> dict[str, Any]:
+    """Reads the JSON object in a file of a set. Raises FormatError where there is none."""
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder of shards")
     if not path.is_file():
-        begun = (folder / PROGRESS_DIR).is_dir()
-        remedy = "stage one did not finish: start the same command again" if begun else "no shards"
-        raise FormatError(f"{path}: missing ({remedy})")
+        raise FormatError(f"{path}: missing ({_why_missing(folder)})")
     try:
         document = json.loads(path.read_bytes())
     except ValueError as error:
@@ -452,3 +455,13 @@ def _read_document(path: Path, folder: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise FormatError(f"{path}: expected a JSON object, found a {type(document).__name__}")
     return document
+
+
+def _why_missing(folder: Path) -> str:
+    """Says why a folder has no manifest, or no list of its buckets."""
+    if (folder / BUCKETS_NAME).is_file():
+        return "a bucketed set: open it with shards.access.open_set, or one of its sub-folders"
+    parts = [path for path in folder.iterdir() if BUCKET_PATTERN.fullmatch(path.name)]
+    if parts or (folder / PROGRESS_DIR).is_dir():
+        return "stage one did not finish: start the same command again"
+    return "no shards"

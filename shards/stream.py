@@ -274,7 +274,7 @@ class StreamLoader:
         """Returns an empty batch of this process's size."""
         return self._shards.buffer(self._batch_size, pin_memory=pin_memory)
 
-    def fill(self, step: int, out: Gathered) -> None:
+    def fill(self, step: int, out: Gathered) -> Gathered:
         """Puts this process's next batch into `out`.
 
         Raises RemoteError and FormatError as reading the shards does.
@@ -291,6 +291,7 @@ class StreamLoader:
             tensor.copy_(array)
         self._keys.append((step, keys))
         self._next_step = step + 1
+        return out
 
     def suspects(self, step: int) -> list[str]:
         """Returns the keys of a recent step's records of this process; none of an older step's."""

@@ -5,8 +5,9 @@
 Reads every byte once: the manifest's own hash and form, each file's size and sha256, each member's
 tar and array header and padding, values that are not finite, tokens, JSON, keys, scales, and the
 sums in the manifest, latent statistics too. The shards are shared out among threads, which do run
-side by side: hashing and numpy's checks let go of Python's lock. Exit code 0 without a fault, 1
-with one, 2 if there is no such folder or a flag is wrong.
+side by side: hashing and numpy's checks let go of Python's lock. Of a bucketed set its list is
+checked and each of its sets. Exit code 0 without a fault, 1 with one, 2 if there is no such folder
+or a flag is wrong.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import os
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -28,9 +29,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
 from shards.reader import NAME_BYTES, check_hash, check_size, key_of, load_array, small_arrays
 from shards.schema import (
     BLOCK_BYTES,
+    BUCKETS_NAME,
     KEY_PATTERN,
     MANIFEST_NAME,
     MEMBERS,
@@ -116,9 +119,63 @@ def verify(
 ) -> Iterator[str]:
     """Yields a line for each fault of a set, with shard, key, field, expected and found.
 
-    The shards are checked by `jobs` threads, and their faults come in their order all the same.
-    `advance` is called, from any thread, with the number of bytes of shards read since last.
+    The set may be a bucketed one. The shards are checked by `jobs` threads, and their faults come
+    in their order all the same. `advance` is called, from any thread, with the number of bytes of
+    shards read since last.
     """
+    if holds_buckets(folder):
+        yield from _verify_buckets(folder, jobs, advance)
+    else:
+        yield from _verify_set(folder, {}, jobs, advance)
+
+
+def _verify_buckets(folder: Path, jobs: int, advance: Callable[[int], object]) -> Iterator[str]:
+    """Yields the faults of a bucketed set: of its list and each set, and what they disagree in."""
+    try:
+        listed = Buckets.load(folder)
+    except FormatError as error:
+        yield str(error)
+        return
+    path = folder / BUCKETS_NAME
+    if path.read_bytes() != listed.dump().encode():
+        yield f"{path}: expected the form this code writes, found other spacing or order"
+    names = {bucket.name for bucket in listed.buckets} | {BUCKETS_NAME}
+    for stray in sorted({path.name for path in folder.iterdir()} - names):
+        yield f"{folder / stray}: expected only the list's buckets, found this too"
+    place_of_key: dict[str, Path] = {}
+    manifests = []
+    for bucket in listed.buckets:
+        yield from _verify_set(folder / bucket.name, place_of_key, jobs, advance)
+        try:
+            manifest = Manifest.load(folder / bucket.name)
+        except FormatError:  # which is told of just before
+            continue
+        sha256 = hash_file(folder / bucket.name / MANIFEST_NAME)
+        yield from check_bucket(str(folder), bucket, manifest, sha256)
+        manifests.append((bucket.name, manifest))
+    if manifests:
+        yield from disagreements(str(folder), manifests)
+    yield from _check_left_out(path, listed.quarantined, place_of_key)
+
+
+def _check_left_out(
+    path: Path, quarantined: Mapping[str, str], place_of_key: Mapping[str, Path]
+) -> Iterator[str]:
+    for key in quarantined:
+        if key in place_of_key:
+            yield (
+                f"{path}: key {key!r}: expected no record, since it is listed as left out, found "
+                f"one in {place_of_key[key]}"
+            )
+
+
+def _verify_set(
+    folder: Path,
+    place_of_key: dict[str, Path],
+    jobs: int,
+    advance: Callable[[int], object],
+) -> Iterator[str]:
+    """Yields the faults of one set, and adds its keys to those met before."""
     try:
         manifest = Manifest.load(folder)
     except FormatError as error:
@@ -131,7 +188,6 @@ def verify(
     for stray in sorted({path.name for path in folder.iterdir()} - listed):
         yield f"{folder / stray}: expected only what the manifest lists, found this too"
     yield from _check_small(folder, manifest)
-    place_of_key: dict[str, Path] = {}
     found = _Shard(path, manifest.layouts[0], manifest.latent_kind)
     for shard in _check_shards(folder, manifest, jobs, advance):
         yield from shard.faults
@@ -393,7 +449,7 @@ def main() -> int:
     num_faults = 0
     lock = threading.Lock()
     with tqdm(
-        total=sum(path.stat().st_size for path in folder.glob("*.tar")),
+        total=sum(path.stat().st_size for path in folder.rglob("*.tar")),
         desc="verify",
         unit="B",
         unit_scale=True,
@@ -411,9 +467,17 @@ def main() -> int:
     if num_faults:
         print(f"{folder}: {num_faults} faults")
         return 1
-    manifest = Manifest.load(folder)
-    print(f"{folder}: {manifest.num_records} records in {len(manifest.shards)} shards, no fault")
+    print(f"{folder}: {_count(folder)}, no fault")
     return 0
+
+
+def _count(folder: Path) -> str:
+    """Says how much there is in a sound set."""
+    if holds_buckets(folder):
+        listed = Buckets.load(folder)
+        return f"{listed.num_records} records in {len(listed.buckets)} buckets"
+    manifest = Manifest.load(folder)
+    return f"{manifest.num_records} records in {len(manifest.shards)} shards"
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -422,7 +486,7 @@ def _parse_arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="folder that holds the manifest")
+    parser.add_argument("folder", type=Path, help="folder that holds the manifest or the buckets")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="threads (default: as many as CPUs)"
     )

@@ -111,7 +111,7 @@ def begin_set(folder: Path, provenance: Provenance) -> Manifest | None:
     content = json.dumps(asdict(provenance)).encode()
     if not noted.exists() or noted.read_bytes() != content:
         (progress / TEXT_SCALE_NAME).unlink(missing_ok=True)  # of another set, without a shard
-    _write_file(noted, content)
+    write_file(noted, content)
     return None
 
 
@@ -121,7 +121,7 @@ def keep_text_scale(folder: Path, found: FoundScale) -> None:
     Call it before the first shard is written: values of another scale would be another text.
     """
     document = {**found._asdict(), "scale": found.scale.tolist()}
-    _write_file(folder / PROGRESS_DIR / TEXT_SCALE_NAME, json.dumps(document).encode())
+    write_file(folder / PROGRESS_DIR / TEXT_SCALE_NAME, json.dumps(document).encode())
 
 
 def read_text_scale(folder: Path) -> FoundScale | None:
@@ -198,7 +198,7 @@ def finish_set(
         empty_tokens=_write_array(folder / "empty_tokens.npy", empty_tokens),
         text_scale=_write_text_scale(folder, text_scale),
     )
-    _write_file(folder / MANIFEST_NAME, manifest.dump().encode())
+    write_file(folder / MANIFEST_NAME, manifest.dump().encode())
     shutil.rmtree(folder / PROGRESS_DIR)
     return manifest
 
@@ -314,7 +314,7 @@ class ShardWriter:
             sums=self._sums.result(),
         )
         content = json.dumps(asdict(report)).encode()
-        _write_file(_report_path(self._folder, self._index), content)
+        write_file(_report_path(self._folder, self._index), content)
 
 
 class _HashingFile:
@@ -490,12 +490,12 @@ def _write_array(path: Path, array: NDArray[Any]) -> FileEntry:
     stream = io.BytesIO()
     np.save(stream, array)
     content = stream.getvalue()
-    _write_file(path, content)
+    write_file(path, content)
     digest = hashlib.sha256(content).hexdigest()
     return FileEntry(name=path.name, bytes=len(content), sha256=digest)
 
 
-def _write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Writes a small file completely or not at all."""
     temporary = path.with_name(f"{path.name}.part")
     with _naming(temporary), temporary.open("wb") as file:

@@ -5,6 +5,7 @@ import http.server
 import itertools
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -85,6 +86,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             body = body[:1000] + bytes([body[1000] ^ 1]) + body[1001:]
         self.wfile.write(body[: len(body) // 2] if fault in ("drop", "short") else body)
         if fault in ("drop", "short"):
+            self.wfile.flush()
+            time.sleep(0.03)  # else the client may notice the end before it has read what came
             self._hang_up()
 
     def _hang_up(self) -> None:

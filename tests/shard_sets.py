@@ -1,13 +1,14 @@
 """Small sets of shards filled with random numbers, for tests that read them."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import webdataset
 
+from shards.buckets import Buckets, finish_buckets
 from shards.schema import (
     Example,
     Identity,
@@ -24,6 +25,8 @@ from shards.writer import FoundScale, ShardWriter, begin_set, finish_set, keep_t
 
 CHANNELS = 4
 SIDE = 8
+DOWNSCALE = 8
+"""Pixels that a cell of latents spans, in a bucket's name."""
 MAX_TOKENS = 7
 TEXT_WIDTH = 32
 
@@ -58,15 +61,16 @@ def make_examples(
     kind: LatentKind = "moments",
     text_dtype: TextDtype = "float16",
     seed: int = 0,
+    size: tuple[int, int] = (SIDE, SIDE),
 ) -> list[Example]:
-    """Examples of random numbers; the keys tell them apart."""
+    """Examples of random numbers, latents of height and width `size`; the keys tell them apart."""
     rng = np.random.default_rng([seed, num_captions])
     channels = 2 * CHANNELS if kind == "moments" else CHANNELS
     spread = 40 if text_dtype == "int8" else 1
     return [
         Example(
             key=f"{seed:02d}-{num_captions}-{index:06d}",
-            latent=rng.normal(size=(views, channels, SIDE, SIDE)).astype(np.float16),
+            latent=rng.normal(size=(views, channels, *size)).astype(np.float16),
             text=(spread * rng.normal(size=(num_captions, MAX_TOKENS, TEXT_WIDTH)))
             .clip(-127, 127)
             .astype(text_dtype),
@@ -98,7 +102,11 @@ def make_scale(width: int = TEXT_WIDTH) -> FoundScale:
 
 
 def write_set(
-    folder: Path, shards: Sequence[Sequence[Example]], provenance: Provenance | None = None
+    folder: Path,
+    shards: Sequence[Sequence[Example]],
+    provenance: Provenance | None = None,
+    *,
+    quarantined: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Writes a whole set, a shard for each sequence of examples."""
     first = shards[0][0]
@@ -115,11 +123,33 @@ def write_set(
         folder,
         provenance,
         num_shards=len(shards),
-        quarantined={},
+        quarantined=quarantined or {},
         empty_text=np.full(first.text.shape[1:], 0.5, np.float16),
         empty_tokens=np.arange(len(first.tokens[0]), dtype=np.int32),
         text_scale=found,
     )
+
+
+def write_buckets(
+    folder: Path,
+    sizes: Mapping[str, Sequence[int]],
+    provenance: Provenance | None = None,
+    *,
+    quarantined: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> Buckets:
+    """Writes a whole bucketed set, of shards of so many records by bucket.
+
+    `settings` are those of `make_examples`; all keys differ.
+    """
+    for number, (name, records) in enumerate(sizes.items()):
+        width, height = (int(side) // DOWNSCALE for side in name.split("x"))
+        shards = [
+            make_examples(num, seed=10 * number + shard, size=(height, width), **settings)
+            for shard, num in enumerate(records)
+        ]
+        write_set(folder / name, shards, provenance)
+    return finish_buckets(folder, list(sizes), quarantined=quarantined or {})
 
 
 def read_stock(folder: Path) -> list[dict[str, Any]]:

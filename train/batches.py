@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from model.diffusion import ObjectiveConfig, sample_timesteps
-from shards.loader import NUM_BUFFERS, Loader, prefetch
+from shards.loader import NUM_BUFFERS, Loader, head, prefetch
 from shards.order import mixed_seed, share
 from shards.reader import Gathered
 
@@ -78,40 +78,48 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Makes one process's batches: what the loader brings, and a step's draws."""
+    """Makes one process's batches: what the loader brings, and a step's draws of the same shape."""
 
     loader: Loader
     seed: int
     batch_size: int
     """Of the global batch."""
-    latent_shape: tuple[int, int, int]
+    latent_channels: int
     objective: ObjectiveConfig
     rank: int
     num_processes: int
     pin_memory: bool
 
     def buffer(self) -> Batch:
-        """Returns an empty batch, to fill."""
+        """Returns an empty batch of the largest shape there is, to fill."""
         gathered = self.loader.buffer(pin_memory=self.pin_memory)
-        draws = draw(self.seed, 0, len(gathered.tokens), self.latent_shape, self.objective)
+        draws = self._draw(0, len(gathered.tokens), gathered)
         empty = {f.name: torch.empty_like(getattr(draws, f.name)) for f in fields(draws)}
         if self.pin_memory:
             empty = {name: tensor.pin_memory() for name, tensor in empty.items()}
         return Batch(latent=gathered.latent, text=gathered.text, tokens=gathered.tokens, **empty)
 
-    def fill(self, step: int, out: Batch) -> None:
-        """Puts this process's share of a step into `out`."""
-        self.loader.fill(step, Gathered(latent=out.latent, text=out.text, tokens=out.tokens))
-        draws = draw(self.seed, step, self.batch_size, self.latent_shape, self.objective)
+    def fill(self, step: int, out: Batch) -> Batch:
+        """Puts this process's share of a step into `out`; returns as much of it as that takes."""
+        given = Gathered(latent=out.latent, text=out.text, tokens=out.tokens)
+        gathered = self.loader.fill(step, given)
+        draws = self._draw(step, self.batch_size, gathered)
         mine = share(self.batch_size, self.rank, self.num_processes)
+        filled = {}
         for part in fields(draws):
-            getattr(out, part.name).copy_(getattr(draws, part.name)[mine])
+            values = getattr(draws, part.name)[mine]
+            filled[part.name] = head(getattr(out, part.name), values.shape).copy_(values)
+        return Batch(latent=gathered.latent, text=gathered.text, tokens=gathered.tokens, **filled)
+
+    def _draw(self, step: int, batch_size: int, gathered: Gathered) -> Draws:
+        """Draws the random numbers of so many latents of a batch's shape."""
+        height, width = gathered.latent.shape[-2:]
+        shape = (self.latent_channels, height, width)
+        return draw(self.seed, step, batch_size, shape, self.objective)
 
     def batch(self, step: int) -> Batch:
         """Returns this process's share of a step, in memory of its own."""
-        out = self.buffer()
-        self.fill(step, out)
-        return out
+        return self.fill(step, self.buffer())
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Yields the batches of steps `start` to `stop`, each good until the next is asked for."""

@@ -66,7 +66,7 @@ def save(folder: Path, state: TrainState, settings: Mapping[str, Any], *, keep: 
     with complete_or_absent(folder / f"step-{state.step:08d}") as temporary:
         for name, tensors in (
             ("unet", state.unet.state_dict()),
-            ("ema", state.ema.average),
+            ("ema", state.ema.state_dict()),
             ("optimizer", _moments(state)),
         ):
             packed = {key: tensor.contiguous() for key, tensor in tensors.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.bundle import INFO_FILE, read_info, save_bundle
 from model.diffusion import make_scheduler
+from model.posthoc import folder_of, save_snapshot
 from shards.order import mixed_seed
 from train import checkpoint, optim
 from train.batches import Batch
@@ -54,7 +55,7 @@ def loop(run: Run, stop: Stop) -> Reason:
     config, plan, state, ledger = run.config, run.plan, run.state, run.ledger
     parameters = list(state.unet.parameters())
     rank = run.accelerator.process_index
-    saved = state.step
+    every, saved = config.ema.snapshot_every_steps, state.step
     ledger.read()  # the time until here is set-up
     with contextlib.closing(run.source.batches(state.step, plan.num_steps)) as batches:
         while (reason := stop.reason(state.step, state.train_s)) is None:
@@ -77,12 +78,17 @@ def loop(run: Run, stop: Stop) -> Reason:
             run.progress.add(loss, norm, skipped)
             if state.step % config.log_every_steps == 0:
                 report(run)
+            if every is not None and state.step % every == 0:
+                with ledger.phase("save"):
+                    snapshot(run)
             if state.step % config.checkpoint_every_steps == 0:
                 with ledger.phase("save"):
                     save(run)
                 saved = state.step
     if run.progress.pending and reason is not Reason.SIGNAL:
         report(run)
+    if every is not None and reason is not Reason.SIGNAL:
+        snapshot(run)
     if saved < state.step:
         save(run)
     return reason
@@ -111,7 +117,7 @@ def report(run: Run) -> None:
     wall_s, shares = run.ledger.read()
     line = {
         **figures,
-        "epoch": state.step * config.batch_size / run.plan.order.epoch_records,
+        "epoch": run.plan.order.num_epochs(state.step),
         "lr": optim.learning_rate(config.optim, state.step - 1, run.plan.num_steps),
         "images_per_s": num_steps * config.batch_size / wall_s,
         "train_s": state.train_s,
@@ -125,6 +131,20 @@ def report(run: Run) -> None:
             f"(max_bad_steps: {config.max_bad_steps}) and were skipped; the checkpoints are good; "
             f"records of the last one: {shorten(run.source.loader.suspects(bad[-1]))}"
         )
+
+
+def snapshot(run: Run) -> None:
+    """Keeps the averages for `python -m model.ema`, from the main process; the others wait.
+
+    Before a checkpoint of the same step, so that no kill between the two can lose it. One that is
+    there already stays.
+    """
+    folder, state = run.plan.folder / "snapshots", run.state
+    if run.accelerator.is_main_process and not folder_of(folder, state.step).is_dir():
+        save_snapshot(
+            folder, state.ema, step=state.step, train_s=state.train_s, config=run.plan.settings
+        )
+    run.accelerator.wait_for_everyone()
 
 
 def save(run: Run) -> None:

@@ -1,22 +1,26 @@
 """Everything that can be wrong with a run and known before its first step, checked in seconds."""
 
-import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from model.bundle import require_stock_shards
 from model.encoders import (
+    Autoencoder,
     fingerprint,
     latent_channels,
     load_text_encoder,
     load_vae,
     tokenizer_fingerprint,
+    vae_downscale,
 )
 from model.paths import find_path, output_root
 from shards.access import Access, check_order, choose_kind, open_set
+from shards.bucket_order import BucketOrder
+from shards.buckets import BucketedShards
 from shards.order import Order, share
 from shards.reader import ShardSet, require_encoders
 from shards.remote import is_remote
@@ -42,17 +46,20 @@ class Plan:
     """A run whose parts fit together."""
 
     folder: Path
-    shards: ShardSet
+    shards: ShardSet | BucketedShards
     access: Access
-    vae: AutoencoderKL
+    vae: Autoencoder
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
-    order: Order
+    order: Order | BucketOrder
     latent_shape: tuple[int, int, int]
+    """(C, h, w); of several buckets, of the square or else the most frequent one."""
     micro_batch_size: int
     num_steps: int
     settings: dict[str, Any]
     """The resolved configuration and the shards' hash, as checkpoints and the bundle keep them."""
+    notes: tuple[str, ...]
+    """What to say of the data, a line each."""
 
 
 def validate(config: TrainConfig, num_processes: int) -> Plan:
@@ -75,6 +82,10 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
     )
     check_order(shards, order, access, num_processes)
     vae = load_vae(*choose(config.vae, manifest.vae))
+    for shape in shards.latent_shapes:
+        text_name = manifest.text_encoder.name
+        require_stock_shards(vae, text_name=text_name, latent_size=shape[1:])
+        check_sides(shape[1:], len(config.model.channels), vae_downscale(vae))
     tokenizer, text_encoder = load_text_encoder(*choose(config.text_encoder, manifest.text_encoder))
     require_encoders(
         location, manifest, vae_sha256=fingerprint(vae), text_sha256=fingerprint(text_encoder)
@@ -97,9 +108,10 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
         num_steps=count_steps(config, order),
         settings=asdict(config)
         | {
-            "shards_sha256": manifest.sha256,
+            "shards_sha256": shards.sha256,
             ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",
         },
+        notes=tuple(describe_buckets(shards, order)),
     )
 
 
@@ -159,12 +171,49 @@ def split_batch(batch_size: int, micro_batch_size: int | None, num_processes: in
     return micro_batch_size
 
 
-def count_steps(config: TrainConfig, order: Order) -> int:
+def count_steps(config: TrainConfig, order: Order | BucketOrder) -> int:
     """Returns the length of the run in steps; a last epoch that ends within one is filled up."""
     if config.num_steps is not None:
         return config.num_steps
     assert config.num_epochs is not None
-    return math.ceil(config.num_epochs * order.epoch_records / config.batch_size)
+    return order.num_steps(config.num_epochs)
+
+
+def check_sides(latent_size: tuple[int, ...], num_levels: int, downscale: int) -> None:
+    """Refuses latents (h, w) that the denoiser cannot halve from level to level."""
+    multiple = 2 ** (num_levels - 1)
+    height, width = latent_size
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"shards: latents of {width} x {height}: a denoiser of {num_levels} levels "
+            f"(model.channels) halves them {num_levels - 1} times; expected multiples of "
+            f"{multiple}: fewer levels, or shards of images whose sides are multiples of "
+            f"{multiple * downscale} px (pipeline's --image-size-px, --bucket-multiple-px)"
+        )
+
+
+def describe_buckets(
+    shards: ShardSet | BucketedShards, order: Order | BucketOrder
+) -> Iterator[str]:
+    """Yields what the steps of an epoch are, a line for each bucket; nothing for a plain set."""
+    if not (isinstance(shards, BucketedShards) and isinstance(order, BucketOrder)):
+        return
+    size = order.batch_size
+    yield (
+        f"{len(shards.sets)} buckets of {len(shards)} records: {order.num_steps(1)} batches of "
+        f"{size} in the first epoch, each of one bucket"
+    )
+    for bucket in shards.buckets.buckets:
+        num = bucket.records
+        if num < size and order.last_batch == "drop":
+            how = "fewer than a batch: never visited (data.last_batch drop)"
+        elif num < size:
+            how = f"fewer than a batch: one every {size / num:.3g} epochs, of records repeated"
+        elif order.last_batch == "drop":
+            how = f"{num // size} batches an epoch, {num % size} records left out of each"
+        else:
+            how = f"{num / size:.4g} batches an epoch"
+        yield f"bucket {bucket.name}: {num} records, {how}"
 
 
 def check_tokenizer(expected: str, found: str) -> None:

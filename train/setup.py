@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model import denoiser, diffusion
 from model.diffusion import Prediction
 from model.ema import EMA
+from model.encoders import latent_affine
 from shards.access import make_loader
 from train import checkpoint
 from train.batches import Batch, Source
@@ -32,7 +33,8 @@ class Objective:
     alpha_bar: Tensor  # (num_timesteps,)
     empty_text: Tensor  # (T, D)
     text_scale: Tensor | None  # (D,), for int8 text
-    scaling_factor: float
+    latent_shift: Tensor  # (C, 1, 1)
+    latent_scale: Tensor  # (C, 1, 1)
     prediction: Prediction
     snr_gamma: float | None
 
@@ -46,7 +48,7 @@ class Objective:
         return diffusion.loss(
             model,
             self.alpha_bar,
-            latents * self.scaling_factor,
+            (latents - self.latent_shift) * self.latent_scale,
             text,
             batch.noise,
             batch.timesteps,
@@ -93,8 +95,8 @@ def start(config: TrainConfig) -> Run:
         text = json.dumps({"train": asdict(config)}, indent=1)
         (plan.folder / "config.json").write_text(text + "\n")
     run.progress.open(state.step, plan.num_steps, state.metrics)
-    for change in changes:
-        run.progress.say(change)
+    for note in (*plan.notes, *changes):
+        run.progress.say(note)
     return run
 
 
@@ -142,11 +144,11 @@ def make_state(
 ) -> tuple[TrainState, nn.Module]:
     """Returns the state at step 0 and the denoiser as it is called (wrapped, maybe compiled)."""
     torch.manual_seed(config.seed)
-    channels, height, _ = plan.latent_shape
+    channels, height, width = plan.latent_shape
     unet = denoiser.build(
         config.model,
         latent_channels=channels,
-        sample_size=height,
+        sample_size=height if height == width else (height, width),
         text_width=plan.shards.manifest.text_width,
     )
     denoiser.choose_attention(
@@ -193,7 +195,7 @@ def make_source(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> So
         ),
         seed=config.seed,
         batch_size=config.batch_size,
-        latent_shape=plan.latent_shape,
+        latent_channels=plan.latent_shape[0],
         objective=config.objective,
         rank=rank,
         num_processes=num_processes,
@@ -205,11 +207,13 @@ def make_objective(config: TrainConfig, plan: Plan, device: torch.device) -> Obj
     """Returns the objective of a run."""
     schedule = diffusion.make_scheduler(config.objective)
     scale = plan.shards.text_scale
+    shift, latent_scale = latent_affine(plan.vae)
     return Objective(
         alpha_bar=schedule.alphas_cumprod.to(device),
         empty_text=plan.shards.empty_text.float().to(device),
         text_scale=None if scale is None else scale.to(device),
-        scaling_factor=plan.vae.config.scaling_factor,
+        latent_shift=shift.to(device),
+        latent_scale=latent_scale.to(device),
         prediction=config.objective.prediction,
         snr_gamma=config.objective.snr_gamma,
     )

@@ -221,7 +221,7 @@ def test_the_embedded_vae_is_found_from_anywhere(tmp_path: Path, elsewhere: Path
     ("vae", "message"),
     [
         ("no/such", "error: --vae: 'no/such' cannot be had, give a folder that holds it: "),
-        ("scenes/encoders/clip", "error: --vae: 'scenes/encoders/clip' cannot be had"),
+        ("scenes/encoders/clip", "'scenes/encoders/clip': expected one of AutoencoderKL, "),
         ("scenes/encoders/vae", "'scenes/encoders/vae': expected 4 latent channels, found 8"),
     ],
 )

@@ -98,10 +98,11 @@ def test_the_buffer_in_use_is_not_written_to() -> None:
     started: list[int] = []
     reached = threading.Semaphore(0)
 
-    def fill(step: int, out: list[int]) -> None:
+    def fill(step: int, out: list[int]) -> list[int]:
         started.append(step)
         out[0] = step
         reached.release()
+        return out
 
     steps = prefetch(fill, [[-1], [-1]], start=0, stop=6)
     for step, buffer in enumerate(steps):
@@ -113,10 +114,11 @@ def test_the_buffer_in_use_is_not_written_to() -> None:
 
 
 def test_an_error_comes_out_at_its_step_and_the_thread_ends() -> None:
-    def fill(step: int, out: list[int]) -> None:
+    def fill(step: int, out: list[int]) -> list[int]:
         if step == 2:
             raise OSError("the disk is gone")
         out[0] = step
+        return out
 
     steps = prefetch(fill, [[-1], [-1]], start=0, stop=5)
     assert [next(steps), next(steps)] == [[0], [1]]

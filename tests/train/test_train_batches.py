@@ -11,7 +11,7 @@ from shards.loader import MapLoader
 from shards.reader import open_shards
 from train.batches import Batch, Source, draw
 
-SHAPE = (4, 8, 8)
+NUM_CHANNELS = 4
 
 
 def make_source(folder: Path, *, rank: int = 0, num_processes: int = 1, seed: int = 0) -> Source:
@@ -22,7 +22,7 @@ def make_source(folder: Path, *, rank: int = 0, num_processes: int = 1, seed: in
         loader=MapLoader(shards=shards, order=order, rank=rank, num_processes=num_processes),
         seed=seed,
         batch_size=6,
-        latent_shape=SHAPE,
+        latent_channels=NUM_CHANNELS,
         objective=ObjectiveConfig(caption_dropout=0.5),
         rank=rank,
         num_processes=num_processes,

@@ -1,0 +1,601 @@
+"""A bucketed set: its list holds its sets together, and its batches are each of one of them."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shards import inspect, verify
+from shards.access import Access, fetch_buckets, make_loader, open_set
+from shards.bucket_order import BucketOrder
+from shards.buckets import BucketedShards, Buckets, finish_buckets, open_buckets
+from shards.loader import NUM_BUFFERS, BucketLoader, batches
+from shards.reader import Gathered, ShardSet, open_shards
+from shards.remote import RemoteError
+from shards.schema import FormatError, Manifest, hash_json
+from tests.servers import QUICK, Server, serve
+from tests.shard_sets import make_examples, make_identity, make_provenance, write_buckets, write_set
+
+SIZES = {"64x64": (10, 7), "96x40": (9,), "40x96": (5, 4), "48x80": (3,)}
+MAP = Access(kind="map")
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of four buckets, one smaller than a batch."""
+    folder = tmp_path_factory.mktemp("bucketed") / "train"
+    write_buckets(folder, SIZES, quarantined={"bad": "not an image"}, views=2)
+    return folder
+
+
+@pytest.fixture
+def folder(sound: Path, tmp_path: Path) -> Path:
+    """A copy of it that may be spoilt."""
+    copied = shutil.copytree(sound, tmp_path / "train")
+    for path in copied.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return copied
+
+
+@pytest.fixture
+def server(sound: Path) -> Iterator[Server]:
+    """A server of it."""
+    with serve(sound) as served:
+        yield served
+
+
+def opened(location: Path | str, access: Access = MAP) -> BucketedShards:
+    shards = open_set(str(location), access, retry=QUICK)
+    assert isinstance(shards, BucketedShards)
+    return shards
+
+
+def loader_of(
+    shards: BucketedShards,
+    access: Access = MAP,
+    *,
+    rank: int = 0,
+    num_processes: int = 1,
+    **changes: Any,
+) -> BucketLoader:
+    order = shards.order(**({"batch_size": BATCH, "seed": 5} | changes))
+    loader = make_loader(shards, order, access, rank=rank, num_processes=num_processes)
+    assert isinstance(loader, BucketLoader)
+    return loader
+
+
+def copies(loader: BucketLoader, start: int, stop: int) -> list[Gathered]:
+    """Batches in memory of their own."""
+    return [
+        Gathered(**{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
+        for batch in batches(loader, start=start, stop=stop)
+    ]
+
+
+def assert_equal(found: list[Gathered], expected: list[Gathered]) -> None:
+    """Compares every tensor bit by bit."""
+    for first, second in zip(found, expected, strict=True):
+        for field in fields(Gathered):
+            assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
+
+
+def save(folder: Path, document: dict[str, Any]) -> None:
+    """Writes a changed list with the right hash and in the right form."""
+    document.pop("sha256", None)
+    whole = document | {"sha256": hash_json(document)}
+    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+    (folder / "buckets.json").write_text(text)
+
+
+def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the list as a writer with a fault would."""
+    document = json.loads((folder / "buckets.json").read_text())
+    change(document)
+    save(folder, document)
+
+
+# The list
+
+
+def test_the_list_adds_up_and_opens_as_written(tmp_path: Path) -> None:
+    written = write_buckets(
+        tmp_path / "set", {"64x64": (3,), "128x32": (2,), "32x128": (1,)}, quarantined={"a": "b"}
+    )
+    assert Buckets.load(tmp_path / "set") == written
+    assert [bucket.name for bucket in written.buckets] == ["32x128", "64x64", "128x32"]
+    assert [bucket.records for bucket in written.buckets] == [1, 3, 2]
+    assert (written.num_source, written.num_records) == (7, 6)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_images_left_out_in_a_bucket_count_too(tmp_path: Path) -> None:
+    write_set(tmp_path / "64x64", [make_examples(2)], quarantined={"x": "broken", "y": "broken"})
+    found = finish_buckets(tmp_path, ["64x64"], quarantined={"z": "too small"})
+    assert (found.num_source, found.num_records, found.buckets[0].quarantined) == (5, 2, 2)
+    assert found.quarantined == {"z": "too small"}
+    assert not list(verify.verify(tmp_path))
+
+
+def test_the_same_buckets_in_any_order_are_the_same_bytes(folder: Path) -> None:
+    before = (folder / "buckets.json").read_bytes()
+    finish_buckets(folder, [*SIZES][::-1], quarantined={"bad": "not an image"})
+    assert (folder / "buckets.json").read_bytes() == before
+
+
+def test_each_bucket_is_a_set_of_its_own(sound: Path) -> None:
+    for name in SIZES:
+        shards = open_set(str(sound / name), MAP)
+        assert isinstance(shards, ShardSet)
+        width, height = (int(side) // 8 for side in name.split("x"))
+        assert shards.manifest.latent_shape == (8, height, width)
+
+
+def test_what_is_common_is_the_square_buckets(sound: Path, tmp_path: Path) -> None:
+    shards = open_buckets(sound)
+    assert shards.manifest.latent_shape == (8, 8, 8)
+    assert len(shards) == 38
+    assert sorted(shards.latent_shapes) == [(8, 5, 12), (8, 8, 8), (8, 10, 6), (8, 12, 5)]
+    assert torch.equal(shards.empty_text, shards.main.empty_text)
+    write_buckets(tmp_path / "set", {"48x80": (2,), "80x48": (3,)})
+    assert open_buckets(tmp_path / "set").manifest.latent_shape == (8, 6, 10)
+
+
+def test_a_changed_set_is_another(sound: Path, tmp_path: Path) -> None:
+    first = open_buckets(sound).sha256
+    second = write_buckets(tmp_path / "set", {**SIZES, "48x80": (4,)}, views=2).sha256
+    assert first != second
+
+
+def different(**changes: Any) -> Callable[[Path], object]:
+    """Writes a bucket beside a square one, of another provenance."""
+    text_dtype = changes.get("text_dtype", "float16")
+    kind = changes.pop("kind", "moments")
+    return lambda folder: write_set(
+        folder,
+        [make_examples(1, seed=9, size=(4, 16), text_dtype=text_dtype, kind=kind)],
+        make_provenance(kind, **changes),
+    )
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (different(vae=make_identity("other")), "vae: expected v{64} as in 64x64, found o{64}"),
+        (different(text_encoder=make_identity("x")), "text_encoder: expected t{64}"),
+        (different(tokenizer=make_identity("x")), "tokenizer: expected t{64}"),
+        (different(kind="plain"), "latent_kind: expected moments as in 64x64, found plain"),
+        (different(text_dtype="int8"), "text_dtype: expected float16 .* found int8"),
+        (different(max_tokens=6), "layout 0: expected latents, tokens"),
+    ],
+)
+def test_buckets_that_differ_in_more_than_size_are_refused(
+    tmp_path: Path, write: Callable[[Path], object], message: str
+) -> None:
+    write_set(tmp_path / "64x64", [make_examples(1)])
+    write(tmp_path / "128x32")
+    with pytest.raises(FormatError, match=message):
+        finish_buckets(tmp_path, ["64x64", "128x32"], quarantined={})
+    assert not (tmp_path / "buckets.json").exists()
+
+
+def test_buckets_of_another_shape_are_refused(tmp_path: Path) -> None:
+    long = [
+        replace(e, text=np.repeat(e.text, 2, 1), tokens=np.repeat(e.tokens, 2, 1))
+        for e in make_examples(1, seed=1)
+    ]
+    wide = [replace(e, text=np.repeat(e.text, 2, 2)) for e in make_examples(1, seed=2)]
+    more = [replace(e, latent=np.repeat(e.latent, 2, 1)) for e in make_examples(1, seed=3)]
+    views = make_examples(1, seed=4, views=2)
+    cases = {
+        "long": (long, make_provenance(max_tokens=14), "max_tokens: expected 7 .* found 14"),
+        "wide": (wide, None, "text_width: expected 32 as in 64x64, found 64"),
+        "more": (more, None, "latent_channels: expected 4 as in 64x64, found 8"),
+        "views": (views, None, "num_views: expected 1 as in 64x64, found 2"),
+        "flat": (make_examples(1, seed=5), None, "latents of its size over 8, .* found 8 x 8"),
+    }
+    for name, (examples, provenance, message) in cases.items():
+        write_set(tmp_path / name / "64x64", [make_examples(1)])
+        write_set(tmp_path / name / "65x64", [examples], provenance)
+        with pytest.raises(FormatError, match=f"{name}: bucket 65x64: .*{message}"):
+            finish_buckets(tmp_path / name, ["64x64", "65x64"], quarantined={})
+
+
+def test_int8_text_has_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_buckets(tmp_path / "set", {"64x64": (2,), "128x32": (2,)}, text_dtype="int8")
+    assert open_buckets(tmp_path / "set").text_scale is not None
+    from tests import shard_sets
+
+    scale = shard_sets.make_scale()
+    monkeypatch.setattr(shard_sets, "make_scale", lambda width: scale._replace(scale=scale[0] * 2))
+    write_set(tmp_path / "set" / "32x128", [make_examples(1, size=(16, 4), text_dtype="int8")])
+    with pytest.raises(FormatError, match=r"bucket 64x64: text_scale: expected \w{64} as in 32x12"):
+        finish_buckets(tmp_path / "set", ["64x64", "128x32", "32x128"], quarantined={})
+
+
+@pytest.mark.parametrize("name", ["64", "064x64", "64x64/..", "64X64", "0x64"])
+def test_a_bucket_of_another_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FormatError, match="expected buckets named WIDTHxHEIGHT, found '"):
+        finish_buckets(tmp_path, [name], quarantined={})
+
+
+def test_a_bucket_that_is_not_finished_is_refused(folder: Path) -> None:
+    (folder / "48x80" / "manifest.json").unlink()
+    with pytest.raises(FormatError, match=r"48x80/manifest.json: missing"):
+        finish_buckets(folder, [*SIZES], quarantined={})
+    with pytest.raises(FormatError, match="expected at least one, found none"):
+        finish_buckets(folder, [], quarantined={})
+
+
+def test_a_folder_without_its_list_is_not_finished(folder: Path) -> None:
+    (folder / "buckets.json").unlink()
+    for attempt in (lambda: open_set(str(folder), MAP), lambda: open_shards(folder)):
+        with pytest.raises(FormatError, match=r"missing \(stage one did not finish"):
+            attempt()
+
+
+def test_a_reader_of_plain_sets_says_what_it_is(folder: Path) -> None:
+    with pytest.raises(FormatError, match=r"manifest.json: missing \(a bucketed set: open it with"):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema_version=2), "schema_version: expected 1, found 2"),
+        (lambda d: d.update(num_source=40), "num_source: expected 39, found 40"),
+        (lambda d: d.update(num_records=40), "num_records: expected 38, found 40"),
+        (lambda d: d.update(buckets=[]), "buckets: expected at least one, found none"),
+        (lambda d: d.pop("quarantined"), "not a list of buckets of version 1: "),
+        (lambda d: d["buckets"][0].update(extra=1), "not a list of buckets of version 1: "),
+        (lambda d: d["buckets"][0].update(records="a"), "not a list of buckets of version 1: "),
+        (
+            lambda d: d["buckets"][0].update(width_px=41),
+            "bucket '40x96': expected the name '41x96' for its size",
+        ),
+        (
+            lambda d: d["buckets"][0].update(d["buckets"][1]),
+            "bucket '48x80': expected once, found again",
+        ),
+        (
+            lambda d: d["buckets"][0].update(sha256="0" * 64),
+            "bucket 40x96: manifest.json: sha256: expected 0{64}, found",
+        ),
+        (
+            lambda d: d.update(num_source=40) or d["buckets"][0].update(quarantined=1),
+            "bucket 40x96: quarantined: expected 1, found 0",
+        ),
+    ],
+)
+def test_a_wrong_list_is_refused_and_found(
+    folder: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    changed(folder, change)
+    with pytest.raises(FormatError, match=message):
+        open_set(str(folder), MAP)
+    assert list(verify.verify(folder))
+
+
+def test_an_altered_list_is_refused(folder: Path) -> None:
+    path = folder / "buckets.json"
+    path.write_text(path.read_text().replace("not an image", "not an Image"))
+    with pytest.raises(FormatError, match="the list was altered after it was written"):
+        open_set(str(folder), MAP)
+
+
+# verify and inspect
+
+
+def run(module: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> int:
+    monkeypatch.setattr(sys, "argv", [module.__name__, str(folder), *flags])
+    code: int = module.main()
+    return code
+
+
+def test_a_sound_set_has_no_fault(
+    sound: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(verify, monkeypatch, sound) == 0
+    assert capsys.readouterr().out == f"{sound}: 38 records in 4 buckets, no fault\n"
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_fault_in_any_set_exits_with_1(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / name / "shard-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    assert run(verify, monkeypatch, folder, "--quiet") == 1
+    assert f"fault: {path}: " in capsys.readouterr().out
+
+
+def test_every_byte_of_the_list_counts(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_buckets(folder, {"64x64": (1,), "128x32": (1,)}, quarantined={"ä": "not an image"})
+    path = folder / "buckets.json"
+    content = path.read_bytes()
+    for place in range(len(content)):
+        spoilt = bytearray(content)
+        spoilt[place] ^= 1 << place % 8
+        path.write_bytes(spoilt)
+        assert list(verify.verify(folder)), f"byte {place}"
+    path.write_bytes(content)
+    assert not list(verify.verify(folder))
+
+
+@pytest.mark.parametrize("spoil", ["removed", "other", "reformatted"])
+def test_a_manifest_that_is_not_the_lists_is_a_fault(
+    folder: Path, tmp_path: Path, spoil: str
+) -> None:
+    path = folder / "48x80" / "manifest.json"
+    if spoil == "removed":
+        path.unlink()
+    elif spoil == "reformatted":
+        path.write_text(json.dumps(json.loads(path.read_text())))
+    else:
+        shutil.rmtree(path.parent)
+        write_set(path.parent, [make_examples(4, seed=77, views=2, size=(10, 6))])
+    faults = "\n".join(verify.verify(folder))
+    expected = {
+        "removed": "manifest.json: missing",
+        "reformatted": "bucket 48x80: manifest.json: sha256: expected",
+        "other": "bucket 48x80: records: expected 3, found 4",
+    }
+    assert expected[spoil] in faults
+
+
+def test_what_is_in_no_bucket_or_in_two_is_a_fault(folder: Path) -> None:
+    (folder / "notes.txt").touch()
+    (folder / "8x8").mkdir()
+    shutil.rmtree(folder / "48x80")
+    write_set(folder / "48x80", [make_examples(3, views=2, size=(10, 6))])
+    finish_buckets(folder, [*SIZES], quarantined={"00-3-000009": "twice"})
+    faults = list(verify.verify(folder))
+    for fault in ("notes.txt: expected only", "8x8: expected only", "expected once, found in"):
+        assert any(fault in line for line in faults)
+    assert "key '00-3-000009': expected no record, since it is listed as left out" in faults[-1]
+
+
+def test_inspect_tells_of_all_and_of_each(
+    sound: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(inspect, monkeypatch, sound) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(sound)
+    assert "  records         38 in 4 buckets, 1 left out" in lines
+    table = [" ".join(line.split()) for line in lines[:12]]
+    assert "48x80 3 7.89% 0 left out latents 6 x 10" in table
+    assert "left out before any bucket: 1 images" in table
+    for name in SIZES:
+        assert str(sound / name) in lines
+    assert max(len(line) for line in lines if str(sound) not in line) <= 80
+
+
+def test_inspect_draws_a_sheet_for_each(
+    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str:
+        out.touch()
+        return f"{out}: drawn"
+
+    monkeypatch.setattr(inspect, "draw_sheet", draw)
+    out = tmp_path / "sheet.png"
+    assert run(inspect, monkeypatch, sound, "--decode", "2", "--out", str(out)) == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"sheet-{name}.png" for name in SIZES}
+
+
+def test_inspect_of_a_set_that_does_not_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "buckets.json").unlink()
+    assert run(inspect, monkeypatch, folder) == 2
+    assert "buckets.json: missing (stage one did not finish" in capsys.readouterr().err
+
+
+# Batches
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_ranks_together_make_the_global_batches(sound: Path, num_processes: int) -> None:
+    shards = open_buckets(sound)
+    whole = copies(loader_of(shards), 0, 30)
+    parts = [
+        copies(loader_of(shards, rank=rank, num_processes=num_processes), 0, 30)
+        for rank in range(num_processes)
+    ]
+    for step, batch in enumerate(whole):
+        joined = {
+            f.name: torch.cat([getattr(part[step], f.name) for part in parts])
+            for f in fields(Gathered)
+        }
+        assert_equal([Gathered(**joined)], [batch])
+
+
+@given(
+    seed=st.integers(0, 2**30),
+    batch_size=st.integers(1, 12),
+    last_batch=st.sampled_from(["fill", "drop"]),
+    cut=st.integers(0, 40),
+)
+@settings(deadline=None, max_examples=25)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    sound: Path, seed: int, batch_size: int, last_batch: str, cut: int
+) -> None:
+    shards = open_buckets(sound)
+    settings_ = {"seed": seed, "batch_size": batch_size, "last_batch": last_batch}
+    loader = loader_of(shards, **settings_)
+    whole = copies(loader, cut, cut + 4)
+    again = loader_of(shards, **settings_)
+    start = again.order.step(loader.order.cursor(cut))
+    assert_equal(copies(again, start + 2, start + 4), whole[2:])
+
+
+@given(
+    seed=st.integers(0, 2**30),
+    batch_size=st.integers(1, 20),
+    epoch=st.integers(0, 3),
+)
+@settings(deadline=None, max_examples=25)
+def test_every_record_comes_once_per_epoch_with_its_own_content(
+    sound: Path, seed: int, batch_size: int, epoch: int
+) -> None:
+    """By latents, of which each is the record's own: what is gathered is what the order says."""
+    shards = open_buckets(sound)
+    loader = loader_of(shards, seed=seed, batch_size=batch_size)
+    found: dict[tuple[int, ...], list[str]] = {}
+    for step, batch in enumerate(copies(loader, 0, loader.order.num_steps(epoch + 1))):
+        records = loader.order.records(step)
+        zeros = np.zeros(len(records))
+        views = [shards.gather(records, zeros, zeros + view).latent for view in (0, 0.5)]
+        same = [(batch.latent == view).flatten(1).all(1) for view in views]
+        assert (same[0] | same[1]).all()
+        found.setdefault(tuple(batch.latent.shape[1:]), []).extend(shards.keys(records))
+    for shape, keys in found.items():
+        num = len(set(keys))
+        assert num == len(shards.sets[shards.latent_shapes.index(shape)])
+        for start in range(0, (epoch + 1) * num, num):
+            assert len(set(keys[start : start + num])) == num
+
+
+def test_one_pair_of_buffers_serves_all_shapes(sound: Path) -> None:
+    loader = loader_of(open_buckets(sound))
+    places: list[int] = []
+    shapes = set()
+    for batch in batches(loader, start=0, stop=30):
+        places.append(batch.latent.data_ptr())
+        shapes.add(batch.latent.shape)
+        assert batch.latent.is_contiguous()
+    assert len(shapes) == len(SIZES)
+    assert places == places[:NUM_BUFFERS] * 15
+    assert loader.buffer().latent.shape == (BATCH, 8, 8, 8)
+
+
+def test_epochs_are_not_mixed_anew_at_every_step(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Buckets take turns, and each remembers its own epoch."""
+    from shards import order as orders
+
+    made: list[int] = []
+    whole = orders.epoch_order
+    monkeypatch.setattr(orders, "epoch_order", lambda *args: made.append(args[-1]) or whole(*args))
+    copies(loader_of(open_buckets(sound), batch_size=1), 0, 38)
+    assert made == [0] * 4
+
+
+def test_suspects_are_the_buckets_records_that_are_not_finite(folder: Path) -> None:
+    manifest = Manifest.load(folder / "96x40")
+    layout = manifest.layouts[0]
+    with (folder / "96x40" / "shard-000000.tar").open("r+b") as file:
+        file.seek(2 * layout.record_bytes + layout.fields["latent"].offset_bytes)
+        file.write(np.full(2 * 8 * 5 * 12, np.nan, np.float16).tobytes())
+    shards = open_buckets(folder)
+    loader = loader_of(shards)
+    steps = range(loader.order.num_steps(1))
+    keys = {step: shards.keys(loader.order.records(step)) for step in steps}
+    for step in steps:
+        bad = [key for key in keys[step] if key == "10-3-000002"]
+        assert loader.suspects(step) == (bad or keys[step])
+    assert any("10-3-000002" in found for found in keys.values())
+
+
+def test_records_of_several_buckets_are_no_batch(sound: Path) -> None:
+    shards = open_buckets(sound)
+    with pytest.raises(ValueError, match="expected records of one bucket, found 4 buckets'"):
+        shards.keys(np.arange(38))
+    with pytest.raises(IndexError, match=r"a record outside 0\.\.37 was asked for"):
+        shards.keys(np.array([38]))
+
+
+# Access
+
+
+def cached(tmp_path: Path, cache_bytes: int = 10**9) -> Access:
+    return Access(kind="cache", cache_dir=tmp_path / "cache", cache_bytes=cache_bytes)
+
+
+@pytest.mark.parametrize("place", ["url", "folder", "pipe"])
+def test_the_cache_gives_the_batches_of_map(
+    sound: Path, server: Server, tmp_path: Path, place: str
+) -> None:
+    location = {"url": server.url, "folder": str(sound), "pipe": f"pipe:cat {sound}"}[place]
+    access = cached(tmp_path)
+    shards = opened(location, access)
+    assert shards.sha256 == open_buckets(sound).sha256
+    try:
+        found = copies(loader_of(shards, access), 0, 25)
+    finally:
+        for part in shards.sets:
+            part.close()  # type: ignore[attr-defined]
+    assert_equal(found, copies(loader_of(opened(sound)), 0, 25))
+    assert len(list((tmp_path / "cache").glob("*/*.tar"))) == 6
+
+
+def test_a_cache_too_small_for_all_buckets_is_refused(server: Server, tmp_path: Path) -> None:
+    access = cached(tmp_path, 100_000)
+    shards = opened(server.url, access)
+    with pytest.raises(
+        ValueError, match=r"the 4 buckets of .* may hold 100000; give it --data.cac"
+    ):
+        make_loader(shards, shards.order(batch_size=4, seed=0), access)
+    assert not [name for name in server.asked if name.endswith(".tar")]
+    for part in shards.sets:
+        part.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("place", ["url", "folder", "pipe"])
+def test_a_bucketed_set_is_not_streamed(sound: Path, server: Server, place: str) -> None:
+    location = {"url": server.url, "folder": str(sound), "pipe": f"pipe:cat {sound}"}[place]
+    with pytest.raises(ValueError, match="a bucketed set, which cannot be streamed; expected map"):
+        open_set(location, Access(kind="stream"), retry=QUICK)
+
+
+def test_a_list_elsewhere_is_checked_and_named(folder: Path, tmp_path: Path) -> None:
+    changed(folder, lambda d: d.update(num_records=40))
+    with serve(folder) as served:
+        for attempt in (
+            lambda: open_set(served.url, cached(tmp_path), retry=QUICK),
+            lambda: fetch_buckets(served.url, retry=QUICK),
+        ):
+            with pytest.raises(FormatError, match=rf"^{served.url}/buckets.json: num_records: exp"):
+                attempt()
+
+
+def test_a_url_of_neither_kind_names_the_manifest(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(RemoteError, match=rf"^{server.url}/no/manifest.json: not found"):
+        open_set(f"{server.url}/no", cached(tmp_path), retry=QUICK)
+
+
+def test_other_encoders_than_asked_for_are_refused(sound: Path) -> None:
+    with pytest.raises(FormatError, match="vae: the shards were made with 'some/vae'"):
+        open_set(str(sound), MAP, vae_sha256="0" * 64)
+
+
+def test_verifying_reads_every_set(folder: Path) -> None:
+    path = folder / "40x96" / "shard-000001.tar"
+    path.write_bytes(path.read_bytes().replace(b"caption 1", b"caption 7"))
+    open_set(str(folder), MAP)
+    with pytest.raises(FormatError, match=r"40x96/shard-000001.tar: sha256"):
+        open_set(str(folder), MAP, verify=True)
+
+
+def test_an_order_of_buckets_has_the_sets_sizes(sound: Path) -> None:
+    order = open_buckets(sound).order(batch_size=2, seed=3, shuffle="blocks", window_shards=1)
+    assert order == BucketOrder(
+        sizes=((5, 4), (3,), (10, 7), (9,)),
+        batch_size=2,
+        seed=3,
+        shuffle="blocks",
+        window_shards=1,
+    )

@@ -1,0 +1,280 @@
+"""Training on a bucketed set: batches of several shapes, one run however it is cut or divided."""
+
+import json
+import subprocess
+import sys
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from shards.access import make_loader
+from shards.buckets import BucketedShards
+from shards.schema import Manifest, Provenance
+from tests import shard_sets, tiny
+from tests.servers import serve
+from tests.train.conftest import MakeConfig
+from tests.train.test_train_launch import SCRIPT, TIMEOUT_S, environment, flags
+from train.batches import Batch, Source
+from train.config import DataConfig, TrainConfig
+from train.loop import train
+from train.preflight import count_steps, validate
+
+SIZES = {"32x96": (3,), "64x64": (10, 4), "96x32": (9,)}
+
+
+def make_buckets(folder: Path, sizes: dict[str, tuple[int, ...]], like: Path) -> Path:
+    """Writes buckets of noise that name the encoders which a plain set names."""
+    manifest = Manifest.load(like)
+    provenance = Provenance(
+        **{name: getattr(manifest, name) for name in Provenance.__dataclass_fields__}
+    )
+    shard_sets.write_buckets(folder, sizes, provenance)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bucketed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 records of noise in three buckets, one of them smaller than a batch."""
+    return make_buckets(tmp_path_factory.mktemp("bucketed") / "train", SIZES, shards)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("images_per_s", "train_s", "ledger")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+
+
+def source_of(config: TrainConfig, num_processes: int = 1, rank: int = 0) -> Source:
+    """A process's source of batches."""
+    plan = validate(config, num_processes)
+    place = {"rank": rank, "num_processes": num_processes}
+    return Source(
+        loader=make_loader(plan.shards, plan.order, plan.access, **place),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        latent_channels=plan.latent_shape[0],
+        objective=config.objective,
+        pin_memory=False,
+        **place,
+    )
+
+
+def copies(source: Source, start: int, stop: int) -> list[Batch]:
+    """Batches made ahead, in memory of their own."""
+    return [batch.map(torch.clone) for batch in source.batches(start, stop)]
+
+
+def assert_equal(first: Batch, second: Batch) -> None:
+    """Compares every tensor bit by bit."""
+    for field in fields(Batch):
+        assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
+
+
+def test_batches_and_their_noise_have_the_shape_of_their_bucket(
+    make_config: MakeConfig, bucketed: Path
+) -> None:
+    source = source_of(make_config(shards=str(bucketed)))
+    found = copies(source, 0, 14)
+    assert {batch.noise.shape[1:] for batch in found} == {(4, 8, 8), (4, 12, 4), (4, 4, 12)}
+    for step, batch in enumerate(found):
+        assert batch.noise.shape == batch.posterior_noise.shape
+        assert batch.latent.shape[-2:] == batch.noise.shape[-2:]
+        assert len(batch) == 4 and len(batch.timesteps) == 4
+        assert_equal(batch, source.batch(step))
+    for first, second in pairwise(found):
+        assert not torch.equal(first.noise.flatten()[:9], second.noise.flatten()[:9])
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_processes_divide_the_same_batches(
+    make_config: MakeConfig, bucketed: Path, num_processes: int
+) -> None:
+    config = make_config(shards=str(bucketed))
+    whole = copies(source_of(config), 0, 14)
+    shares = [
+        copies(source_of(config, num_processes, rank), 0, 14) for rank in range(num_processes)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [share[step] for share in shares]
+        joined = {
+            f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Batch)
+        }
+        assert_equal(Batch(**joined), batch)
+
+
+def test_a_run_tells_of_its_buckets_and_leaves_a_stock_pipeline(
+    make_config: MakeConfig, bucketed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = train(make_config(shards=str(bucketed)))
+    said = capsys.readouterr().err
+    for line in (
+        "3 buckets of 26 records: 8 batches of 4 in the first epoch, each of one bucket",
+        "bucket 32x96: 3 records, fewer than a batch: one every 1.33 epochs, of records repeated",
+        "bucket 64x64: 14 records, 3.5 batches an epoch",
+        "bucket 96x32: 9 records, 2.25 batches an epoch",
+    ):
+        assert line in said
+    lines = metrics(bundle.parent)
+    assert [line["step"] for line in lines] == [4, 8, 10]
+    assert lines[1]["epoch"] == 1
+    pipeline = StableDiffusionPipeline.from_pretrained(bundle)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline("red", num_inference_steps=2, output_type="np").images
+    assert drawn.shape == (1, 64, 64, 3)
+    tall = pipeline("red", height=96, width=32, num_inference_steps=2, output_type="np").images
+    assert tall.shape == (1, 96, 32, 3)
+
+
+def test_without_a_square_bucket_pictures_are_of_the_most_frequent_one(
+    make_config: MakeConfig, shards: Path, tmp_path: Path
+) -> None:
+    folder = make_buckets(tmp_path / "set", {"32x96": (2,), "96x32": (9,)}, shards)
+    bundle = train(make_config(shards=str(folder), num_steps=1))
+    pipeline = StableDiffusionPipeline.from_pretrained(bundle)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline("red", num_inference_steps=1, output_type="np").images
+    assert drawn.shape == (1, 32, 96, 3)
+
+
+def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(
+    make_config: MakeConfig, bucketed: Path, tmp_path: Path
+) -> None:
+    whole = train(make_config(shards=str(bucketed), out=str(tmp_path / "whole")))
+    train(make_config(shards=str(bucketed), num_steps=5))
+    resumed = train(make_config(shards=str(bucketed)))
+    name = "unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = (load_file(folder / name) for folder in (resumed, whole))
+    assert all(ours[key].equal(theirs[key]) for key in theirs)
+    assert metrics(tmp_path / "run")[-1] == metrics(tmp_path / "whole")[-1]
+
+
+def test_two_processes_give_the_losses_of_one(
+    make_config: MakeConfig, bucketed: Path, tmp_path: Path, elsewhere: Path
+) -> None:
+    train(make_config(shards=str(bucketed), out=str(tmp_path / "one")))
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+    launch += ["--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    subprocess.run(
+        [sys.executable, *launch, str(SCRIPT), *flags(make_config(shards=str(bucketed)))],
+        env=environment(ACCELERATE_USE_CPU="1"),
+        cwd=elsewhere,
+        check=True,
+        timeout=TIMEOUT_S,
+        stderr=subprocess.DEVNULL,
+    )
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "run")
+    assert len(one) == len(two) == 3
+    for first, second in zip(one, two, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert second[key] == pytest.approx(first[key], rel=1e-5)
+
+
+def test_micro_batches_add_up_to_the_batch(
+    make_config: MakeConfig, bucketed: Path, tmp_path: Path
+) -> None:
+    train(make_config(shards=str(bucketed)))
+    train(make_config(shards=str(bucketed), out=str(tmp_path / "micro"), micro_batch_size=1))
+    for whole, micro in zip(metrics(tmp_path / "run"), metrics(tmp_path / "micro"), strict=True):
+        assert micro == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_run_from_a_url_is_the_run_from_the_folder(
+    make_config: MakeConfig, bucketed: Path, tmp_path: Path
+) -> None:
+    train(make_config(shards=str(bucketed)))
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    with serve(bucketed) as server:
+        train(make_config(shards=server.url, out=str(tmp_path / "remote"), data=data))
+    assert metrics(tmp_path / "remote") == metrics(tmp_path / "run")
+
+
+def test_other_buckets_are_refused_in_the_same_folder(
+    make_config: MakeConfig, bucketed: Path, shards: Path, tmp_path: Path
+) -> None:
+    train(make_config(shards=str(bucketed), num_steps=1))
+    other = make_buckets(tmp_path / "other", SIZES | {"32x96": (4,)}, shards)
+    with pytest.raises(ValueError, match=r"shards_sha256: the run in .* has"):
+        train(make_config(shards=str(other), num_steps=2))
+
+
+def test_records_that_are_not_finite_are_named(
+    make_config: MakeConfig, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_buckets(tmp_path / "set", SIZES, shards)
+    path = folder / "96x32" / "shard-000000.tar"
+    path.chmod(0o644)
+    tiny.plant_nan(folder / "96x32", shard=0, records=[2])
+    train(make_config(shards=str(folder)))
+    said = [line for line in capsys.readouterr().err.splitlines() if "skipped, not" in line]
+    assert said and all(line.endswith("records: 20-3-000002") for line in said)
+
+
+def test_epochs_become_steps(make_config: MakeConfig, bucketed: Path) -> None:
+    config = make_config(shards=str(bucketed), num_steps=None, num_epochs=4)
+    plan = validate(config, num_processes=1)
+    assert plan.num_steps == 3 + 14 + 9
+    assert isinstance(plan.shards, BucketedShards)
+    assert plan.settings["shards_sha256"] == plan.shards.buckets.sha256
+    data = DataConfig(last_batch="drop")
+    dropped = validate(replace(config, data=data), num_processes=1)
+    assert count_steps(config, dropped.order) == 4 * (3 + 2)
+    assert dropped.notes[1:3] == (
+        "bucket 32x96: 3 records, fewer than a batch: never visited (data.last_batch drop)",
+        "bucket 64x64: 14 records, 3 batches an epoch, 2 records left out of each",
+    )
+
+
+def test_a_plain_set_has_nothing_to_tell(make_config: MakeConfig) -> None:
+    assert validate(make_config(), num_processes=1).notes == ()
+
+
+def test_sides_that_cannot_be_halved_are_refused(
+    make_config: MakeConfig, shards: Path, tmp_path: Path
+) -> None:
+    folder = make_buckets(tmp_path / "set", {"64x64": (4,), "80x48": (4,)}, shards)
+    model = make_config().model
+    two = replace(model, channels=(8, 8), attention=(True, True))
+    validate(make_config(shards=str(folder), model=two), num_processes=1)
+    three = replace(model, channels=(8, 8, 8), attention=(True, True, True))
+    message = r"latents of 10 x 6: a denoiser of 3 levels .* halves them 2 times; .* of 32 px"
+    with pytest.raises(ValueError, match=message):
+        validate(make_config(shards=str(folder), model=three), num_processes=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (DataConfig(access="stream"), "is a bucketed set, which cannot be streamed"),
+        (
+            DataConfig(access="cache", cache_dir="CACHE", cache_bytes=90_000),
+            "the 3 buckets of .* take turns, so all of their",
+        ),
+    ],
+)
+def test_access_that_cannot_be_is_refused(
+    make_config: MakeConfig, bucketed: Path, tmp_path: Path, data: DataConfig, message: str
+) -> None:
+    if data.cache_dir:
+        data = replace(data, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=message):
+        validate(make_config(shards=str(bucketed), data=data), num_processes=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_pinned_batches_of_any_shape_reach_the_gpu_whole(
+    make_config: MakeConfig, bucketed: Path
+) -> None:
+    source = replace(source_of(make_config(shards=str(bucketed))), pin_memory=True)
+    device = torch.device("cuda")
+    plain = replace(source, pin_memory=False)
+    for step, batch in enumerate(source.batches(0, 200)):
+        assert batch.latent.is_pinned() and batch.noise.is_pinned()
+        assert_equal(batch.to(device).map(torch.Tensor.cpu), plain.batch(step))

@@ -1,0 +1,90 @@
+"""Shards of any autoencoder train and give a stock pipeline, or are refused beforehand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor, nn
+
+from model import diffusion
+from model.encoders import fingerprint, latent_affine, latent_channels, load_vae
+from tests import tiny
+from tests.train.conftest import MakeConfig
+from train.loop import train
+from train.preflight import validate
+from train.setup import make_accelerator, make_objective, make_source
+
+USABLE = ("flux", "shifted", "per_channel", "asymmetric", "tiny", "tiny_f4")
+
+
+def make_shards(folder: Path, kind: str, **settings: Any) -> str:
+    return str(tiny.make_shards(folder, sizes=(6, 4), vae=tiny.vae_folder(kind), **settings))
+
+
+@pytest.mark.parametrize("kind", USABLE)
+def test_a_run_leaves_a_stock_pipeline_that_decodes_exactly(
+    make_config: MakeConfig, tmp_path: Path, kind: str
+) -> None:
+    folder = train(make_config(shards=make_shards(tmp_path / "shards", kind), num_steps=1))
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = [
+        pipeline(
+            "red",
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type=output_type,
+        ).images
+        for output_type in ("latent", "pt")
+    ]
+    vae = load_vae(tiny.vae_folder(kind))
+    shift, scale = latent_affine(vae)
+    decoded = vae.decode(drawn[0] / scale + shift).sample
+    torch.testing.assert_close(drawn[1], (decoded / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", USABLE)
+def test_training_sees_latents_shifted_and_scaled(
+    make_config: MakeConfig, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(shards=make_shards(tmp_path / "shards", kind))
+    plan = validate(config, num_processes=1)
+    assert fingerprint(plan.vae) == plan.shards.manifest.vae.sha256
+    seen: list[Tensor] = []
+
+    def loss(model: nn.Module, alpha_bar: Tensor, latents: Tensor, *_: Any, **__: Any) -> Tensor:
+        seen.append(latents)
+        return torch.zeros(len(latents))
+
+    monkeypatch.setattr(diffusion, "loss", loss)
+    batch = make_source(config, plan, make_accelerator("no")).batch(0)
+    make_objective(config, plan, torch.device("cpu"))(nn.Identity(), batch)
+    shift, scale = latent_affine(plan.vae)
+    stored, num = batch.latent.float(), latent_channels(plan.vae)
+    unscaled = seen[0] / scale + shift
+    if plan.shards.manifest.latent_kind == "moments":
+        unscaled = unscaled - torch.exp(0.5 * stored[:, num:]) * batch.posterior_noise
+    torch.testing.assert_close(unscaled, stored[:, :num], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("dc", "cannot decode with an AutoencoderDC"), ("tiny_shifted", "ignores shift_factor")],
+)
+def test_shards_of_a_vae_that_stock_pipelines_cannot_use_are_refused(
+    make_config: MakeConfig, tmp_path: Path, kind: str, reason: str
+) -> None:
+    config = make_config(shards=make_shards(tmp_path / "shards", kind))
+    with pytest.raises(ValueError, match=rf"vae: .*{reason}"):
+        validate(config, num_processes=1)
+
+
+def test_text_of_two_encoders_is_refused_whichever_is_asked_for(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    shards = make_shards(tmp_path / "shards", "tiny", text_name="a/clip + b/clip (penultimate)")
+    for asked in (None, tiny.encoders().clip):
+        with pytest.raises(ValueError, match=r"text_encoder: the shards' text is of 'a/clip \+ b"):
+            validate(make_config(shards=shards, text_encoder=asked), num_processes=1)
