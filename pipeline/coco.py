@@ -9,39 +9,62 @@ import contextlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pycocotools.coco import COCO
 
-from pipeline.record import Record
+from pipeline.places import FilePlace, clean
+from pipeline.record import Record, clean_json
 
 
-def records(images: Path, captions: Path, instances: Path | None = None) -> list[Record]:
-    """Returns a record for each image of the captions file, in its order, with all its captions.
+def records(images: Path, captions: Path, instances: Path | None = None) -> Iterator[Record]:
+    """Yields a record for each image of the captions file, in its order, with all its captions.
 
-    An image without a caption has none here; blank captions do not count. Raises ValueError for a
-    file that is not JSON, not COCO's, of the other kind, or at odds with itself.
+    An image without a caption has none here; blank captions do not count. The files are held while
+    the records are listed, and no longer. Raises ValueError for a file that is not JSON, not
+    COCO's, of the other kind, or at odds with itself, and for a folder without most of the images.
     """
     index = _read_index(captions, "captions", {"caption"})
     objects = _read_objects(instances, index.imgs.keys()) if instances else {}
-    return [
-        Record(
+    _require_files(images, [image["file_name"] for image in index.imgs.values()])
+    for image_id, image in index.imgs.items():
+        name = image["file_name"]
+        yield Record(
             key=f"{image_id:012d}",
-            path=images / image["file_name"],
+            place=FilePlace(str(images / name)),
             captions=_captions_of(index.imgToAnns.get(image_id, ())),
-            extra={"image_id": image_id, "file_name": image["file_name"]}
+            extra={"image_id": image_id, "file_name": clean(name)}
             | ({"objects": objects.get(image_id, [])} if instances else {}),
         )
-        for image_id, image in index.imgs.items()
-    ]
 
 
 def _captions_of(annotations: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """Returns the captions as they are; half a surrogate pair, which no UTF-8 can hold, goes."""
     texts = (str(annotation["caption"]) for annotation in annotations)
-    return tuple(text.encode("utf-8", "replace").decode() for text in texts if text.strip())
+    return tuple(clean(text) for text in texts if text.strip())
+
+
+def _require_files(folder: Path, names: list[str]) -> None:
+    """Refuses a folder without most of the images: single ones are left out later, with reason.
+
+    Lists each folder once and opens no file.
+    """
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for name in names:
+        parent, _, last = name.rpartition("/")
+        if parent not in listed:
+            below = folder / parent
+            listed[parent] = {path.name for path in below.iterdir()} if below.is_dir() else set()
+        if last not in listed[parent]:
+            missing.append(name)
+    if len(missing) > len(names) / 2:
+        raise ValueError(
+            f"--source.images: {len(missing)} of the {len(names)} files that the captions name are "
+            f"not in {folder}, {missing[0]} first: is it the folder of another split?"
+        )
 
 
 def _read_objects(path: Path, image_ids: Iterable[int]) -> dict[int, list[dict[str, Any]]]:
@@ -59,7 +82,7 @@ def _read_objects(path: Path, image_ids: Iterable[int]) -> dict[int, list[dict[s
     for image_id, annotations in index.imgToAnns.items():
         found[image_id] = [
             {
-                "category": names[annotation["category_id"]],
+                "category": clean_json(names[annotation["category_id"]]),
                 "box_px": annotation["bbox"],
                 "crowd": annotation.get("iscrowd", 0),
             }
@@ -117,6 +140,11 @@ def _require_consistent(path: Path, document: Mapping[str, Any]) -> None:
             raise ValueError(f"{path}: image id {image_id!r}: expected a whole number")
         if count > 1:
             raise ValueError(f"{path}: image id {image_id} stands {count} times")
+    for image in document["images"]:
+        if not isinstance(image["file_name"], str):
+            raise ValueError(
+                f"{path}: image {image['id']} has file_name {image['file_name']!r}, expected text"
+            )
     strays = [a for a in document["annotations"] if a["image_id"] not in counts]
     if strays:
         raise ValueError(

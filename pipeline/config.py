@@ -11,33 +11,58 @@ from shards.schema import TextDtype
 class SourceConfig:
     """Where the captioned images come from."""
 
-    kind: Literal["coco", "scenes"] = "coco"
-    """coco: a folder of images with a COCO captions file; scenes: drawn here, laid out as COCO."""
+    kind: Literal["coco", "folder", "webdataset", "parquet", "scenes"] = "coco"
+    """coco: a folder of images with a COCO captions file; folder: images with metadata.jsonl,
+    metadata.csv or a .txt beside each; webdataset: img2dataset's tars; parquet: images and captions
+    in columns; scenes: drawn here, laid out as COCO."""
     images: str = ""
-    """coco: the folder of images, such as data/coco/train2014."""
+    """coco, folder: the folder of images, such as data/coco/train2014; webdataset, parquet: a
+    folder of files, a file, a pattern, braces or a URL: 's3://bucket/{00000..00099}.tar'."""
     captions: str = ""
     """coco: the captions file, such as data/coco/annotations/captions_train2014.json."""
     instances: str | None = None
     """coco: the instances file; boxes and categories then go into each record's JSON."""
+    caption_column: str | None = None
+    """folder (with metadata), webdataset (in the JSON), parquet: the field that holds the caption
+    or a list of them; else the first there is of text, caption, captions, prompt."""
+    image_column: str | None = None
+    """parquet: the column that holds the images; else image, img, jpg, jpeg, png or webp."""
+    caption_per: Literal["line", "file"] = "line"
+    """folder: whether each line of a .txt is a caption, or all of it is one."""
     world: Literal["easy", "full"] = "easy"
     """scenes: how much can be in a picture."""
     num_images: int | None = None
-    """scenes: how many to draw; coco: only the first so many."""
+    """scenes: how many to draw; others: only the first so many."""
 
     def __post_init__(self) -> None:
         if self.num_images is not None and self.num_images < 1:
             raise ValueError(f"--source.num-images: expected at least 1, found {self.num_images}")
-        files = {"images": self.images, "captions": self.captions}
-        if self.kind == "coco":
-            for name, value in files.items():
-                if not value:
-                    raise ValueError(f"--source.{name}: a coco source needs it")
-            return
-        if self.num_images is None:
+        if self.kind == "scenes" and self.num_images is None:
             raise ValueError("--source.num-images: a scenes source needs it: how many to draw")
-        for name, path in (files | {"instances": self.instances}).items():
-            if path:
-                raise ValueError(f"--source.{name}: has no effect on scenes, which are drawn")
+        needed = {"coco": ("images", "captions"), "scenes": ()}.get(self.kind, ("images",))
+        for name in needed:
+            if not getattr(self, name):
+                raise ValueError(f"--source.{name}: a {self.kind} source needs it")
+        for name, kinds in _SOURCES_OF.items():
+            if self.kind in kinds or getattr(self, name) in ("", None, "line"):
+                continue
+            of = "scenes, which are drawn" if self.kind == "scenes" else f"a {self.kind} source"
+            flag = name.replace("_", "-")
+            raise ValueError(f"--source.{flag}: has no effect on {of}; it is for {_or(kinds)}")
+
+
+_SOURCES_OF = {
+    "images": ("coco", "folder", "webdataset", "parquet"),
+    "captions": ("coco",),
+    "instances": ("coco",),
+    "caption_column": ("folder", "webdataset", "parquet"),
+    "image_column": ("parquet",),
+    "caption_per": ("folder",),
+}
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +74,37 @@ class PipelineConfig:
     split: str = "train"
     """Which part of the data set this is; for scenes: train, val or held_out."""
     vae: str
-    """Folder or hub name of an AutoencoderKL."""
+    """Folder or hub name of an autoencoder."""
     text_encoder: str
     """Folder or hub name of a CLIP text encoder with its tokenizer."""
     vae_revision: str | None = None
     """Branch, tag or commit, for a VAE from the hub."""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the VAE's computations; float16 is not offered, as it overflows in many."""
     text_encoder_revision: str | None = None
     """Branch, tag or commit, for a text encoder from the hub."""
+    text_encoder_2: str | None = None
+    """A second text encoder, whose states stand beside the first's, as in SDXL."""
+    text_encoder_2_revision: str | None = None
+    """Branch, tag or commit, for a second text encoder from the hub."""
+    text_hidden_state: Literal["last", "penultimate"] = "last"
+    """last: after the final norm, as Stable Diffusion 1 has it; penultimate: as SDXL has it."""
     source: SourceConfig
     """Where the captioned images come from."""
     image_size_px: int = 64
     """Images are resized by their shorter side and cropped to a square of this size."""
+    crop: Literal["centre", "random"] = "centre"
+    """random: drawn once for each image, from the seed and its key."""
+    buckets: bool = False
+    """Keep aspect ratios: a set for each of several sizes of about the square's area."""
+    max_aspect: float = 2.0
+    """buckets: the longest side ratio; longer images are cropped to it."""
+    bucket_multiple_px: int = 64
+    """buckets: sides are multiples of this, and of what the VAE scales down by."""
+    min_image_size_px: int = 1
+    """Images with a shorter side are left out."""
+    fast_jpeg: bool = True
+    """Decode JPEG files at a reduced size where the target is much smaller; see docs/log.md."""
     views: Literal[1, 2] = 1
     """2: the flipped image is encoded too (flipping a latent is not the same)."""
     max_tokens: int = 77
@@ -75,11 +120,26 @@ class PipelineConfig:
     batch_size: int = 32
     """Images per run of the VAE; the text encoder takes four times as many captions."""
     seed: int = 0
-    """Of the drawn scenes."""
+    """Of the drawn scenes and of random crops."""
     device: str = "auto"
     """auto (the GPU if there is one), cpu, cuda, cuda:1 ..."""
+    num_threads: int | None = None
+    """Threads that decode, and on a CPU encode; default: this process's share of the cores."""
+    compile: bool = False
+    """Compile the VAE's encoder: minutes first, faster then."""
     max_quarantined: float = 0.01
     """Share of images that may be left out, with reasons, before the run counts as failed."""
+    dry_run: bool = False
+    """Stop after the plan: what will be written, and how large it is."""
+    force: bool = False
+    """Start although the disk seems too small."""
+
+    @property
+    def text_encoders(self) -> list[tuple[str, str | None]]:
+        """The name and revision of each text encoder."""
+        first = (self.text_encoder, self.text_encoder_revision)
+        second = self.text_encoder_2
+        return [first, (second, self.text_encoder_2_revision)] if second is not None else [first]
 
     def __post_init__(self) -> None:
         for flag, text in (("--name", self.name), ("--split", self.split)):
@@ -92,6 +152,10 @@ class PipelineConfig:
             ("--max-shard-bytes", self.max_shard_bytes, 1),
             ("--batch-size", self.batch_size, 1),
             ("--seed", self.seed, 0),
+            ("--num-threads", self.num_threads or 1, 1),
+            ("--min-image-size-px", self.min_image_size_px, 1),
+            ("--max-aspect", self.max_aspect, 1),
+            ("--bucket-multiple-px", self.bucket_multiple_px, 1),
         ):
             if value < least:
                 raise ValueError(f"{flag}: expected at least {least}, found {value}")

@@ -3,109 +3,146 @@
 Images with equally many captions come together, in the source's order, and are cut into shards of
 at most `records_per_shard` and `max_shard_bytes`: every record of a shard then has the same byte
 layout without a single empty caption slot, and shard `i` means the same records on every run. An
-image that turns out to be unreadable leaves its shard shorter and moves nothing.
+image that turns out to be unreadable leaves its shard shorter and moves nothing. With buckets of
+aspect ratios, each bucket is a set of its own.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from pipeline.record import Record, make_meta
-from shards.schema import BLOCK_BYTES, Layout, TextDtype, encode_meta, make_layout, round_up
-
-WIDEST_PX = 2**31
-"""Stands for any image's size when room for it is reserved."""
+from pipeline.images import Preprocessing
+from pipeline.index import Index
+from shards.schema import BLOCK_BYTES, Layout, TextDtype, make_layout, round_up
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """The records of one shard, before any is read."""
+    """The records of one shard: those of its group from one number in the source to another."""
 
     index: int
-    records: tuple[Record, ...]
+    bucket: str
+    num_captions: int
+    first: int
+    last: int
+    num_records: int
     layout: Layout
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size, if no record is left out."""
+        return self.layout.shard_bytes(self.num_records)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All shards of a set, and the records that are in none, with the reason."""
+class SetPlan:
+    """The shards of one set: of the source, or of a bucket."""
 
+    bucket: str
+    """Its name; empty where there are none."""
+    folder: Path
+    how: Preprocessing
     shards: tuple[ShardPlan, ...]
-    quarantined: dict[str, str]
-    num_source: int
 
     @property
-    def num_captions(self) -> int:
-        """The captions of all images that will be read."""
-        return sum(len(shard.records) * shard.layout.num_captions for shard in self.shards)
+    def num_records(self) -> int:
+        """The images that will be read."""
+        return sum(shard.num_records for shard in self.shards)
 
 
-def make_plan(
-    records: Sequence[Record],
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """Where a shard goes."""
+
+    folder: Path
+    plan: ShardPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When a shard ends: at whichever comes first."""
+
+    num_records: int
+    num_bytes: int
+
+
+def plan_shards(
+    index: Index,
+    bucket: str,
     *,
     latent_shape: tuple[int, int, int, int],
     text_shape: tuple[int, int],
     text_dtype: TextDtype,
-    records_per_shard: int,
-    max_shard_bytes: int,
-) -> Plan:
-    """Divides records into shards of latents (views, channels, h, w) and text (T, D) per caption.
+    limits: Limits,
+) -> tuple[ShardPlan, ...]:
+    """Divides a bucket's records into shards of latents (views, C, h, w) and text (T, D) each.
 
-    A shard that one record alone takes past `max_shard_bytes` has that one.
-    Raises ValueError if the source is empty, or has two records of one key.
+    A shard that one record alone takes past the limit of bytes has that one.
     """
-    if not records:
-        raise ValueError("the source has no images")
-    groups: dict[int, list[Record]] = defaultdict(list)
-    seen: set[str] = set()
-    for record in records:
-        if record.key in seen:
-            raise ValueError(f"the source has two records of key {record.key!r}")
-        seen.add(record.key)
-        groups[len(record.captions)].append(record)
-    quarantined = {record.key: "no caption" for record in groups.pop(0, [])}
+
+    def lay_out(num_captions: int, json_bytes: int) -> Layout:
+        return make_layout(
+            latent=latent_shape,
+            text=(num_captions, *text_shape),
+            json_bytes=json_bytes,
+            text_dtype=text_dtype,
+        )
+
     shards: list[ShardPlan] = []
-    for count in sorted(groups):
-
-        def lay_out(json_bytes: int, count: int = count) -> Layout:
-            return make_layout(
-                latent=latent_shape,
-                text=(count, *text_shape),
-                json_bytes=json_bytes,
-                text_dtype=text_dtype,
+    for name, num_captions in index.groups():
+        if name != bucket:
+            continue
+        sizes = index.sizes(bucket, num_captions)
+        for first, last, num_records, layout in cut(sizes, partial(lay_out, num_captions), limits):
+            shards.append(
+                ShardPlan(
+                    index=len(shards),
+                    bucket=bucket,
+                    num_captions=num_captions,
+                    first=first,
+                    last=last,
+                    num_records=num_records,
+                    layout=layout,
+                )
             )
-
-        for part, layout in _cut(groups[count], lay_out, records_per_shard, max_shard_bytes):
-            shards.append(ShardPlan(index=len(shards), records=part, layout=layout))
-    return Plan(shards=tuple(shards), quarantined=quarantined, num_source=len(records))
+    return tuple(shards)
 
 
-def _cut(
-    records: Sequence[Record], lay_out: Callable[[int], Layout], most: int, most_bytes: int
-) -> Iterator[tuple[tuple[Record, ...], Layout]]:
-    """Cuts records of equally many captions into shards, each as long as it may be.
+def cut(
+    sizes: Iterable[tuple[int, int]], lay_out: Callable[[int], Layout], limits: Limits
+) -> Iterator[tuple[int, int, int, Layout]]:
+    """Cuts records (number, JSON bytes) of equally many captions into shards, as long as they may.
 
-    The largest JSON decides the layout: one record with a large one makes all of its shard larger.
+    Yields the first and the last record's number, how many there are, and the layout. The largest
+    JSON decides it: one record with a large one makes all of its shard larger.
     """
-    part: list[Record] = []
     layout = lay_out(0)
-    for record in records:
-        room = round_up(most_meta_bytes(record), BLOCK_BYTES)
+    first = last = num = 0
+    for number, meta_bytes in sizes:
+        room = round_up(meta_bytes, BLOCK_BYTES)
         wider = layout if room <= _room(layout) else lay_out(room)
-        if part and (len(part) == most or wider.shard_bytes(len(part) + 1) > most_bytes):
-            yield tuple(part), layout
-            part, wider = [], lay_out(room)
-        part.append(record)
-        layout = wider
-    yield tuple(part), layout
+        too_large = wider.shard_bytes(num + 1) > limits.num_bytes
+        if num and (num == limits.num_records or too_large):
+            yield first, last, num, layout
+            num, wider = 0, lay_out(room)
+        first = number if not num else first
+        last, num, layout = number, num + 1, wider
+    if num:
+        yield first, last, num, layout
+
+
+def bytes_by_member(sets: Iterable[SetPlan]) -> dict[str, int]:
+    """Returns the data of each member over all shards, then what the format adds to it."""
+    sizes: Counter[str] = Counter()
+    for shard in (shard for part in sets for shard in part.shards):
+        data = {name: field.num_bytes for name, field in shard.layout.fields.items()}
+        for name, num_bytes in data.items():
+            sizes[name] += shard.num_records * num_bytes
+        sizes["tar"] += shard.num_bytes - shard.num_records * sum(data.values())
+    return dict(sizes)
 
 
 def _room(layout: Layout) -> int:
     return layout.fields["json"].shape[0]
-
-
-def most_meta_bytes(record: Record) -> int:
-    """Returns the size of a record's JSON if all captions were cut and the image were huge."""
-    everything = range(len(record.captions))
-    size = (WIDEST_PX, WIDEST_PX)
-    return len(encode_meta(make_meta(record, truncated=everything, source_size_px=size)))

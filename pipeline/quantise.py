@@ -8,13 +8,13 @@ where values stand out. The price is that the sample is encoded twice more, whic
 of the captions; in memory there is never more than a batch.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions
-from pipeline.record import Record
 from shards.writer import FoundScale
 
 NUM_SAMPLE = 4096
@@ -25,18 +25,21 @@ LARGEST = 127
 
 
 class Quantiser:
-    """Turns text into int8, and counts the values that lie beyond the scale's range."""
+    """Turns text into int8, in any thread; counts the values that lie beyond the scale's range."""
 
     def __init__(self, scale: NDArray[np.float32]) -> None:
         self._scale = scale  # (D,)
+        self._lock = threading.Lock()
         self.num_values = 0
         self.num_saturated = 0
 
     def __call__(self, text: NDArray[np.float16]) -> NDArray[np.int8]:
         """Returns finite text (..., D) in units of the scale, rounded; beyond ±127 it is ±127."""
         steps = np.rint(text / self._scale)  # float32
-        self.num_values += steps.size
-        self.num_saturated += int(np.count_nonzero(np.abs(steps) > LARGEST))
+        num_saturated = int(np.count_nonzero(np.abs(steps) > LARGEST))
+        with self._lock:
+            self.num_values += steps.size
+            self.num_saturated += num_saturated
         return np.clip(steps, -LARGEST, LARGEST).astype(np.int8)
 
     @property
@@ -70,13 +73,6 @@ def find_scale(
         total += float(np.square(text, dtype=np.float64).sum())
     relative_error = float(np.sqrt(error / total)) if total else 0.0
     return FoundScale(scale=scale, relative_error=relative_error, num_captions=num_captions)
-
-
-def sample_captions(records: Sequence[Record], most: int = NUM_SAMPLE) -> list[str]:
-    """Returns at most so many of the source's distinct captions, evenly spaced in its order."""
-    distinct = list(dict.fromkeys(caption for record in records for caption in record.captions))
-    num = min(most, len(distinct))
-    return [distinct[index * len(distinct) // num] for index in range(num)]
 
 
 def _encode(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import coco, sources
-from pipeline.config import PipelineConfig, SourceConfig
+from pipeline import coco
+from pipeline.places import FilePlace, read_place
+from pipeline.record import Record
 from tests.coco_folders import CocoFolder, make_coco
 
 
@@ -16,23 +17,31 @@ def folder(tmp_path: Path) -> CocoFolder:
     return make_coco(tmp_path, [2, 3, 1])
 
 
-def read(folder: CocoFolder, *, instances: bool = False) -> list[coco.Record]:
-    return coco.records(folder.images, folder.captions, folder.instances if instances else None)
+def read(folder: CocoFolder, *, instances: bool = False) -> list[Record]:
+    instances_file = folder.instances if instances else None
+    return list(coco.records(folder.images, folder.captions, instances_file))
+
+
+def place_of(record: Record) -> str:
+    assert isinstance(record.place, FilePlace)
+    return record.place.path
 
 
 def test_records_in_the_file_s_order(folder: CocoFolder) -> None:
     first, second, third = read(folder)
     assert first.key == "000000000001"
-    assert first.path == folder.images / "000000000001.png"
+    assert first.place == FilePlace(str(folder.images / "000000000001.png"))
     assert second.captions == ("a picture", "picture 2", "picture 2")
     assert third.extra == {"image_id": 3, "file_name": "000000000003.png"}
 
 
 def test_2014_names_its_files_otherwise(folder: CocoFolder) -> None:
     name = "COCO_train2014_000000000009.jpg"
+    (folder.images / name).touch()
     folder.change("captions", images=[{"id": 9, "file_name": name}], annotations=[])
     (record,) = read(folder)
-    assert (record.key, record.path.name, record.captions) == ("000000000009", name, ())
+    assert (record.key, record.captions) == ("000000000009", ())
+    assert place_of(record) == str(folder.images / name)
 
 
 def test_instances_become_objects(folder: CocoFolder) -> None:
@@ -45,7 +54,7 @@ def test_blank_captions_do_not_count_and_others_stay_as_they_are(folder: CocoFol
     texts = [" ", "", " A dog.\n", "half a pair \ud83d", "emoji 🐕"]
     folder.change(
         "captions",
-        images=[{"id": 1, "file_name": "a.png"}],
+        images=[{"id": 1, "file_name": "000000000001.png"}],
         annotations=[{"id": n, "image_id": 1, "caption": t} for n, t in enumerate(texts)],
     )
     assert read(folder)[0].captions == (" A dog.\n", "half a pair ?", "emoji 🐕")
@@ -60,14 +69,13 @@ def test_pycocotools_prints_nothing(folder: CocoFolder, capsys: pytest.CaptureFi
 def test_real_annotations(coco_mini: Path, split: str) -> None:
     annotations = coco_mini / "annotations"
     captions = annotations / f"captions_{split}2017.json"
-    found = coco.records(
-        coco_mini / f"{split}2017", captions, annotations / f"instances_{split}2017.json"
-    )
+    instances = annotations / f"instances_{split}2017.json"
+    found = list(coco.records(coco_mini / f"{split}2017", captions, instances))
     expected = [
         annotation["caption"] for annotation in json.loads(captions.read_text())["annotations"]
     ]
     assert sorted(caption for record in found for caption in record.captions) == sorted(expected)
-    assert all(record.path.is_file() for record in found)
+    assert all(read_place(record.place).startswith(b"\xff\xd8") for record in found)
     assert (
         sum(len(record.extra["objects"]) for record in found) == {"train": 739, "val": 624}[split]
     )
@@ -112,6 +120,10 @@ Change = Callable[[CocoFolder], object]
             "image id 'x': expected a whole number",
         ),
         (
+            lambda f: f.change("captions", images=[{"id": 1, "file_name": 5}], annotations=[]),
+            "image 1 has file_name 5, expected text",
+        ),
+        (
             lambda f: f.change("instances", images=[], annotations=[]),
             "has none of the captions file's images: of another split",
         ),
@@ -127,53 +139,33 @@ def test_refused(folder: CocoFolder, change: Change, message: str) -> None:
         read(folder, instances=True)
 
 
-def config_of(**source: str) -> PipelineConfig:
-    return PipelineConfig(name="n", vae="v", text_encoder="t", source=SourceConfig(**source))
+def test_a_file_or_two_missing_are_for_later(folder: CocoFolder) -> None:
+    (folder.images / "000000000002.png").unlink()
+    records = read(folder)
+    assert [record.problem for record in records] == [None] * 3
+    with pytest.raises(FileNotFoundError):
+        read_place(records[1].place)
 
 
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        ("images", "--source.images: nothing at 'nowhere', here or in the project"),
-        ("captions", "--source.captions: nothing at 'nowhere', here or in the project"),
-        ("instances", "--source.instances: nothing at 'nowhere', here or in the project"),
-    ],
-)
-def test_missing_paths_name_the_flag(folder: CocoFolder, part: str, message: str) -> None:
-    paths = {"images": str(folder.images), "captions": str(folder.captions)} | {part: "nowhere"}
+def test_the_folder_of_another_split(folder: CocoFolder) -> None:
+    for number in (2, 3):
+        (folder.images / f"{number:012d}.png").rename(folder.images / f"{number}.png")
+    message = r"2 of the 3 files that the captions name are not in .*000000000002\.png"
     with pytest.raises(ValueError, match=message):
-        sources.records(config_of(**paths), Path("out"))
+        read(folder)
 
 
-def test_files_and_folders_mixed_up(folder: CocoFolder) -> None:
-    images, captions = str(folder.images), str(folder.captions)
-    with pytest.raises(ValueError, match=r"captions\.json is a file, expected a folder of images"):
-        sources.records(config_of(images=captions, captions=captions), Path("out"))
-    with pytest.raises(ValueError, match="images: a folder, expected a COCO annotation file"):
-        sources.records(config_of(images=images, captions=images), Path("out"))
+def test_images_in_folders_below(folder: CocoFolder) -> None:
+    names = ["a/1.png", "b/2.png"]
+    for name, old in zip(names, ("1", "2"), strict=True):
+        (folder.images / name).parent.mkdir()
+        (folder.images / f"{old:0>12}.png").rename(folder.images / name)
+    images = [{"id": n, "file_name": name} for n, name in enumerate(names, 1)]
+    folder.change("captions", images=images, annotations=[])
+    assert [Path(place_of(record)).is_file() for record in read(folder)] == [True, True]
 
 
-def test_only_the_first_so_many(folder: CocoFolder) -> None:
-    config = PipelineConfig(
-        name="n",
-        vae="v",
-        text_encoder="t",
-        source=SourceConfig(images=str(folder.images), captions=str(folder.captions), num_images=2),
-    )
-    assert [record.key[-1] for record in sources.records(config, Path("out"))] == ["1", "2"]
-
-
-def test_scenes_are_drawn_beside_the_shards_and_kept(tmp_path: Path) -> None:
-    config = PipelineConfig(
-        name="n",
-        split="val",
-        vae="v",
-        text_encoder="t",
-        source=SourceConfig(kind="scenes", num_images=3),
-    )
-    first = sources.records(config, tmp_path / "val")
-    times = {record.path: record.path.stat().st_mtime_ns for record in first}
-    assert {path.parent for path in times} == {tmp_path / "val-source" / "val"}
-    assert all(len(record.captions) == 5 and record.extra["objects"] for record in first)
-    assert sources.records(config, tmp_path / "val") == first
-    assert times == {record.path: record.path.stat().st_mtime_ns for record in first}
+def test_records_come_as_they_are_asked_for(folder: CocoFolder) -> None:
+    found = coco.records(folder.images, folder.captions)
+    assert next(found).key == "000000000001"
+    assert [record.key[-1] for record in found] == ["2", "3"]

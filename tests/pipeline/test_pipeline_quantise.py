@@ -1,7 +1,6 @@
 """Text in int8: the scale fits the sample, the noted error is true, odd values do no harm."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from pipeline import encode
+from model import encoders as networks
 from pipeline.config import PipelineConfig, SourceConfig
 from pipeline.encode import Encoders, encode_captions, load_encoders
-from pipeline.quantise import NUM_SAMPLE, Quantiser, find_scale, sample_captions
-from pipeline.record import Record
+from pipeline.quantise import Quantiser, find_scale
 from scenes.captions import captions
 from scenes.world import WORLDS, make_scene
 from tests import tiny
@@ -32,8 +30,8 @@ def make_encoders(clip: str = "", max_tokens: int = 16) -> Encoders:
             source=SourceConfig(images="i", captions="c"),
             max_tokens=max_tokens,
             batch_size=2,
-            device="cpu",
-        )
+        ),
+        torch.device("cpu"),
     )
 
 
@@ -45,7 +43,7 @@ def encoders() -> Encoders:
 @pytest.fixture
 def change_text(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
     """Changes in place what the text encoder gives."""
-    original = encode.encode_text
+    original = networks.encode_text
 
     def arrange(change: Callable[[torch.Tensor], None]) -> None:
         def changed(encoder: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -53,7 +51,7 @@ def change_text(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None
             change(hidden)
             return hidden
 
-        monkeypatch.setattr(encode, "encode_text", changed)
+        monkeypatch.setattr(networks, "encode_text", changed)
 
     return arrange
 
@@ -75,10 +73,6 @@ def error_by_scale(text: NDArray[np.float16], *, of: slice = slice(None)) -> lis
     scales = [largest.max(axis, keepdims=True) / 127 for axis in ((0, 1), (2,), (0, 1, 2))]
     wide = [np.broadcast_to(scale, text.shape) for scale in scales]
     return [relative_error(text[..., of], scale[..., of]) for scale in wide]
-
-
-def make_record(*captions: str) -> Record:
-    return Record(key="k", path=Path("none"), captions=captions, extra={})
 
 
 def test_values_are_rounded_and_what_is_beyond_is_cut_and_counted() -> None:
@@ -105,16 +99,6 @@ def test_the_error_is_at_most_half_a_step_and_signs_do_not_matter(seed: int, spr
     assert (np.abs(restored - text.astype(np.float32)) <= scale * 0.5001).all()
     assert quantise.num_saturated == 0
     np.testing.assert_array_equal(quantise(-text), -quantise(text))
-
-
-def test_the_sample_is_evenly_spaced_over_distinct_captions() -> None:
-    records = [make_record(f"{index}", "all alike") for index in range(99)]
-    assert sample_captions(records) == ["0", "all alike", *map(str, range(1, 99))]
-    assert sample_captions(records, 4) == ["0", "24", "49", "74"]
-    assert sample_captions(records, 4) == sample_captions(records * 2, 4)
-    assert sample_captions([make_record()]) == []
-    many = [make_record(str(index)) for index in range(NUM_SAMPLE + 5)]
-    assert len(set(sample_captions(many))) == NUM_SAMPLE
 
 
 def test_the_scale_is_the_sample_s_and_the_error_is_what_it_makes(encoders: Encoders) -> None:

@@ -17,6 +17,7 @@ from model.encoders import fingerprint, load_text_encoder, load_vae
 from pipeline.config import PipelineConfig, SourceConfig
 from pipeline.stage import build
 from shards.reader import open_shards
+from shards.schema import Manifest
 from shards.verify import verify
 from tests import tiny
 from tests.coco_folders import CocoFolder, make_coco
@@ -41,6 +42,11 @@ def make_config(folder: CocoFolder, out: Path, **changes: Any) -> PipelineConfig
         "device": "cpu",
     }
     return PipelineConfig(**(values | changes))
+
+
+def make(config: PipelineConfig) -> Manifest:
+    """Builds the one set of a configuration without buckets."""
+    return build(config)[""]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,7 +83,7 @@ def test_real_photographs(coco_mini: Path, out: Path, split: str, image_size_px:
     instances = coco_mini / f"annotations/instances_{split}2017.json"
     folder = CocoFolder(coco_mini / f"{split}2017", captions, instances)
     config = make_config(folder, out, image_size_px=image_size_px, records_per_shard=50)
-    manifest = build(config)
+    manifest = make(config)
     assert manifest.num_source == manifest.num_records == {"train": 80, "val": 79}[split]
     shards = open_shards(out)
     side = image_size_px // 8
@@ -117,7 +123,7 @@ def test_the_last_line_accounts_for_every_image(
     annotations = folder.read("captions")["annotations"]
     annotations = [a for a in annotations if a["image_id"] != 5]
     folder.change("captions", annotations=annotations)
-    manifest = build(make_config(folder, out, max_quarantined=0.5))
+    manifest = make(make_config(folder, out, max_quarantined=0.5))
     assert manifest.quarantined == {
         "000000000002": "not an image",
         "000000000003": "missing file",
@@ -141,11 +147,11 @@ def test_too_many_left_out_is_an_error_that_lists_them(folder: CocoFolder, out: 
     with pytest.raises(ValueError, match=message):
         build(config)
     assert not (out / "manifest.json").exists()
-    assert json.loads((out / "progress/quarantined.json").read_text()) == {
+    assert json.loads(out.with_name("shards-quarantined.json").read_text()) == {
         "000000000002": "not an image"
     }
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert build(make_config(folder, out, max_quarantined=0.5)).num_records == 5
+    assert make(make_config(folder, out, max_quarantined=0.5)).num_records == 5
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert list(verify(out)) == []
 
@@ -187,7 +193,7 @@ def test_int8_text_is_the_float16_text_within_the_noted_error(
 ) -> None:
     build(make_config(folder, tmp_path / "float16"))
     capsys.readouterr()
-    manifest = build(make_config(folder, tmp_path / "int8", text_dtype="int8"))
+    manifest = make(make_config(folder, tmp_path / "int8", text_dtype="int8"))
     assert list(verify(tmp_path / "int8")) == []
     assert manifest.text_scale is not None
     error, num_captions = manifest.text_scale.relative_error, manifest.text_scale.num_captions
@@ -209,8 +215,8 @@ def test_int8_text_is_the_float16_text_within_the_noted_error(
 def test_values_beyond_the_sample_are_told(
     folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("pipeline.stage.sample_captions", lambda records: ["a"])
-    manifest = build(make_config(folder, out, text_dtype="int8"))
+    monkeypatch.setattr("pipeline.index.Index.captions", lambda index, most: ["a"])
+    manifest = make(make_config(folder, out, text_dtype="int8"))
     assert manifest.text_scale is not None and manifest.text_scale.num_captions == 1
     assert "of this run's values were beyond the sample's range" in capsys.readouterr().out
     assert list(verify(out)) == []
@@ -222,23 +228,23 @@ def test_the_scale_is_decided_once(
     """A rerun takes the scale that the killed run's shards have, not one of its own."""
     config = make_config(folder, out, text_dtype="int8")
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.stage.finish_set", lambda *args, **kwargs: 1 / 0)
-        patch.setattr("pipeline.stage.sample_captions", lambda records: ["picture 1"])
+        patch.setattr("pipeline.finish.finish_set", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("pipeline.index.Index.captions", lambda index, most: ["picture 1"])
         with pytest.raises(ZeroDivisionError):
             build(config)
     next(iter(out.glob("*.tar"))).unlink()  # one to write again
     monkeypatch.setattr("pipeline.stage.find_scale", None)
-    manifest = build(config)
+    manifest = make(config)
     assert manifest.text_scale is not None and manifest.text_scale.num_captions == 1
     assert list(verify(out)) == []
 
 
 def test_no_shard_is_larger_than_asked_for(folder: CocoFolder, out: Path) -> None:
-    manifest = build(make_config(folder, out, records_per_shard=9))
+    manifest = make(make_config(folder, out, records_per_shard=9))
     assert [shard.records for shard in manifest.shards] == [4, 2]
     limit = max(shard.bytes for shard in manifest.shards) - 1
     changes = {"records_per_shard": 9, "max_shard_bytes": limit}
-    manifest = build(make_config(folder, out.with_name("cut"), **changes))
+    manifest = make(make_config(folder, out.with_name("cut"), **changes))
     assert [shard.records for shard in manifest.shards] == [2, 2, 2]
     sizes = [path.stat().st_size for path in out.with_name("cut").glob("*.tar")]
     assert max(sizes) <= limit
@@ -278,7 +284,7 @@ KILLER = """
     from pathlib import Path
     from configs.cli import parse
     from pipeline.config import PipelineConfig
-    from pipeline.encode import load_encoders
+    from pipeline.encode import find_device, load_encoders
     from pipeline.stage import build
     from shards import writer
 
@@ -294,7 +300,7 @@ KILLER = """
         setattr(owner, name, counting)
 
     config = parse(PipelineConfig, "pipeline", sys.argv[2:])
-    load_encoders(config)  # so that the children need not import what this imports
+    load_encoders(config, find_device("cpu", 0))  # the children need not import what this imports
     owners = {"write": writer.ShardWriter, "fsync": os, "replace": Path, "rmtree": writer.shutil}
     statuses = []
     for name, count in json.loads(sys.argv[1]):
@@ -343,11 +349,11 @@ def test_finished_shards_are_not_encoded_again(
 ) -> None:
     config = make_config(folder, out)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.stage.finish_set", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("pipeline.finish.finish_set", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(config)
-    monkeypatch.setattr("pipeline.stage.write_shard", None)
-    assert build(config).num_records == 6
+    monkeypatch.setattr("pipeline.work.encode_views", None)
+    assert make(config).num_records == 6
 
 
 def test_a_folder_of_another_command_is_refused(folder: CocoFolder, out: Path) -> None:

@@ -1,0 +1,216 @@
+"""Compares stage one with its bound and with a plain script: a table, then a line of JSON.
+
+    python bench/stage_one.py [--quick] [--size 64 256] [--images DIR --captions FILE]
+
+Each round measures, one after another, on the same JPEG files: decoding alone on all cores, the
+encoders alone on tensors in memory, the whole stage from listing to manifest, and the script that
+most people would write (bench/stages/plain_script.py). On a CPU the bound is what the cores could
+do if they only decoded and encoded: 1 / (1 / decode + 1 / encode); on a GPU it is the encoders
+alone. Loading the networks is left out everywhere. Ratios are medians over rounds.
+"""
+
+import sys
+from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).resolve().parent):  # started as a script
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import contextlib
+import io
+import json
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.stages import plain_script
+from bench.stages.photographs import write_photographs
+from pipeline import coco
+from pipeline.config import PipelineConfig, SourceConfig
+from pipeline.encode import (
+    Encoders,
+    encode_captions,
+    encode_views,
+    find_device,
+    load_encoders,
+    num_cores,
+    single_threaded,
+)
+from pipeline.images import Picture, Preprocessing
+from pipeline.stage import make_shards
+from pipeline.team import Team
+from pipeline.work import GPU_STREAMS, Batch, cut_batches, load_record
+
+ENCODERS = Path(__file__).resolve().parent.parent / "scenes/encoders"
+
+
+def main() -> None:
+    """Measures each size and prints it."""
+    args = parse()
+    figures: dict[str, Any] = setting(args) | {"sizes": {}}
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as temporary:
+        folder = Path(temporary)
+        if args.images is None:
+            args.images, args.captions = write_photographs(folder / "coco", args.records)
+        for size_px in args.size:
+            figures["sizes"][size_px] = of_size(args, size_px, folder)
+    print(json.dumps(figures))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Compares stage one with its bound.")
+    parser.add_argument("--quick", action="store_true", help="under a minute, rough figures")
+    parser.add_argument("--size", nargs="+", type=int, default=[64], help="of the images, in px")
+    parser.add_argument("--images", type=Path, help="a COCO folder of images; default: made up")
+    parser.add_argument("--captions", type=Path, help="their captions file")
+    parser.add_argument("--records", type=int, help="images to make up")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--vae", default=str(ENCODERS / "vae"))
+    parser.add_argument("--text-encoder", default=str(ENCODERS / "clip"))
+    parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--folder", type=Path, help="where to write; default: /tmp")
+    args = parser.parse_args()
+    args.records = args.records or (256 if args.quick else 3000)
+    args.rounds = args.rounds or (1 if args.quick else 5)
+    return args
+
+
+def setting(args: argparse.Namespace) -> dict[str, Any]:
+    """What the figures depend on."""
+    device = find_device(args.device, 0)
+    on_gpu = device.type == "cuda"
+    return {
+        "benchmark": "stage_one",
+        "device": torch.cuda.get_device_name() if on_gpu else f"{num_cores()} cores",
+        "versions": {name: version(name) for name in ("torch", "diffusers", "pillow")}
+        | {"python": platform.python_version()},
+        "batch_size": args.batch_size,
+        "max_tokens": args.max_tokens,
+        "rounds": args.rounds,
+    }
+
+
+def of_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, Any]:
+    """Returns the figures of one image size, and prints them."""
+    config = PipelineConfig(
+        name="bench",
+        vae=args.vae,
+        text_encoder=args.text_encoder,
+        source=SourceConfig(images=str(args.images), captions=str(args.captions)),
+        image_size_px=size_px,
+        max_tokens=args.max_tokens,
+        batch_size=args.batch_size,
+        out=str(folder / "shards"),
+    )
+    encoders = load_encoders(config, find_device(args.device, 0))
+    records = list(coco.records(args.images, args.captions))
+    batches = list(cut_batches(None, records, Preprocessing(size_px=(size_px, size_px)), 32))
+    turns = {
+        "decode": lambda: decode(batches),
+        "encode": lambda: encode(batches, encoders),
+        "stage": lambda: stage(config, encoders),
+        "script": lambda: script(args, size_px, folder / "script"),
+    }
+    rounds = []
+    for number in range(args.rounds):
+        names = list(turns)[:: -1 if number % 2 else 1]
+        rounds.append({name: len(records) / turns[name]() for name in names})
+        print(f"[{size_px} px: round {number + 1} of {args.rounds}]", file=sys.stderr, flush=True)
+    return show(size_px, len(records), rounds, on_gpu=encoders.device.type == "cuda")
+
+
+def decode(batches: Sequence[Batch]) -> float:
+    """Returns the seconds that decoding takes, on all cores."""
+    how = batches[0].how
+    began = time.perf_counter()
+    with ThreadPoolExecutor(num_cores()) as pool:
+        records = (record for batch in batches for record in batch.records)
+        for picture in pool.map(lambda record: load_record(record, how), records):
+            assert isinstance(picture, Picture)
+    return time.perf_counter() - began
+
+
+def encode(batches: Sequence[Batch], encoders: Encoders) -> float:
+    """Returns the seconds that the encoders take for decoded pictures and all captions."""
+    rng = np.random.default_rng(0)
+    width, height = batches[0].how.size_px
+    pixels = rng.integers(0, 256, (len(batches[0].records), height, width, 3), np.uint8)
+    on_gpu = encoders.device.type == "cuda"
+
+    def one(batch: Batch) -> None:
+        stream = torch.cuda.Stream(encoders.device) if on_gpu else None
+        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
+            encode_views(encoders, pixels[: len(batch.records)])
+            for captions in batch.captions:
+                encode_captions(encoders, captions)
+
+    with (
+        single_threaded(),
+        ThreadPoolExecutor(
+            GPU_STREAMS if on_gpu else num_cores(), initializer=lambda: torch.set_num_threads(1)
+        ) as pool,
+    ):
+        began = time.perf_counter()
+        list(pool.map(one, batches))
+        return time.perf_counter() - began
+
+
+def stage(config: PipelineConfig, encoders: Encoders) -> float:
+    """Returns the seconds from listing the source to the manifest."""
+    with tempfile.TemporaryDirectory(dir=Path(str(config.out)).parent) as out:
+        began = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            make_shards(replace(config, out=out), encoders, Team())
+        return time.perf_counter() - began
+
+
+def script(args: argparse.Namespace, size_px: int, out: Path) -> float:
+    """Returns the seconds that the plain script takes."""
+    vae, text_encoder = Path(args.vae), Path(args.text_encoder)
+    done = plain_script.main(args.images, args.captions, vae, text_encoder, out, size_px)
+    shutil.rmtree(out)
+    return float(done["seconds"])
+
+
+def show(
+    size_px: int, num_records: int, rounds: Sequence[dict[str, float]], *, on_gpu: bool
+) -> dict[str, Any]:
+    """Returns the medians of one size, and prints them."""
+    for turn in rounds:
+        both = 1 / (1 / turn["decode"] + 1 / turn["encode"])
+        turn["bound"] = turn["encode"] if on_gpu else both
+    rates = {name: statistics.median(turn[name] for turn in rounds) for name in rounds[0]}
+    ratios = {
+        f"ratio_to_{name}": round(statistics.median(t["stage"] / t[name] for t in rounds), 3)
+        for name in ("bound", "script")
+    }
+    print(f"\n{size_px} px, {num_records} images: images/s, medians of {len(rounds)} rounds")
+    about = {
+        "decode": "decoding alone, all cores",
+        "encode": "the encoders alone",
+        "bound": "the encoders alone" if on_gpu else "both, if nothing else cost time",
+        "stage": "the whole stage",
+        "script": "the plain script",
+    }
+    for name, text in about.items():
+        times = f"{rates['stage'] / rates[name]:.2f}x" if name != "stage" else ""
+        print(f"{name:<8}{rates[name]:>9,.1f}   {text:<36}{times}")
+    sys.stdout.flush()
+    return {name: round(rate, 1) for name, rate in rates.items()} | ratios
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What stage one tells people: the plan before, a bar meanwhile, the sum at the end; 80 columns."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline.index import Index
+from pipeline.plan import SetPlan, bytes_by_member
+from shards.schema import Manifest
+
+NUM_LISTED = 10
+"""How many of the images left out are named."""
+GB = 1e9
+
+
+def bar(total: int | None, unit: str, task: str) -> Any:
+    """Returns a progress bar, which does not show for what is done at once."""
+    interval_s = 0.2 if sys.stderr.isatty() else 30.0  # a log needs fewer lines than a terminal
+    return tqdm(total=total, unit=unit, desc=task, mininterval=interval_s, ncols=80, delay=0.5)
+
+
+def no_bar(total: int | None, unit: str, task: str) -> Any:
+    """Returns a bar that shows nothing: another process's does."""
+    return tqdm(total=total, disable=True)
+
+
+Bar = Callable[[int | None, str, str], Any]
+
+
+def plan_lines(index: Index, sets: Sequence[SetPlan], out: Path, free_bytes: int) -> str:
+    """Says what will be written, before anything is encoded."""
+    sizes = bytes_by_member(sets)
+    shards = [shard for part in sets for shard in part.shards]
+    waiting = len(index.quarantined)
+    lines = {
+        "images": f"{index.num_source} in" + (f", {waiting} cannot be used" if waiting else ""),
+        "captions": f"{index.num_captions}, {index.num_cut} of them will be cut",
+        "shards": f"{len(shards)} in {show(out)}",
+        **({"buckets": _buckets(sets)} if sets[0].bucket else {}),
+        "bytes": ", ".join(f"{name} {size(num)}" for name, num in sizes.items()),
+        "in all": f"{size(sum(sizes.values()))}, free there {size(free_bytes)}",
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+def summary(manifests: Mapping[str, Manifest], lost: Mapping[str, str], out: Path) -> str:
+    """Says what there is, in lines; the last accounts for each image.
+
+    `manifests` are those of the buckets, or that of the one set; `lost` are the images that reached
+    no bucket.
+    """
+    some = next(iter(manifests.values()))
+    quarantined = dict(lost)
+    for manifest in manifests.values():
+        quarantined |= manifest.quarantined
+    written = sum(manifest.num_records for manifest in manifests.values())
+    num_captions = sum(manifest.num_captions for manifest in manifests.values())
+    cut = sum(manifest.num_truncated for manifest in manifests.values())
+    shards = [shard for manifest in manifests.values() for shard in manifest.shards]
+    lines = {
+        "shards": f"{len(shards)}, {size(sum(shard.bytes for shard in shards))}, in {show(out)}",
+        "captions": f"{num_captions}, {cut} cut at {some.max_tokens} tokens",
+        "text": _describe_text(some),
+        "latents": _describe_latents(manifests),
+        "images": f"{written + len(quarantined)} in = {written} written"
+        f" + {len(quarantined)} quarantined",
+    }
+    left_out = [f"left out    {line}" for line in first_of(quarantined)]
+    return "\n".join([*left_out, *(f"{name:<12}{text}" for name, text in lines.items())])
+
+
+def first_of(left_out: Mapping[str, str]) -> list[str]:
+    """Returns the first images left out, each with its reason."""
+    lines = [f"{key}: {reason}" for key, reason in list(left_out.items())[:NUM_LISTED]]
+    more = len(left_out) - len(lines)
+    return lines + ([f"and {more} more"] if more else [])
+
+
+def show(path: Path) -> str:
+    """Returns a path as short as it can be told from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def size(num_bytes: int) -> str:
+    """Returns a size as people read it."""
+    return f"{num_bytes / GB:.1f} GB" if num_bytes >= GB else f"{num_bytes / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as people read it."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _buckets(sets: Iterable[SetPlan]) -> str:
+    return ", ".join(f"{part.bucket} {part.num_records}" for part in sets)
+
+
+def _describe_text(manifest: Manifest) -> str:
+    text = f"{manifest.text_dtype} {manifest.max_tokens}x{manifest.text_width}"
+    scale = manifest.text_scale
+    if scale is None:
+        return text
+    return f"{text}, relative error {scale.relative_error:.2%} on {scale.num_captions} captions"
+
+
+def _describe_latents(manifests: Mapping[str, Manifest]) -> str:
+    some = next(iter(manifests.values()))
+    views = " of 2 views" if some.num_views == 2 else ""
+    if len(manifests) > 1:
+        return f"{some.latent_kind} of {len(manifests)} sizes{views}"
+    latent = "x".join(map(str, some.latent_shape))
+    factor = some.latent_statistics.scaling_factor
+    return f"{some.latent_kind} {latent}{views}, suggested scaling factor {factor:.4f}"

@@ -1,0 +1,303 @@
+"""Tars of img2dataset, near and far: samples as they stand, and tars that are not whole."""
+
+import io
+import json
+import os
+import tarfile
+import tracemalloc
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+from webdataset import tariterators
+
+from pipeline import coco, img2dataset, places
+from pipeline.config import PipelineConfig, SourceConfig
+from pipeline.places import TarPlace, read_place
+from pipeline.record import Record
+from pipeline.sources import records as records_of
+from shards.remote import RemoteError
+from tests.servers import QUICK, serve, serve_s3
+
+JPEG = bytes(range(256)) * 300  # more than a block
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts without waits."""
+    monkeypatch.setattr(places, "RETRY", QUICK)
+
+
+def write_tar(
+    path: Path,
+    members: Iterable[tuple[str, bytes | str]],
+    tar_format: int = tarfile.GNU_FORMAT,
+) -> Path:
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        for name, content in members:
+            data = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(key: str, **fields: Any) -> list[tuple[str, bytes | str]]:
+    """A sample as img2dataset writes it."""
+    caption = f"caption of {key}"
+    told = {"caption": caption, "url": "u", "key": key, "status": "success", "similarity": 0.3}
+    return [
+        (f"{key}.jpg", key.encode() + JPEG),
+        (f"{key}.json", json.dumps(told | fields)),
+        (f"{key}.txt", caption),
+    ]
+
+
+def read(*paths: Path | str, **options: Any) -> list[Record]:
+    tars = [(str(path), Path(path).stem) for path in paths]
+    return list(img2dataset.records(tars, **options))
+
+
+def read_one(path: Path, *members: tuple[str, bytes | str], **options: Any) -> Record:
+    (record,) = read(write_tar(path / "00000.tar", members), **options)
+    return record
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two tars of two samples."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for tar in ("00000", "00001"):
+        write_tar(folder / f"{tar}.tar", sample(f"{tar}0000") + sample(f"{tar}0001"))
+    return folder
+
+
+def source_of(location: str) -> list[Record]:
+    source = SourceConfig(kind="webdataset", images=location)
+    config = PipelineConfig(name="n", vae="v", text_encoder="t", source=source)
+    return list(records_of(config, Path("out")))
+
+
+def test_samples(folder: Path) -> None:
+    records = source_of(str(folder))
+    keys = ["000000000", "000000001", "000010000", "000010001"]
+    assert [record.key for record in records] == keys
+    assert [record.captions for record in records] == [(f"caption of {key}",) for key in keys]
+    assert [read_place(record.place) for record in records] == [key.encode() + JPEG for key in keys]
+    told = {"url": "u", "key": keys[0], "status": "success", "similarity": 0.3}
+    assert records[0].extra == told | {"file_name": f"{keys[0]}.jpg"}
+    assert isinstance(records[0].place, TarPlace)
+    assert records[0].place.name == f"00000.tar/{keys[0]}.jpg"
+    assert {record.problem for record in records} == {None}
+
+
+def test_places_are_where_webdataset_finds_the_images(folder: Path) -> None:
+    paths = sorted(folder.iterdir())
+    found = {}
+    for path in paths:
+        with path.open("rb") as file:
+            members = (m | {"__url__": ""} for m in tariterators.tar_file_iterator(file))
+            for item in tariterators.group_by_keys(members):
+                found[item["__key__"]] = (item["jpg"], item["txt"].decode())
+    assert found == {r.key: (read_place(r.place), r.captions[0]) for r in read(*paths)}
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_samples_of_a_server(folder: Path, ranges: bool) -> None:
+    with serve(folder, ranges=ranges) as server:
+        url = f"{server.url}/{{00000..00001}}.tar"
+        if not ranges:
+            with pytest.raises(ValueError, match=r"00000\.tar: the server cannot send a part"):
+                source_of(url)
+            return
+        server.faults["00001.tar"] = ["503", "drop", "hang up"]
+        near, far = source_of(str(folder)), source_of(url)
+        assert [record.captions for record in far] == [record.captions for record in near]
+        assert [record.key for record in far] == [record.key for record in near]
+        server.faults["00000.tar"] = ["503..."]
+        with pytest.raises(RemoteError, match=r"00000\.tar: gave up after 4 attempts"):
+            source_of(url)
+
+
+@pytest.mark.parametrize("tail", ["", "/*.tar", "/{00000,00001}.tar"])
+def test_samples_of_a_bucket(folder: Path, tail: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_s3(folder, monkeypatch) as url:
+        near, far = source_of(str(folder)), source_of(url + tail)
+        assert [record.captions for record in far] == [record.captions for record in near]
+        assert read_place(far[3].place) == b"000010001" + JPEG
+
+
+def test_real_photographs(coco_mini: Path, tmp_path: Path) -> None:
+    """As img2dataset would have left them, through WebDataset's own writer."""
+    captions = coco_mini / "annotations" / "captions_val2017.json"
+    expected = list(coco.records(coco_mini / "val2017", captions))
+    with webdataset.TarWriter(str(tmp_path / "00000.tar")) as tar:
+        for number, record in enumerate(expected):
+            content, fields = read_place(record.place), {"caption": record.captions[0]}
+            tar.write({"__key__": f"00000{number:04d}", "jpg": content, "json": fields})
+    found = read(tmp_path / "00000.tar")
+    assert [read_place(record.place) for record in found] == [
+        read_place(record.place) for record in expected
+    ]
+    assert [record.captions for record in found] == [record.captions[:1] for record in expected]
+
+
+def test_captions_of_json_without_a_text(tmp_path: Path) -> None:
+    record = read_one(tmp_path, *sample("0")[:2])
+    assert record.captions == ("caption of 0",)
+    assert "caption" not in record.extra
+
+
+def test_captions_of_a_named_field(tmp_path: Path) -> None:
+    record = read_one(tmp_path, *sample("0", alt=["x", "y"]), caption_column="alt")
+    assert record.captions == ("x", "y")
+    assert record.extra["caption"] == "caption of 0"
+    assert read_one(tmp_path, *sample("0"), caption_column="alt").captions == ()
+
+
+def test_a_text_is_one_caption_as_it_is(tmp_path: Path) -> None:
+    assert read_one(tmp_path, ("0.jpg", b""), ("0.txt", "a\nb 🐕")).captions == ("a\nb 🐕",)
+    assert read_one(tmp_path, ("0.jpg", b""), ("0.txt", " \n")).captions == ()
+    assert read_one(tmp_path, ("0.jpg", b"")).captions == ()
+
+
+@pytest.mark.parametrize(
+    ("members", "problem"),
+    [
+        ([("0.txt", "t")], "no image of this key in the tar"),
+        (
+            [("0.json", '{"status": "failed", "error_message": "404"}')],
+            "no image of this key in the tar: 404",
+        ),
+        ([("0.jpg", b""), ("0.png", b"")], "2 images of this key in the tar"),
+        ([("0.jpg", b""), ("0.txt", b"\xe9")], "caption is not UTF-8"),
+        ([("0.jpg", b""), ("0.json", b"\xe9")], "JSON is not UTF-8"),
+        ([("0.jpg", b""), ("0.json", b'{"a": ')], "JSON cannot be read"),
+        ([("0.jpg", b""), ("0.json", b"[" * 100_000)], "JSON cannot be read"),
+        ([("0.jpg", b""), ("0.json", b"[]")], "JSON is no object"),
+        ([("0.jpg", b""), ("0.json", b'{"text": {}}')], "caption is not text but dict"),
+        ([("0.jpg", b""), ("0.txt", b"x" * (2**24 + 1))], "caption of more than 16777216 bytes"),
+    ],
+)
+def test_samples_that_cannot_be_used(
+    tmp_path: Path, members: list[tuple[str, bytes | str]], problem: str
+) -> None:
+    record = read_one(tmp_path, *members)
+    assert (record.problem, record.key) == (problem, "00000_0")
+
+
+def test_keys_that_begin_anew_in_each_tar_get_its_name(tmp_path: Path) -> None:
+    tars = [write_tar(tmp_path / f"x-{n}.tar", sample("0001")) for n in range(2)]
+    assert [record.key for record in read(*tars)] == ["x-0_0001", "x-1_0001"]
+
+
+def test_names_of_several_lengths_cannot_be_taken_for_each_other(tmp_path: Path) -> None:
+    tars = [write_tar(tmp_path / f"{n}.tar", sample("10") + sample("1")) for n in ("1", "10")]
+    assert [record.key for record in read(*tars)] == ["1_10", "1_1", "10_10", "10_1"]
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_and_foreign_names_and_folders(tmp_path: Path, tar_format: int) -> None:
+    names = ["./a.b/0001", "é/" + "long" * 40, "日本 🐕"]
+    members = [member for name in names for member in sample(name)]
+    path = write_tar(tmp_path / "00000.tar", members, tar_format)
+    with tarfile.open(path, "a") as tar:
+        tar.add(tmp_path, "folder", recursive=False)
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo("._0002.jpg"))
+    records = read(path)
+    assert [record.extra["file_name"] for record in records] == [f"{name}.jpg" for name in names]
+    assert [read_place(record.place) for record in records] == [n.encode() + JPEG for n in names]
+    assert len({record.key for record in records}) == 3
+
+
+def test_an_empty_tar_is_whole(tmp_path: Path) -> None:
+    assert read(write_tar(tmp_path / "0.tar", [])) == []
+
+
+def test_a_tar_cut_at_any_block_is_refused(tmp_path: Path) -> None:
+    members = [("0.jpg", b"x" * 700), ("0.txt", "t"), ("1.jpg", b"y"), ("1.txt", "t")]
+    content = write_tar(tmp_path / "0.tar", members).read_bytes()
+    num_blocks = 3 + 2 + 2 + 2  # headers with what they are of
+    for size in [*range(0, num_blocks * 512 + 1, 512), 100, 700, 1600, num_blocks * 512 + 100]:
+        (tmp_path / "0.tar").write_bytes(content[:size])
+        with pytest.raises(ValueError, match=r"0\.tar: .*cut short.* at byte \d+"):
+            read(tmp_path / "0.tar")
+    (tmp_path / "0.tar").write_bytes(content[: num_blocks * 512 + 512])
+    assert len(read(tmp_path / "0.tar")) == 2
+
+
+def test_a_remote_tar_cut_short(folder: Path) -> None:
+    content = (folder / "00000.tar").read_bytes()
+    (folder / "00000.tar").write_bytes(content[: len(content) // 2])
+    with serve(folder) as server, pytest.raises(ValueError, match=r"00000\.tar: .*cut short"):
+        source_of(f"{server.url}/00000.tar")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no tar" * 1000, "0.tar: not a tar, or cut short, at byte 512: "),
+        (b"\x1f\x8b" + bytes(2000), "0.tar: not a tar, or cut short, at byte 512: "),
+    ],
+)
+def test_no_tar(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "0.tar")
+
+
+def test_garbage_between_members(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [("0.jpg", b"x"), ("1.jpg", b"y"), ("2.jpg", b"z")])
+    content = bytearray(path.read_bytes())
+    content[1024:1100] = os.urandom(76)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"0\.tar: no tar header at byte 1024"):
+        read(path)
+
+
+def test_tars_joined_by_cat(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [("0.jpg", b"x")])
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(ValueError, match=r"0\.tar: more after the end at byte"):
+        read(path)
+
+
+def test_a_link_in_a_tar(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [("0.jpg", b"x")])
+    link = tarfile.TarInfo("1.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "0.jpg"
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(link)
+    with pytest.raises(ValueError, match=r"0\.tar: 1\.jpg is a link or a device, expected a file"):
+        read(path)
+
+
+def test_records_come_as_they_are_asked_for(folder: Path) -> None:
+    (folder / "00001.tar").write_bytes(b"")
+    tars = [(str(folder / f"{name}.tar"), name) for name in ("00000", "00001")]
+    found = img2dataset.records(tars)
+    assert [next(found).key, next(found).key] == ["000000000", "000000001"]
+    with pytest.raises(ValueError, match="00001"):
+        next(found)
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
+    def peak_bytes(num_samples: int) -> int:
+        members = (m for n in range(num_samples) for m in ((f"{n:06d}.jpg", b"x" * 1000),))
+        path = write_tar(tmp_path / f"{num_samples}.tar", members)
+        tracemalloc.start()
+        assert _count(img2dataset.records([(str(path), "0")])) == num_samples
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return peak
+
+    peak_bytes(10)  # what is imported late
+    assert peak_bytes(4000) < peak_bytes(400) + 50_000
+
+
+def _count(records: Iterator[Record]) -> int:
+    return sum(1 for _ in records)

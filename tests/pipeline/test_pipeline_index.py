@@ -1,0 +1,135 @@
+"""The list on disk gives back what the source told, in order, and accounts for each record."""
+
+import json
+import resource
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.index import CHUNK_RECORDS, HUGE, Examined, Index, build_index, most_meta_bytes
+from pipeline.places import FilePlace
+from pipeline.record import Record, make_meta
+from shards.schema import encode_meta
+
+
+def make_record(number: int, num_captions: int = 2, **changes: object) -> Record:
+    record = Record(
+        key=f"{number:06d}",
+        place=FilePlace(f"none/{number}.jpg"),
+        captions=tuple(f"caption {number} {index}" for index in range(num_captions)),
+        extra={"file_name": f"{number}.jpg"},
+    )
+    return replace(record, **changes)
+
+
+def examine(records: Sequence[Record]) -> list[Examined]:
+    return [
+        Examined(num_cut=1, bucket="", problem=record.problem and f"so: {record.problem}")
+        for record in records
+    ]
+
+
+def list_all(records: Sequence[Record]) -> Index:
+    return build_index(iter(records), examine, lambda number: None)
+
+
+def test_records_come_back_as_they_were() -> None:
+    records = [make_record(number, 1 + number % 3) for number in range(CHUNK_RECORDS + 7)]
+    index = list_all(records)
+    assert index.groups() == [("", 1), ("", 2), ("", 3)]
+    assert index.num_source == len(records)
+    assert index.num_captions == sum(len(record.captions) for record in records)
+    assert index.num_cut == len(records)
+    for count in (1, 2, 3):
+        group = [record for record in records if len(record.captions) == count]
+        sizes = list(index.sizes("", count))
+        numbers = [number for number, _ in sizes]
+        assert [records[number] for number in numbers] == group
+        assert [size for _, size in sizes] == [most_meta_bytes(record) for record in group]
+        assert index.records("", count, numbers[3], numbers[8]) == group[3:9]
+    index.close()
+
+
+def test_each_record_is_listed_or_left_out_with_its_reason(tmp_path: Path) -> None:
+    there = tmp_path / "there.jpg"
+    there.touch()
+    index = list_all(
+        [
+            make_record(0, place=FilePlace(str(there))),
+            make_record(1, 0),
+            make_record(2, problem="caption is not UTF-8"),
+            make_record(0, 3),
+            make_record(4),
+        ]
+    )
+    assert index.quarantined == {
+        "000001": "no caption",
+        "000002": "so: caption is not UTF-8",
+        "000000#3": "another record has the key 000000",
+    }
+    assert index.missing == {"000004": "missing file"}  # it may come yet
+    assert index.groups() == [("", 2)]
+    assert index.num_source == 5
+
+
+def test_an_empty_source_is_refused() -> None:
+    with pytest.raises(ValueError, match="the source has no images"):
+        list_all([])
+
+
+def test_the_hash_sees_every_change_and_no_folder() -> None:
+    records = [make_record(number) for number in range(3)]
+    first = records[0]
+    variants = [
+        records,
+        records[1:],
+        [*records[1:], first],
+        [replace(first, captions=("other",)), *records[1:]],
+        [replace(first, extra={"image_id": 7}), *records[1:]],
+        [replace(first, place=FilePlace("other.png")), *records[1:]],
+    ]
+    assert len({list_all(variant).sha256 for variant in variants}) == len(variants)
+    moved = [
+        replace(record, place=FilePlace(f"/moved/{Path(record.place.path).name}"))
+        for record in records
+        if isinstance(record.place, FilePlace)
+    ]
+    assert list_all(moved).sha256 == list_all(records).sha256
+
+
+def test_a_sample_of_captions_is_spread_over_the_source() -> None:
+    index = list_all([make_record(number) for number in range(3000)])
+    sample = index.captions(100)
+    assert len(sample) == len(set(sample)) == 100
+    numbers = [int(caption.split()[1]) for caption in sample]
+    assert numbers == sorted(numbers)
+    assert numbers[0] < 60 and numbers[-1] > 2900
+    assert len(index.captions(10**6)) == 6000
+    same = list_all([make_record(number, captions=("one",)) for number in range(5)])
+    assert same.captions(3) == ["one"]
+
+
+def test_room_is_reserved_for_any_outcome() -> None:
+    record = make_record(0, captions=("é" * 300, "🐕"))
+    meta = make_meta(record, truncated=[0, 1], picture=HUGE)
+    assert len(encode_meta(meta)) == most_meta_bytes(record)
+    assert json.loads(encode_meta(meta))["captions"] == list(record.captions)
+
+
+def test_memory_stays_flat() -> None:
+    """So many records would take 100 MB as a list."""
+
+    def many() -> Iterator[Record]:
+        for number in range(60_000):
+            yield make_record(number, captions=tuple(f"{number} {'x' * 100}" for _ in range(5)))
+
+    list_all([make_record(0)]).close()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    index = build_index(many(), examine, lambda number: None)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    index.missing.clear()
+    assert grown < 90_000  # kB, of which SQLite's cache may take 64,000
+    assert index.num_source == 60_000
+    index.close()

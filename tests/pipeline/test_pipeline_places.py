@@ -1,0 +1,288 @@
+"""Bytes from files, tars and parquet, near and far; what cannot be had says why."""
+
+import errno
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import places
+from pipeline.places import (
+    FilePlace,
+    ParquetPlace,
+    Place,
+    PlaceError,
+    RowGroups,
+    TarPlace,
+    place_from_json,
+    place_name,
+    place_to_json,
+    read_place,
+)
+from shards.remote import RemoteError
+from tests import servers
+from tests.servers import QUICK, Handler, serve, serve_s3
+
+CONTENT = bytes(range(256)) * 40
+PLACES: list[Place] = [
+    FilePlace("/data/a/é.jpg"),
+    FilePlace("/data/\udcff.jpg"),
+    TarPlace("s3://bucket/00000.tar", 1536, 40_960, "00000.tar/000000000.jpg"),
+    ParquetPlace("hf://datasets/a/b/train.parquet", 3, 12, "image.bytes"),
+]
+
+
+class RangeHandler(Handler):
+    """Knows ranges with an end, and queries, too."""
+
+    def do_GET(self) -> None:
+        self.path = self.path.partition("?")[0]
+        super().do_GET()
+
+    def _send(self, content: bytes, fault: str) -> None:
+        wanted = self.headers.get("Range", "")
+        first, dash, last = wanted.removeprefix("bytes=").partition("-")
+        if not (dash and last and self.told.ranges):
+            super()._send(content, fault)
+            return
+        body = content[int(first) : int(last) + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts without waits, a server that knows ranges, and no row groups of another test."""
+    monkeypatch.setattr(places, "RETRY", QUICK)
+    monkeypatch.setattr(servers, "Handler", RangeHandler)
+    monkeypatch.setattr(places, "ROW_GROUPS", RowGroups(places.KEPT_BYTES))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with one file."""
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a.tar").write_bytes(CONTENT)
+    return tmp_path / "files"
+
+
+def images(num_images: int) -> list[bytes]:
+    return [bytes([number]) * 1000 for number in range(num_images)]
+
+
+def write_parquet(path: Path, rows: list[Any], *, rows_per_group: int = 2, **kwargs: Any) -> Path:
+    table = pa.table({"image": pa.array(rows, **kwargs)})
+    pq.write_table(table, path, row_group_size=rows_per_group)
+    return path
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_places_go_through_json(place: Place) -> None:
+    assert place_from_json(json.loads(json.dumps(place_to_json(place)))) == place
+
+
+def test_a_place_of_another_kind() -> None:
+    with pytest.raises(ValueError, match="a place of kind 'zip', expected one of file, tar, parq"):
+        place_from_json(["zip", "a.zip"])
+
+
+def test_names_are_the_same_wherever_the_files_lie() -> None:
+    names = [place_name(place) for place in PLACES]
+    assert names == [
+        "é.jpg",
+        "?.jpg",
+        "00000.tar/000000000.jpg",
+        "train.parquet row group 3 row 12",
+    ]
+    signed = ParquetPlace("https://host/a.parquet?key=b/c", 0, 1, "image")
+    assert place_name(signed) == "a.parquet row group 0 row 1"
+
+
+def test_a_file(folder: Path) -> None:
+    assert read_place(FilePlace(str(folder / "a.tar"))) == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        (FilePlace(""), "cannot be read: Is a directory"),
+        (FilePlace("a.tar/b"), "cannot be read: Not a directory"),
+        (FilePlace("x" * 300), "cannot be read: File name too long"),
+        (FilePlace("a\0b"), "cannot be read: embedded null byte"),
+        (TarPlace("a.tar", 10_000, 1000, "a.tar/b"), "ended after 240 of its 1000 bytes"),
+    ],
+)
+def test_reasons_name_no_folders(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: Place, reason: str
+) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(PlaceError) as error:
+        read_place(place)
+    assert str(error.value) == reason
+
+
+@pytest.mark.parametrize(
+    "place", [FilePlace("no"), TarPlace("no", 0, 1, "no/a"), ParquetPlace("no", 0, 0, "image")]
+)
+def test_missing_files(folder: Path, monkeypatch: pytest.MonkeyPatch, place: Place) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(FileNotFoundError, match=r"^missing file$"):
+        read_place(place)
+
+
+def test_what_is_the_machine_s_fault_is_not_the_image_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(OSError, match="Too many open files") as error:
+        read_place(FilePlace("a"))
+    assert not isinstance(error.value, PlaceError)
+
+
+def test_a_stretch_of_a_local_tar(folder: Path) -> None:
+    place = TarPlace(str(folder / "a.tar"), 300, 40, "a.tar/b")
+    assert read_place(place) == CONTENT[300:340]
+    assert read_place(replace(place, num_bytes=0)) == b""
+
+
+def test_a_stretch_of_a_tar_on_a_server(folder: Path) -> None:
+    with serve(folder) as server:
+        place = TarPlace(f"{server.url}/a.tar", 300, 40, "a.tar/b")
+        server.faults["a.tar"] = ["503", "hang up"]
+        assert read_place(place) == CONTENT[300:340]
+        assert read_place(replace(place, num_bytes=0)) == b""
+        assert server.counts == {"a.tar": 3}
+        with pytest.raises(FileNotFoundError, match=r"^missing file$"):
+            read_place(replace(place, url=f"{server.url}/b.tar"))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("503...", "gave up after 4 attempts; .*503"), ("403...", "a.tar: HTTP status 403")],
+)
+def test_a_server_that_stays_away(folder: Path, fault: str, message: str) -> None:
+    with serve(folder) as server:
+        server.faults["a.tar"] = [fault]
+        with pytest.raises(RemoteError, match=message) as error:
+            read_place(TarPlace(f"{server.url}/a.tar?key=secret", 300, 40, "a.tar/b"))
+        assert "secret" not in str(error.value)
+
+
+def test_a_server_that_sends_too_much(folder: Path) -> None:
+    with serve(folder, ranges=False) as server, pytest.raises(RemoteError, match="10240 bytes wh"):
+        read_place(TarPlace(f"{server.url}/a.tar", 300, 40, "a.tar/b"))
+
+
+def test_a_stretch_of_a_tar_in_a_bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_s3(folder, monkeypatch) as url:
+        assert read_place(TarPlace(f"{url}/a.tar", 300, 40, "a.tar/b")) == CONTENT[300:340]
+        with pytest.raises(FileNotFoundError, match=r"^missing file$"):
+            read_place(TarPlace(f"{url}/b.tar", 300, 40, "b.tar/b"))
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_a_row_of_parquet(tmp_path: Path, kind: Any) -> None:
+    path = write_parquet(tmp_path / "a.parquet", images(5), type=kind)
+    found = [read_place(ParquetPlace(str(path), n // 2, n % 2, "image")) for n in range(5)]
+    assert found == images(5)
+
+
+def test_a_row_of_a_struct(tmp_path: Path) -> None:
+    rows = [{"bytes": b"a", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}, None]
+    path = str(write_parquet(tmp_path / "a.parquet", rows, rows_per_group=3))
+    assert read_place(ParquetPlace(path, 0, 0, "image.bytes")) == b"a"
+    for row in (1, 2):
+        with pytest.raises(PlaceError, match=r"^no image in this row$"):
+            read_place(ParquetPlace(path, 0, row, "image.bytes"))
+    with pytest.raises(PlaceError, match=r"^row group 0 has 3 rows, no row 3$"):
+        read_place(ParquetPlace(path, 0, 3, "image.bytes"))
+
+
+def test_a_row_of_no_parquet(folder: Path) -> None:
+    with pytest.raises(PlaceError, match=r"^cannot be read: Parquet magic bytes not found"):
+        read_place(ParquetPlace(str(folder / "a.tar"), 0, 0, "image"))
+
+
+def test_a_row_of_parquet_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "files").mkdir()
+    write_parquet(tmp_path / "files" / "a.parquet", images(4))
+    with serve_s3(tmp_path / "files", monkeypatch) as url:
+        assert read_place(ParquetPlace(f"{url}/a.parquet", 1, 1, "image")) == images(4)[3]
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list that grows by each row group that is read."""
+    asked: list[int] = []
+    read = places.read_row_group
+
+    def counted(url: str, row_group: int, columns: list[str]) -> Any:
+        asked.append(row_group)
+        return read(url, row_group, columns)
+
+    monkeypatch.setattr(places, "read_row_group", counted)
+    return asked
+
+
+def test_rows_in_order_read_each_group_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(write_parquet(tmp_path / "a.parquet", images(60), rows_per_group=10))
+    asked = count_reads(monkeypatch)
+    monkeypatch.setattr(places, "ROW_GROUPS", RowGroups(0))  # no room but for the last two
+    rows = [ParquetPlace(path, n // 10, n % 10, "image") for n in range(60)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read_place, rows)) == images(60)
+    assert asked == list(range(6))
+
+
+def test_row_groups_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(write_parquet(tmp_path / "a.parquet", images(60), rows_per_group=10))
+    asked = count_reads(monkeypatch)
+    kept = RowGroups(35_000)  # three groups of 10 kB
+    for row_group in (0, 1, 2, 0, 3, 0, 2, 1):
+        kept.get(path, row_group, "image")
+    assert asked == [0, 1, 2, 3, 1]
+
+
+def test_a_group_that_failed_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    kept = RowGroups(10**6)
+    with pytest.raises(FileNotFoundError):
+        kept.get(str(path), 0, "image")
+    write_parquet(path, images(2))
+    assert kept.get(str(path), 0, "image").to_pylist() == images(2)
+
+
+def test_threads_that_wait_for_a_group_hear_why_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, go_on = RowGroups(10**6), threading.Event()
+
+    def fail(url: str, row_group: int, columns: list[str]) -> Any:
+        go_on.wait(10)
+        raise RemoteError("away")
+
+    monkeypatch.setattr(places, "read_row_group", fail)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(kept.get, "a", 0, "image") for _ in range(4)]
+        go_on.set()
+        for future in waiting:
+            with pytest.raises(RemoteError, match="away"):
+                future.result(10)
+
+
+def test_any_file_system_that_fsspec_knows() -> None:
+    system = fsspec.filesystem("memory")
+    system.pipe("/a.tar", CONTENT)
+    assert read_place(TarPlace("memory:///a.tar", 300, 40, "a.tar/b")) == CONTENT[300:340]
+    system.rm("/a.tar")

@@ -1,0 +1,78 @@
+"""Processes share the shards by number, one at a time does what must happen once."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.team import Team, alone_in, find_team
+
+SPAWN = multiprocessing.get_context("fork")
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
+def test_every_number_is_one_process_s(num_processes: int) -> None:
+    teams = [Team(rank=rank, num_processes=num_processes) for rank in range(num_processes)]
+    for number in range(30):
+        assert sum(team.has(number) for team in teams) == 1
+
+
+def test_the_place_is_the_launcher_s() -> None:
+    assert find_team({}) == Team()
+    found = find_team({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"})
+    assert found == Team(rank=5, num_processes=8, local_rank=1, num_local=4)
+    assert not found.is_first
+    with pytest.raises(ValueError, match=r"RANK: expected 0 to 1 \(WORLD_SIZE - 1\), found 2"):
+        find_team({"RANK": "2", "WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match="WORLD_SIZE: expected a whole number, found 'two'"):
+        find_team({"WORLD_SIZE": "two"})
+
+
+def count_up(folder: Path, times: int) -> None:
+    for _ in range(times):
+        with alone_in(folder):
+            path = folder / "count"
+            number = int(path.read_text()) if path.exists() else 0
+            time.sleep(0.001)
+            path.write_text(str(number + 1))
+
+
+def test_only_one_is_in_at_a_time(tmp_path: Path) -> None:
+    workers = [SPAWN.Process(target=count_up, args=(tmp_path, 30)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert (tmp_path / "count").read_text() == "120"
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
+
+
+def hold(folder: Path) -> None:
+    with alone_in(folder):
+        (folder / "held").touch()
+        time.sleep(60)
+
+
+def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+    holder = SPAWN.Process(target=hold, args=(tmp_path,))
+    holder.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with alone_in(tmp_path):
+        pass
+
+
+def test_nothing_is_left_of_a_folder_that_was_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), alone_in(tmp_path / "new"):
+        raise ZeroDivisionError
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with alone_in(tmp_path / "old"):
+        pass
+    assert [*(tmp_path / "old").iterdir()] == []

@@ -1,0 +1,248 @@
+"""What goes into the shards is what the networks give for one image and caption at a time."""
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from model import encoders as networks
+from pipeline import coco, encode, work
+from pipeline.config import PipelineConfig, SourceConfig
+from pipeline.encode import Encoders, load_encoders, single_threaded
+from pipeline.images import Preprocessing, load
+from pipeline.places import FilePlace, read_place
+from pipeline.quantise import Quantiser
+from pipeline.record import Record
+from pipeline.work import Crew, LeftOut, Outcome, cut_batches
+from shards.schema import Example
+from tests import tiny
+from tests.coco_folders import make_coco
+
+HOW = Preprocessing(size_px=(64, 64))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def encoders() -> Encoders:
+    folders = tiny.encoders()
+    config = PipelineConfig(
+        name="n",
+        vae=folders.vae,
+        text_encoder=folders.clip,
+        source=SourceConfig(images="i", captions="c"),
+        max_tokens=16,
+        views=2,
+        batch_size=4,
+    )
+    return load_encoders(config, CPU)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[Record]:
+    folder = make_coco(tmp_path, [3] * 6)
+    return list(coco.records(folder.images, folder.captions))
+
+
+def run(
+    encoders: Encoders, *shards: Sequence[Record], num_threads: int = 2, quantise: Any = None
+) -> list[Outcome]:
+    with single_threaded(), Crew(encoders, num_threads=num_threads, quantise=quantise) as crew:
+        batches = [
+            batch
+            for number, records in enumerate(shards)
+            for batch in cut_batches(number, records, HOW, encoders.batch_size)
+        ]
+        return list(crew.outcomes(batches))
+
+
+def encode_all(
+    records: Sequence[Record], encoders: Encoders, **changes: Any
+) -> tuple[list[Example], dict[str, str]]:
+    items = [item for outcome in run(encoders, records, **changes) for item in outcome.items]
+    left_out = {item.key: item.reason for item in items if isinstance(item, LeftOut)}
+    return [item for item in items if isinstance(item, Example)], left_out
+
+
+def test_parity_with_one_at_a_time(records: list[Record], encoders: Encoders) -> None:
+    """Also of the flip: the second view is the flipped image's latent, not the latent flipped."""
+    found, left_out = encode_all(records, encoders)
+    assert not left_out
+    for record, example in zip(records, found, strict=True):
+        pixels = load(read_place(record.place), HOW, key=record.key).pixels
+        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        for view, one in enumerate((image, image.flip(3))):
+            with torch.no_grad():
+                expected = networks.encode_images(encoders.vae, one)[0]
+            torch.testing.assert_close(
+                torch.from_numpy(example.latent[view]).float(), expected, rtol=1e-3, atol=1e-3
+            )
+        for index, caption in enumerate(record.captions):
+            with torch.no_grad():
+                hidden, ids, cut = encoders.text.encode([caption], 16)
+            text = torch.from_numpy(example.text[index]).float()
+            torch.testing.assert_close(text, hidden[0], rtol=1e-3, atol=1e-3)
+            assert example.tokens[index].tolist() == ids[0].tolist()
+            assert (index in example.meta["truncated"]) == bool(cut[0])
+
+
+def test_batch_size_does_not_matter(records: list[Record], encoders: Encoders) -> None:
+    first, _ = encode_all(records, encoders)
+    second, _ = encode_all(records, replace(encoders, batch_size=1))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(a.latent, b.latent, rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(a.text, b.text, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_bits_do_not_depend_on_threads(
+    records: list[Record], encoders: Encoders, num_threads: int
+) -> None:
+    first, _ = encode_all(records, encoders, num_threads=2)
+    second, _ = encode_all(records, encoders, num_threads=num_threads)
+    for a, b in zip(first, second, strict=True):
+        assert a.latent.tobytes() == b.latent.tobytes() and a.text.tobytes() == b.text.tobytes()
+
+
+def test_bits_of_a_shard_do_not_depend_on_other_shards(
+    records: list[Record], encoders: Encoders
+) -> None:
+    alone, _ = encode_all(records[3:], encoders)
+    outcomes = run(encoders, records[:3], records[3:])
+    assert [outcome.tag for outcome in outcomes] == [0, 1]
+    for a, b in zip(alone, outcomes[1].items, strict=True):
+        assert isinstance(b, Example) and a.key == b.key
+        assert a.latent.tobytes() == b.latent.tobytes() and a.text.tobytes() == b.text.tobytes()
+
+
+def test_outcomes_come_in_order_and_the_last_of_a_shard_is_marked(
+    records: list[Record], encoders: Encoders
+) -> None:
+    outcomes = run(encoders, records, records[:5], records[:1])
+    assert [(o.tag, len(o.items), o.is_last) for o in outcomes] == [
+        (0, 4, False),
+        (0, 2, True),
+        (1, 4, False),
+        (1, 1, True),
+        (2, 1, True),
+    ]
+
+
+def test_each_distinct_caption_of_a_shard_is_encoded_once_and_let_go(
+    records: list[Record], encoders: Encoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: Counter[str] = Counter()
+    lock, original = threading.Lock(), encode.encode_captions
+
+    def counting(encoders: Encoders, captions: Sequence[str]) -> Any:
+        with lock:
+            encoded.update(captions)
+        return original(encoders, captions)
+
+    monkeypatch.setattr(work, "encode_captions", counting)
+    encode_all(records, encoders)
+    assert set(encoded) == {caption for record in records for caption in record.captions}
+    assert set(encoded.values()) == {1}
+    batches = list(cut_batches(None, records, HOW, 4))
+    asked = [caption for batch in batches for part in batch.captions for caption in part]
+    let_go = [caption for batch in batches for caption in batch.done_with]
+    assert sorted(asked) == sorted(let_go) == sorted(encoded)
+    assert "a picture" in batches[0].captions[0] and "a picture" in batches[-1].done_with
+
+
+def test_captions_come_in_batches_of_their_own(encoders: Encoders) -> None:
+    records = [
+        Record(
+            key=f"{number}",
+            place=FilePlace("none"),
+            captions=tuple(f"{number} {index}" for index in range(9)),
+            extra={},
+        )
+        for number in range(8)
+    ]
+    batches = list(cut_batches(None, records, HOW, 4))
+    assert [[len(part) for part in batch.captions] for batch in batches] == [[16, 16, 16], [16, 8]]
+
+
+def test_unreadable_images_are_left_out_with_the_reason(
+    records: list[Record], encoders: Encoders
+) -> None:
+    broken, gone = records[1].place, records[4].place
+    assert isinstance(broken, FilePlace) and isinstance(gone, FilePlace)
+    Path(broken.path).write_text("no picture")
+    Path(gone.path).unlink()
+    found, left_out = encode_all(records, encoders)
+    assert left_out == {records[1].key: "not an image", records[4].key: "missing file"}
+    assert [example.key for example in found] == [records[n].key for n in (0, 2, 3, 5)]
+    none_left, _ = encode_all([records[1], records[4]], encoders)
+    assert none_left == []
+
+
+def test_truncated_captions_are_told(records: list[Record], encoders: Encoders) -> None:
+    long = "a very long caption"
+    (example,), _ = encode_all([replace(records[0], captions=("a dog", long))], encoders)
+    assert example.meta["truncated"] == [1]
+    assert example.meta["captions"] == ["a dog", long]
+
+
+def test_values_that_are_not_finite_are_left_out(
+    records: list[Record], encoders: Encoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = networks.encode_images
+
+    def overflow(vae: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        latents = original(vae, images)
+        latents[1] = 1e6  # more than float16 holds
+        return latents
+
+    monkeypatch.setattr(encode, "encode_images", overflow)
+    found, left_out = encode_all(records[:3], encoders)
+    assert [example.key for example in found] == [records[0].key, records[2].key]
+    assert left_out == {records[1].key: "latent is not finite in float16"}
+
+
+def test_text_that_is_not_finite_is_left_out(
+    records: list[Record], encoders: Encoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = encode.encode_captions
+
+    def broken(encoders: Encoders, captions: Sequence[str]) -> Any:
+        text, tokens, cut = original(encoders, captions)
+        return np.full_like(text, np.nan), tokens, cut
+
+    monkeypatch.setattr(work, "encode_captions", broken)
+    found, left_out = encode_all(records, encoders, quantise=no_call)
+    assert found == []
+    assert left_out == dict.fromkeys((r.key for r in records), "text is not finite in float16")
+
+
+def no_call(text: NDArray[np.float16]) -> NDArray[np.int8]:
+    raise AssertionError("called")
+
+
+def test_int8_text_is_the_float16_text_quantised(records: list[Record], encoders: Encoders) -> None:
+    scale = np.full(tiny.TEXT_WIDTH, 0.05, np.float32)
+    expected, _ = encode_all(records, encoders)
+    found, left_out = encode_all(records, encoders, quantise=Quantiser(scale))
+    assert not left_out
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(b.text, Quantiser(scale)(a.text))
+        np.testing.assert_array_equal(b.latent, a.latent)
+        assert b.text.dtype == np.int8
+
+
+def test_errors_of_the_machine_end_the_run(
+    records: list[Record], encoders: Encoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(place: Any) -> bytes:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(work, "read_place", fail)
+    with pytest.raises(OSError, match="Too many open files"):
+        encode_all(records, encoders)
