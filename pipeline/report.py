@@ -1,6 +1,7 @@
 """What stage one tells people: the plan before, a bar meanwhile, the sum at the end; 80 columns."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from shards.schema import Manifest
 NUM_LISTED = 10
 """How many of the images left out are named."""
 GB = 1e9
+SOON_S = 10.0
+"""Less is not worth a line."""
 
 
 def bar(total: int | None, unit: str, task: str) -> Any:
@@ -28,6 +31,32 @@ def no_bar(total: int | None, unit: str, task: str) -> Any:
 
 
 Bar = Callable[[int | None, str, str], Any]
+
+
+class Meter:
+    """Counts images on a bar, and tells once, after the first shard, how long the rest takes."""
+
+    def __init__(self, shown: Any, total: int) -> None:
+        self._bar = shown
+        self._total = total
+        self._began = time.perf_counter()
+        self._num_left_out = 0
+        self._is_told = False
+
+    def add(self, num: int, num_left_out: int, *, num_bytes: int, num_shards: int) -> None:
+        """Counts images done, some of them left out; bytes and shards are those written so far."""
+        self._num_left_out += num_left_out
+        text = f"{size(num_bytes)}, {self._num_left_out} left out"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(num)
+        if num_shards and not self._is_told and not self._bar.disable:
+            self._is_told = True
+            seconds = time.perf_counter() - self._began
+            rate = self._bar.n / seconds
+            left_s = (self._total - self._bar.n) / rate
+            if left_s > SOON_S:
+                told = f"first shard after {duration(seconds)}: {rate:.0f} images/s, about "
+                self._bar.write(f"{told}{duration(left_s)} to go", file=sys.stderr)
 
 
 def plan_lines(index: Index, sets: Sequence[SetPlan], out: Path, free_bytes: int) -> str:

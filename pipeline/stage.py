@@ -154,14 +154,16 @@ def encode_missing(
         Writing(encoders.kind) as writing,
         make_bar(total, "image", "encode") as bar,
     ):
-        num_left_out = 0
+        meter = report.Meter(bar, total)
         for outcome in crew.outcomes(batches()):
             writing.put(outcome)
-            num_left_out += sum(isinstance(item, LeftOut) for item in outcome.items)
-            bar.set_postfix_str(
-                f"{report.size(writing.num_bytes)}, {num_left_out} left out", refresh=False
+            num_left_out = sum(isinstance(item, LeftOut) for item in outcome.items)
+            meter.add(
+                len(outcome.items),
+                num_left_out,
+                num_bytes=writing.num_bytes,
+                num_shards=writing.num_shards,
             )
-            bar.update(len(outcome.items))
     if quantise and quantise.num_saturated:
         print(
             f"text: {quantise.share_saturated:.1e} of this run's values were beyond the sample's "

@@ -11,9 +11,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from pipeline.config import PipelineConfig, SourceConfig
+from pipeline.encode import encode_captions, encode_views, load_encoders
+from pipeline.images import load
+from pipeline.places import read_place
+from pipeline.sets import make_preprocessing
+from pipeline.sources import records as records_of
 from pipeline.stage import build
 from shards.reader import open_shards
 from shards.schema import Manifest
@@ -326,3 +333,42 @@ def test_the_plan_knows_the_size_to_two_percent(
     number, unit = told.split()[2:4]
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert float(number) * {"MB,": 1e6, "GB,": 1e9}[unit] == pytest.approx(written, rel=0.02)
+
+
+@pytest.mark.parametrize("image_size_px", [64, 256])
+def test_what_is_stored_is_what_one_image_at_a_time_gives(
+    coco_mini: Path, tmp_path: Path, image_size_px: int
+) -> None:
+    """The embedded encoders on photographs, many in a batch against one by one: within 1 %."""
+    source = SourceConfig(
+        images=str(coco_mini / "val2017"),
+        captions=str(coco_mini / "annotations/captions_val2017.json"),
+        num_images=20,
+    )
+    folders = {"vae": "scenes/encoders/vae", "text_encoder": "scenes/encoders/clip"}
+    config = config_of(
+        Path(),
+        tmp_path / "out",
+        source=source,
+        image_size_px=image_size_px,
+        max_tokens=77,
+        **folders,
+    )
+    build(config)
+    encoders = load_encoders(config, torch.device("cpu"))
+    how = make_preprocessing(config, (image_size_px, image_size_px))
+    records = {record.key: record for record in records_of(config, tmp_path)}
+    shards = open_shards(tmp_path / "out")
+    places = np.arange(len(shards))
+    stored = shards.gather(places, np.zeros(len(places)), np.zeros(len(places)))
+    worst = 0.0
+    for place, key in enumerate(shards.keys(places)):
+        record = records[key]
+        picture = load(read_place(record.place), how, key=key)
+        latent = encode_views(encoders, picture.pixels[None])[0, 0].astype(np.float64)
+        text = encode_captions(encoders, record.captions[:1])[0][0].astype(np.float64)
+        for found, expected in ((stored.latent[place], latent), (stored.text[place], text)):
+            error = np.linalg.norm(found.numpy() - expected) / np.linalg.norm(expected)
+            worst = max(worst, float(error))
+    assert len(places) == 20
+    assert worst < 1e-3, worst

@@ -76,7 +76,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-@pytest.mark.parametrize("image_size_px", [64, 128])
+@pytest.mark.parametrize("image_size_px", [64, 256])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_real_photographs(coco_mini: Path, out: Path, split: str, image_size_px: int) -> None:
     captions = coco_mini / f"annotations/captions_{split}2017.json"
