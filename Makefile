@@ -43,10 +43,10 @@ endif
 DEMO_FLAGS ?=
 DEMO = --config configs/demo.yaml --name $(DEMO_NAME) $(DEMO_FLAGS)
 
-.PHONY: help setup demo test lint format types shards train samples evaluate bench clean
+.PHONY: help setup demo test lint format types coco2014 shards train samples evaluate bench clean
 
 help:  ## list the targets
-	@sed -n -E 's/^([a-z]+):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n -E 's/^([a-z0-9]+):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo
 	@sed -n -E '/^#   /s/^#   /  /p' $(MAKEFILE_LIST)
 
@@ -80,6 +80,9 @@ format: $(SETUP)  ## put style right
 
 types: $(SETUP)  ## check types
 	$(PYTHON) -m mypy
+
+coco2014: $(SETUP)  ## COCO 2014 into data/coco: fetches 20 GB; FLAGS="--images val" is less
+	$(PYTHON) -m pipeline.download coco2014 $(FLAGS)
 
 shards: $(SETUP)  ## stage one of CONFIG: images and captions -> shards
 	$(PYTHON) -m pipeline.run --config $(CONFIG) $(FLAGS)
