@@ -104,7 +104,7 @@ class PipelineConfig:
     min_image_size_px: int = 1
     """Images with a shorter side are left out."""
     fast_jpeg: bool = True
-    """Decode JPEG files at a reduced size where the target is much smaller; see docs/log.md."""
+    """Decode JPEG files at a fraction of their size where the target is much smaller."""
     views: Literal[1, 2] = 1
     """2: the flipped image is encoded too (flipping a latent is not the same)."""
     max_tokens: int = 77
