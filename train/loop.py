@@ -55,7 +55,7 @@ def loop(run: Run, stop: Stop) -> Reason:
     config, plan, state, ledger = run.config, run.plan, run.state, run.ledger
     parameters = list(state.unet.parameters())
     rank = run.accelerator.process_index
-    every, saved = config.ema.snapshot_every_steps, state.step
+    every, saved, kept = config.ema.snapshot_every_steps, state.step, state.step
     ledger.read()  # the time until here is set-up
     with contextlib.closing(run.source.batches(state.step, plan.num_steps)) as batches:
         while (reason := stop.reason(state.step, state.train_s)) is None:
@@ -81,6 +81,7 @@ def loop(run: Run, stop: Stop) -> Reason:
             if every is not None and state.step % every == 0:
                 with ledger.phase("save"):
                     snapshot(run)
+                kept = state.step
             if state.step % config.checkpoint_every_steps == 0:
                 with ledger.phase("save"):
                     save(run)
@@ -88,7 +89,7 @@ def loop(run: Run, stop: Stop) -> Reason:
     if run.progress.pending and reason is not Reason.SIGNAL:
         report(run)
     if every is not None and reason is not Reason.SIGNAL:
-        snapshot(run)
+        snapshot(run, again=kept < state.step)
     if saved < state.step:
         save(run)
     return reason
@@ -133,14 +134,15 @@ def report(run: Run) -> None:
         )
 
 
-def snapshot(run: Run) -> None:
+def snapshot(run: Run, *, again: bool = True) -> None:
     """Keeps the averages for `python -m model.ema`, from the main process; the others wait.
 
-    Before a checkpoint of the same step, so that no kill between the two can lose it. One that is
-    there already stays.
+    Before a checkpoint of the same step, so that no kill between the two can lose it. Unless
+    `again`, one that is there stays.
     """
     folder, state = run.plan.folder / "snapshots", run.state
-    if run.accelerator.is_main_process and not folder_of(folder, state.step).is_dir():
+    there = folder_of(folder, state.step).is_dir()
+    if run.accelerator.is_main_process and (again or not there):
         save_snapshot(
             folder, state.ema, step=state.step, train_s=state.train_s, config=run.plan.settings
         )
