@@ -218,6 +218,23 @@ def test_a_profile_that_is_there_is_taken_as_it_is() -> None:
     assert mixture.shares == pytest.approx([0.0] * 19 + [1.0], abs=1e-9)
 
 
+@pytest.mark.parametrize("sigma_rel", [0.02, 0.07, 0.2])
+def test_shares_add_up_to_one(sigma_rel: float) -> None:
+    mixture = mix(grid(10, 1000, (0.05, 0.1)), Profile(step=1000, sigma_rel=sigma_rel))
+    assert sum(mixture.shares) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("max_cells", [999, 4000])
+def test_the_norm_of_a_profile_is_the_papers(
+    monkeypatch: pytest.MonkeyPatch, max_cells: int
+) -> None:
+    monkeypatch.setattr(posthoc, "MAX_CELLS", max_cells)
+    profile, gamma = Profile(step=3000, sigma_rel=0.1), gamma_of(0.1)
+    cells = posthoc._cells(posthoc._cell_edges([4000, 3000, 17]), profile)
+    expected = (gamma + 1) ** 2 / ((2 * gamma + 1) * 3000)  # equation 151
+    assert float((cells**2).sum()) == pytest.approx(expected, rel=1e-3)
+
+
 def test_more_snapshots_match_better() -> None:
     wanted = Profile(step=3000, sigma_rel=0.03)
     errors = [mix(grid(count, 3000, (0.05, 0.1)), wanted).error for count in (5, 10, 20, 40)]
