@@ -5,7 +5,8 @@ resized by Pillow's bicubic filter, which widens with the scale and so does not 
 several frames gives its first; transparency is laid on white; colour profiles are not applied, as
 in most data sets' tools. A large JPEG is decoded at a half, a quarter or an eighth of its size, at
 least 2.5 times the wanted one: never under 42 dB PSNR of the full decode (COCO at 64 px: 48.6 dB or
-more, 1.5 times as fast; bench/decode.py). An image that cannot be used gives a reason in place of pixels.
+more, 1.5 times as fast; bench/decode.py). An image that cannot be used gives a reason in place of
+pixels.
 """
 
 import hashlib
