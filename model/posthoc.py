@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.bundle import INFO_FILE, read_info
-from model.ema import EMA, check_sigma_rel, gamma_of
+from model.ema import EMAConfig, check_sigma_rel, gamma_of
 from model.paths import complete_or_absent, find_path
 
 SNAPSHOT_FILE = "snapshot.json"
@@ -90,9 +90,17 @@ def folder_of(snapshots: Path, step: int) -> Path:
 
 
 def save_snapshot(
-    snapshots: Path, ema: EMA, *, step: int, train_s: float, config: Mapping[str, Any]
+    snapshots: Path,
+    config: EMAConfig,
+    powers: Mapping[float, Mapping[str, Tensor]],
+    *,
+    step: int,
+    train_s: float,
+    settings: Mapping[str, Any],
 ) -> None:
     """Writes the power-function averages after `step` updates, complete or not at all.
+
+    Takes them as `EMA.powers` has them, and the run's resolved settings.
 
     Later snapshots go: they are of a run since taken back to an earlier step, or of another one.
     """
@@ -105,13 +113,13 @@ def save_snapshot(
         folder=folder_of(snapshots, step),
         step=step,
         train_s=train_s,
-        sigma_rels=ema.config.sigma_rels,
-        dtype=ema.config.snapshot_dtype,
-        config=config,
+        sigma_rels=config.sigma_rels,
+        dtype=config.snapshot_dtype,
+        config=settings,
     )
     dtype = getattr(torch, snapshot.dtype)
     with complete_or_absent(snapshot.folder) as temporary:
-        for sigma_rel, average in ema.powers.items():
+        for sigma_rel, average in powers.items():
             packed = {name: tensor.to(dtype).contiguous() for name, tensor in average.items()}
             save_file(packed, temporary / snapshot.file(sigma_rel).name)
         record = {key: value for key, value in asdict(snapshot).items() if key != "folder"}

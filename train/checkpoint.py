@@ -24,6 +24,7 @@ from torch import Tensor
 
 from model.ema import EMA
 from model.paths import complete_or_absent
+from train import sharding
 
 ORDER = (
     "order of data.access",
@@ -51,8 +52,25 @@ class TrainState:
     """The unfinished logging interval (progress.py), as plain JSON."""
 
 
-def save(folder: Path, state: TrainState, settings: Mapping[str, Any], *, keep: int) -> None:
-    """Writes the checkpoint of `state.step` and deletes all but the `keep` newest."""
+def save(
+    folder: Path,
+    state: TrainState,
+    settings: Mapping[str, Any],
+    *,
+    keep: int,
+    write: bool = True,
+) -> None:
+    """Writes the checkpoint of `state.step` and deletes all but the `keep` newest.
+
+    All processes call it, to bring a shared-out network together; those without `write` do no more.
+    """
+    parts = {
+        "unet": sharding.whole(state.unet.state_dict(), keep=write),
+        "ema": sharding.whole(state.ema.state_dict(), keep=write),
+        "optimizer": sharding.whole(_moments(state), keep=write),
+    }
+    if not write:
+        return
     scaler = state.optimizer.scaler
     record = {
         "step": state.step,
@@ -64,11 +82,7 @@ def save(folder: Path, state: TrainState, settings: Mapping[str, Any], *, keep: 
     for leftover in folder.glob(".step-*"):  # of a run killed while it saved
         shutil.rmtree(leftover)
     with complete_or_absent(folder / f"step-{state.step:08d}") as temporary:
-        for name, tensors in (
-            ("unet", state.unet.state_dict()),
-            ("ema", state.ema.state_dict()),
-            ("optimizer", _moments(state)),
-        ):
+        for name, tensors in parts.items():
             packed = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(packed, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -99,8 +113,8 @@ def load(checkpoint: Path, state: TrainState) -> None:
         moments = load_file(checkpoint / "optimizer.safetensors")
     except (OSError, SafetensorError) as error:
         raise _damaged(checkpoint, error) from error
-    state.unet.load_state_dict(unet)
-    state.ema.load(ema)
+    state.unet.load_state_dict(sharding.parts_of(unet, state.unet.state_dict()))
+    state.ema.load(sharding.parts_of(ema, state.ema.state_dict()))
     _load_moments(state, moments)
     if state.optimizer.scaler is not None and record["scaler"]:
         state.optimizer.scaler.load_state_dict(record["scaler"])
@@ -134,7 +148,9 @@ def _load_moments(state: TrainState, moments: Mapping[str, Tensor]) -> None:
     for name, parameter in state.unet.named_parameters():
         entry = {kind: moments[f"{name}/{kind}"].to(parameter.device) for kind in kinds}
         state.optimizer.optimizer.state[parameter] = {
-            kind: torch.empty_like(parameter).copy_(t) if t.shape == parameter.shape else t
+            kind: torch.empty_like(parameter).copy_(sharding.part_of(t, parameter))
+            if t.shape == parameter.shape
+            else t
             for kind, t in entry.items()
         }
 

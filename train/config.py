@@ -107,6 +107,9 @@ class TrainConfig:
     """Compile the denoiser with torch.compile: a slow first step, faster ones after."""
     channels_last: bool = False
     """Keep activations channels-last, which convolutions on a GPU prefer in half precision."""
+    fsdp: bool = False
+    """Share out weights, gradients, moments and averages over the processes (FSDP), for a network
+    that does not fit into one GPU's memory."""
     log_every_steps: int = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every_steps: int = 500
@@ -140,6 +143,11 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: expected more than 0, found {value}")
+        if self.fsdp and self.mixed_precision == "fp16":
+            raise ValueError(
+                "fsdp: its gradients have no loss scale for fp16; expected mixed_precision bf16 "
+                "or no, found fp16"
+            )
         for name in ("seed", "max_bad_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")

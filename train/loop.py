@@ -8,6 +8,7 @@ configuration.
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from model.bundle import INFO_FILE, read_info, save_bundle
 from model.diffusion import make_scheduler
 from model.posthoc import folder_of, save_snapshot
 from shards.order import mixed_seed
-from train import checkpoint, optim
+from train import checkpoint, optim, sharding
 from train.batches import Batch
 from train.config import TrainConfig
 from train.progress import shorten
@@ -104,7 +105,11 @@ def accumulate_gradients(run: Run, batch: Batch) -> Tensor:
     pieces = batch.split(run.plan.micro_batch_size)
     for number, piece in enumerate(pieces, start=1):
         last = number == len(pieces)
-        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
+        with (
+            contextlib.nullcontext()
+            if last
+            else sharding.without_exchange(run.accelerator, run.state.unet, run.model)
+        ):
             loss = run.objective(run.model, piece).sum() / len(batch)
             run.accelerator.backward(loss)
         total += loss.detach()
@@ -142,9 +147,16 @@ def snapshot(run: Run, *, again: bool = True) -> None:
     """
     folder, state = run.plan.folder / "snapshots", run.state
     there = folder_of(folder, state.step).is_dir()
-    if run.accelerator.is_main_process and (again or not there):
+    main = run.accelerator.is_main_process
+    averages = {s: sharding.whole(a, keep=main) for s, a in state.ema.powers.items()}
+    if main and (again or not there):
         save_snapshot(
-            folder, state.ema, step=state.step, train_s=state.train_s, config=run.plan.settings
+            folder,
+            state.ema.config,
+            averages,
+            step=state.step,
+            train_s=state.train_s,
+            settings=run.plan.settings,
         )
     run.accelerator.wait_for_everyone()
 
@@ -152,9 +164,13 @@ def snapshot(run: Run, *, again: bool = True) -> None:
 def save(run: Run) -> None:
     """Writes a checkpoint, from the main process; the others wait."""
     run.state.metrics = run.progress.state()
-    if run.accelerator.is_main_process:
-        folder = run.plan.folder / "checkpoints"
-        checkpoint.save(folder, run.state, run.plan.settings, keep=run.config.keep_checkpoints)
+    checkpoint.save(
+        run.plan.folder / "checkpoints",
+        run.state,
+        run.plan.settings,
+        keep=run.config.keep_checkpoints,
+        write=run.accelerator.is_main_process,
+    )
     run.accelerator.wait_for_everyone()
 
 
@@ -166,18 +182,20 @@ def finish(run: Run, reason: Reason) -> Path:
             f"{run.plan.folder}: finished at step {step} by {reason.value}; nothing left to do"
         )
         return folder
-    if run.accelerator.is_main_process:
-        write_bundle(run, folder)
+    main = run.accelerator.is_main_process
+    average = sharding.whole(run.state.ema.average, keep=main)
+    if main:
+        write_bundle(run, folder, average)
     run.accelerator.wait_for_everyone()
     run.progress.say(f"{folder}: written at step {step}, ended by {reason.value}")
     return folder
 
 
-def write_bundle(run: Run, folder: Path) -> None:
+def write_bundle(run: Run, folder: Path, average: Mapping[str, Tensor]) -> None:
     """Writes the bundle with the averaged weights."""
     plan, state = run.plan, run.state
     unet = UNet2DConditionModel.from_config(state.unet.config)
-    unet.load_state_dict(state.ema.average)
+    unet.load_state_dict(average)
     save_bundle(
         folder,
         unet=unet,

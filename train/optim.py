@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from train.config import OptimConfig
 
@@ -55,6 +56,8 @@ def update(
     if optimizer.scaler is not None:  # fp16: divides by the loss scale and looks for infinities
         optimizer.scaler.unscale_(adamw)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):  # of a network shared out (sharding.py)
+        norm = norm.full_tensor()
     skipped = (~norm.isfinite()).float()
     adamw.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
     adamw.found_inf = skipped

@@ -111,7 +111,7 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
             "shards_sha256": shards.sha256,
             ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",
         },
-        notes=tuple(describe_buckets(shards, order)),
+        notes=(*describe_buckets(shards, order), *describe_sharing(config.fsdp, num_processes)),
     )
 
 
@@ -214,6 +214,12 @@ def describe_buckets(
         else:
             how = f"{num / size:.4g} batches an epoch"
         yield f"bucket {bucket.name}: {num} records, {how}"
+
+
+def describe_sharing(fsdp: bool, num_processes: int) -> Iterator[str]:
+    """Yields that there is nobody to share a network with, where that is so."""
+    if fsdp and num_processes == 1:
+        yield "fsdp: one process, so the whole network is in it"
 
 
 def check_tokenizer(expected: str, found: str) -> None:

@@ -16,7 +16,7 @@ from model.diffusion import Prediction
 from model.ema import EMA
 from model.encoders import latent_affine
 from shards.access import make_loader
-from train import checkpoint
+from train import checkpoint, sharding
 from train.batches import Batch, Source
 from train.checkpoint import TrainState
 from train.config import Precision, TrainConfig
@@ -24,6 +24,12 @@ from train.ledger import Ledger
 from train.optim import make_optimizer
 from train.preflight import Plan, validate
 from train.progress import Progress
+
+REPLACED = {
+    "ACCELERATE_USE_FSDP": "use --fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "use --fsdp, which shares out as much as ZeRO stage 3",
+}
+"""What `accelerate config` can set that a run has its own way of, and which."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +110,14 @@ def make_accelerator(precision: Precision) -> Accelerator:
     """Returns an Accelerator in our precision; fp16 becomes "no", with one warning, without a GPU.
 
     The precision is passed even where it is "no": accelerate would otherwise take its launcher's.
-    Without a GPU, several processes find each other only if accelerate is told `cpu`.
+    Without a GPU, several processes find each other only if accelerate is told `cpu`. Raises
+    ValueError where accelerate's own settings ask for what this project does otherwise.
     """
+    for name, instead in REPLACED.items():
+        if parse_flag_from_env(name):
+            raise ValueError(
+                f"{name}: set by accelerate's configuration; expected it unset: {instead}"
+            )
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu)
     notes = cpu_warnings(os.environ, state.num_processes) if on_cpu else []
@@ -159,11 +171,16 @@ def make_state(
     )
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     unet.to(accelerator.device, memory_format=memory_format)
+    shared = config.fsdp and accelerator.num_processes > 1
+    if shared:
+        sharding.share_out(unet, accelerator)
     ema = EMA(config.ema, unet.named_parameters())
-    model, optimizer = accelerator.prepare(
+    model = accelerator.prepare_model(
         torch.compile(unet) if config.compile else unet,
-        make_optimizer(config.optim, unet.parameters()),
+        device_placement=False,
+        evaluation_mode=shared,  # no DistributedDataParallel around what FSDP has shared out
     )
+    optimizer = accelerator.prepare(make_optimizer(config.optim, unet.parameters()))
     return TrainState(unet=unet, ema=ema, optimizer=optimizer), model.train()
 
 

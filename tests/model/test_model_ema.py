@@ -264,7 +264,9 @@ def test_the_error_is_that_of_what_each_step_counts_for(tmp_path: Path, sigma_re
         weight.data = torch.eye(num_steps)[step]
         ema.update([weight], step)
         if (step + 1) % 20 == 0:
-            posthoc.save_snapshot(tmp_path, ema, step=step + 1, train_s=0.0, config={})
+            posthoc.save_snapshot(
+                tmp_path, ema.config, ema.powers, step=step + 1, train_s=0.0, settings={}
+            )
     snapshots = posthoc.read_snapshots(tmp_path)
     mixture = posthoc.choose(snapshots, sigma_rel, None, 0.2)
     made = posthoc.blend(mixture, snapshots)["weight"]
@@ -285,7 +287,9 @@ def test_a_mixture_is_the_direct_sum_within_the_error_it_reports(
         ema.update(layer.parameters(), step)
         history.append(layer.weight.detach().clone())
         if (step + 1) % 40 == 0:
-            posthoc.save_snapshot(tmp_path, ema, step=step + 1, train_s=0.0, config={})
+            posthoc.save_snapshot(
+                tmp_path, ema.config, ema.powers, step=step + 1, train_s=0.0, settings={}
+            )
     snapshots = posthoc.read_snapshots(tmp_path)
     mixture = posthoc.choose(snapshots, sigma_rel, None, 0.1)
     made = posthoc.blend(mixture, snapshots)["weight"].double()
@@ -328,7 +332,12 @@ def make_run(
         history[step] = {"conv_in.weight": dict(named)["conv_in.weight"].detach().clone()}
         if step % 10 == 0:
             posthoc.save_snapshot(
-                folder / "snapshots", ema, step=step, train_s=step / 2, config=info["config"]
+                folder / "snapshots",
+                ema.config,
+                ema.powers,
+                step=step,
+                train_s=step / 2,
+                settings=info["config"],
             )
     return history
 
@@ -397,7 +406,7 @@ def test_snapshots_past_a_step_that_is_taken_again_go(tmp_path: Path) -> None:
     ema = EMA(POWERS, nn.Linear(2, 2).named_parameters())
     (tmp_path / ".step-00000007.partial").mkdir(parents=True)
     for step in (10, 20, 30, 20):
-        posthoc.save_snapshot(tmp_path, ema, step=step, train_s=0.0, config={})
+        posthoc.save_snapshot(tmp_path, ema.config, ema.powers, step=step, train_s=0.0, settings={})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
 
 
@@ -410,7 +419,7 @@ def test_a_write_that_fails_leaves_no_snapshot(
     monkeypatch.setattr(posthoc, "save_file", full)
     ema = EMA(POWERS, nn.Linear(2, 2).named_parameters())
     with pytest.raises(OSError, match="no space"):
-        posthoc.save_snapshot(tmp_path, ema, step=1, train_s=0.0, config={})
+        posthoc.save_snapshot(tmp_path, ema.config, ema.powers, step=1, train_s=0.0, settings={})
     assert list(tmp_path.iterdir()) == []
 
 

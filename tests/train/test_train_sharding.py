@@ -1,0 +1,139 @@
+"""A network shared out over processes learns what one process learns, and is kept whole on disk."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from model.denoiser import DenoiserConfig, build
+from model.ema import EMA, EMAConfig
+from tests.train.conftest import MakeConfig
+from tests.train.test_train_launch import SCRIPT, TIMEOUT_S, environment, flags
+from train import sharding
+from train.config import TrainConfig
+from train.loop import train
+from train.setup import make_accelerator
+
+
+@pytest.fixture
+def one_of_two() -> Iterator[Accelerator]:
+    """The first of two processes, of which the other only seems to be there: it sends nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    accelerator.state._shared_state["num_processes"] = 2
+    yield accelerator
+    dist.destroy_process_group()
+
+
+def make_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    config = DenoiserConfig(
+        channels=(8, 16),
+        attention=(True, False),
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    return build(config, latent_channels=4, sample_size=8, text_width=32)
+
+
+def test_each_process_keeps_its_share_of_weights_and_averages(one_of_two: Accelerator) -> None:
+    before = {name: p.detach().clone() for name, p in make_unet().named_parameters()}
+    unet = make_unet()
+    sharding.share_out(unet, one_of_two)
+    averages = EMA(EMAConfig(), unet.named_parameters()).average
+    for name, parameter in unet.named_parameters():
+        rows = -(-len(before[name]) // 2)
+        for shared in (parameter, averages[name]):
+            assert isinstance(shared, DTensor)
+            assert shared.to_local().equal(before[name][:rows])
+    parts = sharding.parts_of(before, dict(unet.named_parameters()))
+    assert all(
+        part.to_local().equal(p.to_local())  # type: ignore[attr-defined]
+        for part, p in zip(parts.values(), unet.parameters(), strict=True)
+    )
+
+
+def test_whole_tensors_stay_what_they_are() -> None:
+    tensors = {"a": torch.arange(3.0)}
+    assert sharding.whole(tensors, keep=True)["a"] is tensors["a"]
+    assert sharding.whole(tensors, keep=False) == {}
+    assert sharding.part_of(tensors["a"], torch.zeros(3)) is tensors["a"]
+
+
+def launch(config: TrainConfig, *more: str, folder: Path) -> None:
+    """Trains on two processes."""
+    command = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    done = subprocess.run(
+        [sys.executable, *command, str(SCRIPT), *flags(config), *more],
+        env=environment(ACCELERATE_USE_CPU="1"),
+        cwd=folder,
+        timeout=TIMEOUT_S,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_shared_out_then_whole_is_the_run_of_one_process(
+    make_config: MakeConfig, tmp_path: Path, elsewhere: Path
+) -> None:
+    """Eight steps shared out, in two forward passes each, then four more by one process."""
+    powers = EMAConfig(decay=0.9, sigma_rels=(0.05, 0.1), snapshot_every_steps=8)
+    alone = train(make_config(num_steps=12, ema=powers, out=str(tmp_path / "one")))
+    averages = ["--ema.sigma-rels", "0.05", "0.1", "--ema.snapshot-every-steps", "8"]
+    config = make_config(num_steps=8)
+    launch(config, "--fsdp", "--micro-batch-size", "1", *averages, folder=elsewhere)
+    shared = train(make_config(num_steps=12, ema=powers))
+    for first, second in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "run"), strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+        assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    snapshot = "snapshots/step-00000008"
+    for one, two in (
+        (alone / weights, shared / weights),
+        *(
+            (tmp_path / "one" / snapshot / name, tmp_path / "run" / snapshot / name)
+            for name in sorted(path.name for path in (tmp_path / "one" / snapshot).glob("*.safet*"))
+        ),
+    ):
+        expected = load_file(one)
+        for name, found in load_file(two).items():
+            torch.testing.assert_close(found, expected[name], rtol=2e-3, atol=2e-5)
+
+
+def test_one_process_says_that_it_shares_with_nobody(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make_config(num_steps=1, fsdp=True))
+    assert "fsdp: one process" in capsys.readouterr().err
+
+
+def test_fp16_is_not_shared_out(make_config: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=r"fsdp: .* bf16 or no, found fp16"):
+        make_config(fsdp=True, mixed_precision="fp16")
+
+
+def test_accelerates_own_ways_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{name}: .*--fsdp"):
+            patch.setenv(name, "true")
+            make_accelerator("no")
