@@ -8,10 +8,10 @@ the device changes what is drawn beyond rounding.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from tqdm import tqdm
@@ -22,6 +22,15 @@ from sample.config import DtypeName, SchedulerName
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "dpmpp": (DPMSolverMultistepScheduler, {"solver_order": 2}),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+    "euler": (DPMSolverMultistepScheduler, {"solver_order": 1}),
+}
+OWN_SCHEDULER = "bundle_scheduler"
+"""The pipeline's attribute that keeps what its bundle named, whatever it draws with."""
 
 
 def load(
@@ -96,8 +105,20 @@ def draw(
 def use_scheduler(pipeline: "StableDiffusionPipeline", name: SchedulerName) -> None:
     """Gives the pipeline a sampler on the schedule that its bundle was trained on.
 
-    DDIM: Song et al. 2020 (2010.02502). DPM-Solver++ (2M): Lu et al. 2022 (2211.01095).
+    DDIM: Song et al. 2020 (2010.02502). DPM-Solver++ (2M): Lu et al. 2022 (2211.01095); of first
+    order it is DDIM, and Euler's method on rectified flow. UniPC: Zhao et al.
+    2023 (2302.04867). Raises ValueError for DDIM on a bundle of flow.
     """
-    kinds = {"ddim": DDIMScheduler, "dpmpp": DPMSolverMultistepScheduler}
-    if name != "bundle":
-        pipeline.scheduler = kinds[name].from_config(pipeline.scheduler.config)
+    own = getattr(pipeline, OWN_SCHEDULER, pipeline.scheduler)
+    setattr(pipeline, OWN_SCHEDULER, own)
+    is_flow = own.config.prediction_type == "flow_prediction"
+    if name == "ddim" and is_flow:
+        raise ValueError(
+            "--scheduler: the bundle was trained on rectified flow, which DDIM does not know; "
+            "expected dpmpp, unipc, euler (DDIM's counterpart) or bundle, found ddim"
+        )
+    if name == "bundle":
+        pipeline.scheduler = own
+        return
+    kind, settings = SAMPLERS[name]
+    pipeline.scheduler = kind.from_config(own.config, **settings)
