@@ -87,6 +87,7 @@ def draw(
     """
     assert len(prompts) == len(seeds), (len(prompts), len(seeds))
     use_scheduler(pipeline, scheduler)
+    check_steps(pipeline.scheduler, num_steps)
     pictures: list[Image.Image] = []
     with tqdm(total=len(prompts), desc=title, unit="image", disable=None, leave=False) as bar:
         for start in range(0, len(prompts), batch_size):
@@ -122,3 +123,24 @@ def use_scheduler(pipeline: "StableDiffusionPipeline", name: SchedulerName) -> N
         return
     kind, settings = SAMPLERS[name]
     pipeline.scheduler = kind.from_config(own.config, **settings)
+
+
+def check_steps(scheduler: Any, num_steps: int) -> None:
+    """Raises ValueError for more steps than the sampler has timesteps for.
+
+    Flow's steps are finer than its timesteps where there is much noise, and diffusers takes the
+    second of two first steps that fall on one timestep for the first.
+    """
+    num_timesteps = scheduler.config.num_train_timesteps
+    if num_steps > num_timesteps:
+        raise ValueError(
+            f"--num-steps: expected at most the bundle's {num_timesteps} timesteps, "
+            f"found {num_steps}"
+        )
+    scheduler.set_timesteps(num_steps)
+    first = scheduler.timesteps[:2].tolist()
+    if len(first) == 2 and first[0] == first[1]:
+        raise ValueError(
+            f"--num-steps: the first two of {num_steps} steps fall on timestep {first[0]} of the "
+            f"bundle's {num_timesteps}; expected fewer steps"
+        )

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from model import diffusion
@@ -23,7 +23,7 @@ from sample import sampler
 from tests.bundles import make_bundle
 
 MEAN, STD = 0.7, 0.4
-NUM_IMAGES = 16
+NUM_IMAGES = 4
 FLOW = ObjectiveConfig(prediction="flow")
 OBJECTIVES = {
     "epsilon": ObjectiveConfig(),
@@ -138,7 +138,9 @@ def draw(pipeline: StableDiffusionPipeline, start: Tensor, num_steps: int) -> Te
 
 
 def first_latents() -> Tensor:
-    return torch.randn(NUM_IMAGES, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    """Returns noise whose mean is 0 and whose deviation is 1 as they are."""
+    noise = torch.randn(NUM_IMAGES, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return (noise - noise.mean()) / noise.std()
 
 
 CASES = [
@@ -156,7 +158,94 @@ def test_latents_come_out_as_they_were_trained(
     config, start = OBJECTIVES[name], first_latents()
     pipeline = make_pipeline(stock, config, tmp_path)
     sampler.use_scheduler(pipeline, scheduler)
-    drawn = draw(pipeline, start, num_steps=100)
-    torch.testing.assert_close(drawn, exact(config, start), rtol=0, atol=0.03)
-    assert abs(drawn.mean() - MEAN) < 0.02
+    drawn = draw(pipeline, start, num_steps=config.num_timesteps // 4)
+    first_order = scheduler in ("ddim", "euler") or (scheduler, config.flow_shift) == ("bundle", 1)
+    tolerance = 0.045 if first_order else 0.02
+    torch.testing.assert_close(drawn, exact(config, start), rtol=0, atol=tolerance)
+    # Where the last level is not pure noise, the mean is missed by design (Lin et al. 2023).
+    assert abs(drawn.mean() - MEAN) < (0.03 if "scaled" in name else 0.01)
     assert abs(drawn.std() - STD) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("trained", "sampled"),
+    [
+        ("v", "v cosine"),
+        ("v", "epsilon"),
+        ("v", "sample"),
+        ("v zero snr", "sample zero snr"),
+        ("flow", "v"),
+    ],
+)
+def test_a_sampler_of_another_objective_misses(
+    stock: StableDiffusionPipeline, tmp_path: Path, trained: str, sampled: str
+) -> None:
+    pipeline = make_pipeline(stock, OBJECTIVES[sampled], tmp_path)
+    pipeline.unet.forward = best_denoiser(OBJECTIVES[trained])
+    missed = draw(pipeline, first_latents(), 250) - exact(OBJECTIVES[trained], first_latents())
+    assert missed.abs().max() > 0.08
+
+
+@pytest.mark.parametrize("scheduler", ["bundle", "dpmpp", "unipc", "euler"])
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_the_denoiser_is_told_a_noise_level_as_in_training(
+    stock: StableDiffusionPipeline, tmp_path: Path, scheduler: Any, shift: float
+) -> None:
+    config = replace(FLOW, flow_shift=shift)
+    pipeline = make_pipeline(stock, config, tmp_path)
+    sampler.use_scheduler(pipeline, scheduler)
+    pipeline.scheduler.set_timesteps(25)
+    sigmas = pipeline.scheduler.sigmas[:-1]
+    told = pipeline.scheduler.timesteps
+    assert (told - (sigmas.double() * 1000)).abs().max() < 1  # training: the whole part
+    unshifted = torch.linspace(1.0, 0.04, 25)
+    expected = shift * unshifted / (1 + (shift - 1) * unshifted)
+    torch.testing.assert_close(sigmas, expected, rtol=0, atol=4e-3)
+
+
+def test_euler_is_diffusers_own_on_flow(stock: StableDiffusionPipeline, tmp_path: Path) -> None:
+    pipeline = make_pipeline(stock, FLOW, tmp_path)
+    sampler.use_scheduler(pipeline, "euler")
+    pipeline.scheduler.set_timesteps(20)
+    timesteps, sigmas = pipeline.scheduler.timesteps, pipeline.scheduler.sigmas
+    euler = FlowMatchEulerDiscreteScheduler()
+    euler.set_timesteps(sigmas=sigmas[:-1].tolist())
+    latents = first_latents()
+    for whole, t in zip(timesteps, euler.timesteps, strict=True):
+        latents = euler.step(best_denoiser(FLOW)(latents, whole)[0], t, latents).prev_sample
+    torch.testing.assert_close(draw(pipeline, first_latents(), 20), latents, rtol=0, atol=1e-5)
+
+
+def test_euler_is_ddim_elsewhere(stock: StableDiffusionPipeline, tmp_path: Path) -> None:
+    pipeline = make_pipeline(stock, OBJECTIVES["v"], tmp_path)
+    drawn = []
+    for scheduler in ("ddim", "euler"):
+        sampler.use_scheduler(pipeline, scheduler)  # type: ignore[arg-type]
+        drawn.append(draw(pipeline, first_latents(), 10))
+    torch.testing.assert_close(*drawn, rtol=0, atol=1e-4)
+
+
+def test_choosing_a_sampler_leaves_nothing_behind(
+    stock: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline = make_pipeline(stock, FLOW, tmp_path)
+    own = pipeline.scheduler
+    for scheduler in ("euler", "unipc", "dpmpp"):
+        sampler.use_scheduler(pipeline, scheduler)  # type: ignore[arg-type]
+    assert pipeline.scheduler.config.solver_order == 2
+    sampler.use_scheduler(pipeline, "bundle")
+    assert pipeline.scheduler is own
+
+
+def test_samplers_that_cannot_draw_are_refused(
+    stock: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipeline = make_pipeline(stock, replace(FLOW, num_timesteps=50, flow_shift=4.0), tmp_path)
+    with pytest.raises(ValueError, match=r"--scheduler: .* expected dpmpp, unipc, euler .* ddim"):
+        sampler.use_scheduler(pipeline, "ddim")
+    prompts: dict[str, Any] = {"prompts": ["a"], "seeds": [0], "guidance_scale": 1.0}
+    with pytest.raises(ValueError, match=r"--num-steps: expected at most .* 50 .* found 51"):
+        sampler.draw(pipeline, num_steps=51, **prompts)
+    with pytest.raises(ValueError, match=r"first two of 40 steps fall on timestep 49 .* fewer"):
+        sampler.draw(pipeline, num_steps=40, **prompts)
+    sampler.draw(pipeline, num_steps=5, **prompts)
