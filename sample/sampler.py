@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {}),
-    "dpmpp": (DPMSolverMultistepScheduler, {"solver_order": 2}),
-    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
+    "dpmpp": (DPMSolverMultistepScheduler, {}),
+    "unipc": (UniPCMultistepScheduler, {}),
     "euler": (DPMSolverMultistepScheduler, {"solver_order": 1}),
 }
 OWN_SCHEDULER = "bundle_scheduler"
