@@ -21,6 +21,7 @@ from model.bundle import sampling_scheduler
 from model.diffusion import ObjectiveConfig, make_scheduler
 from sample import sampler
 from tests.bundles import make_bundle
+from train.batches import draw as draw_numbers
 
 MEAN, STD = 0.7, 0.4
 NUM_IMAGES = 4
@@ -167,6 +168,66 @@ def test_latents_come_out_as_they_were_trained(
     assert abs(drawn.std() - STD) < 0.02
 
 
+def fitted_denoiser(config: ObjectiveConfig) -> Callable[..., tuple[Tensor]]:
+    """Returns the line that fits training's targets best, a line for each timestep.
+
+    All it knows are the numbers drawn for a batch and the loss: that of an answer of zero has the
+    target as its slope.
+    """
+    numbers = draw_numbers(0, 0, 40_000, (1, 4, 4), config)
+    latents = MEAN + STD * numbers.posterior_noise
+    seen: list[Tensor] = []
+
+    def answer_zero(noisy: Tensor, timesteps: Tensor, **_: Any) -> tuple[Tensor]:
+        seen.extend((noisy, timesteps, torch.zeros_like(noisy, requires_grad=True)))
+        return (seen[2],)
+
+    loss = diffusion.loss(
+        answer_zero,  # type: ignore[arg-type]
+        diffusion.alpha_bar(config),
+        latents,
+        torch.zeros(len(latents), 1, 1),
+        numbers.noise,
+        numbers.timesteps,
+        prediction=config.prediction,
+    )
+    loss.sum().backward()
+    noisy, timesteps, answer = seen
+    assert answer.grad is not None
+    target = -answer.grad * latents[0].numel() / 2
+    lines = torch.empty(config.num_timesteps, 2)
+    for timestep in range(config.num_timesteps):
+        x, y = noisy[timesteps == timestep].flatten(), target[timesteps == timestep].flatten()
+        gain = ((x - x.mean()) * (y - y.mean())).mean() / x.var()
+        lines[timestep] = torch.stack([gain, y.mean() - gain * x.mean()])
+    return lambda x, timestep, *_, **__: (lines[timestep, 0] * x + lines[timestep, 1],)
+
+
+COSINE = ObjectiveConfig(beta_schedule="squaredcos_cap_v2", num_timesteps=200)
+LEARNED = {
+    "epsilon": COSINE,
+    "v": replace(COSINE, prediction="v", beta_schedule="linear", zero_terminal_snr=True),
+    "sample": replace(COSINE, prediction="sample"),
+    "flow": replace(FLOW, num_timesteps=200),
+    "flow shift 2": replace(
+        FLOW, num_timesteps=200, flow_shift=2.0, timestep_sampling="logit_normal", logit_std=1.5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_what_was_learned_is_what_is_drawn(
+    stock: StableDiffusionPipeline, tmp_path: Path, name: str
+) -> None:
+    pipeline = make_pipeline(stock, LEARNED[name], tmp_path)
+    pipeline.unet.forward = fitted_denoiser(LEARNED[name])
+    for scheduler in ("bundle", "dpmpp", "unipc"):
+        sampler.use_scheduler(pipeline, scheduler)  # type: ignore[arg-type]
+        drawn = draw(pipeline, first_latents(), 50)
+        assert abs(drawn.mean() - MEAN) < 0.02
+        assert abs(drawn.std() - STD) < 0.03
+
+
 @pytest.mark.parametrize(
     ("trained", "sampled"),
     [
@@ -249,3 +310,19 @@ def test_samplers_that_cannot_draw_are_refused(
     with pytest.raises(ValueError, match=r"first two of 40 steps fall on timestep 49 .* fewer"):
         sampler.draw(pipeline, num_steps=40, **prompts)
     sampler.draw(pipeline, num_steps=5, **prompts)
+    pipeline = make_pipeline(stock, OBJECTIVES["v"], tmp_path)
+    for scheduler in ("ddim", "bundle"):
+        with pytest.raises(ValueError, match=r"--num-steps: DDIM .* divisor .* euler.* found 30"):
+            sampler.draw(pipeline, num_steps=30, scheduler=scheduler, **prompts)  # type: ignore[arg-type]
+
+
+def test_diffusers_ddim_needs_steps_that_divide(
+    stock: StableDiffusionPipeline, tmp_path: Path
+) -> None:
+    """Where this fails, diffusers is mended, and `check_steps` need not refuse them."""
+    pipeline = make_pipeline(stock, OBJECTIVES["v cosine"], tmp_path)
+    spread = [draw(pipeline, first_latents(), num_steps).std() for num_steps in (125, 150)]
+    assert abs(spread[0] / STD - 1) < 0.02
+    assert spread[1] / STD - 1 > 0.05
+    sampler.use_scheduler(pipeline, "euler")
+    assert abs(draw(pipeline, first_latents(), 150).std() / STD - 1) < 0.02
