@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-SchedulerName = Literal["ddim", "dpmpp", "bundle"]
+from sample.config import SchedulerName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class EvaluationConfig:
     num_steps: int = 20
     """Steps of the sampler."""
     scheduler: SchedulerName = "dpmpp"
-    """dpmpp: DPM-Solver++ (2M); ddim: DDIM; bundle: what the bundle names."""
+    """As `sample.run` takes it: dpmpp, unipc, euler, ddim or bundle."""
     batch_size: int = 32
     """Pictures drawn at once."""
     clip: str = "scenes/encoders/clip"

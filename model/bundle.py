@@ -18,13 +18,14 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
-    DDPMScheduler,
+    DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from model.diffusion import Schedule
 from model.encoders import (
     Autoencoder,
     is_stock_text,
@@ -48,7 +49,7 @@ def save_bundle(
     vae: Autoencoder,
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
-    scheduler: DDPMScheduler,
+    scheduler: Schedule,
     max_tokens: int,
     info: Mapping[str, Any],
     dtype: StorageDtype = "float32",
@@ -177,13 +178,16 @@ def _identity(name: str, num: int) -> dict[str, Tensor]:
     return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(num)}
 
 
-def sampling_scheduler(scheduler: DDPMScheduler) -> DDIMScheduler:
-    """Returns the DDIM sampler (Song et al. 2020, 2010.02502) of the schedule trained on.
+def sampling_scheduler(scheduler: Schedule) -> DDIMScheduler | DPMSolverMultistepScheduler:
+    """Returns the sampler of the schedule trained on: DDIM (Song et al. 2020, 2010.02502).
 
     Timesteps count back from the last one, where training saw (nearly) pure noise, and the last
     step gives the predicted clean latent. `steps_offset` has no effect on that spacing, but
-    `StableDiffusionPipeline` warns of any other value.
+    `StableDiffusionPipeline` warns of any other value. Flow's schedule is a sampler already: DDIM
+    does not know flow, and the pipeline cannot use diffusers' Euler sampler of it.
     """
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
+        return scheduler
     return DDIMScheduler.from_config(
         scheduler.config, set_alpha_to_one=True, steps_offset=1, clip_sample=False
     )

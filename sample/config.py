@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-SchedulerName = Literal["ddim", "dpmpp", "bundle"]
+SchedulerName = Literal["ddim", "dpmpp", "unipc", "euler", "bundle"]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 
 
@@ -34,7 +34,8 @@ class SampleConfig:
     num_steps: int = 25
     """Steps of the sampler."""
     scheduler: SchedulerName = "dpmpp"
-    """dpmpp: DPM-Solver++ (2M); ddim: DDIM; bundle: what the bundle names."""
+    """dpmpp: DPM-Solver++ (2M); unipc: UniPC; euler: one first-order step each; ddim: the same as
+    euler, but not for a bundle of rectified flow; bundle: what the bundle names."""
     batch_size: int = 16
     """Pictures drawn at once; changes their last bits at most."""
     device: str = "auto"

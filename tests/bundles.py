@@ -11,9 +11,10 @@ from model.encoders import load_text_encoder, load_vae
 from tests import tiny
 
 MAX_TOKENS = 24
+VELOCITY = ObjectiveConfig(prediction="v")
 
 
-def make_bundle(folder: Path) -> Path:
+def make_bundle(folder: Path, objective: ObjectiveConfig = VELOCITY) -> Path:
     """Writes a bundle whose pictures are noise, but the same noise each time."""
     folders = tiny.encoders()
     tokenizer, text_encoder = load_text_encoder(folders.clip)
@@ -33,7 +34,7 @@ def make_bundle(folder: Path) -> Path:
         vae=load_vae(folders.vae),
         tokenizer=tokenizer,
         text_encoder=text_encoder,
-        scheduler=make_scheduler(ObjectiveConfig(prediction="v")),
+        scheduler=make_scheduler(objective),
         max_tokens=MAX_TOKENS,
         info={
             "name": "tiny",

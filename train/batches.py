@@ -24,7 +24,7 @@ class Draws:
     """All random numbers of a step, along the first axis by position in the batch."""
 
     drop: Tensor  # (B,) bool: train on the empty prompt
-    timesteps: Tensor  # (B,) int64
+    timesteps: Tensor  # (B,) int64, of flow float32
     posterior_noise: Tensor  # (B, C, h, w) float32
     noise: Tensor  # (B, C, h, w) float32
 
@@ -36,15 +36,23 @@ def draw(
     latent_shape: tuple[int, int, int],
     objective: ObjectiveConfig,
 ) -> Draws:
-    """Draws the random numbers of a step's global batch."""
+    """Draws the random numbers of a step's global batch.
+
+    What offset noise adds (Guttenberg 2023) is drawn last, so that no other number depends on it.
+    """
     generator = torch.Generator().manual_seed(mixed_seed(seed, "draws", step))
     shape = (batch_size, *latent_shape)
     u = torch.rand(2, batch_size, dtype=torch.float64, generator=generator)
+    posterior_noise = torch.randn(shape, generator=generator)
+    noise = torch.randn(shape, generator=generator)
+    if objective.offset_noise:
+        offset = torch.randn((*shape[:2], 1, 1), generator=generator)
+        noise += objective.offset_noise * offset
     return Draws(
         drop=u[0] < objective.caption_dropout,
         timesteps=sample_timesteps(u[1], objective),
-        posterior_noise=torch.randn(shape, generator=generator),
-        noise=torch.randn(shape, generator=generator),
+        posterior_noise=posterior_noise,
+        noise=noise,
     )
 
 
@@ -56,7 +64,7 @@ class Batch:
     text: Tensor  # (b, T, D) float16, or int8 in units of the shards' text_scale
     tokens: Tensor  # (b, T) int32
     drop: Tensor  # (b,) bool
-    timesteps: Tensor  # (b,) int64
+    timesteps: Tensor  # (b,) int64, of flow float32
     posterior_noise: Tensor  # (b, C, h, w) float32
     noise: Tensor  # (b, C, h, w) float32
 

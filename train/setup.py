@@ -222,11 +222,10 @@ def make_source(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> So
 
 def make_objective(config: TrainConfig, plan: Plan, device: torch.device) -> Objective:
     """Returns the objective of a run."""
-    schedule = diffusion.make_scheduler(config.objective)
     scale = plan.shards.text_scale
     shift, latent_scale = latent_affine(plan.vae)
     return Objective(
-        alpha_bar=schedule.alphas_cumprod.to(device),
+        alpha_bar=diffusion.alpha_bar(config.objective).to(device),
         empty_text=plan.shards.empty_text.float().to(device),
         text_scale=None if scale is None else scale.to(device),
         latent_shift=shift.to(device),

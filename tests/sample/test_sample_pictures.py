@@ -105,7 +105,7 @@ def test_a_run_without_a_bundle_of_its_own_draws_from_the_shipped_one(
         (["--guidance-scale", "0.5"], "--guidance-scale: expected at least 1, found 0.5"),
         (["--num-steps", "0"], "--num-steps: expected at least 1, found 0"),
         (["--seed", "-1"], "--seed: expected at least 0, found -1"),
-        (["--scheduler", "euler"], "scheduler"),
+        (["--scheduler", "heun"], "scheduler"),
     ],
 )
 def test_wrong_settings_are_refused(flags: list[str], message: str) -> None:

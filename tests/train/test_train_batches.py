@@ -14,7 +14,25 @@ from train.batches import Batch, Source, draw
 NUM_CHANNELS = 4
 
 
-def make_source(folder: Path, *, rank: int = 0, num_processes: int = 1, seed: int = 0) -> Source:
+PLAIN = ObjectiveConfig(caption_dropout=0.5)
+FLOW = ObjectiveConfig(caption_dropout=0.5, prediction="flow", flow_shift=2.0)
+OFFSET = ObjectiveConfig(caption_dropout=0.5, offset_noise=0.1)
+GOLDEN_DROP = [False, True, False, False, False, False]
+GOLDEN_TIMESTEPS = [122, 630, 661, 372, 226, 260]
+GOLDEN_NOISE = [
+    [-0.0043835933, 0.7148037553, -0.8508150578, -0.7317996025],
+    [-1.5581511259, 0.6144677997, -1.9882444143, 0.7645993233],
+]
+
+
+def make_source(
+    folder: Path,
+    *,
+    rank: int = 0,
+    num_processes: int = 1,
+    seed: int = 0,
+    objective: ObjectiveConfig = PLAIN,
+) -> Source:
     """A source of batches of six."""
     shards = open_shards(folder)
     order = shards.order(batch_size=6, seed=seed)
@@ -23,7 +41,7 @@ def make_source(folder: Path, *, rank: int = 0, num_processes: int = 1, seed: in
         seed=seed,
         batch_size=6,
         latent_channels=NUM_CHANNELS,
-        objective=ObjectiveConfig(caption_dropout=0.5),
+        objective=objective,
         rank=rank,
         num_processes=num_processes,
         pin_memory=False,
@@ -44,6 +62,56 @@ def test_draws_are_uniform_and_normal() -> None:
         assert abs(noise.mean()) < 0.03
         assert abs(noise.std() - 1) < 0.03
     assert abs((draws.noise * draws.posterior_noise).mean()) < 0.03
+
+
+def test_draws_are_those_of_always() -> None:
+    """A change of these numbers would make every finished run another."""
+    draws = draw(3, 7, 6, (2, 2, 2), ObjectiveConfig(caption_dropout=0.5))
+    assert draws.drop.tolist() == GOLDEN_DROP
+    assert draws.timesteps.tolist() == GOLDEN_TIMESTEPS
+    for noise, expected in zip((draws.posterior_noise, draws.noise), GOLDEN_NOISE, strict=True):
+        torch.testing.assert_close(noise[-1, 1].flatten(), torch.tensor(expected))
+
+
+def test_offset_noise_is_one_number_per_channel_of_the_size_asked_for() -> None:
+    shape = (4, 4, 4)
+    plain = draw(0, 5, 2048, shape, ObjectiveConfig())
+    draws = draw(0, 5, 2048, shape, ObjectiveConfig(offset_noise=0.5))
+    for name in ("drop", "timesteps", "posterior_noise"):
+        assert torch.equal(getattr(draws, name), getattr(plain, name))
+    offset = draws.noise - plain.noise
+    assert torch.allclose(offset, offset[..., :1, :1], atol=1e-6)
+    offset = offset[..., 0, 0]  # (B, C)
+    assert abs(offset.mean()) < 0.02
+    assert abs(offset.std() - 0.5) < 0.01
+    assert torch.corrcoef(offset.T).fill_diagonal_(0).abs().max() < 0.06
+    assert abs((offset * plain.noise.mean(dim=(2, 3))).mean()) < 0.01  # independent of the noise
+    assert abs(draws.noise.var() - 1.25) < 0.03  # 1 + 0.5^2
+
+
+def test_flows_times_are_drawn_with_their_fractions() -> None:
+    settings = {"timestep_sampling": "logit_normal", "logit_mean": 0.4}
+    whole = draw(0, 5, 512, (1, 2, 2), ObjectiveConfig(**settings)).timesteps
+    flow = ObjectiveConfig(prediction="flow", **settings)
+    exact = draw(0, 5, 512, (1, 2, 2), flow).timesteps
+    assert whole.dtype == torch.int64 and exact.dtype == torch.float32
+    assert torch.equal(exact.long(), whole)  # the same number decides both
+    assert 0.4 < exact.frac().mean() < 0.6
+
+
+@pytest.mark.parametrize("objective", [FLOW, OFFSET], ids=["flow", "offset"])
+def test_every_objectives_batches_are_divided_alike(
+    shards: Path, objective: ObjectiveConfig
+) -> None:
+    whole = make_source(shards, objective=objective).batch(11)
+    shares = [
+        make_source(shards, rank=rank, num_processes=3, objective=objective).batch(11)
+        for rank in range(3)
+    ]
+    joined = Batch(
+        **{f.name: torch.cat([getattr(b, f.name) for b in shares]) for f in fields(Batch)}
+    )
+    assert_equal(joined, whole)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 6])
