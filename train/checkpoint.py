@@ -130,29 +130,36 @@ def _damaged(checkpoint: Path, error: Exception) -> ValueError:
 
 
 def _moments(state: TrainState) -> dict[str, Tensor]:
-    """Returns AdamW's state by parameter name, `conv_in.weight/exp_avg` and so on."""
+    """Returns AdamW's state by parameter name, `conv_in.weight/exp_avg` and so on.
+
+    8-bit AdamW counts its steps in Python: as an int64 tensor here; and its parameters share maps
+    from 8 bits to numbers, of which each gets a copy, since a file has no shared tensors.
+    """
     names = {parameter: name for name, parameter in state.unet.named_parameters()}
     return {
-        f"{names[parameter]}/{kind}": tensor
+        f"{names[parameter]}/{kind}": value.clone() if "map" in kind else torch.as_tensor(value)
         for parameter, entry in state.optimizer.optimizer.state.items()
-        for kind, tensor in entry.items()
+        for kind, value in entry.items()
     }
 
 
 def _load_moments(state: TrainState, moments: Mapping[str, Tensor]) -> None:
-    """Restores AdamW's state as the fused kernel wants it.
+    """Restores AdamW's state as its kernels want it.
 
     A step count lies on the device, a moment in its parameter's memory format, which files lose.
     """
-    kinds = sorted({name.rpartition("/")[2] for name in moments})
-    for name, parameter in state.unet.named_parameters():
-        entry = {kind: moments[f"{name}/{kind}"].to(parameter.device) for kind in kinds}
-        state.optimizer.optimizer.state[parameter] = {
-            kind: torch.empty_like(parameter).copy_(sharding.part_of(t, parameter))
-            if t.shape == parameter.shape
-            else t
-            for kind, t in entry.items()
-        }
+    parameters = dict(state.unet.named_parameters())
+    entries = state.optimizer.optimizer.state
+    for key, tensor in moments.items():
+        name, _, kind = key.rpartition("/")
+        parameter = parameters[name]
+        if tensor.shape == parameter.shape:
+            mine = sharding.part_of(tensor, parameter)
+            entries[parameter][kind] = torch.empty_like(parameter, dtype=mine.dtype).copy_(mine)
+        elif tensor.dtype == torch.int64:
+            entries[parameter][kind] = int(tensor)
+        else:
+            entries[parameter][kind] = tensor.to(parameter.device)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

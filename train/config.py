@@ -16,6 +16,9 @@ Precision = Literal["no", "fp16", "bf16"]
 class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019, 1711.05101) and its learning rate over the steps."""
 
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit`: bitsandbytes', whose moments take 2 bytes a weight in place of 8 (pip install
+    'latent-t2i[8bit]'); the host then waits for the device once a step."""
     learning_rate: float = 1e-4
     """The highest rate, reached after the warm-up."""
     warmup_steps: int = 0
@@ -107,6 +110,14 @@ class TrainConfig:
     """Compile the denoiser with torch.compile: a slow first step, faster ones after."""
     channels_last: bool = False
     """Keep activations channels-last, which convolutions on a GPU prefer in half precision."""
+    cuda_graph: bool = False
+    """Record a whole step as a CUDA graph and play it back, for small latents or batches, whose
+    steps the launches of kernels would hold up. On one GPU."""
+    gradient_checkpointing: bool = False
+    """Compute activations anew in the backward pass: less memory, about a third more work."""
+    tf32: bool = True
+    """Let a GPU round the factors of float32 products to TF32, which bf16 and fp16 training hardly
+    has any of; float32 training is several times faster."""
     fsdp: bool = False
     """Share out weights, gradients, moments and averages over the processes (FSDP), for a network
     that does not fit into one GPU's memory."""
@@ -148,6 +159,9 @@ class TrainConfig:
                 "fsdp: its gradients have no loss scale for fp16; expected mixed_precision bf16 "
                 "or no, found fp16"
             )
+        if self.optim.kind == "adamw8bit" and (self.fsdp or self.cuda_graph):
+            other = "fsdp" if self.fsdp else "cuda_graph"
+            raise ValueError(f"optim.kind: expected adamw with {other}, found adamw8bit")
         for name in ("seed", "max_bad_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.bundle import INFO_FILE, read_info, save_bundle
 from model.diffusion import make_scheduler
@@ -22,6 +22,7 @@ from shards.order import mixed_seed
 from train import checkpoint, optim, sharding
 from train.batches import Batch
 from train.config import TrainConfig
+from train.graph import Outcome, Recorder, StepGraph
 from train.progress import shorten
 from train.setup import Run, start
 from train.stop import Reason, Stop
@@ -57,21 +58,24 @@ def loop(run: Run, stop: Stop) -> Reason:
     parameters = list(state.unet.parameters())
     rank = run.accelerator.process_index
     every, saved, kept = config.ema.snapshot_every_steps, state.step, state.step
+    graph = None if run.recorder is None else record_steps(run, run.recorder, parameters)
     ledger.read()  # the time until here is set-up
     with contextlib.closing(run.source.batches(state.step, plan.num_steps)) as batches:
         while (reason := stop.reason(state.step, state.train_s)) is None:
             with ledger.phase("data"):
-                batch = next(batches)
+                batch = run.courier.next(batches)
             with ledger.phase("copy"):
-                batch = batch.to(run.accelerator.device)
-            with ledger.phase("denoise"):
-                torch.manual_seed(mixed_seed(config.seed, "dropout", state.step, rank))
-                loss = accumulate_gradients(run, batch)
-            with ledger.phase("optimiser"):
-                rate = optim.learning_rate(config.optim, state.step, plan.num_steps)
-                norm, skipped = optim.update(
-                    state.optimizer, parameters, rate=rate, max_norm=config.optim.max_grad_norm
-                )
+                batch = run.courier.bring(batch)
+            rate = optim.learning_rate(config.optim, state.step, plan.num_steps)
+            torch.manual_seed(mixed_seed(config.seed, "dropout", state.step, rank))
+            if graph is not None:
+                with ledger.phase("denoise"):  # and the update with it
+                    loss, norm, skipped = graph(batch, rate)
+            else:
+                with ledger.phase("denoise"):
+                    loss = accumulate_gradients(run, batch)
+                with ledger.phase("optimiser"):
+                    norm, skipped = update(run, parameters, rate)
             with ledger.phase("ema"):
                 state.ema.update(parameters, state.step)
             state.step += 1
@@ -114,6 +118,22 @@ def accumulate_gradients(run: Run, batch: Batch) -> Tensor:
             run.accelerator.backward(loss)
         total += loss.detach()
     return total
+
+
+def update(run: Run, parameters: list[nn.Parameter], rate: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Updates the weights or skips; returns the gradients' norm and whether, on the device."""
+    max_norm = run.config.optim.max_grad_norm
+    return optim.update(run.state.optimizer, parameters, rate=rate, max_norm=max_norm)
+
+
+def record_steps(run: Run, recorder: Recorder, parameters: list[nn.Parameter]) -> StepGraph:
+    """Returns what takes steps by playing one back."""
+
+    def take_step(batch: Batch, rate: Tensor) -> Outcome:
+        loss = accumulate_gradients(run, batch)
+        return loss, *update(run, parameters, rate)
+
+    return StepGraph(take_step, run.accelerator.device, recorder)
 
 
 def report(run: Run) -> None:

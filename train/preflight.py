@@ -26,6 +26,7 @@ from shards.reader import ShardSet, require_encoders
 from shards.remote import is_remote
 from shards.schema import Identity
 from train.config import DataConfig, TrainConfig
+from train.optim import check_bitsandbytes
 
 USED_BY = {
     "cache_dir": ("cache",),
@@ -67,6 +68,8 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
 
     Raises ValueError naming the setting, what was found and what would be right.
     """
+    if config.optim.kind == "adamw8bit":
+        check_bitsandbytes()
     micro_batch_size = split_batch(config.batch_size, config.micro_batch_size, num_processes)
     root = output_root()
     location = find_shards(config.shards or str(root / "shards" / "data" / config.name / "train"))
@@ -81,6 +84,7 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
         last_batch=config.data.last_batch,
     )
     check_order(shards, order, access, num_processes)
+    check_graph(config.cuda_graph, num_processes, shards)
     vae = load_vae(*choose(config.vae, manifest.vae))
     for shape in shards.latent_shapes:
         text_name = manifest.text_encoder.name
@@ -220,6 +224,16 @@ def describe_sharing(fsdp: bool, num_processes: int) -> Iterator[str]:
     """Yields that there is nobody to share a network with, where that is so."""
     if fsdp and num_processes == 1:
         yield "fsdp: one process, so the whole network is in it"
+
+
+def check_graph(cuda_graph: bool, num_processes: int, shards: ShardSet | BucketedShards) -> None:
+    """Refuses steps that cannot be recorded once for all."""
+    if cuda_graph and num_processes > 1:
+        raise ValueError(f"cuda_graph: expected one process, found {num_processes}")
+    if cuda_graph and len(shards.latent_shapes) > 1:
+        raise ValueError(
+            f"cuda_graph: expected batches of one shape, found {len(shards.latent_shapes)} buckets"
+        )
 
 
 def check_tokenizer(expected: str, found: str) -> None:

@@ -20,6 +20,8 @@ from train import checkpoint, sharding
 from train.batches import Batch, Source
 from train.checkpoint import TrainState
 from train.config import Precision, TrainConfig
+from train.copies import Courier
+from train.graph import CudaRecorder, Recorder
 from train.ledger import Ledger
 from train.optim import make_optimizer
 from train.preflight import Plan, validate
@@ -75,6 +77,9 @@ class Run:
     """The denoiser as it is called: `state.unet`, wrapped and maybe compiled."""
     objective: Objective
     source: Source
+    courier: Courier
+    recorder: Recorder | None
+    """What records a step, if it is to be."""
     ledger: Ledger
     progress: Progress
 
@@ -82,17 +87,22 @@ class Run:
 def start(config: TrainConfig) -> Run:
     """Checks a configuration, builds its run and restores its newest checkpoint, if any."""
     accelerator = make_accelerator(config.mixed_precision)
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.tf32
     plan = validate(config, accelerator.num_processes)
     state, model = make_state(config, plan, accelerator)
+    device = accelerator.device
     run = Run(
         config=config,
         plan=plan,
         accelerator=accelerator,
         state=state,
         model=model,
-        objective=make_objective(config, plan, accelerator.device),
+        objective=make_objective(config, plan, device),
         source=make_source(config, plan, accelerator),
-        ledger=Ledger(accelerator.device),
+        courier=Courier(device),
+        recorder=CudaRecorder(device) if config.cuda_graph and device.type == "cuda" else None,
+        ledger=Ledger(device),
         progress=Progress(accelerator, plan.folder, config.log_every_steps),
     )
     changes = resume(plan, state)
@@ -101,6 +111,8 @@ def start(config: TrainConfig) -> Run:
         text = json.dumps({"train": asdict(config)}, indent=1)
         (plan.folder / "config.json").write_text(text + "\n")
     run.progress.open(state.step, plan.num_steps, state.metrics)
+    if config.cuda_graph and run.recorder is None:
+        changes.append("cuda_graph: needs a GPU, found none: steps are taken as they come")
     for note in (*plan.notes, *changes):
         run.progress.say(note)
     return run
@@ -169,6 +181,8 @@ def make_state(
         device_type=accelerator.device.type,
         precision=accelerator.mixed_precision,
     )
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     unet.to(accelerator.device, memory_format=memory_format)
     shared = config.fsdp and accelerator.num_processes > 1
@@ -180,7 +194,9 @@ def make_state(
         device_placement=False,
         evaluation_mode=shared,  # no DistributedDataParallel around what FSDP has shared out
     )
-    optimizer = accelerator.prepare(make_optimizer(config.optim, unet.parameters()))
+    optimizer = accelerator.prepare(
+        make_optimizer(config.optim, unet.parameters(), capturable=config.cuda_graph)
+    )
     return TrainState(unet=unet, ema=ema, optimizer=optimizer), model.train()
 
 
