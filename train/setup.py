@@ -16,7 +16,7 @@ from model.diffusion import Prediction
 from model.ema import EMA
 from model.encoders import latent_affine
 from shards.access import make_loader
-from train import checkpoint
+from train import checkpoint, initial
 from train.batches import Batch, Source
 from train.checkpoint import TrainState
 from train.config import Precision, TrainConfig
@@ -77,6 +77,7 @@ def start(config: TrainConfig) -> Run:
     """Checks a configuration, builds its run and restores its newest checkpoint, if any."""
     accelerator = make_accelerator(config.mixed_precision)
     plan = validate(config, accelerator.num_processes)
+    config = plan.config
     state, model = make_state(config, plan, accelerator)
     run = Run(
         config=config,
@@ -151,6 +152,8 @@ def make_state(
         sample_size=height if height == width else (height, width),
         text_width=plan.shards.manifest.text_width,
     )
+    if plan.initial is not None:
+        initial.load(plan.initial, unet)
     denoiser.choose_attention(
         unet,
         config.model.attention_kernel,
