@@ -4,7 +4,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -20,6 +21,7 @@ from train import checkpoint, initial
 from train.batches import Batch, Source
 from train.checkpoint import TrainState
 from train.config import Precision, TrainConfig
+from train.estimate import survey
 from train.ledger import Ledger
 from train.optim import make_optimizer
 from train.preflight import Plan, validate
@@ -78,6 +80,7 @@ def start(config: TrainConfig) -> Run:
     accelerator = make_accelerator(config.mixed_precision)
     plan = validate(config, accelerator.num_processes)
     config = plan.config
+    lines = survey(plan, accelerator)
     state, model = make_state(config, plan, accelerator)
     run = Run(
         config=config,
@@ -96,9 +99,27 @@ def start(config: TrainConfig) -> Run:
         text = json.dumps({"train": asdict(config)}, indent=1)
         (plan.folder / "config.json").write_text(text + "\n")
     run.progress.open(state.step, plan.num_steps, state.metrics)
-    for note in (*plan.notes, *changes):
+    for note in (*lines, *plan.notes, *changes):
         run.progress.say(note)
     return run
+
+
+def rehearse(config: TrainConfig) -> Path:
+    """Checks a configuration and its run so far, prints what it takes and returns its folder.
+
+    Nothing is built and nothing written. Raises ValueError for all that `start` does.
+    """
+    accelerator = make_accelerator(config.mixed_precision)
+    plan = validate(replace(config, dry_run=False), accelerator.num_processes)
+    lines = [*survey(plan, accelerator), *plan.notes]
+    found = checkpoint.find_all(plan.folder / "checkpoints")
+    if found:
+        before = checkpoint.read_state(found[-1])["settings"]
+        lines += checkpoint.compare_settings(before, plan.settings, plan.folder)
+        lines.append(f"would go on from {found[-1]}")
+    for line in lines if accelerator.is_main_process else ():
+        print(line)
+    return plan.folder
 
 
 def make_accelerator(precision: Precision) -> Accelerator:

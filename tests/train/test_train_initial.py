@@ -29,7 +29,7 @@ SD1 = {
     "norm_num_groups": 8,
     "cross_attention_dim": tiny.TEXT_WIDTH,
 }
-"""Stable Diffusion 1's config.json leaves the rest to diffusers' defaults; widths are a fortieth."""
+"""Stable Diffusion 1 leaves the rest to diffusers' defaults; its widths are 40 times these."""
 SD2 = SD1 | {"attention_head_dim": (1, 2, 4, 4), "use_linear_projection": True}
 SMALL = DenoiserConfig(channels=(8, 16, 32, 32), norm_num_groups=8)
 
