@@ -27,6 +27,10 @@ class DenoiserConfig:
     """Whether each level attends to itself and the text. The middle always does."""
     attention_head_dim: int = 8
     """Number of attention heads of every level: diffusers' name, which says something else."""
+    heads: tuple[int, ...] = ()
+    """Attention heads by level, in place of attention_head_dim; Stable Diffusion 2: 5 10 20 20."""
+    linear_projection: bool = False
+    """Attention blocks begin and end with linear layers, not convolutions: Stable Diffusion 2."""
     attention_kernel: AttentionKernel = "auto"
     """`sdpa`, `plain` (diffusers' AttnProcessor), or `auto`: plain for bf16 on a CPU, else sdpa."""
     transformer_layers: int = 1
@@ -49,6 +53,14 @@ class DenoiserConfig:
             bad = [width for width in self.channels if divisor < 1 or width % divisor]
             if bad:
                 raise ValueError(f"model.{name}: {divisor} does not divide the width {bad[0]}")
+        if self.heads and len(self.heads) != len(self.channels):
+            raise ValueError(
+                f"model.heads: expected one number per level of model.channels "
+                f"({len(self.channels)}) or none, found {len(self.heads)}"
+            )
+        for heads, width in zip(self.heads, self.channels, strict=False):
+            if heads < 1 or width % heads:
+                raise ValueError(f"model.heads: {heads} does not divide the width {width}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout: expected 0 <= p < 1, found {self.dropout}")
 
@@ -77,7 +89,8 @@ def build(
         block_out_channels=config.channels,
         layers_per_block=config.layers_per_block,
         cross_attention_dim=text_width,
-        attention_head_dim=config.attention_head_dim,
+        attention_head_dim=config.heads or config.attention_head_dim,
+        use_linear_projection=config.linear_projection,
         transformer_layers_per_block=config.transformer_layers,
         dropout=config.dropout,
         norm_num_groups=config.norm_num_groups,

@@ -1,4 +1,4 @@
-"""Where things are: the project root, inputs given by name, and the default place of outputs.
+"""Where things are: the project root, inputs given by name, the default place of outputs, and room.
 
 An input path counts from the current directory first and from the project root second, so a
 preset's `scenes/encoders/vae` is found from anywhere. An output path that a user gives counts from
@@ -26,6 +26,17 @@ def find_path(name: str | Path) -> Path | None:
 def output_root() -> Path:
     """Returns the folder under which default outputs (`shards/data`, `runs`) are made."""
     return ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
+
+
+def free_bytes(folder: Path) -> int:
+    """Returns the room on the disk that a folder lies on, or would."""
+    here = folder.absolute()
+    return shutil.disk_usage(next(path for path in (here, *here.parents) if path.exists())).free
+
+
+def size(num_bytes: float) -> str:
+    """Returns a size as people read it."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 @contextmanager

@@ -8,13 +8,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from model.paths import size
 from pipeline.index import Index
 from pipeline.plan import SetPlan, bytes_by_member
 from shards.schema import Manifest
 
 NUM_LISTED = 10
 """How many of the images left out are named."""
-GB = 1e9
 SOON_S = 10.0
 """Less is not worth a line."""
 
@@ -112,11 +112,6 @@ def show(path: Path) -> str:
     """Returns a path as short as it can be told from here."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def size(num_bytes: int) -> str:
-    """Returns a size as people read it."""
-    return f"{num_bytes / GB:.1f} GB" if num_bytes >= GB else f"{num_bytes / 1e6:.1f} MB"
 
 
 def duration(seconds: float) -> str:

@@ -4,13 +4,13 @@ One set, or with `buckets` one for each aspect ratio that the source has, in a f
 all records of a set are of one size, and so are the batches that are drawn from it.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from model.encoders import vae_downscale
+from model.paths import free_bytes, size
 from pipeline import report
 from pipeline.buckets import make_buckets, nearest_bucket
 from pipeline.config import PipelineConfig
@@ -116,19 +116,13 @@ def all_targets(sets: Sequence[SetPlan]) -> list[Target]:
     return [Target(folder=part.folder, plan=shard) for part in sets for shard in part.shards]
 
 
-def free_bytes(folder: Path) -> int:
-    """Returns the room on the disk that a folder lies on, or would."""
-    here = folder.absolute()
-    return shutil.disk_usage(next(path for path in (here, *here.parents) if path.exists())).free
-
-
 def require_room(sets: Sequence[SetPlan], out: Path) -> None:
     """Raises ValueError if the shards that are not finished will not fit."""
     needed = sum(target.plan.num_bytes for target in all_targets(sets) if not is_done(target))
     free = free_bytes(out)
     if needed > free:
         raise ValueError(
-            f"{report.show(out)}: the shards need {report.size(needed)}, the disk has "
-            f"{report.size(free)} free: choose another --out, fewer --max-tokens or --text-dtype "
+            f"{report.show(out)}: the shards need {size(needed)}, the disk has "
+            f"{size(free)} free: choose another --out, fewer --max-tokens or --text-dtype "
             "int8; --force starts all the same"
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from model.paths import output_root
+from model.paths import free_bytes, output_root
 from pipeline import report, sources
 from pipeline.config import PipelineConfig
 from pipeline.encode import (
@@ -25,7 +25,7 @@ from pipeline.index import Index, build_index
 from pipeline.plan import SetPlan, Target
 from pipeline.provenance import make_provenance
 from pipeline.quantise import NUM_PASSES, NUM_SAMPLE, Quantiser, find_scale
-from pipeline.sets import all_targets, examiner, free_bytes, is_done, make_sets, require_room
+from pipeline.sets import all_targets, examiner, is_done, make_sets, require_room
 from pipeline.team import Team, alone_in, find_team
 from pipeline.work import Batch, Crew, LeftOut, cut_batches
 from pipeline.writing import Writing

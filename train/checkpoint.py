@@ -34,8 +34,9 @@ ORDER = (
     "data.num_workers",
     "data.window_records",
 )
+INITIAL = ("init_from", "init_sha256")
 # A run goes on only if these are what they were; all other settings may change, and it is said.
-FIXED = ("seed", "batch_size", "model.", "objective.", "shards_sha256", *ORDER)
+FIXED = ("seed", "batch_size", "model.", "objective.", "shards_sha256", *INITIAL, *ORDER)
 FREE = ("model.attention_kernel",)
 
 

@@ -92,6 +92,14 @@ class TrainConfig:
     """Folder or URL of shards, or pipe:COMMAND; default shards/data/NAME/train."""
     out: str | None = None
     """Folder of the run; default runs/NAME."""
+    init_from: str | None = None
+    """Begin with the weights of a bundle, a diffusers pipeline or a U-Net, a folder or hub name."""
+    init_allow: Literal["strict", "partial"] = "strict"
+    """What of `init_from` may not fit: nothing, or any part, which begins with fresh weights."""
+    model_from_init: bool = False
+    """Take the settings under `model` from `init_from` (dropout and attention_kernel stay)."""
+    dry_run: bool = False
+    """Check everything, say what the run takes, and stop without making its folder."""
     seed: int = 0
     """Decides the first weights, the order and all noise."""
     batch_size: int = 64
@@ -162,6 +170,13 @@ class TrainConfig:
         if self.optim.kind == "adamw8bit" and (self.fsdp or self.cuda_graph):
             other = "fsdp" if self.fsdp else "cuda_graph"
             raise ValueError(f"optim.kind: expected adamw with {other}, found adamw8bit")
+        if self.init_from is None:
+            for name, default in (("init_allow", "strict"), ("model_from_init", False)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}: has no effect without init_from; expected {default}, found "
+                        f"{getattr(self, name)}"
+                    )
         for name in ("seed", "max_bad_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")

@@ -24,17 +24,19 @@ from train.batches import Batch
 from train.config import TrainConfig
 from train.graph import Outcome, Recorder, StepGraph
 from train.progress import shorten
-from train.setup import Run, start
+from train.setup import Run, rehearse, start
 from train.stop import Reason, Stop
 
 
 def train(config: TrainConfig) -> Path:
-    """Trains, or goes on training, and returns the folder of the bundle.
+    """Trains, or goes on training, and returns the folder of the bundle; of a dry run, the run's.
 
     Raises ValueError for settings that do not fit each other, the shards or the run so far, and
     where too many steps in a row were not finite. SIGTERM and SIGINT save a checkpoint, then exit
     with 128 plus the signal's number.
     """
+    if config.dry_run:
+        return rehearse(config)
     run = start(config)
     stop = Stop(
         run.accelerator,

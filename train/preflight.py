@@ -1,13 +1,14 @@
 """Everything that can be wrong with a run and known before its first step, checked in seconds."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from model.bundle import require_stock_shards
+from model.denoiser import DenoiserConfig
 from model.encoders import (
     Autoencoder,
     fingerprint,
@@ -25,7 +26,9 @@ from shards.order import Order, share
 from shards.reader import ShardSet, require_encoders
 from shards.remote import is_remote
 from shards.schema import Identity
+from train import checkpoint, initial
 from train.config import DataConfig, TrainConfig
+from train.initial import Initial
 from train.optim import check_bitsandbytes
 
 USED_BY = {
@@ -46,7 +49,11 @@ ORDER_OF_ACCESS = "order of data.access"
 class Plan:
     """A run whose parts fit together."""
 
+    config: TrainConfig
+    """As asked for, `model` from `init_from` where that was asked for."""
     folder: Path
+    initial: Initial | None
+    """Where the first weights are; None where they are drawn or a checkpoint has later ones."""
     shards: ShardSet | BucketedShards
     access: Access
     vae: Autoencoder
@@ -60,7 +67,7 @@ class Plan:
     settings: dict[str, Any]
     """The resolved configuration and the shards' hash, as checkpoints and the bundle keep them."""
     notes: tuple[str, ...]
-    """What to say of the data, a line each."""
+    """What to say of the first weights and the data, a line each."""
 
 
 def validate(config: TrainConfig, num_processes: int) -> Plan:
@@ -72,6 +79,8 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
         check_bitsandbytes()
     micro_batch_size = split_batch(config.batch_size, config.micro_batch_size, num_processes)
     root = output_root()
+    folder = Path(config.out).expanduser() if config.out else root / "runs" / config.name
+    config, first, first_sha256, notes = find_initial(config, folder)
     location = find_shards(config.shards or str(root / "shards" / "data" / config.name / "train"))
     access = make_access(config.data, location)
     shards = open_set(location, access, verify=config.data.verify)
@@ -98,9 +107,21 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
     check_equal("latent channels", manifest.latent_channels, "VAE's", latent_channels(vae))
     width = text_encoder.config.hidden_size
     check_equal("text width", manifest.text_width, "text encoder's", width)
+    if first is not None:
+        notes += initial.require_fit(
+            first,
+            config.model,
+            latent_channels=manifest.latent_channels,
+            text_width=manifest.text_width,
+            partial=config.init_allow == "partial",
+        )
+        notes += initial.compare_encoders(first, vae, text_encoder)
+        notes += initial.compare_objectives(first, config.objective)
     _, height, breadth = manifest.latent_shape
     return Plan(
-        folder=Path(config.out).expanduser() if config.out else root / "runs" / config.name,
+        config=config,
+        folder=folder,
+        initial=first,
         shards=shards,
         access=access,
         order=order,
@@ -113,10 +134,45 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
         settings=asdict(config)
         | {
             "shards_sha256": shards.sha256,
+            "init_sha256": first_sha256,
             ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",
         },
-        notes=(*describe_buckets(shards, order), *describe_sharing(config.fsdp, num_processes)),
+        notes=(
+            *notes,
+            *describe_buckets(shards, order),
+            *describe_sharing(config.fsdp, num_processes),
+        ),
     )
+
+
+def find_initial(
+    config: TrainConfig, folder: Path
+) -> tuple[TrainConfig, Initial | None, str | None, list[str]]:
+    """Returns the settings, the network to begin with, the hash of its weights, and what to say.
+
+    With `model_from_init` the settings under `model` are the network's. A run that has a checkpoint
+    takes all of this from there.
+    """
+    name = config.init_from
+    if name is None:
+        return config, None, None, []
+    found = checkpoint.find_all(folder / "checkpoints")
+    if found:
+        before = checkpoint.read_state(found[-1])["settings"]
+        if config.model_from_init and before.get("init_from") == name:
+            values: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in before["model"].items()
+            }
+            config = replace(config, model=DenoiserConfig(**values))
+        return config, None, before.get("init_sha256"), []
+    first = initial.find(name)
+    notes = [f"init_from: the first weights are those of {', '.join(map(str, first.files))}"]
+    if config.model_from_init:
+        model = initial.describe_model(first, config.model)
+        notes += initial.tell_taken(config.model, model)
+        config = replace(config, model=model)
+    return config, first, first.sha256, notes
 
 
 def find_shards(given: str) -> str:

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -16,11 +17,12 @@ from model.diffusion import Prediction
 from model.ema import EMA
 from model.encoders import latent_affine
 from shards.access import make_loader
-from train import checkpoint, sharding
+from train import checkpoint, initial, sharding
 from train.batches import Batch, Source
 from train.checkpoint import TrainState
 from train.config import Precision, TrainConfig
 from train.copies import Courier
+from train.estimate import survey
 from train.graph import CudaRecorder, Recorder
 from train.ledger import Ledger
 from train.optim import make_optimizer
@@ -90,6 +92,8 @@ def start(config: TrainConfig) -> Run:
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     plan = validate(config, accelerator.num_processes)
+    config = plan.config
+    lines = survey(plan, accelerator)
     state, model = make_state(config, plan, accelerator)
     device = accelerator.device
     run = Run(
@@ -113,9 +117,27 @@ def start(config: TrainConfig) -> Run:
     run.progress.open(state.step, plan.num_steps, state.metrics)
     if config.cuda_graph and run.recorder is None:
         changes.append("cuda_graph: needs a GPU, found none: steps are taken as they come")
-    for note in (*plan.notes, *changes):
+    for note in (*lines, *plan.notes, *changes):
         run.progress.say(note)
     return run
+
+
+def rehearse(config: TrainConfig) -> Path:
+    """Checks a configuration and its run so far, prints what it takes and returns its folder.
+
+    Nothing is built and nothing written. Raises ValueError for all that `start` does.
+    """
+    accelerator = make_accelerator(config.mixed_precision)
+    plan = validate(replace(config, dry_run=False), accelerator.num_processes)
+    lines = [*survey(plan, accelerator), *plan.notes]
+    found = checkpoint.find_all(plan.folder / "checkpoints")
+    if found:
+        before = checkpoint.read_state(found[-1])["settings"]
+        lines += checkpoint.compare_settings(before, plan.settings, plan.folder)
+        lines.append(f"would go on from {found[-1]}")
+    for line in lines if accelerator.is_main_process else ():
+        print(line)
+    return plan.folder
 
 
 def make_accelerator(precision: Precision) -> Accelerator:
@@ -175,6 +197,8 @@ def make_state(
         sample_size=height if height == width else (height, width),
         text_width=plan.shards.manifest.text_width,
     )
+    if plan.initial is not None:
+        initial.load(plan.initial, unet)
     denoiser.choose_attention(
         unet,
         config.model.attention_kernel,

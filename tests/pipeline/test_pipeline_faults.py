@@ -293,7 +293,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(
     source = SourceConfig(images=str(folder.images), captions=str(folder.captions))
     config = config_of(Path(), tmp_path / "out", source=source)
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr("pipeline.sets.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("model.paths.shutil.disk_usage", lambda path: usage)
     with pytest.raises(
         ValueError, match=r"the shards need .* MB, the disk has 0\.0 MB free: choose"
     ):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
+from model.paths import size
 from pipeline import report
 
 
@@ -14,7 +15,7 @@ from pipeline import report
     [(0, "0.0 MB"), (1_250_000, "1.2 MB"), (999_900_000, "999.9 MB"), (49_000_000_000, "49.0 GB")],
 )
 def test_sizes(num_bytes: int, text: str) -> None:
-    assert report.size(num_bytes) == text
+    assert size(num_bytes) == text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,202 @@
+"""Memory, arithmetic and disk are foretold, and a run that does not fit is refused."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model.denoiser import DenoiserConfig
+from model.ema import EMAConfig
+from tests.train.conftest import MakeConfig
+from train import estimate
+from train.estimate import Memory, Passes, count_disk, count_memory, measure
+from train.loop import train
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMALL = DenoiserConfig(
+    channels=(32, 64), attention=(True, False), layers_per_block=1, norm_num_groups=8
+)
+MEASURED = """
+import resource, torch
+from model import denoiser
+from model.denoiser import DenoiserConfig
+from train.config import OptimConfig
+from train.optim import make_optimizer
+
+def step(config, batch_size):
+    unet = denoiser.build(config, latent_channels=4, sample_size=16, text_width=64)
+    optimizer = make_optimizer(OptimConfig(), unet.parameters())
+    for _ in range(2):
+        sizes = (4, 16, 16), (), (32, 64)
+        inputs = [torch.ones(batch_size, *size) for size in sizes]
+        unet(*inputs, return_dict=False)[0].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+def most():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+torch.set_num_threads(1)
+small = DenoiserConfig(channels=(32,), attention=(True,), layers_per_block=1)
+step(small, 1)  # what libraries take once
+before = most()
+step(DenoiserConfig(channels=(96, 192), attention=(True, True), layers_per_block=1), 24)
+print(most() - before)
+"""
+
+
+def small_passes(**changes: object) -> Passes:
+    settings = {"latent_shape": (4, 16, 16), "text_shape": (7, 32), "micro_batch_size": 4}
+    return measure(SMALL, **(settings | changes))  # type: ignore[arg-type]
+
+
+def test_arithmetic_is_counted_by_image_and_attention_is_in_it() -> None:
+    one, four = small_passes(micro_batch_size=1), small_passes()
+    assert one.forward_flop == four.forward_flop
+    plain = measure(
+        replace(SMALL, attention_kernel="plain"),
+        latent_shape=(4, 16, 16),
+        text_shape=(7, 32),
+        micro_batch_size=1,
+    )
+    assert one.forward_flop == plain.forward_flop
+
+
+def test_stable_diffusions_arithmetic_is_the_known_figure() -> None:
+    passes = measure(
+        DenoiserConfig(), latent_shape=(4, 64, 64), text_shape=(77, 768), micro_batch_size=1
+    )
+    assert passes.num_parameters == 859_520_964
+    assert passes.forward_flop == pytest.approx(803e9, rel=0.01)
+
+
+def test_memory_grows_with_the_batch_and_shrinks_with_checkpointing_and_bf16() -> None:
+    usual = small_passes().peak_bytes
+    assert small_passes(micro_batch_size=8).peak_bytes > 1.6 * usual
+    assert small_passes(checkpointing=True).peak_bytes < 0.7 * usual
+    assert small_passes(precision="bf16", device_type="cuda").peak_bytes < usual
+
+
+def test_nothing_random_is_drawn() -> None:
+    measure.cache_clear()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    small_passes()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.slow
+def test_memory_is_near_what_a_process_takes() -> None:
+    command = [sys.executable, "-c", MEASURED]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    passes = measure(
+        DenoiserConfig(channels=(96, 192), attention=(True, True), layers_per_block=1),
+        latent_shape=(4, 16, 16),
+        text_shape=(32, 64),
+        micro_batch_size=24,
+    )
+    counted = count_memory(passes, 0, keeps_gradients=False).total_bytes
+    assert counted == pytest.approx(int(done.stdout), rel=0.25)
+
+
+def test_weights_moments_averages_and_gradients_add_up() -> None:
+    passes = Passes(num_parameters=100, forward_flop=1.0, peak_bytes=1000)
+    assert count_memory(passes, 2, keeps_gradients=False) == Memory(
+        state_bytes=400 * (1 + 2 + 2), peak_bytes=1000
+    )
+    assert count_memory(passes, 1, keeps_gradients=True).state_bytes == 400 * (1 + 2 + 1 + 1)
+    small = count_memory(passes, 1, keeps_gradients=True, moments_bytes=2, num_shares=2)
+    assert small.state_bytes == 100 * (4 + 2 + 4 + 4) // 2
+    little = replace(passes, peak_bytes=7)
+    assert count_memory(little, 1, keeps_gradients=False).peak_bytes == 400
+
+
+def test_disk_is_that_of_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(
+        ema=EMAConfig(sigma_rels=(0.05, 0.1), snapshot_every_steps=4, snapshot_dtype="float32"),
+        keep_checkpoints=2,
+    )
+    bundle = train(config)
+    unet = sum(p.stat().st_size for p in (bundle / "unet").glob("*.safetensors"))
+    frozen = sum(p.stat().st_size for p in bundle.rglob("*.safetensors")) - unet
+    parts = count_disk(config, unet // 4, 10, frozen)
+    for name, over in (("checkpoints", 1.5), ("snapshots", 1.0), ("bundle", 1.0)):
+        files = (tmp_path / "run" / name).rglob("*.safetensors")
+        found = over * sum(path.stat().st_size for path in files)
+        assert parts[name] == pytest.approx(found, rel=0.1), name
+
+
+def test_a_run_that_does_not_fit_the_memory_is_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 100_000)
+    with pytest.raises(ValueError, match=r"memory: .* 0.1 MB are free: .* --micro-batch-size"):
+        train(make_config())
+
+
+def test_a_run_that_does_not_fit_the_disk_is_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr("model.paths.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"run: the run needs .* 0.0 MB free: .*--keep-che"):
+        train(make_config())
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_there_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr("model.paths.shutil.disk_usage", lambda path: usage)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "file").write_bytes(b"x" * 95)
+    estimate.require_room(tmp_path, {"checkpoints": 100, "bundle": 5})
+    with pytest.raises(ValueError, match=r"needs 0.0 MB more"):
+        estimate.require_room(tmp_path, {"checkpoints": 100, "bundle": 6})
+
+
+def test_free_memory_of_a_cpu_is_shared_and_limited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5 kB\n")
+    assert estimate.read_meminfo(tmp_path / "meminfo") == 5120
+    assert estimate.read_meminfo(tmp_path / "none") is None
+    for text, num in (("max\n", None), ("4096\n", 4096)):
+        (tmp_path / "limit").write_text(text)
+        assert estimate.read_limit(tmp_path / "limit") == num
+    monkeypatch.setattr(estimate, "read_meminfo", lambda path: 9000)
+    monkeypatch.setattr(estimate, "read_limit", lambda path: 8000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert estimate.available_bytes(torch.device("cpu")) == 4000
+    assert estimate.available_bytes(torch.device("meta")) is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7, 9))
+    assert estimate.available_bytes(SimpleNamespace(type="cuda")) == 7  # type: ignore[arg-type]
+
+
+def test_a_dry_run_tells_and_leaves_nothing(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(make_config(dry_run=True, micro_batch_size=2)) == tmp_path / "run"
+    assert not (tmp_path / "run").exists()
+    lines = capsys.readouterr().out.splitlines()
+    names = [line.split()[0] for line in lines if line[0] != " "]
+    assert names == ["data", "batch", "network", "step", "memory", "disk"]
+    assert all(len(line) <= 80 for line in lines)
+    assert "batch    4 = 1 x 2 x 2 (processes x examples x pieces), latents of 8 x 8" in lines
+
+
+def test_a_dry_run_tells_of_the_run_so_far(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make_config(num_steps=3))
+    train(make_config(num_steps=9, dry_run=True))
+    told = capsys.readouterr().out
+    assert "num_steps changed from 3 to 9" in told
+    assert "would go on from" in told
+    assert "dry_run changed" not in told
+    with pytest.raises(ValueError, match="seed: the run in"):
+        train(make_config(seed=5, dry_run=True))
