@@ -36,7 +36,7 @@ ORDER = (
     "data.window_records",
 )
 # A run goes on only if these are what they were; all other settings may change, and it is said.
-FIXED = ("seed", "batch_size", "model.", "objective.", "shards_sha256", *ORDER)
+FIXED = ("seed", "batch_size", "model.", "objective.", "latent_shape", "shards_sha256", *ORDER)
 FREE = ("model.attention_kernel",)
 STATE_KEYS = {"step", "train_s", "scaler", "metrics", "settings"}
 
