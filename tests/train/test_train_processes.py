@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from tests import tiny
 from tests.train import teams
 from tests.train.conftest import MakeConfig
+from train.config import DataConfig
 
 RELATIVE = 1e-5
 
@@ -47,6 +49,25 @@ def test_a_run_begun_on_two_processes_goes_on_on_one(
     out = str(tmp_path / "both")
     train_on(forks, make_config, 2, num_steps=5, micro_batch_size=2, out=out)
     assert_same_losses(train_on(forks, make_config, 1, num_steps=12, out=out), one, 12)
+
+
+def test_two_processes_roll_back_together(
+    make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
+) -> None:
+    """In the shards' order, the records of steps 1 and 2 of an epoch of three are broken."""
+    folder = tiny.make_shards(tmp_path / "bad", sizes=(8, 16))
+    tiny.plant_nan(folder, shard=1, records=[0, 15])  # one on each process
+    config = make_config(
+        shards=str(folder),
+        batch_size=8,
+        checkpoint_every_steps=1,
+        max_bad_steps=1,
+        data=DataConfig(shuffle="none"),
+    )
+    teams.finish_team(teams.start_team(forks, config, num_processes=2), exit_code=1)
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-00000001"]
+    assert teams.metrics(tmp_path / "run")[-1]["skipped"] == 2
 
 
 @pytest.mark.slow
