@@ -97,8 +97,9 @@ def test_killed_at_random_moments(
     def kill(team: list[Any]) -> None:
         for process in team:
             process.kill()
+        for process in team:
             process.join()
-            assert process.exitcode == -signal.SIGKILL
+        assert team[0].exitcode == -signal.SIGKILL  # another may have ended for the loss of it
 
     left = kill_often(
         tmp_path / "run",
