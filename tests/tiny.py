@@ -260,6 +260,7 @@ def make_shards(
     text_dtype: TextDtype = "float16",
     vae: str | None = None,
     text_name: str | None = None,
+    latent_side: int = shard_sets.SIDE,
 ) -> Path:
     """Writes a finished set of shards of `sizes` records: noise that names the tiny encoders.
 
@@ -281,7 +282,13 @@ def make_shards(
         text_dtype=text_dtype,
     )
     shards = [
-        shard_sets.make_examples(size, seed=seed, text_dtype=text_dtype, kind=latent_kind(network))
+        shard_sets.make_examples(
+            size,
+            seed=seed,
+            text_dtype=text_dtype,
+            kind=latent_kind(network),
+            size=(latent_side, latent_side),
+        )
         for seed, size in enumerate(sizes)
     ]
     times = latent_channels(network) // LATENT_CHANNELS  # the examples' noise, said again

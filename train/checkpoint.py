@@ -5,7 +5,9 @@
 
 Order and noise are functions of (seed, step), so the step stands for them. Nothing here can run
 code when loaded. To resume is to give the same command again: the newest checkpoint is found by its
-step, and settings that would make the continued run another one are refused.
+step, and settings that would make the continued run another one are refused. While steps are being
+skipped for values that are not finite, the newest checkpoint from before them is spared, and
+`roll_back` makes it the newest of all.
 """
 
 import json
@@ -36,8 +38,18 @@ ORDER = (
 )
 INITIAL = ("init_from", "init_sha256")
 # A run goes on only if these are what they were; all other settings may change, and it is said.
-FIXED = ("seed", "batch_size", "model.", "objective.", "shards_sha256", *INITIAL, *ORDER)
+FIXED = (
+    "seed",
+    "batch_size",
+    "model.",
+    "objective.",
+    "latent_shape",
+    "shards_sha256",
+    *INITIAL,
+    *ORDER,
+)
 FREE = ("model.attention_kernel",)
+STATE_KEYS = {"step", "train_s", "scaler", "metrics", "settings"}
 
 
 @dataclass(kw_only=True)
@@ -60,10 +72,14 @@ def save(
     *,
     keep: int,
     write: bool = True,
+    num_skipped_in_a_row: int = 0,
 ) -> None:
     """Writes the checkpoint of `state.step` and deletes all but the `keep` newest.
 
-    All processes call it, to bring a shared-out network together; those without `write` do no more.
+    The newest from before the last `num_skipped_in_a_row` steps stays in any case. All processes
+    call it, to bring a shared-out network together; those without `write` do no more. Raises
+    OSError naming the folder and the bytes it takes where the disk is full; older checkpoints then
+    stay.
     """
     parts = {
         "unet": sharding.whole(state.unet.state_dict(), keep=write),
@@ -80,15 +96,47 @@ def save(
         "metrics": state.metrics,
         "settings": dict(settings),
     }
+    num_bytes = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
     for leftover in folder.glob(".step-*"):  # of a run killed while it saved
         shutil.rmtree(leftover)
-    with complete_or_absent(folder / f"step-{state.step:08d}") as temporary:
+    with complete_or_absent(folder / f"step-{state.step:08d}", num_bytes) as temporary:
         for name, tensors in parts.items():
             packed = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(packed, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n")
+    spared = find_good(folder, state.step - num_skipped_in_a_row)
     for old in find_all(folder)[:-keep]:
-        shutil.rmtree(old)
+        if old != spared:
+            _delete(old)
+
+
+def roll_back(folder: Path, step: int) -> list[Path]:
+    """Makes the newest checkpoint of `step` or before the newest of all; returns those deleted.
+
+    Without one such all stay: the weights in those of skipped steps are the same.
+    """
+    if find_good(folder, step) is None:
+        return []
+    later = [path for path in find_all(folder) if _step_of(path) > step]
+    for path in reversed(later):  # killed within, it leaves one that is good or the error again
+        _delete(path)
+    return later
+
+
+def find_good(folder: Path, step: int) -> Path | None:
+    """Returns the newest checkpoint of `step` or before."""
+    return next((path for path in reversed(find_all(folder)) if _step_of(path) <= step), None)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _delete(checkpoint: Path) -> None:
+    """Deletes a checkpoint, which is never seen in part: the rename comes first."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.deleted")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def find_all(folder: Path) -> list[Path]:
@@ -100,22 +148,30 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Returns state.json of a checkpoint."""
     try:
         record: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise _damaged(checkpoint, error) from error
+    missing = STATE_KEYS - set(record) if isinstance(record, dict) else STATE_KEYS
+    if missing:
+        raise _damaged(checkpoint, f"state.json without {', '.join(sorted(missing))}")
     return record
 
 
 def load(checkpoint: Path, state: TrainState) -> None:
-    """Restores `state` from a checkpoint, in place."""
+    """Restores `state` from a checkpoint, in place.
+
+    Raises ValueError, and leaves `state` as it was, for one that is not as it was written.
+    """
     record = read_state(checkpoint)
-    try:
-        unet = load_file(checkpoint / "unet.safetensors")
-        ema = load_file(checkpoint / "ema.safetensors")
-        moments = load_file(checkpoint / "optimizer.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise _damaged(checkpoint, error) from error
-    state.unet.load_state_dict(sharding.parts_of(unet, state.unet.state_dict()))
+    shapes = {name: tensor.shape for name, tensor in state.unet.named_parameters()}
+    unet = _read(checkpoint, "unet")
+    ema = _read(checkpoint, "ema")
+    moments = _read(checkpoint, "optimizer")
+    held = {name.rpartition("/")[0] for name in moments} or shapes.keys()  # none: only skipped yet
+    for file, found in (("unet", set(unet)), ("optimizer", held)):
+        if odd := found ^ shapes.keys():
+            raise _damaged(checkpoint, f"{file}.safetensors: {min(odd)} is missing or unknown")
     state.ema.load(sharding.parts_of(ema, state.ema.state_dict()))
+    state.unet.load_state_dict(sharding.parts_of(unet, state.unet.state_dict()))
     _load_moments(state, moments)
     if state.optimizer.scaler is not None and record["scaler"]:
         state.optimizer.scaler.load_state_dict(record["scaler"])
@@ -123,11 +179,18 @@ def load(checkpoint: Path, state: TrainState) -> None:
     state.metrics = record["metrics"]
 
 
-def _damaged(checkpoint: Path, error: Exception) -> ValueError:
+def _read(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    try:
+        return load_file(checkpoint / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _damaged(checkpoint, f"{name}.safetensors: {error}") from error
+
+
+def _damaged(checkpoint: Path, why: object) -> ValueError:
     """Returns the error of a checkpoint that something has changed since it was written."""
-    return ValueError(
-        f"{checkpoint}: damaged ({error}); delete this folder to go on from the one before"
-    )
+    before = find_good(checkpoint.parent, _step_of(checkpoint) - 1)
+    then = "to begin anew, there is none before it" if before is None else f"to go on from {before}"
+    return ValueError(f"{checkpoint}: damaged ({why}); delete this folder {then}")
 
 
 def _moments(state: TrainState) -> dict[str, Tensor]:
@@ -184,6 +247,9 @@ def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: 
     for name in sorted(old.keys() | new.keys()):
         was, is_now = old.get(name), new.get(name)
         if was == is_now:
+            continue
+        if name not in old:  # by an older version of this project
+            changes.append(f"{name} is new since the checkpoint was written: {is_now!r}")
             continue
         if name.startswith(FIXED) and name not in FREE:
             raise ValueError(

@@ -136,7 +136,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     max_bad_steps: int = 50
-    """Give up after more than this many steps in a row with non-finite gradients."""
+    """Give up after more than this many steps in a row with non-finite gradients: go back to the
+    checkpoint from before them and stop."""
     bundle_dtype: Literal["float32", "float16"] = "float32"
     """How the bundle's weights are stored."""
     model: DenoiserConfig = field(default_factory=DenoiserConfig)

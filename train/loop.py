@@ -8,8 +8,10 @@ configuration.
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -23,7 +25,7 @@ from train import checkpoint, optim, sharding
 from train.batches import Batch
 from train.config import TrainConfig
 from train.graph import Outcome, Recorder, StepGraph
-from train.progress import shorten
+from train.progress import MAX_STEPS_READ, shorten
 from train.setup import Run, rehearse, start
 from train.stop import Reason, Stop
 
@@ -141,6 +143,7 @@ def record_steps(run: Run, recorder: Recorder, parameters: list[nn.Parameter]) -
 def report(run: Run) -> None:
     """Writes the interval's line; raises ValueError after too many skipped steps in a row."""
     config, state, progress = run.config, run.state, run.progress
+    num_before = progress.num_skipped_in_a_row
     num_steps, figures, bad = progress.fetch(state.step)
     wall_s, shares = run.ledger.read()
     line = {
@@ -153,12 +156,54 @@ def report(run: Run) -> None:
     }
     progress.write(line)
     progress.say_skipped(bad, run.source.loader.suspects)
-    if progress.num_skipped_in_a_row > config.max_bad_steps:
-        raise ValueError(
-            f"{progress.num_skipped_in_a_row} steps in a row up to {state.step} were not finite "
-            f"(max_bad_steps: {config.max_bad_steps}) and were skipped; the checkpoints are good; "
-            f"records of the last one: {shorten(run.source.loader.suspects(bad[-1]))}"
-        )
+    first = state.step - num_steps
+    streak = longest_streak(num_before, [first + i in bad for i in range(num_steps)])
+    if streak.num_steps > config.max_bad_steps:
+        give_up(run, range(first + streak.end - streak.num_steps, first + streak.end))
+
+
+@dataclass(frozen=True)
+class Streak:
+    """Skipped steps in a row."""
+
+    num_steps: int = 0
+    end: int = 0
+    """Place in the interval after the last of them."""
+
+
+def longest_streak(num_before: int, skipped: Sequence[bool]) -> Streak:
+    """Returns the longest streak of an interval, of which `num_before` steps lie before it."""
+    longest, num_steps = Streak(), num_before
+    for place, bad in enumerate(skipped):
+        num_steps = num_steps + 1 if bad else 0
+        longest = max(longest, Streak(num_steps, place + 1), key=lambda streak: streak.num_steps)
+    return longest
+
+
+def give_up(run: Run, streak: range) -> NoReturn:
+    """Restores the last checkpoint from before these skipped steps and raises ValueError.
+
+    Checkpoints of later steps are deleted, so that the same command goes on from the good one. The
+    lines of metrics.jsonl stay until then.
+    """
+    folder = run.plan.folder / "checkpoints"
+    good = checkpoint.find_good(folder, streak.start)
+    if good is not None:
+        checkpoint.load(good, run.state)
+    run.accelerator.wait_for_everyone()  # all have read it before any is gone
+    deleted = checkpoint.roll_back(folder, streak.start) if run.accelerator.is_main_process else []
+    run.accelerator.wait_for_everyone()
+    gone = f", deleted {', '.join(path.name for path in deleted)}" if deleted else ""
+    restored = f"restored {good}{gone}" if good else "there is no checkpoint from before them"
+    keys = [key for step in streak[-MAX_STEPS_READ:] for key in run.source.loader.suspects(step)]
+    raise ValueError(
+        f"steps {streak[0]} to {streak[-1]}: {len(streak)} in a row were not finite "
+        f"(max_bad_steps: {run.config.max_bad_steps}) and were skipped; {restored}; records of the "
+        f"last ones: {shorten(list(dict.fromkeys(keys)))}. If these are broken, make the shards "
+        "without them and begin anew under another --name; if they are sound, go on from the "
+        "checkpoint with the same command and a lower --optim.learning-rate; to pass over these "
+        "steps, with a higher --max-bad-steps"
+    )
 
 
 def snapshot(run: Run, *, again: bool = True) -> None:
@@ -184,14 +229,23 @@ def snapshot(run: Run, *, again: bool = True) -> None:
 
 
 def save(run: Run) -> None:
-    """Writes a checkpoint, from the main process; the others wait."""
-    run.state.metrics = run.progress.state()
+    """Writes a checkpoint, from the main process; the others wait.
+
+    Gives up as `report` does, so that no checkpoint follows more skipped steps than a run may have.
+    """
+    config, state, before = run.config, run.state, run.progress.num_skipped_in_a_row
+    state.metrics = run.progress.state()
+    skipped = [bool(row[2]) for row in state.metrics["rows"]]
+    if longest_streak(before, skipped).num_steps > config.max_bad_steps:
+        report(run)
+    last = next((i for i, bad in enumerate(reversed(skipped)) if not bad), None)
     checkpoint.save(
         run.plan.folder / "checkpoints",
-        run.state,
+        state,
         run.plan.settings,
-        keep=run.config.keep_checkpoints,
+        keep=config.keep_checkpoints,
         write=run.accelerator.is_main_process,
+        num_skipped_in_a_row=before + len(skipped) if last is None else last,
     )
     run.accelerator.wait_for_everyone()
 

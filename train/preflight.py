@@ -133,6 +133,7 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
         num_steps=count_steps(config, order),
         settings=asdict(config)
         | {
+            "latent_shape": [manifest.latent_channels, height, breadth],
             "shards_sha256": shards.sha256,
             "init_sha256": first_sha256,
             ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",

@@ -27,7 +27,7 @@ from train.graph import CudaRecorder, Recorder
 from train.ledger import Ledger
 from train.optim import make_optimizer
 from train.preflight import Plan, validate
-from train.progress import Progress
+from train.progress import METRICS_FILE, Progress
 
 REPLACED = {
     "ACCELERATE_USE_FSDP": "use --fsdp",
@@ -231,7 +231,7 @@ def resume(plan: Plan, state: TrainState) -> list[str]:
     """
     found = checkpoint.find_all(plan.folder / "checkpoints")
     if not found:
-        return []
+        return lost_progress(plan.folder)
     before = checkpoint.read_state(found[-1])["settings"]
     changes = checkpoint.compare_settings(before, plan.settings, plan.folder)
     checkpoint.load(found[-1], state)
@@ -241,6 +241,17 @@ def resume(plan: Plan, state: TrainState) -> list[str]:
             "map and cache access resume exactly"
         )
     return [f"going on from {found[-1]}", *changes]
+
+
+def lost_progress(folder: Path) -> list[str]:
+    """Returns what to say of a run that was begun and has no checkpoint."""
+    left = [name for name in (METRICS_FILE, "bundle") if (folder / name).exists()]
+    if not left:
+        return []
+    return [
+        f"{folder} has {' and '.join(left)} but no checkpoint in {folder / 'checkpoints'}: "
+        "beginning anew at step 0, these will be replaced"
+    ]
 
 
 def make_source(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> Source:

@@ -241,7 +241,7 @@ def test_a_run_that_only_skips_stops_and_names_the_records(
 ) -> None:
     folder = tiny.make_shards(tmp_path / "bad", sizes=(3,))
     tiny.plant_nan(folder, shard=0, records=[0, 1, 2])
-    message = r"4 steps in a row up to 4 were not finite \(max_bad_steps: 3\).*00-3-00000"
+    message = r"steps 0 to 3: 4 in a row were not finite \(max_bad_steps: 3\).*00-3-00000"
     with pytest.raises(ValueError, match=message):
         train(make_config(shards=str(folder), max_bad_steps=3))
 

@@ -1,0 +1,340 @@
+"""Planted faults: broken records, broken checkpoints, no room, changed settings, planted code."""
+
+import ast
+import errno
+import os
+import pickle
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model.paths import ROOT
+from shards.schema import Manifest
+from tests import tiny
+from tests.train.conftest import MakeConfig
+from train import checkpoint, loop
+from train.config import DataConfig, OptimConfig
+from train.loop import Streak, longest_streak, train
+
+FILES = ("unet", "ema", "optimizer")
+
+
+def names(run: Path) -> list[str]:
+    """The steps of a run's checkpoints; nothing else may lie beside them."""
+    assert all(path.name.startswith("step-") for path in (run / "checkpoints").iterdir())
+    return [
+        path.name.removeprefix("step-0000") for path in checkpoint.find_all(run / "checkpoints")
+    ]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    return {
+        f"{file}:{name}": tensor
+        for file in FILES
+        for name, tensor in load_file(folder / f"{file}.safetensors").items()
+    }
+
+
+def assert_equal(first: Path, second: Path) -> None:
+    """Compares two checkpoints bit by bit."""
+    ours, theirs = tensors(first), tensors(second)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the losses of some steps not finite, as an overflow does."""
+
+    def arrange(*steps: int) -> None:
+        def planted(run: Any, batch: Any) -> torch.Tensor:
+            loss = accumulate(run, batch)
+            if run.state.step in steps:
+                for parameter in run.state.unet.parameters():
+                    parameter.grad *= torch.inf
+            return loss
+
+        monkeypatch.setattr(loop, "accumulate_gradients", planted)
+
+    accumulate = loop.accumulate_gradients
+    return arrange
+
+
+@pytest.mark.parametrize(
+    ("num_before", "skipped", "expected"),
+    [
+        (0, "....", (0, 0)),
+        (0, ".xx.", (2, 3)),
+        (3, "x.xx", (4, 1)),
+        (3, ".xx.", (2, 3)),
+        (0, "x.xx", (2, 4)),
+    ],
+)
+def test_the_longest_streak(num_before: int, skipped: str, expected: tuple[int, int]) -> None:
+    found = longest_streak(num_before, [mark == "x" for mark in skipped])
+    assert found == Streak(*expected)
+
+
+def test_too_many_bad_steps_roll_back_to_the_checkpoint_before_them(
+    make_config: MakeConfig, plant: Callable[..., None], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "num_steps": 14,
+        "checkpoint_every_steps": 2,
+        "keep_checkpoints": 1,
+        "log_every_steps": 5,
+        "max_bad_steps": 5,
+    }
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(make_config(**settings | {"num_steps": 4, "out": str(whole)}))
+    plant(5, 6, 7, 8, 9, 10)  # within them, checkpoints at 6, 8 and 10, of which one is kept
+    message = (
+        r"steps 5 to 10: 6 in a row .*max_bad_steps: 5.* restored .*step-00000004, deleted "
+        r"step-00000010; records of the last ones: \d\d-3-\d+, .*--optim.learning-rate"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(make_config(**settings))
+    assert names(run) == ["0004"]
+    assert_equal(run / "checkpoints" / "step-00000004", whole / "checkpoints" / "step-00000004")
+    assert '"skipped": 5' in (run / "metrics.jsonl").read_text().splitlines()[-2]
+    plant()  # mended: the same command goes on
+    train(make_config(**settings))
+    train(make_config(**settings | {"out": str(whole)}))
+    assert_equal(run / "checkpoints" / "step-00000014", whole / "checkpoints" / "step-00000014")
+
+
+def test_a_streak_that_ends_within_an_interval_counts(
+    make_config: MakeConfig, plant: Callable[..., None], tmp_path: Path
+) -> None:
+    plant(4, 5, 6)
+    with pytest.raises(ValueError, match=r"steps 4 to 6: 3 in a row .* restored .*step-00000003"):
+        train(make_config(log_every_steps=10, max_bad_steps=2, keep_checkpoints=1))
+    assert names(tmp_path / "run") == ["0003"]
+
+
+def test_bad_steps_from_the_first_on_leave_the_checkpoints_there_are(
+    make_config: MakeConfig, plant: Callable[..., None], tmp_path: Path
+) -> None:
+    plant(*range(10))
+    with pytest.raises(
+        ValueError, match=r"steps 0 to 5: .*there is no checkpoint from before them"
+    ):
+        train(make_config(max_bad_steps=4, log_every_steps=10))
+    assert names(tmp_path / "run") == ["0003"]
+
+
+def test_nan_records_are_named_when_the_run_gives_up(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    folder = tiny.make_shards(tmp_path / "bad")
+    tiny.plant_nan(folder, shard=0, records=range(10))
+    with pytest.raises(ValueError, match=r"records of the last ones: 00-3-0000\d\d, ") as caught:
+        train(make_config(shards=str(folder), max_bad_steps=1))
+    assert "01-3-" not in str(caught.value)
+    assert "02-3-" not in str(caught.value)
+
+
+def three_checkpoints(make_config: MakeConfig, **changes: Any) -> Path:
+    """The newest checkpoint of a run of three steps that keeps one of every step."""
+    config = make_config(num_steps=3, checkpoint_every_steps=1, keep_checkpoints=3, **changes)
+    train(config)
+    return Path(str(config.out)) / "checkpoints" / "step-00000003"
+
+
+def test_a_damaged_newest_checkpoint_is_refused_with_the_way_out(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    newest = three_checkpoints(make_config)
+    kept = shutil.copytree(newest, tmp_path / "kept")
+    faults: list[Callable[[], Any]] = [
+        lambda: os.truncate(newest / "unet.safetensors", 5000),
+        lambda: os.truncate(newest / "optimizer.safetensors", 5),
+        lambda: (newest / "ema.safetensors").unlink(),
+        lambda: (newest / "state.json").unlink(),
+        lambda: (newest / "state.json").write_text('{"step": 3}'),
+        lambda: (newest / "state.json").write_bytes(pickle.dumps(Planted())),
+        lambda: (newest / "unet.safetensors").write_bytes(pickle.dumps(Planted())),
+        lambda: save_file({"conv_in.weight": torch.zeros(1)}, newest / "unet.safetensors"),
+        lambda: save_file({"other/exp_avg": torch.zeros(1)}, newest / "optimizer.safetensors"),
+    ]
+    for fault in faults:
+        fault()
+        with pytest.raises(ValueError, match=r"step-00000003: damaged .* go on from .*-00000002"):
+            train(make_config(num_steps=3))
+        shutil.rmtree(newest)
+        shutil.copytree(kept, newest)
+    for older in checkpoint.find_all(newest.parent)[:-1]:
+        shutil.rmtree(older)
+    faults[0]()
+    with pytest.raises(ValueError, match="delete this folder to begin anew, there is none before"):
+        train(make_config(num_steps=3))
+
+
+def test_the_way_out_leads_to_the_same_end(make_config: MakeConfig, tmp_path: Path) -> None:
+    newest = three_checkpoints(make_config)
+    kept = shutil.move(newest, tmp_path / "kept")
+    train(make_config(num_steps=3))
+    assert_equal(newest, Path(kept))
+
+
+def test_deleted_checkpoints_begin_anew_and_it_is_said(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = three_checkpoints(make_config)
+    kept = shutil.copytree(newest, tmp_path / "kept")
+    assert "beginning anew" not in capsys.readouterr().err
+    shutil.rmtree(newest.parent)
+    train(make_config(num_steps=3))
+    said = capsys.readouterr().err
+    assert "run has metrics.jsonl and bundle but no checkpoint in" in said
+    assert "beginning anew at step 0, these will be replaced" in said
+    assert_equal(newest, Path(kept))
+
+
+@contextmanager
+def file_limit(num_bytes: int) -> Iterator[None]:
+    """Files may not grow past a limit, which is as a full disk where nothing can be mounted."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_at_a_checkpoint_is_named_and_the_same_command_goes_on(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    whole = three_checkpoints(make_config, out=str(tmp_path / "whole"))
+    run = tmp_path / "run"
+    train(make_config(num_steps=1))
+    size = (whole / "unet.safetensors").stat().st_size
+    message = r"not written, .*needs [\d,]+ bytes, [\d,]+ bytes free; make room .*step-00000003'"
+    with file_limit(size + 100), pytest.raises(OSError, match=message) as caught:
+        train(make_config(num_steps=3))
+    assert caught.value.errno == errno.EFBIG
+    assert names(run) == ["0001"]
+    train(make_config(num_steps=3))
+    assert_equal(run / "checkpoints" / "step-00000003", whole)
+
+
+def test_a_full_disk_at_the_bundle_is_named_and_the_same_command_goes_on(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest = three_checkpoints(make_config)
+    bundle = shutil.move(newest.parent.parent / "bundle", tmp_path / "kept")
+    with file_limit(5000), pytest.raises(OSError, match=r"not written, .*run/bundle'"):
+        train(make_config(num_steps=3))
+    left = {path.name for path in newest.parent.parent.iterdir()}
+    assert left == {"checkpoints", "config.json", "metrics.jsonl"}
+    again = train(make_config(num_steps=3))
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (again / name).read_bytes() == (Path(bundle) / name).read_bytes()
+
+
+def test_a_changed_rate_is_said_and_a_changed_latent_size_refused(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(make_config(num_steps=1))
+    train(make_config(num_steps=2, optim=OptimConfig(learning_rate=2e-4)))
+    assert "optim.learning_rate changed from 0.0001 to 0.0002" in capsys.readouterr().err
+    larger = tiny.make_shards(tmp_path / "larger", sizes=(24,), latent_side=16)
+    with pytest.raises(ValueError, match=r"latent_shape: the run in .* has \[4, 8, 8\], .*16, 16"):
+        train(make_config(num_steps=3, shards=str(larger)))
+
+
+class Planted:
+    """A pickle that writes a file where it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, ("planted-code-has-run",))
+
+
+def planted_array(path: Path) -> bytes:
+    """An .npy file of one object, which `numpy.load` can be told to run."""
+    with path.open("wb") as file:
+        np.save(file, np.array([Planted()], object), allow_pickle=True)
+    return path.read_bytes()
+
+
+def test_a_planted_array_of_objects_in_the_shards_does_not_run(
+    make_config: MakeConfig, tmp_path: Path, elsewhere: Path
+) -> None:
+    folder = tiny.make_shards(tmp_path / "bad")
+    content = planted_array(tmp_path / "planted.npy")
+    layout = Manifest.load(folder).layouts[0]
+    field = layout.fields["text"]
+    settings: dict[str, Any] = {"shards": str(folder), "num_steps": 7}
+
+    def plant_in(record: int) -> None:
+        with (folder / "shard-000000.tar").open("r+b") as file:
+            start = field.offset_bytes - field.header_bytes
+            file.seek(record * layout.record_bytes + start)
+            file.write(content)
+
+    plant_in(1)
+    train(make_config(**settings))  # read as numbers
+    verified = make_config(**settings, data=DataConfig(verify=True))
+    with pytest.raises(ValueError, match=r"shard-000000.tar: sha256"):
+        train(verified)
+    plant_in(0)
+    with pytest.raises(ValueError, match=r"shard-000000.tar: .* field text: expected array header"):
+        train(make_config(**settings, out=str(tmp_path / "other")))
+    (folder / "empty_text.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"empty_text.npy"):
+        train(make_config(**settings))
+    assert list(elsewhere.iterdir()) == []
+    np.load(tmp_path / "planted.npy", allow_pickle=True)
+    assert [path.name for path in elsewhere.iterdir()] == ["planted-code-has-run"]
+
+
+def unsafe_loads(source: str) -> list[str]:
+    """The calls and imports of a module that can run code from a file."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [m for m in modules if m in ("pickle", "dill", "joblib", "shelve", "marshal")]
+        elif isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            flags = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            if (
+                (call in ("np.load", "numpy.load") and flags.get("allow_pickle") is not False)
+                or (call == "torch.load" and flags.get("weights_only") is not True)
+                or call in ("yaml.unsafe_load", "yaml.full_load", "eval", "exec")
+            ):
+                found.append(call)
+    return found
+
+
+def test_nothing_in_the_project_loads_what_can_run_code() -> None:
+    packages = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
+    assert len(packages) == 8
+    for package in packages:
+        for path in package.rglob("*.py"):
+            assert unsafe_loads(path.read_text()) == [], path
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pickle", ["pickle"]),
+        ("from pickle import loads", ["pickle"]),
+        ("torch.load(path)", ["torch.load"]),
+        ("torch.load(path, weights_only=True)", []),
+        ("np.load(path)", ["np.load"]),
+        ("np.load(path, allow_pickle=False)", []),
+        ("np.load(path, allow_pickle=True)", ["np.load"]),
+    ],
+)
+def test_unsafe_loads_are_seen(source: str, found: list[str]) -> None:
+    assert unsafe_loads(source) == found

@@ -1,0 +1,78 @@
+"""A loss curve kept from an earlier day: whatever changes the objective, the order or the draws
+shows here. Where it was meant to, write the file anew, and say why in the commit:
+
+    python -m tests.train.test_train_golden
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from model.denoiser import DenoiserConfig
+from model.diffusion import ObjectiveConfig
+from model.ema import EMAConfig
+from tests import tiny
+from train.config import OptimConfig, TrainConfig
+from train.loop import train
+
+GOLDEN = Path(__file__).with_name("golden_loss.json")
+RELATIVE = 1e-4
+"""Other builds of torch add up in another order."""
+VARIANTS = {
+    "epsilon": ObjectiveConfig(),
+    "v, weighted": ObjectiveConfig(prediction="v", snr_gamma=5.0, caption_dropout=0.3),
+}
+
+
+def make_curve(folder: Path, variant: str) -> list[dict[str, float]]:
+    """Loss and gradient norm of twenty steps on shards of noise."""
+    config = TrainConfig(
+        name="golden",
+        shards=str(tiny.make_shards(folder / "shards")),
+        out=str(folder / "run"),
+        batch_size=4,
+        num_steps=20,
+        mixed_precision="no",
+        log_every_steps=1,
+        model=DenoiserConfig(
+            channels=(8,),
+            attention=(True,),
+            layers_per_block=1,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        ),
+        objective=VARIANTS[variant],
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=3, schedule="cosine"),
+        ema=EMAConfig(decay=0.9),
+    )
+    AcceleratorState._reset_state(True)
+    train(config)
+    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in ("loss", "grad_norm")} for line in lines]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_losses_are_those_of_the_kept_curve(tmp_path: Path, variant: str) -> None:
+    kept = json.loads(GOLDEN.read_text())[variant]
+    found = make_curve(tmp_path, variant)
+    assert len(found) == len(kept) == 20
+    for step, (line, wanted) in enumerate(zip(found, kept, strict=True)):
+        assert line == pytest.approx(wanted, rel=RELATIVE), (
+            f"step {step}: see this file's docstring"
+        )
+
+
+def write_golden() -> None:
+    """Writes the curves anew."""
+    curves = {}
+    for variant in VARIANTS:
+        with tempfile.TemporaryDirectory() as folder:
+            curves[variant] = make_curve(Path(folder), variant)
+    GOLDEN.write_text(json.dumps(curves, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_golden()
