@@ -1,8 +1,5 @@
 """Draws pictures with the stock `StableDiffusionPipeline`, so that what is seen here is what any
-diffusers program gives for the same bundle.
-
-One seed is one picture: each has a generator of its own on the CPU, so neither the batch size nor
-the device changes what is drawn beyond rounding.
+diffusers program gives for the same bundle. One seed is one picture (model/drawing.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +11,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from tqdm import tqdm
 
+from model import drawing
 from model.bundle import find_bundle
 from model.encoders import quiet
 from sample.config import DtypeName, SchedulerName
@@ -72,25 +69,17 @@ def draw(
     batch_size: int = 16,
     title: str = "draw",
 ) -> list[Image.Image]:
-    """Draws one picture per prompt and seed, in their order.
-
-    Guidance is eq. 6 of Ho & Salimans 2022 (2207.12598) with 1 + w = `guidance_scale`.
-    """
-    assert len(prompts) == len(seeds), (len(prompts), len(seeds))
+    """Gives the pipeline the scheduler that was asked for, and draws with it as `drawing.draw`."""
     use_scheduler(pipeline, scheduler)
-    pictures: list[Image.Image] = []
-    with tqdm(total=len(prompts), desc=title, unit="image", disable=None, leave=False) as bar:
-        for start in range(0, len(prompts), batch_size):
-            piece = slice(start, start + batch_size)
-            result = pipeline(
-                prompt=list(prompts[piece]),
-                guidance_scale=guidance_scale,
-                num_inference_steps=num_steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[piece]],
-            )
-            pictures += result.images
-            bar.update(len(result.images))
-    return pictures
+    return drawing.draw(
+        pipeline,
+        prompts,
+        seeds,
+        guidance_scale=guidance_scale,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        title=title,
+    )
 
 
 def use_scheduler(pipeline: "StableDiffusionPipeline", name: SchedulerName) -> None:
