@@ -26,6 +26,7 @@ from shards.reader import ShardSet, require_encoders
 from shards.remote import is_remote
 from shards.schema import Identity
 from train.config import DataConfig, TrainConfig
+from train.validation import Validation, no_validation, open_validation
 
 USED_BY = {
     "cache_dir": ("cache",),
@@ -60,6 +61,8 @@ class Plan:
     """The resolved configuration and the shards' hash, as checkpoints and the bundle keep them."""
     notes: tuple[str, ...]
     """What to say of the data, a line each."""
+    validation: Validation | None
+    """What the loss is measured on while training."""
 
 
 def validate(config: TrainConfig, num_processes: int) -> Plan:
@@ -95,8 +98,9 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
     width = text_encoder.config.hidden_size
     check_equal("text width", manifest.text_width, "text encoder's", width)
     _, height, breadth = manifest.latent_shape
+    validation, note = find_validation(config, shards)
     return Plan(
-        folder=Path(config.out).expanduser() if config.out else root / "runs" / config.name,
+        folder=run_folder(config),
         shards=shards,
         access=access,
         order=order,
@@ -111,17 +115,40 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
             "shards_sha256": shards.sha256,
             ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",
         },
-        notes=tuple(describe_buckets(shards, order)),
+        notes=(*describe_buckets(shards, order), note),
+        validation=validation,
     )
 
 
-def find_shards(given: str) -> str:
-    """Returns where the shards are: a URL as it is, a folder as `find_path` finds it."""
+def run_folder(config: TrainConfig) -> Path:
+    """Returns where a run keeps everything."""
+    return Path(config.out).expanduser() if config.out else output_root() / "runs" / config.name
+
+
+def find_validation(
+    config: TrainConfig, shards: ShardSet | BucketedShards
+) -> tuple[Validation | None, str]:
+    """Returns the examples of the validation set, if there is one, and what to say of it."""
+    given = config.validation.shards
+    if given is None:
+        return None, no_validation(output_root() / "shards" / "data" / config.name / "val")
+    return open_validation(
+        config.validation,
+        find_shards(given, "validation.shards"),
+        shards,
+        seed=config.seed,
+        objective=config.objective,
+        latent_channels=shards.manifest.latent_channels,
+    )
+
+
+def find_shards(given: str, flag: str = "shards") -> str:
+    """Returns where shards are: a URL as it is, a folder as `find_path` finds it."""
     if is_remote(given):
         return given
     path = find_path(given)
     if path is None:
-        raise ValueError(f"shards: no folder {given!r}; make it with python -m pipeline.run")
+        raise ValueError(f"{flag}: no folder {given!r}; make it with python -m pipeline.run")
     return str(path)
 
 

@@ -3,12 +3,17 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 
 from model import denoiser, diffusion
@@ -16,13 +21,13 @@ from model.diffusion import Prediction
 from model.ema import EMA
 from model.encoders import latent_affine
 from shards.access import make_loader
-from train import checkpoint
+from train import checkpoint, trackers
 from train.batches import Batch, Source
 from train.checkpoint import TrainState
 from train.config import Precision, TrainConfig
 from train.ledger import Ledger
 from train.optim import make_optimizer
-from train.preflight import Plan, validate
+from train.preflight import Plan, run_folder, validate
 from train.progress import Progress
 
 
@@ -75,7 +80,8 @@ class Run:
 
 def start(config: TrainConfig) -> Run:
     """Checks a configuration, builds its run and restores its newest checkpoint, if any."""
-    accelerator = make_accelerator(config.mixed_precision)
+    chosen, notes = trackers.choose(config.trackers)
+    accelerator = make_accelerator(config.mixed_precision, chosen, run_folder(config))
     plan = validate(config, accelerator.num_processes)
     state, model = make_state(config, plan, accelerator)
     run = Run(
@@ -94,14 +100,20 @@ def start(config: TrainConfig) -> Run:
         plan.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"train": asdict(config)}, indent=1)
         (plan.folder / "config.json").write_text(text + "\n")
-    run.progress.open(state.step, plan.num_steps, state.metrics)
-    for note in (*plan.notes, *changes):
+    first = "compiling" if config.compile else "first step"
+    run.progress.open(state.step, plan.num_steps, state.metrics, first=first)
+    trackers.start(accelerator, plan.folder, checkpoint.flatten(asdict(config)), state.step)
+    for note in (*plan.notes, *notes, *changes):
         run.progress.say(note)
     return run
 
 
-def make_accelerator(precision: Precision) -> Accelerator:
+def make_accelerator(
+    precision: Precision, log_with: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
     """Returns an Accelerator in our precision; fp16 becomes "no", with one warning, without a GPU.
+
+    `log_with` names the trackers that `trackers.start` opens, in the run's folder.
 
     The precision is passed even where it is "no": accelerate would otherwise take its launcher's.
     Without a GPU, several processes find each other only if accelerate is told `cpu`.
@@ -115,7 +127,13 @@ def make_accelerator(precision: Precision) -> Accelerator:
     for note in notes if state.is_main_process else ():
         print(f"warning: {note}", file=sys.stderr)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        kwargs_handlers=[ddp],
+        log_with=list(log_with) or None,
+        project_config=ProjectConfiguration(logging_dir=folder and str(folder / trackers.FOLDER)),
+    )
 
 
 def cpu_warnings(environment: Mapping[str, str], num_processes: int) -> list[str]:
