@@ -57,7 +57,7 @@ setup: $(SETUP)  ## make .venv with the versions in constraints.txt
 	  || { echo "error: $(BASE_PYTHON) is older than Python 3.11; give another with BASE_PYTHON="; exit 1; }
 	@echo "installing into .venv: a few minutes the first time"
 	@test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[eval,dev]'
+	@.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[eval,track,dev]'
 	@touch $@
 
 demo: $(SETUP)  ## scenes -> shards -> train -> samples -> report on the CPU, offline; QUICK=1 shortens

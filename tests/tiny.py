@@ -260,10 +260,12 @@ def make_shards(
     text_dtype: TextDtype = "float16",
     vae: str | None = None,
     text_name: str | None = None,
+    first_seed: int = 0,
 ) -> Path:
     """Writes a finished set of shards of `sizes` records: noise that names the tiny encoders.
 
     `vae` is another autoencoder's folder; `text_name` is what the set calls its text encoder.
+    `first_seed` is the first shard's; another one gives other records under other keys.
     """
     folders = encoders()
     vae = vae or folders.vae
@@ -282,7 +284,7 @@ def make_shards(
     )
     shards = [
         shard_sets.make_examples(size, seed=seed, text_dtype=text_dtype, kind=latent_kind(network))
-        for seed, size in enumerate(sizes)
+        for seed, size in enumerate(sizes, start=first_seed)
     ]
     times = latent_channels(network) // LATENT_CHANNELS  # the examples' noise, said again
     shards = [

@@ -121,8 +121,7 @@ class Progress:
             return
         self._append(line)
         text = describe(line, remaining_s)
-        self._bar.postfix = f" {text}"  # set_postfix_str would put a comma before it
-        self._bar.refresh()
+        self._bar.set_postfix_str(text)
         now_s, step = time.monotonic(), line["step"]
         if self._plain and (now_s - self._told_s >= LINE_EVERY_S or step == self._num_steps):
             self._told_s = now_s
@@ -136,11 +135,11 @@ class Progress:
         self._append(line)
         found = line["validation"]
         quarters = (
-            "none" if loss is None else f"{loss:.4f}" for loss in found["loss_by_quarter"].values()
+            "none" if loss is None else f"{loss:.3f}" for loss in found["loss_by_quarter"].values()
         )
         self.say(
-            f"step {line['step']}: validation loss {found['loss']:.4f} (averaged weights); "
-            f"by quarter of noise {' '.join(quarters)}"
+            f"step {line['step']}: validation loss {found['loss']:.4f} (EMA), "
+            f"from least noise to most {' '.join(quarters)}"
         )
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -187,11 +186,16 @@ def shorten(names: list[str]) -> str:
 def describe(line: dict[str, Any], remaining_s: float) -> str:
     """Returns the main figures of a line; with the steps before them they fit in 80 columns."""
     loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+    data = line["ledger"]["data"]
     return (
-        f"epoch {line['epoch']:.4g} loss {loss} {line['images_per_s']:.4g} img/s "
-        f"data {line['ledger']['data']:.1%} skip {line['skipped']} "
+        f"epoch {_short(line['epoch'])} loss {loss} {_short(line['images_per_s'])} img/s "
+        f"data {data:.{0 if data >= 0.1 else 1}%} skip {line['skipped']} "
         f"ETA {tqdm.format_interval(remaining_s)}"
     )
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def truncate_metrics(path: Path, step: int, *, validated: int) -> None:
