@@ -50,11 +50,10 @@ class Progress:
         self._num_steps = 0
         self._first = ""
 
-    def open(self, step: int, num_steps: int, state: dict[str, Any], *, first: str = "") -> None:
+    def open(self, step: int, num_steps: int, state: dict[str, Any]) -> None:
         """Begins at `step`, from the unfinished interval of a checkpoint if there is one.
 
-        Lines of metrics.jsonl beyond that step, which a killed run wrote, are dropped. `first` says
-        what the first step is busy with.
+        Lines of metrics.jsonl beyond that step, which a killed run wrote, are dropped.
         """
         rows = state.get("rows", [])
         self._num_rows = min(len(rows), step % len(self._rows))  # fewer if the interval changed
@@ -75,13 +74,16 @@ class Progress:
             dynamic_ncols=True,
             bar_format=BAR,
         )
-        if first and step < num_steps:
+        if main:
+            truncate_metrics(self._path, step, validated=self.validation.get("step", 0))
+
+    def begin(self, first: str) -> None:
+        """Says what the first step is busy with, until it is done."""
+        if self._bar.n < self._num_steps:
             self._first = first
             self._bar.set_description_str(f"{first} ... ")
             if self._plain:
                 self.say(f"{first} ...")
-        if main:
-            truncate_metrics(self._path, step, validated=self.validation.get("step", 0))
 
     def add(self, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
         """Notes a step, on the device."""
@@ -134,11 +136,12 @@ class Progress:
             return
         self._append(line)
         found = line["validation"]
-        quarters = (
-            "none" if loss is None else f"{loss:.3f}" for loss in found["loss_by_quarter"].values()
+        loss, *quarters = (
+            "none" if value is None else f"{value:.4f}"
+            for value in (found["loss"], *found["loss_by_quarter"].values())
         )
         self.say(
-            f"step {line['step']}: validation loss {found['loss']:.4f} (EMA), "
+            f"step {line['step']}: validation loss {loss} (EMA), "
             f"from least noise to most {' '.join(quarters)}"
         )
 

@@ -100,17 +100,12 @@ def start(config: TrainConfig) -> Run:
         plan.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"train": asdict(config)}, indent=1)
         (plan.folder / "config.json").write_text(text + "\n")
-    first = first_words(config.compile)
-    run.progress.open(state.step, plan.num_steps, state.metrics, first=first)
+    run.progress.open(state.step, plan.num_steps, state.metrics)
     trackers.start(accelerator, plan.folder, checkpoint.flatten(asdict(config)), state.step)
     for note in (*plan.notes, *notes, *changes):
         run.progress.say(note)
+    run.progress.begin("compiling" if config.compile else "first step")
     return run
-
-
-def first_words(compiled: bool) -> str:
-    """Returns what the first step is busy with, for the bar."""
-    return "compiling" if compiled else "first step"
 
 
 def make_accelerator(

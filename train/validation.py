@@ -8,6 +8,7 @@ weights, which are what the bundle gets; they change places with the live ones, 
 there is no third copy.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -230,8 +231,8 @@ def measure(
     """Returns the averaged weights' loss, also by quarter of the timesteps, least noise first.
 
     Batches are dealt out to the processes, all of which must call this and get the same figures. A
-    quarter without an example has None. The bare network is called, since a compiled one would be
-    compiled once more for each other size of batch.
+    mean of no examples, or one that is not finite, is None. The bare network is called, since a
+    compiled one would be compiled once more for each other size of batch.
     """
     losses = torch.zeros(len(validation.records), device=accelerator.device)
     mine = validation.pieces()[accelerator.process_index :: accelerator.num_processes]
@@ -244,11 +245,16 @@ def measure(
     quarter = validation.timesteps * NUM_PARTS // validation.num_timesteps
     quarters = [found[quarter == number] for number in range(NUM_PARTS)]
     return {
-        "loss": found.mean().item(),
+        "loss": finite_mean(found),
         "loss_by_quarter": {
-            f"t{number + 1}of{NUM_PARTS}": part.mean().item() if len(part) else None
-            for number, part in enumerate(quarters)
+            f"t{number + 1}of{NUM_PARTS}": finite_mean(part) for number, part in enumerate(quarters)
         },
         "num_examples": len(found),
         "weights": "ema",
     }
+
+
+def finite_mean(losses: Tensor) -> float | None:
+    """Returns the mean, or None where there is none that JSON could hold."""
+    mean = losses.mean().item() if len(losses) else math.nan
+    return mean if math.isfinite(mean) else None

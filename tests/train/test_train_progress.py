@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from train.ledger import PHASES, Ledger
 from train.progress import BAR, Progress, describe, shorten, truncate_metrics
-from train.setup import first_words
 
 
 def make(folder: Path, interval: int = 4) -> Progress:
@@ -120,7 +119,8 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then(
     now_s = 50.0
     monkeypatch.setattr("train.progress.time.monotonic", lambda: now_s)
     progress = Progress(Accelerator(cpu=True, mixed_precision="no"), tmp_path, 4)
-    progress.open(0, 100, {}, first="compiling")
+    progress.open(0, 100, {})
+    progress.begin("compiling")
     add(progress, 1.0)
     for step, then_s in ((4, 50.0), (8, 52.0), (12, 60.5), (100, 61.0)):
         now_s = then_s
@@ -132,9 +132,8 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize(("compiled", "expected"), [(True, "compiling ... 0/"), (False, "first")])
 def test_a_terminal_is_told_what_the_first_step_waits_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool, expected: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -143,13 +142,14 @@ def test_a_terminal_is_told_what_the_first_step_waits_for(
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     progress = Progress(Accelerator(cpu=True, mixed_precision="no"), tmp_path, 4)
-    progress.open(0, 100, {}, first=first_words(compiled))
-    assert expected in terminal.getvalue()
+    progress.open(0, 100, {})
+    progress.begin("compiling")
+    assert "compiling ... 0/100" in terminal.getvalue()
     before = len(terminal.getvalue())
     add(progress, 1.0)
     progress.write(LINE | {"step": 4}, remaining_s=10.0)
     progress.close()
-    assert expected not in terminal.getvalue()[before:]
+    assert "compiling" not in terminal.getvalue()[before:]
     assert "epoch 98.8 loss 0.1235" in terminal.getvalue()[before:]
 
 

@@ -327,3 +327,11 @@ def test_settings_that_cannot_be(name: str) -> None:
 def test_seeds_of_other_uses_are_what_they_were() -> None:
     assert USES[:5] == ("order", "draws", "dropout", "choice", "buckets")
     assert mixed_seed(0, "draws", 1) != mixed_seed(0, "validation", 1)
+
+
+def test_a_loss_that_is_not_finite_is_none(validated: Any) -> None:
+    run = start(validated(num_examples=3))
+    next(iter(run.state.ema.average.values())).fill_(torch.nan)
+    found = measure_now(run)
+    assert found["loss"] is None
+    assert set(found["loss_by_quarter"].values()) == {None}
