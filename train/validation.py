@@ -35,7 +35,8 @@ NUM_PARTS = 4
 MAX_KEYS_READ = 100_000
 """Of the training set; to read one costs a page of its shard."""
 SAME_LATENT = 0.1
-"""Two latents nearer than this share of their size are of the same picture."""
+"""Two latents nearer than this share of their size are of the same picture. Of moments the means are
+compared: log-variances are large, and nearly the same for all pictures."""
 Shards = ShardSet | BucketedShards
 
 
@@ -181,7 +182,7 @@ def check_apart(location: str, shards: Shards, records: NDArray[np.int64], train
     held_out: dict[str, Tensor] = {}
     for numbers, part in of_sets(records, parts(shards)):
         zeros = np.zeros(len(numbers))
-        latents = part.gather(numbers, zeros, zeros).latent
+        latents = part.gather(numbers, zeros, zeros).latent[:, : part.manifest.latent_channels]
         held_out |= dict(zip(part.keys(numbers), latents, strict=True))
     every = -(-len(training) // MAX_KEYS_READ)
     for part in sets:
@@ -207,9 +208,9 @@ def of_sets(
 
 
 def first_latent(part: ShardSet, number: int) -> Tensor:
-    """Returns the first view of a record's latent."""
+    """Returns the first view of a record's latent, of moments the mean."""
     zero = np.zeros(1)
-    return part.gather(np.array([number]), zero, zero).latent[0]
+    return part.gather(np.array([number]), zero, zero).latent[0, : part.manifest.latent_channels]
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
