@@ -35,8 +35,8 @@ NUM_PARTS = 4
 MAX_KEYS_READ = 100_000
 """Of the training set; to read one costs a page of its shard."""
 SAME_LATENT = 0.1
-"""Two latents nearer than this share of their size are of the same picture. Of moments the means are
-compared: log-variances are large, and nearly the same for all pictures."""
+"""Two latents nearer than this share of their size are of the same picture. Of moments the means
+count: log-variances are large, and nearly the same for all pictures."""
 Shards = ShardSet | BucketedShards
 
 
