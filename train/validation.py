@@ -242,7 +242,7 @@ def measure(
             batch = validation.batch(places).to(accelerator.device)
             losses[places.start : places.stop] = objective(unet, batch)
     total: Tensor = accelerator.reduce(losses, reduction="sum")
-    found = total.double().cpu()
+    found = total.cpu().double()
     quarter = validation.timesteps * NUM_PARTS // validation.num_timesteps
     quarters = [found[quarter == number] for number in range(NUM_PARTS)]
     return {
