@@ -32,7 +32,7 @@ QUICK ?=
 ifneq ($(QUICK),)
 DEMO_NAME := demo-quick
 QUICK_SHARDS := --source.num-images 512
-QUICK_TRAIN := --num-steps 60 --log-every-steps 20 --checkpoint-every-steps 40
+QUICK_TRAIN := --num-steps 60 --log-every-steps 20 --checkpoint-every-steps 40 --validation.every-steps 30
 QUICK_EVALUATE := --num-prompts 16
 else
 DEMO_NAME := demo
@@ -42,6 +42,7 @@ QUICK_EVALUATE :=
 endif
 DEMO_FLAGS ?=
 DEMO = --config configs/demo.yaml --name $(DEMO_NAME) $(DEMO_FLAGS)
+DEMO_VALIDATION = --validation.shards shards/data/$(DEMO_NAME)/val --validation.every-steps 300
 
 .PHONY: help setup demo test lint format types coco2014 shards train samples evaluate bench clean
 
@@ -57,13 +58,14 @@ setup: $(SETUP)  ## make .venv with the versions in constraints.txt
 	  || { echo "error: $(BASE_PYTHON) is older than Python 3.11; give another with BASE_PYTHON="; exit 1; }
 	@echo "installing into .venv: a few minutes the first time"
 	@test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[eval,dev]'
+	@.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[eval,track,dev]'
 	@touch $@
 
 demo: $(SETUP)  ## scenes -> shards -> train -> samples -> report on the CPU, offline; QUICK=1 shortens
 	@export HF_HUB_OFFLINE=1; started=$$(date +%s); \
 	$(PYTHON) -m pipeline.run $(DEMO) $(QUICK_SHARDS) && \
-	$(LAUNCH) train/run.py $(DEMO) $(QUICK_TRAIN) && \
+	$(PYTHON) -m pipeline.run $(DEMO) --split val --source.num-images 256 && \
+	$(LAUNCH) train/run.py $(DEMO) $(DEMO_VALIDATION) $(QUICK_TRAIN) && \
 	$(PYTHON) -m sample.run $(DEMO) && \
 	$(PYTHON) -m evaluation.run $(DEMO) $(QUICK_EVALUATE) --started-at $$started
 

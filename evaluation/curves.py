@@ -59,14 +59,20 @@ def smooth(values: Sequence[float], weight: float = 0.5) -> list[float]:
 
 
 def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
-    """The training loss against the step, as it was logged and smoothed."""
+    """The training loss against the step, as it was logged and smoothed, and that of validation."""
     finite = [line for line in history if line.get("loss") is not None]
     steps = [line["step"] for line in finite]
     losses = [line["loss"] for line in finite]
+    measured = [line for line in history if line.get("validation", {}).get("loss") is not None]
 
     def fill(axes: Axes) -> None:
         axes.plot(steps, losses, color=COLOURS[0], alpha=0.35, linewidth=1)
-        axes.plot(steps, smooth(losses), color=COLOURS[0], linewidth=2)
+        axes.plot(steps, smooth(losses), color=COLOURS[0], linewidth=2, label="training")
+        if measured:
+            places = [line["step"] for line in measured]
+            values = [line["validation"]["loss"] for line in measured]
+            axes.plot(places, values, color=COLOURS[1], linewidth=2, label="validation (EMA)")
+            axes.legend(frameon=False, loc="upper right")
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         if losses and min(losses) > 0:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from diffusers import (
@@ -36,6 +36,9 @@ from model.encoders import (
 )
 from model.paths import complete_or_absent, find_path
 
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
 INFO_FILE = "bundle.json"
 STOCK_MULTIPLE_PX = 8
 """`StableDiffusionPipeline` draws pictures whose sides are multiples of this, whatever the VAE."""
@@ -60,12 +63,42 @@ def save_bundle(
     shift of the VAE's latents is folded into its weights. Raises ValueError for a VAE that a stock
     pipeline cannot use.
     """
+    pipeline = make_pipeline(
+        unet=unet,
+        vae=vae,
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        scheduler=scheduler,
+        max_tokens=max_tokens,
+    )
+    with complete_or_absent(folder) as temporary:
+        with quiet():
+            pipeline.save_pretrained(temporary)
+        if dtype == "float16":
+            for path in temporary.rglob("*.safetensors"):
+                _store_float16(path)
+        (temporary / INFO_FILE).write_text(json.dumps(dict(info), indent=1) + "\n")
+
+
+def make_pipeline(
+    *,
+    unet: UNet2DConditionModel,
+    vae: Autoencoder,
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    scheduler: Schedule,
+    max_tokens: int,
+) -> "StableDiffusionPipeline":
+    """Returns the stock pipeline of a training's parts, as `save_bundle` keeps it.
+
+    Raises ValueError for a VAE that it cannot use.
+    """
     require_stock_vae(vae)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = max_tokens
     with quiet():  # the import tells at length of an image processor that nothing here uses
         from diffusers import StableDiffusionPipeline
-    pipeline = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         vae=fold_shift(vae),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -75,13 +108,6 @@ def save_bundle(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    with complete_or_absent(folder) as temporary:
-        with quiet():
-            pipeline.save_pretrained(temporary)
-        if dtype == "float16":
-            for path in temporary.rglob("*.safetensors"):
-                _store_float16(path)
-        (temporary / INFO_FILE).write_text(json.dumps(dict(info), indent=1) + "\n")
 
 
 def require_stock_vae(vae: Autoencoder) -> None:

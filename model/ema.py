@@ -10,7 +10,8 @@ snapshots of them (`ema.sigma_rels`, `ema.snapshot_every_steps`) give any other 
     python -m model.ema --run runs/NAME --sigma-rel 0.1 [--step N] [--out DIR]
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,6 +102,31 @@ class EMA:
             self._averages.values(), self.decays_at(num_updates), strict=True
         ):
             torch._foreach_lerp_(list(average.values()), weights, 1.0 - decay)
+
+    @contextmanager
+    def lent_to(self, module: nn.Module) -> Iterator[None]:
+        """Gives the network the average that the bundle gets, and eval mode, for the while.
+
+        Weights and averages change places, one tensor after another, so that neither a copy of the
+        network nor another address of a weight comes of it. Within, no average may be updated.
+        """
+        was_training = module.training
+        self._exchange(module)
+        module.eval()
+        try:
+            yield
+        finally:
+            self._exchange(module)
+            module.train(was_training)
+
+    @torch.no_grad()
+    def _exchange(self, module: nn.Module) -> None:
+        average = self.average
+        for name, parameter in module.named_parameters():
+            assert parameter.dtype == torch.float32, name  # or the exchange would round
+            kept = parameter.detach().clone()
+            parameter.copy_(average[name])
+            average[name].copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns all averages: that of `decay` by parameter name, others `SIGMA_REL/NAME`."""

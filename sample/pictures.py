@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from model.bundle import digest, find_bundle
+from model.grid import labelled_grid, save_png
 from model.paths import find_path, output_root
 from sample import sampler
 from sample.config import SampleConfig
-from sample.grid import labelled_grid, save_png
 
 SHIPPED_BUNDLE = "scenes/bundle"
 

@@ -1,8 +1,5 @@
 """Draws pictures with the stock `StableDiffusionPipeline`, so that what is seen here is what any
-diffusers program gives for the same bundle.
-
-One seed is one picture: each has a generator of its own on the CPU, so neither the batch size nor
-the device changes what is drawn beyond rounding.
+diffusers program gives for the same bundle. One seed is one picture (model/drawing.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,8 +11,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from tqdm import tqdm
 
+from model import drawing
 from model.bundle import find_bundle
 from model.encoders import quiet
 from sample.config import DtypeName, SchedulerName
@@ -81,26 +78,17 @@ def draw(
     batch_size: int = 16,
     title: str = "draw",
 ) -> list[Image.Image]:
-    """Draws one picture per prompt and seed, in their order.
-
-    Guidance is eq. 6 of Ho & Salimans 2022 (2207.12598) with 1 + w = `guidance_scale`.
-    """
-    assert len(prompts) == len(seeds), (len(prompts), len(seeds))
+    """Gives the pipeline the scheduler that was asked for, and draws with it as `drawing.draw`."""
     use_scheduler(pipeline, scheduler)
-    check_steps(pipeline.scheduler, num_steps)
-    pictures: list[Image.Image] = []
-    with tqdm(total=len(prompts), desc=title, unit="image", disable=None, leave=False) as bar:
-        for start in range(0, len(prompts), batch_size):
-            piece = slice(start, start + batch_size)
-            result = pipeline(
-                prompt=list(prompts[piece]),
-                guidance_scale=guidance_scale,
-                num_inference_steps=num_steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[piece]],
-            )
-            pictures += result.images
-            bar.update(len(result.images))
-    return pictures
+    return drawing.draw(
+        pipeline,
+        prompts,
+        seeds,
+        guidance_scale=guidance_scale,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        title=title,
+    )
 
 
 def use_scheduler(pipeline: "StableDiffusionPipeline", name: SchedulerName) -> None:
@@ -123,32 +111,3 @@ def use_scheduler(pipeline: "StableDiffusionPipeline", name: SchedulerName) -> N
         return
     kind, settings = SAMPLERS[name]
     pipeline.scheduler = kind.from_config(own.config, **settings)
-
-
-def check_steps(scheduler: Any, num_steps: int) -> None:
-    """Raises ValueError for a number of steps with which the sampler would miss.
-
-    Two faults of diffusers (0.42) would go unseen. Its DDIM goes down by a whole number of
-    timesteps whatever the next one is, so that noise stays where the steps do not divide the
-    timesteps (of 150 steps, 9 % too much deviation). And of two first steps that fall on one
-    timestep, as many steps of flow do, its solvers take the second for the first.
-    """
-    num_timesteps = scheduler.config.num_train_timesteps
-    if num_steps > num_timesteps:
-        raise ValueError(
-            f"--num-steps: expected at most the bundle's {num_timesteps} timesteps, "
-            f"found {num_steps}"
-        )
-    if isinstance(scheduler, DDIMScheduler) and num_timesteps % num_steps:
-        raise ValueError(
-            f"--num-steps: DDIM leaves noise unless the steps divide the bundle's {num_timesteps} "
-            f"timesteps; expected a divisor of them (or --scheduler euler, which is DDIM without "
-            f"that), found {num_steps}"
-        )
-    scheduler.set_timesteps(num_steps)
-    first = scheduler.timesteps[:2].tolist()
-    if len(first) == 2 and first[0] == first[1]:
-        raise ValueError(
-            f"--num-steps: the first two of {num_steps} steps fall on timestep {first[0]} of the "
-            f"bundle's {num_timesteps}; expected fewer steps"
-        )

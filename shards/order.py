@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 Shuffle = Literal["full", "blocks", "none"]
 LastBatch = Literal["fill", "drop"]
-Use = Literal["order", "draws", "dropout", "choice", "buckets"]
+Use = Literal["order", "draws", "dropout", "choice", "buckets", "validation"]
 USES = get_args(Use)
 
 

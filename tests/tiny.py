@@ -261,10 +261,12 @@ def make_shards(
     vae: str | None = None,
     text_name: str | None = None,
     latent_side: int = shard_sets.SIDE,
+    first_seed: int = 0,
 ) -> Path:
     """Writes a finished set of shards of `sizes` records: noise that names the tiny encoders.
 
     `vae` is another autoencoder's folder; `text_name` is what the set calls its text encoder.
+    `first_seed` is the first shard's; another one gives other records under other keys.
     """
     folders = encoders()
     vae = vae or folders.vae
@@ -289,7 +291,7 @@ def make_shards(
             kind=latent_kind(network),
             size=(latent_side, latent_side),
         )
-        for seed, size in enumerate(sizes)
+        for seed, size in enumerate(sizes, start=first_seed)
     ]
     times = latent_channels(network) // LATENT_CHANNELS  # the examples' noise, said again
     shards = [

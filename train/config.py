@@ -8,6 +8,7 @@ from model.diffusion import ObjectiveConfig
 from model.ema import EMAConfig
 from shards.access import CACHE_BYTES, WINDOW_RECORDS, Asked
 from shards.order import LastBatch, Shuffle
+from train.trackers import TrackerName, check_names
 
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -79,6 +80,57 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """The loss on records that training never sees, with the averaged weights."""
+
+    shards: str | None = None
+    """Folder of the validation set; without one there is no validation, and the run says so."""
+    every_steps: int = 500
+    """Steps between two measurements; the end of the run makes one too."""
+    num_examples: int = 1024
+    """How many of the set's records to measure on; a smaller set is taken whole."""
+    batch_size: int = 64
+    """Examples per process and forward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "num_examples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"validation.{name}: expected 1 or more, found {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Pictures of the same prompts and seeds while training, with the averaged weights."""
+
+    every_steps: int | None = None
+    """Steps between two previews; the end of the run makes one too. None: no previews."""
+    prompts: tuple[str, ...] = ()
+    """What to draw, a picture each."""
+    seed: int = 0
+    """Seed of the first picture; the next ones count up from it."""
+    num_steps: int = 20
+    """Steps of the sampler, which is the one that the bundle names."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance; 1 is none."""
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None and self.every_steps < 1:
+            raise ValueError(f"preview.every_steps: expected 1 or more, found {self.every_steps}")
+        if self.every_steps is not None and not self.prompts:
+            raise ValueError("preview.prompts: expected what to draw every_steps, found nothing")
+        if self.num_steps < 1:
+            raise ValueError(f"preview.num_steps: expected 1 or more, found {self.num_steps}")
+        if self.guidance_scale < 1:
+            raise ValueError(
+                f"preview.guidance_scale: expected 1 or more, found {self.guidance_scale}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"preview.seed: expected 0 or more, found {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that stage two can be told."""
 
@@ -131,6 +183,8 @@ class TrainConfig:
     that does not fit into one GPU's memory."""
     log_every_steps: int = 50
     """Steps between two lines of metrics.jsonl."""
+    trackers: tuple[TrackerName, ...] = ("auto",)
+    """Who gets these lines too: tensorboard, wandb, trackio; auto: TensorBoard if installed."""
     checkpoint_every_steps: int = 500
     """Steps between two checkpoints; the end of the run and a signal also make one."""
     keep_checkpoints: int = 2
@@ -150,6 +204,10 @@ class TrainConfig:
     """The average of its weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """What it sees."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """What it is measured on while it runs."""
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    """What it draws while it runs."""
 
     def __post_init__(self) -> None:
         if (self.num_steps is None) == (self.num_epochs is None):
@@ -178,6 +236,7 @@ class TrainConfig:
                         f"{name}: has no effect without init_from; expected {default}, found "
                         f"{getattr(self, name)}"
                     )
+        check_names(self.trackers)
         for name in ("seed", "max_bad_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-PHASES = ("data", "copy", "denoise", "optimiser", "ema", "save")
+PHASES = ("data", "copy", "denoise", "optimiser", "ema", "save", "evaluate")
 
 
 class Ledger:

@@ -25,9 +25,11 @@ from train import checkpoint, optim, sharding
 from train.batches import Batch
 from train.config import TrainConfig
 from train.graph import Outcome, Recorder, StepGraph
+from train.preview import make_preview
 from train.progress import MAX_STEPS_READ, shorten
 from train.setup import Run, rehearse, start
 from train.stop import Reason, Stop
+from train.validation import measure
 
 
 def train(config: TrainConfig) -> Path:
@@ -87,6 +89,7 @@ def loop(run: Run, stop: Stop) -> Reason:
             run.progress.add(loss, norm, skipped)
             if state.step % config.log_every_steps == 0:
                 report(run)
+            watch(run, end=state.step == plan.num_steps)
             if every is not None and state.step % every == 0:
                 with ledger.phase("save"):
                     snapshot(run)
@@ -97,6 +100,8 @@ def loop(run: Run, stop: Stop) -> Reason:
                 saved = state.step
     if run.progress.pending and reason is not Reason.SIGNAL:
         report(run)
+    if reason is not Reason.SIGNAL and watch(run, end=True):
+        saved = -1  # a checkpoint of this step is older than what was just measured
     if every is not None and reason is not Reason.SIGNAL:
         snapshot(run, again=kept < state.step)
     if saved < state.step:
@@ -154,7 +159,7 @@ def report(run: Run) -> None:
         "train_s": state.train_s,
         "ledger": shares,
     }
-    progress.write(line)
+    progress.write(line, remaining_s=remaining_s(run, num_steps / wall_s))
     progress.say_skipped(bad, run.source.loader.suspects)
     first = state.step - num_steps
     streak = longest_streak(num_before, [first + i in bad for i in range(num_steps)])
@@ -204,6 +209,40 @@ def give_up(run: Run, streak: range) -> NoReturn:
         "checkpoint with the same command and a lower --optim.learning-rate; to pass over these "
         "steps, with a higher --max-bad-steps"
     )
+
+
+def remaining_s(run: Run, steps_per_s: float) -> float:
+    """Returns how long the run will take from here: to its last step, or to the end of its time."""
+    left_s = (run.plan.num_steps - run.state.step) / steps_per_s
+    budget_s = run.config.max_train_s
+    return left_s if budget_s is None else max(0.0, min(left_s, budget_s - run.state.train_s))
+
+
+def watch(run: Run, *, end: bool) -> bool:
+    """Measures the validation loss and draws a preview where they are due; returns if any was.
+
+    Both are due at their intervals and at the end of the run, once for a step.
+    """
+    step, progress, validation = run.state.step, run.progress, run.plan.validation
+    measuring = validation is not None and (end or step % run.config.validation.every_steps == 0)
+    measuring = measuring and progress.validation.get("step") != step
+    every = run.config.preview.every_steps
+    drawing = every is not None and (end or step % every == 0) and progress.previewed != step
+    if not (measuring or drawing):
+        return False
+    with run.ledger.phase("evaluate"):
+        if measuring and validation is not None:
+            unet, ema = run.state.unet, run.state.ema
+            progress.write_validation(
+                {
+                    "step": step,
+                    "validation": measure(validation, run.accelerator, unet, ema, run.objective),
+                }
+            )
+        if drawing:
+            make_preview(run)
+            progress.previewed = step
+    return True
 
 
 def snapshot(run: Run, *, again: bool = True) -> None:

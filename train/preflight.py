@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from model.bundle import require_stock_shards
+from model.bundle import require_stock_shards, sampling_scheduler
 from model.denoiser import DenoiserConfig
+from model.diffusion import make_scheduler
+from model.drawing import check_steps
 from model.encoders import (
     Autoencoder,
     fingerprint,
@@ -30,6 +32,7 @@ from train import checkpoint, initial
 from train.config import DataConfig, TrainConfig
 from train.initial import Initial
 from train.optim import check_bitsandbytes
+from train.validation import Validation, no_validation, open_validation
 
 USED_BY = {
     "cache_dir": ("cache",),
@@ -68,6 +71,8 @@ class Plan:
     """The resolved configuration and the shards' hash, as checkpoints and the bundle keep them."""
     notes: tuple[str, ...]
     """What to say of the first weights and the data, a line each."""
+    validation: Validation | None
+    """What the loss is measured on while training."""
 
 
 def validate(config: TrainConfig, num_processes: int) -> Plan:
@@ -79,7 +84,7 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
         check_bitsandbytes()
     micro_batch_size = split_batch(config.batch_size, config.micro_batch_size, num_processes)
     root = output_root()
-    folder = Path(config.out).expanduser() if config.out else root / "runs" / config.name
+    folder = run_folder(config)
     config, first, first_sha256, notes = find_initial(config, folder)
     location = find_shards(config.shards or str(root / "shards" / "data" / config.name / "train"))
     access = make_access(config.data, location)
@@ -93,6 +98,9 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
         last_batch=config.data.last_batch,
     )
     check_order(shards, order, access, num_processes)
+    if config.preview.every_steps is not None:
+        sampler = sampling_scheduler(make_scheduler(config.objective))
+        check_steps(sampler, config.preview.num_steps, "preview.num_steps")
     check_graph(config.cuda_graph, num_processes, shards)
     vae = load_vae(*choose(config.vae, manifest.vae))
     for shape in shards.latent_shapes:
@@ -118,6 +126,7 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
         notes += initial.compare_encoders(first, vae, text_encoder)
         notes += initial.compare_objectives(first, config.objective)
     _, height, breadth = manifest.latent_shape
+    validation, note = find_validation(config, shards)
     return Plan(
         config=config,
         folder=folder,
@@ -142,7 +151,9 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
             *notes,
             *describe_buckets(shards, order),
             *describe_sharing(config.fsdp, num_processes),
+            note,
         ),
+        validation=validation,
     )
 
 
@@ -176,13 +187,35 @@ def find_initial(
     return config, first, first.sha256, notes
 
 
-def find_shards(given: str) -> str:
-    """Returns where the shards are: a URL as it is, a folder as `find_path` finds it."""
+def run_folder(config: TrainConfig) -> Path:
+    """Returns where a run keeps everything."""
+    return Path(config.out).expanduser() if config.out else output_root() / "runs" / config.name
+
+
+def find_validation(
+    config: TrainConfig, shards: ShardSet | BucketedShards
+) -> tuple[Validation | None, str]:
+    """Returns the examples of the validation set, if there is one, and what to say of it."""
+    given = config.validation.shards
+    if given is None:
+        return None, no_validation(output_root() / "shards" / "data" / config.name / "val")
+    return open_validation(
+        config.validation,
+        find_shards(given, "validation.shards"),
+        shards,
+        seed=config.seed,
+        objective=config.objective,
+        latent_channels=shards.manifest.latent_channels,
+    )
+
+
+def find_shards(given: str, flag: str = "shards") -> str:
+    """Returns where shards are: a URL as it is, a folder as `find_path` finds it."""
     if is_remote(given):
         return given
     path = find_path(given)
     if path is None:
-        raise ValueError(f"shards: no folder {given!r}; make it with python -m pipeline.run")
+        raise ValueError(f"{flag}: no folder {given!r}; make it with python -m pipeline.run")
     return str(path)
 
 

@@ -2,11 +2,13 @@
 
 A step writes its loss, gradient norm and whether it was skipped into a small table on the device;
 only at the logging interval is the table fetched. The unfinished table is part of a checkpoint, so
-a resumed run writes the same lines as one that never stopped.
+a resumed run writes the same lines as one that never stopped. On a terminal a bar of one line shows
+the newest figures; elsewhere they are plain lines, at most one every few seconds.
 """
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,15 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from train import trackers
+
 METRICS_FILE = "metrics.jsonl"
 MAX_SHOWN = 8
 MAX_STEPS_READ = 4
+LINE_EVERY_S = 10.0
+"""Of plain lines, where there is no terminal."""
+BAR = "{desc}{n_fmt}/{total_fmt}{postfix} {bar}"
+"""Longest last: what a narrow terminal leaves is the bar's."""
 
 
 class Progress:
@@ -32,7 +40,15 @@ class Progress:
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
         self.last: dict[str, Any] = {}
+        self.validation: dict[str, Any] = {}
+        """The newest line of the validation loss."""
+        self.previewed: int | None = None
+        """The step of the newest preview."""
         self._bar = tqdm(disable=True)
+        self._plain = False
+        self._told_s = float("-inf")
+        self._num_steps = 0
+        self._first = ""
 
     def open(self, step: int, num_steps: int, state: dict[str, Any]) -> None:
         """Begins at `step`, from the unfinished interval of a checkpoint if there is one.
@@ -46,22 +62,36 @@ class Progress:
         self.num_skipped = state.get("num_skipped", 0)
         self.num_skipped_in_a_row = state.get("num_skipped_in_a_row", 0)
         self.last = state.get("last", {})
-        terminal = sys.stderr.isatty()
+        self.validation = state.get("validation", {})
+        self.previewed = state.get("previewed")
+        main, terminal = self._accelerator.is_main_process, sys.stderr.isatty()
+        self._num_steps, self._plain = num_steps, main and not terminal
         self._bar = tqdm(
             total=num_steps,
             initial=step,
-            unit="step",
-            disable=not self._accelerator.is_main_process,
-            mininterval=0.5 if terminal else 30.0,
-            dynamic_ncols=terminal,
+            disable=not (main and terminal),
+            mininterval=0.5,
+            dynamic_ncols=True,
+            bar_format=BAR,
         )
-        if self._accelerator.is_main_process:
-            truncate_metrics(self._path, step)
+        if main:
+            truncate_metrics(self._path, step, validated=self.validation.get("step", 0))
+
+    def begin(self, first: str) -> None:
+        """Says what the first step is busy with, until it is done."""
+        if self._bar.n < self._num_steps:
+            self._first = first
+            self._bar.set_description_str(f"{first} ... ")
+            if self._plain:
+                self.say(f"{first} ...")
 
     def add(self, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
         """Notes a step, on the device."""
         self._rows[self._num_rows] = torch.stack([loss, norm, skipped])
         self._num_rows += 1
+        if self._first:
+            self._first = ""
+            self._bar.set_description_str("", refresh=False)
         self._bar.update()
 
     @property
@@ -86,19 +116,39 @@ class Progress:
         figures = {"step": step, "loss": loss, "grad_norm": norm, "skipped": self.num_skipped}
         return len(rows), figures, bad
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Appends a line to metrics.jsonl and shows its main figures on the bar."""
+    def write(self, line: dict[str, Any], *, remaining_s: float) -> None:
+        """Appends a line to metrics.jsonl and shows its main figures."""
         self.last = line
         if not self._accelerator.is_main_process:
             return
+        self._append(line)
+        text = describe(line, remaining_s)
+        self._bar.set_postfix_str(text)
+        now_s, step = time.monotonic(), line["step"]
+        if self._plain and (now_s - self._told_s >= LINE_EVERY_S or step == self._num_steps):
+            self._told_s = now_s
+            self.say(f"{step}/{self._num_steps} {text}")
+
+    def write_validation(self, line: dict[str, Any]) -> None:
+        """Appends a line of the validation loss to metrics.jsonl and says it."""
+        self.validation = line
+        if not self._accelerator.is_main_process:
+            return
+        self._append(line)
+        found = line["validation"]
+        loss, *quarters = (
+            "none" if value is None else f"{value:.4f}"
+            for value in (found["loss"], *found["loss_by_quarter"].values())
+        )
+        self.say(
+            f"step {line['step']}: validation loss {loss} (EMA), "
+            f"from least noise to most {' '.join(quarters)}"
+        )
+
+    def _append(self, line: dict[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
-        shares = line["ledger"]
-        self._bar.set_postfix_str(
-            f"epoch {line['epoch']:.2f}, loss {loss}, {line['images_per_s']:.0f} images/s, "
-            f"denoise {shares['denoise']:.0%}, data {shares['data']:.1%}, skipped {line['skipped']}"
-        )
+        trackers.log_line(self._accelerator, line)
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar, from the main process."""
@@ -121,6 +171,8 @@ class Progress:
             "num_skipped": self.num_skipped,
             "num_skipped_in_a_row": self.num_skipped_in_a_row,
             "last": self.last,
+            "validation": self.validation,
+            "previewed": self.previewed,
         }
 
     def close(self) -> None:
@@ -134,13 +186,35 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names[:MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Keeps the lines of metrics.jsonl up to `step`, dropping one that a kill cut short."""
+def describe(line: dict[str, Any], remaining_s: float) -> str:
+    """Returns the main figures of a line; with the steps before them they fit in 80 columns."""
+    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+    data = line["ledger"]["data"]
+    return (
+        f"epoch {_short(line['epoch'])} loss {loss} {_short(line['images_per_s'])} img/s "
+        f"data {data:.{0 if data >= 0.1 else 1}%} skip {line['skipped']} "
+        f"ETA {tqdm.format_interval(remaining_s)}"
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def truncate_metrics(path: Path, step: int, *, validated: int) -> None:
+    """Keeps the lines of metrics.jsonl up to `step`, dropping one that a kill cut short.
+
+    Of the validation loss those up to the step `validated`: the end of a run measures it, and may
+    be killed before the checkpoint tells.
+    """
     if not path.exists():
         return
     kept = []
     for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
+        if not line.endswith("\n"):
+            break
+        found = json.loads(line)
+        if found["step"] > (validated if "validation" in found else step):
             break
         kept.append(line)
     partial = path.with_name(f".{path.name}.partial")

@@ -3,13 +3,17 @@
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 
 from model import denoiser, diffusion
@@ -17,7 +21,7 @@ from model.diffusion import Prediction
 from model.ema import EMA
 from model.encoders import latent_affine
 from shards.access import make_loader
-from train import checkpoint, initial, sharding
+from train import checkpoint, initial, sharding, trackers
 from train.batches import Batch, Source
 from train.checkpoint import TrainState
 from train.config import Precision, TrainConfig
@@ -26,7 +30,7 @@ from train.estimate import survey
 from train.graph import CudaRecorder, Recorder
 from train.ledger import Ledger
 from train.optim import make_optimizer
-from train.preflight import Plan, validate
+from train.preflight import Plan, run_folder, validate
 from train.progress import METRICS_FILE, Progress
 
 REPLACED = {
@@ -88,7 +92,8 @@ class Run:
 
 def start(config: TrainConfig) -> Run:
     """Checks a configuration, builds its run and restores its newest checkpoint, if any."""
-    accelerator = make_accelerator(config.mixed_precision)
+    chosen, notes = trackers.choose(config.trackers)
+    accelerator = make_accelerator(config.mixed_precision, chosen, run_folder(config))
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     plan = validate(config, accelerator.num_processes)
@@ -117,8 +122,10 @@ def start(config: TrainConfig) -> Run:
     run.progress.open(state.step, plan.num_steps, state.metrics)
     if config.cuda_graph and run.recorder is None:
         changes.append("cuda_graph: needs a GPU, found none: steps are taken as they come")
-    for note in (*lines, *plan.notes, *changes):
+    trackers.start(accelerator, plan.folder, checkpoint.flatten(asdict(config)), state.step)
+    for note in (*lines, *plan.notes, *notes, *changes):
         run.progress.say(note)
+    run.progress.begin("compiling" if config.compile else "first step")
     return run
 
 
@@ -127,9 +134,10 @@ def rehearse(config: TrainConfig) -> Path:
 
     Nothing is built and nothing written. Raises ValueError for all that `start` does.
     """
+    _, notes = trackers.choose(config.trackers)
     accelerator = make_accelerator(config.mixed_precision)
     plan = validate(replace(config, dry_run=False), accelerator.num_processes)
-    lines = [*survey(plan, accelerator), *plan.notes]
+    lines = [*survey(plan, accelerator), *plan.notes, *notes]
     found = checkpoint.find_all(plan.folder / "checkpoints")
     if found:
         before = checkpoint.read_state(found[-1])["settings"]
@@ -140,8 +148,12 @@ def rehearse(config: TrainConfig) -> Path:
     return plan.folder
 
 
-def make_accelerator(precision: Precision) -> Accelerator:
+def make_accelerator(
+    precision: Precision, log_with: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
     """Returns an Accelerator in our precision; fp16 becomes "no", with one warning, without a GPU.
+
+    `log_with` names the trackers that `trackers.start` opens, in the run's folder.
 
     The precision is passed even where it is "no": accelerate would otherwise take its launcher's.
     Without a GPU, several processes find each other only if accelerate is told `cpu`. Raises
@@ -161,7 +173,13 @@ def make_accelerator(precision: Precision) -> Accelerator:
     for note in notes if state.is_main_process else ():
         print(f"warning: {note}", file=sys.stderr)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
-    return Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=precision,
+        kwargs_handlers=[ddp],
+        log_with=list(log_with) or None,
+        project_config=ProjectConfiguration(logging_dir=folder and str(folder / trackers.FOLDER)),
+    )
 
 
 def cpu_warnings(environment: Mapping[str, str], num_processes: int) -> list[str]:

@@ -32,9 +32,14 @@ def share_out(unet: UNet2DConditionModel, accelerator: Accelerator) -> None:
         param_dtype=torch.bfloat16 if in_bf16 else None, reduce_dtype=torch.float32
     )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(unet, mesh=mesh, mp_policy=policy)
+    # The root too goes back to shares after a pass: outside passes all there is are shares.
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+
+
+def is_shared(unet: nn.Module) -> bool:
+    """Whether a network is shared out, so that all processes must take part in each pass of it."""
+    return isinstance(unet, FSDPModule)
 
 
 @contextmanager

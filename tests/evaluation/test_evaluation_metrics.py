@@ -112,6 +112,9 @@ def test_charts_are_inline_and_the_same_each_time() -> None:
     chart = loss_chart(history)
     assert chart.startswith("<svg")
     assert chart == loss_chart(history)
+    assert "validation" not in chart
+    measured = [{"step": 8, "validation": {"loss": 0.5}}, {"step": 9, "validation": {"loss": 0.4}}]
+    assert "validation (EMA)" in loss_chart([*history, *measured])
     both = guidance_chart({"first": [(1.0, 0.2), (4.0, 0.9)], "second": [(1.0, 0.4)]})
     assert "first" in both
     assert "second" in both

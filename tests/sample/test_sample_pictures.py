@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from configs.cli import ConfigError, parse
+from model.grid import labelled_grid, read_settings, save_png
 from sample import pictures, sampler
 from sample.config import SampleConfig
-from sample.grid import labelled_grid, read_settings, save_png
 from tests.bundles import make_bundle
 
 

@@ -42,6 +42,7 @@ def make_config(tmp_path: Path, shards: Path) -> MakeConfig:
             "num_steps": 10,
             "mixed_precision": "no",
             "log_every_steps": 4,
+            "trackers": ("none",),
             "checkpoint_every_steps": 3,
             "ema": EMAConfig(decay=0.9),
             "model": DenoiserConfig(

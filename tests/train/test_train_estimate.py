@@ -184,7 +184,7 @@ def test_a_dry_run_tells_and_leaves_nothing(
     assert not (tmp_path / "run").exists()
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines if line[0] != " "]
-    assert names == ["data", "batch", "network", "step", "memory", "disk"]
+    assert names == ["data", "batch", "network", "step", "memory", "disk", "no"]  # validation set
     assert all(len(line) <= 80 for line in lines)
     assert "batch    4 = 1 x 2 x 2 (processes x examples x pieces), latents of 8 x 8" in lines
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from model import denoiser
 from model.bundle import read_info
 from model.denoiser import DenoiserConfig
 from model.encoders import load_vae, quiet
-from tests import shard_sets, tiny
+from tests import tiny
 from tests.train.conftest import MakeConfig
 from train import checkpoint, initial
 from train.config import TrainConfig
@@ -102,12 +101,9 @@ def test_the_first_loss_is_lower_than_that_of_fresh_weights(
 
 
 def test_latents_of_another_size_take_the_same_weights(
-    make_config: MakeConfig, trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    make_config: MakeConfig, trained: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        shard_sets, "make_examples", partial(shard_sets.make_examples, size=(16, 16))
-    )
-    big = tiny.make_shards(tmp_path / "big")
+    big = tiny.make_shards(tmp_path / "big", latent_side=16)
     bundle = train(make_config(shards=str(big), init_from=str(trained), num_steps=1))
     assert read_info(bundle)["config"]["init_from"] == str(trained)
     config = json.loads((bundle / "unet" / "config.json").read_text())

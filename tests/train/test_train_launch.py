@@ -32,6 +32,7 @@ def flags(config: TrainConfig) -> list[str]:
         "num-steps": config.num_steps,
         "mixed-precision": config.mixed_precision,
         "log-every-steps": config.log_every_steps,
+        "trackers": config.trackers[0],
         "checkpoint-every-steps": config.checkpoint_every_steps,
         "ema.decay": config.ema.decay,
         "model.channels": model.channels[0],

@@ -1,14 +1,17 @@
 """The figures of an interval, its unfinished rest in a checkpoint, and the ledger."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from train.ledger import PHASES, Ledger
-from train.progress import Progress, shorten, truncate_metrics
+from train.progress import BAR, Progress, describe, shorten, truncate_metrics
 
 
 def make(folder: Path, interval: int = 4) -> Progress:
@@ -60,9 +63,9 @@ def test_an_unfinished_interval_goes_on_from_a_checkpoint(
 def test_lines_after_the_checkpoint_and_half_lines_go(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 4}\n{"step": 8}\n{"step": 12}\n{"st')
-    truncate_metrics(path, 12)
+    truncate_metrics(path, 12, validated=0)
     assert path.read_text() == '{"step": 4}\n{"step": 8}\n{"step": 12}\n'
-    truncate_metrics(path, 8)
+    truncate_metrics(path, 8, validated=0)
     assert path.read_text() == '{"step": 4}\n{"step": 8}\n'
 
 
@@ -85,3 +88,73 @@ def test_the_ledger_divides_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ledger.read() == (4.0, shares)
     now += 2
     assert ledger.read() == (2.0, {**dict.fromkeys(PHASES, 0.0), "other": 1.0})
+
+
+LINE = {
+    "step": 128_000,
+    "loss": 0.1234567,
+    "skipped": 12,
+    "epoch": 98.76543,
+    "images_per_s": 12345.6,
+    "ledger": {"data": 0.1234},
+}
+
+
+def test_the_bar_fits_in_80_columns() -> None:
+    text = describe(LINE, 37_353.0)
+    assert text == "epoch 98.8 loss 0.1235 12346 img/s data 12% skip 12 ETA 10:22:33"
+    meter = tqdm.format_meter(
+        n=128_000, total=200_000, elapsed=1.0, ncols=79, bar_format=BAR, postfix=text
+    )
+    assert meter.startswith(f"128000/200000, {text}")
+    assert len(meter) <= 80
+    assert describe(LINE | {"loss": None, "epoch": 0.01234, "images_per_s": 7.891}, 59.0) == (
+        "epoch 0.0123 loss none 7.89 img/s data 12% skip 12 ETA 00:59"
+    )
+
+
+def test_without_a_terminal_there_are_plain_lines_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now_s = 50.0
+    monkeypatch.setattr("train.progress.time.monotonic", lambda: now_s)
+    progress = Progress(Accelerator(cpu=True, mixed_precision="no"), tmp_path, 4)
+    progress.open(0, 100, {})
+    progress.begin("compiling")
+    add(progress, 1.0)
+    for step, then_s in ((4, 50.0), (8, 52.0), (12, 60.5), (100, 61.0)):
+        now_s = then_s
+        progress.write(LINE | {"step": step}, remaining_s=10.0)
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["compiling", "4/100", "12/100", "100/100"]
+    assert "\r" not in "".join(lines)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_terminal_is_told_what_the_first_step_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = Progress(Accelerator(cpu=True, mixed_precision="no"), tmp_path, 4)
+    progress.open(0, 100, {})
+    progress.begin("compiling")
+    assert "compiling ... 0/100" in terminal.getvalue()
+    before = len(terminal.getvalue())
+    add(progress, 1.0)
+    progress.write(LINE | {"step": 4}, remaining_s=10.0)
+    progress.close()
+    assert "compiling" not in terminal.getvalue()[before:]
+    assert "epoch 98.8 loss 0.1235" in terminal.getvalue()[before:]
+
+
+def test_lines_of_the_validation_go_by_what_the_checkpoint_knows(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 4}\n{"step": 4, "validation": {}}\n{"step": 6, "validation": {}}\n')
+    truncate_metrics(path, 6, validated=4)
+    assert path.read_text() == '{"step": 4}\n{"step": 4, "validation": {}}\n'

@@ -18,10 +18,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model.denoiser import DenoiserConfig, build
 from model.ema import EMA, EMAConfig
+from tests import tiny
 from tests.train.conftest import MakeConfig
 from tests.train.test_train_launch import SCRIPT, TIMEOUT_S, environment, flags
 from train import sharding
-from train.config import TrainConfig
+from train.config import TrainConfig, ValidationConfig
 from train.loop import train
 from train.setup import make_accelerator
 
@@ -98,12 +99,23 @@ def test_shared_out_then_whole_is_the_run_of_one_process(
 ) -> None:
     """Eight steps shared out, in two forward passes each, then four more by one process."""
     powers = EMAConfig(decay=0.9, sigma_rels=(0.05, 0.1), snapshot_every_steps=8)
-    alone = train(make_config(num_steps=12, ema=powers, out=str(tmp_path / "one")))
     averages = ["--ema.sigma-rels", "0.05", "0.1", "--ema.snapshot-every-steps", "8"]
     config = make_config(num_steps=8)
-    launch(config, "--fsdp", "--micro-batch-size", "1", *averages, folder=elsewhere)
-    shared = train(make_config(num_steps=12, ema=powers))
+    held_out = tiny.make_shards(tmp_path / "val", sizes=(5,), first_seed=9)
+    seen = ["--validation.shards", str(held_out), "--validation.batch-size", "2"]
+    seen += ["--validation.every-steps", "4", "--validation.num-examples", "5"]
+    seen += ["--preview.every-steps", "8", "--preview.prompts", "a", "--preview.num-steps", "2"]
+    launch(config, "--fsdp", "--micro-batch-size", "1", *averages, *seen, folder=elsewhere)
+    assert (tmp_path / "run" / "previews" / "step-00000008.png").is_file()
+    validation = ValidationConfig(shards=str(held_out), batch_size=2, every_steps=4, num_examples=5)
+    settings: dict[str, Any] = {"num_steps": 12, "ema": powers, "validation": validation}
+    alone = train(make_config(**settings, out=str(tmp_path / "one")))
+    shared = train(make_config(**settings))
     for first, second in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "run"), strict=True):
+        if "validation" in first:
+            expected = pytest.approx(first["validation"]["loss"], rel=1e-5)
+            assert second["validation"]["loss"] == expected
+            continue
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
         assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-4)
     weights = "unet/diffusion_pytorch_model.safetensors"

@@ -1,0 +1,110 @@
+"""Pictures while training: what they show, when they are drawn, and that training never notices."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from model.drawing import draw
+from model.grid import labelled_grid, read_settings
+from tests.train.conftest import MakeConfig
+from tests.train.test_train_loop import assert_same_weights
+from train import loop
+from train.config import PreviewConfig, TrainConfig
+from train.loop import train
+from train.preview import draw_images, make_preview, write
+from train.setup import Run, start
+
+PROMPTS = ("red", "a blue bird", "green")
+
+
+@pytest.fixture
+def previewed(make_config: MakeConfig) -> Any:
+    """Makes the settings of a run with a preview every fourth step."""
+
+    def make(**changes: Any) -> TrainConfig:
+        preview = PreviewConfig(every_steps=4, prompts=PROMPTS, seed=5, num_steps=2)
+        return make_config(preview=preview, **changes)
+
+    return make
+
+
+def test_previews_are_those_of_the_bundle_at_the_interval_and_the_end(previewed: Any) -> None:
+    config = previewed()
+    bundle = train(config)
+    folder = bundle.parent / "previews"
+    names = [f"step-{step:08d}.png" for step in (4, 8, 10)]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    pipeline = StableDiffusionPipeline.from_pretrained(bundle)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = draw(pipeline, PROMPTS, [5, 6, 7], guidance_scale=4.0, num_steps=2)
+    expected = np.asarray(labelled_grid(drawn, PROMPTS), np.int16)
+    found = np.asarray(Image.open(folder / names[-1]), np.int16)
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= 1
+    assert read_settings(folder / names[-1])["step"] == 10
+    assert (folder / names[0]).read_bytes() != (folder / names[1]).read_bytes()
+
+
+def test_previews_leave_no_trace_in_training(
+    previewed: Any, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    model = replace(make_config().model, dropout=0.3)
+    plain = train(make_config(out=str(tmp_path / "plain"), model=model))
+    assert_same_weights(train(previewed(model=model)), plain)
+
+
+def test_a_preview_gives_back_weights_generator_and_memory(previewed: Any, tmp_path: Path) -> None:
+    run = start(previewed())
+    with torch.no_grad():
+        run.state.unet.conv_in.weight.add_(1.0)
+    kept = run.state.unet.conv_in.weight.detach().clone()
+    before = torch.get_rng_state()
+    for name in ("one.png", "two.png"):
+        write(tmp_path / name, draw_images(run), run)
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(run.state.unet.conv_in.weight, kept)
+    assert run.state.unet.training
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["one.png", "two.png"]
+
+
+def test_a_finished_run_draws_no_more(previewed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = []
+
+    def note(run: Run) -> None:
+        steps.append(run.state.step)
+        make_preview(run)
+
+    monkeypatch.setattr(loop, "make_preview", note)
+    config = previewed()
+    train(config)
+    train(config)
+    assert steps == [4, 8, 10]
+    train(replace(config, num_steps=11))
+    assert steps == [4, 8, 10, 11]
+
+
+def test_a_run_that_its_budget_ends_shows_its_end(previewed: Any) -> None:
+    bundle = train(previewed(max_train_s=1e-6))
+    assert [path.name for path in (bundle.parent / "previews").iterdir()] == ["step-00000001.png"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"every_steps": 0, "prompts": ("a",)}, "preview.every_steps: expected 1 or more, found 0"),
+        ({"every_steps": 4}, "preview.prompts: expected what to draw every_steps, found nothing"),
+        ({"num_steps": 0}, "preview.num_steps: expected 1 or more, found 0"),
+        ({"guidance_scale": 0.5}, "preview.guidance_scale: expected 1 or more, found 0.5"),
+        ({"seed": -1}, "preview.seed: expected 0 or more, found -1"),
+    ],
+)
+def test_settings_that_cannot_be(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PreviewConfig(**change)

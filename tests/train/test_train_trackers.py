@@ -1,0 +1,132 @@
+"""Trackers: which are used, what they get, where it lies, and how a resumed run goes on."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from accelerate import tracking
+from accelerate.utils import LoggerType
+
+from tests.train.conftest import MakeConfig
+from tests.train.test_train_loop import metrics
+from train import trackers
+from train.config import PreviewConfig, TrainConfig
+from train.loop import train
+from train.trackers import choose, flatten, keep_id
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tracker" / "latent-t2i"))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    } | {
+        tag: [(event.step, 0.0) for event in events.Images(tag)] for tag in events.Tags()["images"]
+    }
+
+
+def missing(*names: str) -> dict[str, Callable[[], bool]]:
+    """An environment without these trackers."""
+    return {name: (lambda name=name: name not in names) for name in trackers.AVAILABLE}
+
+
+def test_tensorboard_gets_the_lines_and_a_resumed_run_goes_on_in_its_place(
+    make_config: MakeConfig,
+) -> None:
+    pytest.importorskip("tensorboard")
+    preview = PreviewConfig(every_steps=4, prompts=("red",), num_steps=1)
+    config = make_config(trackers=("tensorboard",), num_steps=8, preview=preview)
+    folder = Path(str(config.out))
+    train(config)
+    train(replace(config, num_steps=16))
+    found = scalars(folder)
+    lines = [line for line in metrics(folder) if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 8, 12, 16]
+    expected = [(line["step"], pytest.approx(line["loss"])) for line in lines]
+    assert found["train/loss"] == expected
+    assert {"train/ledger/data", "train/images_per_s", "train/skipped", "train/lr"} <= set(found)
+    assert [step for step, _ in found["previews"]] == [4, 8, 12, 16]
+    assert [path.name for path in (folder / "tracker").iterdir() if path.is_dir()] == ["latent-t2i"]
+
+
+def test_what_a_killed_run_logged_beyond_its_checkpoint_is_hidden(make_config: MakeConfig) -> None:
+    pytest.importorskip("tensorboard")
+    config = make_config(trackers=("tensorboard",), log_every_steps=1, keep_checkpoints=9)
+    folder = Path(str(config.out))
+    train(config)
+    for name in ("step-00000010", "step-00000009"):
+        (folder / "checkpoints" / name).rename(folder / name)
+    train(config)  # from step 6
+    steps = [step for step, _ in scalars(folder)["train/loss"]]
+    assert steps == list(range(1, 11))
+
+
+def test_auto_takes_tensorboard_or_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "AVAILABLE", missing())
+    assert choose(("auto",)) == (["tensorboard"], [])
+    assert choose(("wandb", "trackio")) == (["wandb", "trackio"], [])
+    monkeypatch.setattr(trackers, "AVAILABLE", missing("tensorboard"))
+    chosen, (note,) = choose(("auto",))
+    assert chosen == []
+    assert note.startswith("trackers: none, since tensorboard is not installed")
+    assert choose(("none",)) == ([], [])
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_built(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "AVAILABLE", missing("wandb"))
+    monkeypatch.setattr("train.setup.validate", lambda *args: pytest.fail("it went on"))
+    with pytest.raises(ValueError, match="trackers: wandb is not installed; pip install 'wandb'"):
+        train(make_config(trackers=("tensorboard", "wandb")))
+
+
+@pytest.mark.parametrize("names", [(), ("auto", "wandb"), ("wandb", "none"), ("wandb", "wandb")])
+def test_a_choice_that_contradicts_itself_is_refused(names: Any) -> None:
+    with pytest.raises(ValueError, match="trackers: expected auto, none"):
+        TrainConfig(name="tiny", num_steps=1, trackers=names)
+
+
+def test_wandb_goes_on_with_the_run_of_the_folder(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through Accelerate's own tracker; in place of wandb's module one that notes the calls."""
+    opened: list[dict[str, Any]] = []
+    logged: list[tuple[int, dict[str, Any]]] = []
+    settings: dict[str, Any] = {}
+
+    def log(values: dict[str, Any], step: int) -> None:
+        logged.append((step, values))
+
+    def init(**options: Any) -> Any:
+        opened.append(options)
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+    config_of = SimpleNamespace(update=lambda values, allow_val_change: settings.update(values))
+    fake = SimpleNamespace(init=init, config=config_of)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(trackers, "AVAILABLE", missing())
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.WANDB])
+    config = make_config(trackers=("wandb",), num_steps=4)
+    train(config)
+    train(replace(config, num_steps=8))
+    assert [step for step, _ in logged] == [4, 8]
+    assert logged[0][1]["train/loss"] == metrics(config.out)[0]["loss"]
+    first, second = opened
+    assert first == second
+    assert (first["project"], first["name"], first["resume"]) == ("latent-t2i", "tiny", "allow")
+    assert first["id"] == keep_id(Path(str(config.out)) / "tracker")
+    assert settings["optim.learning_rate"] == 1e-4
+
+
+def test_lines_are_flattened_to_numbers() -> None:
+    line = {"step": 1, "loss": None, "ledger": {"data": 0.5}, "validation": {"loss": 1.5, "w": "e"}}
+    assert dict(flatten(line)) == {"step": 1, "ledger/data": 0.5, "validation/loss": 1.5}

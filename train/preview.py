@@ -1,0 +1,86 @@
+"""Pictures while training: the same prompts and seeds each time, with the averaged weights.
+
+The stock pipeline is put together from the run's own parts, as the bundle will be, so a preview is
+what sampling would show of a bundle of that step, with the sampler that the bundle names. It draws
+in the denoiser's own memory; the VAE and the text encoder visit the device for as long as it takes.
+"""
+
+from pathlib import Path
+
+from PIL import Image
+
+from model.bundle import make_pipeline
+from model.diffusion import make_scheduler
+from model.drawing import draw
+from model.grid import labelled_grid, save_png
+from train import trackers
+from train.setup import Run
+from train.sharding import is_shared
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Returns where a run's preview of a step is."""
+    return folder / "previews" / f"step-{step:08d}.png"
+
+
+def make_preview(run: Run) -> None:
+    """Draws the preview of this step, on the main process; the others wait.
+
+    Of a network shared out, all processes draw the same pictures, since each has but a part of it.
+    """
+    main = run.accelerator.is_main_process
+    if main or is_shared(run.state.unet):
+        images = draw_images(run)
+        if main:
+            write(path_of(run.plan.folder, run.state.step), images, run)
+    run.accelerator.wait_for_everyone()
+
+
+def draw_images(run: Run) -> list[Image.Image]:
+    """Draws the pictures with the averaged weights."""
+    config, plan, state = run.config.preview, run.plan, run.state
+    seeds = [config.seed + number for number in range(len(config.prompts))]
+    pipeline = make_pipeline(
+        unet=state.unet,
+        vae=plan.vae,
+        tokenizer=plan.tokenizer,
+        text_encoder=plan.text_encoder,
+        scheduler=make_scheduler(run.config.objective),
+        max_tokens=plan.shards.manifest.max_tokens,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    visitors = (pipeline.vae, pipeline.text_encoder)
+    with state.ema.lent_to(state.unet):
+        try:
+            for network in visitors:
+                network.to(run.accelerator.device)
+            return draw(
+                pipeline,
+                config.prompts,
+                seeds,
+                guidance_scale=config.guidance_scale,
+                num_steps=config.num_steps,
+                title="preview",
+            )
+        finally:
+            for network in visitors:
+                network.to("cpu")
+
+
+def write(path: Path, images: list[Image.Image], run: Run) -> None:
+    """Writes the labelled grid into a file and gives it to the trackers."""
+    config, state = run.config.preview, run.state
+    grid = labelled_grid(images, config.prompts)
+    settings = {
+        "prompt": " | ".join(config.prompts),
+        "step": state.step,
+        "weights": "ema",
+        "seed": config.seed,
+        "num_steps": config.num_steps,
+        "guidance_scale": config.guidance_scale,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}")
+    save_png(grid, partial, settings)
+    partial.replace(path)
+    trackers.log_image(run.accelerator, "previews", grid, state.step)
