@@ -135,13 +135,21 @@ def batches(
 
 
 def prefetch(
-    fill: Callable[[int, T], U], buffers: Sequence[T], *, start: int, stop: int
+    fill: Callable[[int, T], U],
+    buffers: Sequence[T],
+    *,
+    start: int,
+    stop: int,
+    one_core: bool = False,
 ) -> Generator[U]:
     """Yields what `fill` makes of the buffers in turn, in a background thread, step after step.
 
     Steps go from `start` to `stop`, in order. What `fill` returns, its buffer or a part of it, is
     good until the next is asked for; what the caller's GPU stream was told to do with it until then
     is waited for. An error while filling comes out when its step is asked for.
+
+    `one_core` keeps PyTorch from using more than the thread itself: for steps on a CPU, which a
+    second team of OpenMP threads slows by a quarter, as both then hand over by system calls.
     """
 
     def refill(step: int, buffer: T, used: torch.cuda.Event | None) -> tuple[T, U]:
@@ -150,6 +158,9 @@ def prefetch(
         return buffer, fill(step, buffer)
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        if one_core:
+            pool.submit(_keep_to_one_core).result()
+            torch.set_num_threads(torch.get_num_threads())  # of threads to come, as it was
         steps = iter(range(start, stop))
         pending = deque(
             pool.submit(refill, step, buffer, None)
@@ -165,6 +176,12 @@ def prefetch(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _keep_to_one_core() -> None:
+    """Keeps PyTorch's work in this thread from being shared out, and that of threads to come."""
+    torch.get_num_threads()  # or the thread's first work would set it anew
+    torch.set_num_threads(1)
 
 
 def _mark() -> torch.cuda.Event | None:

@@ -132,4 +132,5 @@ class Source:
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Yields the batches of steps `start` to `stop`, each good until the next is asked for."""
         buffers = [self.buffer() for _ in range(NUM_BUFFERS)]
-        return prefetch(self.fill, buffers, start=start, stop=stop)
+        on_cpu = not self.pin_memory
+        return prefetch(self.fill, buffers, start=start, stop=stop, one_core=on_cpu)

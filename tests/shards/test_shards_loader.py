@@ -113,6 +113,24 @@ def test_the_buffer_in_use_is_not_written_to() -> None:
     assert started == list(range(6))
 
 
+def test_the_thread_can_be_kept_to_one_core() -> None:
+    """And no other thread with it: not this one, nor one that is started later."""
+
+    def fill(step: int, out: list[int]) -> list[int]:
+        torch.randn(10**5).mul(2)  # what would set the thread's number anew
+        out[0] = torch.get_num_threads()
+        return out
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert list(prefetch(fill, [[0]], start=0, stop=1, one_core=True)) == [[1]]
+        assert torch.get_num_threads() == 3
+        assert list(prefetch(fill, [[0]], start=0, stop=1)) == [[3]]
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def test_an_error_comes_out_at_its_step_and_the_thread_ends() -> None:
     def fill(step: int, out: list[int]) -> list[int]:
         if step == 2:
