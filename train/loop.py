@@ -132,7 +132,8 @@ def accumulate_gradients(run: Run, batch: Batch) -> Tensor:
 def update(run: Run, parameters: list[nn.Parameter], rate: float | Tensor) -> tuple[Tensor, Tensor]:
     """Updates the weights or skips; returns the gradients' norm and whether, on the device."""
     max_norm = run.config.optim.max_grad_norm
-    return optim.update(run.state.optimizer, parameters, rate=rate, max_norm=max_norm)
+    ahead = run.accelerator.device.type != "cpu"
+    return optim.update(run.state.optimizer, parameters, rate=rate, max_norm=max_norm, ahead=ahead)
 
 
 def record_steps(run: Run, recorder: Recorder, parameters: list[nn.Parameter]) -> StepGraph:

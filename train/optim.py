@@ -73,10 +73,14 @@ def update(
     *,
     rate: float | Tensor,
     max_norm: float,
+    ahead: bool,
 ) -> tuple[Tensor, Tensor]:
     """Clips, then updates the weights or skips, and clears the gradients.
 
-    Returns, on the device, the gradients' norm before clipping and 1.0 where the step was skipped.
+    `ahead` is for a device that the host must not wait for: a fused optimizer then scales and skips
+    there. On a CPU the host knows; not to scale by one saves a third of the update. The results are
+    the same. Returns, on the device, the gradients' norm before clipping and 1.0 where the step was
+    skipped.
     """
     adamw: Any = optimizer.optimizer
     adamw.param_groups[0]["lr"] = rate
@@ -88,11 +92,14 @@ def update(
         norm = norm.full_tensor()
     skipped = (~norm.isfinite()).float()
     too_long = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-    if getattr(adamw, "_step_supports_amp_scaling", False):  # fused, as GradScaler asks it
+    if ahead and getattr(
+        adamw, "_step_supports_amp_scaling", False
+    ):  # fused, as GradScaler asks it
         adamw.grad_scale, adamw.found_inf = too_long, skipped
         optimizer.step()
     else:
-        torch._foreach_div_(gradients, too_long)
+        if ahead or too_long.item() > 1.0:
+            torch._foreach_div_(gradients, too_long)
         if optimizer.scaler is not None or not skipped.item():  # a scaler skips by itself
             optimizer.step()
     optimizer.zero_grad()

@@ -1,5 +1,6 @@
 """A description in a few numbers becomes the UNet it describes."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,24 @@ def test_the_attention_kernel_is_chosen(
     kind = AttnProcessor if expected == "plain" else AttnProcessor2_0
     assert chosen == expected
     assert {type(p) for p in unet.attn_processors.values()} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "attention", "expected"),
+    [
+        (31, (True, True), "plain"),
+        ((16, 32), (True, True), "sdpa"),
+        (32, (False, True), "plain"),
+        (64, (False, True), "sdpa"),
+        (32, (False, False), "plain"),
+    ],
+)
+def test_long_attention_is_sdpa_on_a_cpu_too(
+    sample_size: int | tuple[int, int], attention: tuple[bool, bool], expected: str
+) -> None:
+    config = replace(DenoiserConfig(**SMALL), attention=attention)
+    unet = build(config, latent_channels=4, sample_size=sample_size, text_width=32)
+    assert choose_attention(unet, "auto", device_type="cpu", precision="bf16") == expected
 
 
 @pytest.mark.parametrize(

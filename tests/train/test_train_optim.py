@@ -23,13 +23,19 @@ def make(scaler: Any = None) -> tuple[nn.Module, AcceleratedOptimizer]:
 
 
 def step(
-    network: nn.Module, optimizer: AcceleratedOptimizer, *, factor: float, max_norm: float
+    network: nn.Module,
+    optimizer: AcceleratedOptimizer,
+    *,
+    factor: float,
+    max_norm: float,
+    ahead: bool,
 ) -> tuple[Tensor, Tensor]:
     """One backward pass of a loss times `factor`, and the update."""
     x = torch.linspace(-1, 1, 12).reshape(3, 4)
     loss = network(x).square().sum() * factor
     (loss if optimizer.scaler is None else optimizer.scaler.scale(loss)).backward()
-    return optim.update(optimizer, list(network.parameters()), rate=0.1, max_norm=max_norm)
+    parameters = list(network.parameters())
+    return optim.update(optimizer, parameters, rate=0.1, max_norm=max_norm, ahead=ahead)
 
 
 def scalers() -> list[Any]:
@@ -39,12 +45,15 @@ def scalers() -> list[Any]:
 
 @pytest.mark.parametrize("scaler", scalers(), ids=["no", "fp16"])
 @pytest.mark.parametrize("max_norm", [0.01, 1e9])
-def test_updates_are_those_of_plain_adamw_with_clipping(scaler: Any, max_norm: float) -> None:
+@pytest.mark.parametrize("ahead", [True, False])
+def test_updates_are_those_of_plain_adamw_with_clipping(
+    scaler: Any, max_norm: float, ahead: bool
+) -> None:
     network, optimizer = make(copy.deepcopy(scaler))
     reference = copy.deepcopy(network)
     adamw = torch.optim.AdamW(reference.parameters(), lr=0.1)
     for _ in range(3):
-        norm, skipped = step(network, optimizer, factor=1.0, max_norm=max_norm)
+        norm, skipped = step(network, optimizer, factor=1.0, max_norm=max_norm, ahead=ahead)
         x = torch.linspace(-1, 1, 12).reshape(3, 4)
         adamw.zero_grad()
         reference(x).square().sum().backward()
@@ -58,22 +67,34 @@ def test_updates_are_those_of_plain_adamw_with_clipping(scaler: Any, max_norm: f
 
 @pytest.mark.parametrize("scaler", scalers(), ids=["no", "fp16"])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_a_non_finite_step_changes_nothing(scaler: Any, factor: float) -> None:
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_non_finite_step_changes_nothing(scaler: Any, factor: float, ahead: bool) -> None:
     network, optimizer = make(copy.deepcopy(scaler))
-    step(network, optimizer, factor=1.0, max_norm=1.0)
+    step(network, optimizer, factor=1.0, max_norm=1.0, ahead=ahead)
     weights = copy.deepcopy(network.state_dict())
     moments = copy.deepcopy(optimizer.optimizer.state_dict()["state"])
-    _, skipped = step(network, optimizer, factor=factor, max_norm=1.0)
+    _, skipped = step(network, optimizer, factor=factor, max_norm=1.0, ahead=ahead)
     assert skipped == 1
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, weights[name])
     for index, entry in optimizer.optimizer.state_dict()["state"].items():
         assert all(torch.equal(tensor, moments[index][kind]) for kind, tensor in entry.items())
-    _, skipped = step(network, optimizer, factor=1.0, max_norm=1.0)
+    _, skipped = step(network, optimizer, factor=1.0, max_norm=1.0, ahead=ahead)
     assert skipped == 0
     assert not torch.equal(network.state_dict()["0.weight"], weights["0.weight"])
     if optimizer.scaler is not None:
         assert optimizer.scaler.get_scale() == 128.0
+
+
+@pytest.mark.parametrize("max_norm", [0.01, 1e9])
+def test_the_host_decides_bit_for_bit_as_the_device_does(max_norm: float) -> None:
+    weights = []
+    for ahead in (True, False):
+        network, optimizer = make()
+        for factor in (1.0, float("nan"), 2.0, 0.5):
+            step(network, optimizer, factor=factor, max_norm=max_norm, ahead=ahead)
+        weights.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize(
