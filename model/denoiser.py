@@ -1,9 +1,9 @@
 """The denoiser: a diffusers `UNet2DConditionModel` described by a few numbers.
 
 Which attention kernel is fastest depends on the device and is no property of the weights, so it is
-chosen when training starts. Measured on a CPU with bf16 autocast, diffusers' plain `AttnProcessor`
-took 279 ms a step where scaled-dot-product attention took 447 to 485: its bf16 backward pass is
-slow there.
+chosen when training starts. Measured on a CPU with bf16 autocast, a step with diffusers' plain
+`AttnProcessor` was 1.67 times as fast as with scaled-dot-product attention at 8 x 8 latents, 1.43 at
+16 x 16 and 0.89 at 32 x 32; in float32 it was the slower one at all of them (docs/benchmarks.md).
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 AttentionKernel = Literal["auto", "sdpa", "plain"]
+LONG_SIDE = 32
+"""Of the finest map that is attended to: from here on bf16 on a CPU is faster with sdpa too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class DenoiserConfig:
     linear_projection: bool = False
     """Attention blocks begin and end with linear layers, not convolutions: Stable Diffusion 2."""
     attention_kernel: AttentionKernel = "auto"
-    """`sdpa`, `plain` (diffusers' AttnProcessor), or `auto`: plain for bf16 on a CPU, else sdpa."""
+    """`sdpa`, `plain` (diffusers' AttnProcessor), or `auto`: the faster one, mostly sdpa."""
     transformer_layers: int = 1
     """Transformer layers in each attention block."""
     dropout: float = 0.0
@@ -102,6 +104,15 @@ def choose_attention(
 ) -> Literal["sdpa", "plain"]:
     """Sets the attention kernel of `unet`, and returns which one `auto` stood for."""
     if kernel == "auto":
-        kernel = "plain" if (device_type, precision) == ("cpu", "bf16") else "sdpa"
+        short = (device_type, precision) == ("cpu", "bf16") and _attended_side(unet) < LONG_SIDE
+        kernel = "plain" if short else "sdpa"
     unet.set_attn_processor(AttnProcessor() if kernel == "plain" else AttnProcessor2_0())
     return kernel
+
+
+def _attended_side(unet: UNet2DConditionModel) -> int:
+    """Returns the longer side of the finest map that is attended to; the middle one always is."""
+    size, kinds = unet.config["sample_size"], unet.config["down_block_types"]
+    side = size if isinstance(size, int) else max(size)
+    level = next((i for i, kind in enumerate(kinds) if "CrossAttn" in kind), len(kinds) - 1)
+    return int(side >> level)
