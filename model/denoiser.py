@@ -2,8 +2,8 @@
 
 Which attention kernel is fastest depends on the device and is no property of the weights, so it is
 chosen when training starts. Measured on a CPU with bf16 autocast, a step with diffusers' plain
-`AttnProcessor` was 1.67 times as fast as with scaled-dot-product attention at 8 x 8 latents, 1.43 at
-16 x 16 and 0.89 at 32 x 32; in float32 it was the slower one at all of them (docs/benchmarks.md).
+`AttnProcessor` was 1.67 times as fast as with scaled-dot-product attention at 8 x 8 latents, 1.43
+at 16 x 16 and 0.89 at 32 x 32; in float32 it was slower at all of them (docs/benchmarks.md).
 """
 
 from dataclasses import dataclass
