@@ -24,7 +24,7 @@ from shards.schema import make_layout
 from train.config import TrainConfig
 from train.estimate import count_memory, measure
 
-PRESETS = ("demo", "scenes", "scenes-gpu", "coco64", "coco256")
+PRESETS = ("demo", "scenes", "scenes-gpu", "coco64", "coco256", "coco512")
 JSON_BYTES = 1024
 """Of a record with five captions, roughly."""
 

@@ -1,0 +1,217 @@
+"""Three ways to take the same training steps: with nothing to do but them, ours, and the usual one.
+
+All have the same denoiser, precision, batch size and fused AdamW; they differ in where batches come
+from and in what surrounds the step. A turn is so many steps after one that is not counted, which
+takes up what the last turn left half done; a GPU is waited for at both ends only.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
+
+from bench.stages.plain_script import CocoImages
+from bench.steps.networks import DTYPES
+from model.encoders import latent_affine, load_text_encoder, load_vae
+from train.graph import NUM_STEPS_BEFORE
+from train.loop import loop
+from train.optim import make_optimizer
+from train.setup import Run
+
+REST_S = 2.0
+MAX_GRAD_NORM = 1.0
+"""That of `optim.max_grad_norm` by default, and of diffusers' example."""
+Resident = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Noisy latents (B, C, h, w), timesteps (B,), text (B, T, D), target (B, C, h, w)."""
+
+
+class TurnOverError(Exception):
+    """Leaves the training loop where a turn ends, before it saves anything."""
+
+
+class Turn:
+    """Stands in for train.stop.Stop: ends the loop after so many steps, and times them."""
+
+    def __init__(self, run: Run, num_steps: int, num_before: int) -> None:
+        self._device, self._ledger = run.accelerator.device, run.ledger
+        self._num_left = num_steps + num_before  # the first ones are not counted
+        self._num_steps = num_steps
+        self._began_s = 0.0
+        self.seconds = 0.0
+        self.phases: dict[str, float] = {}
+        """Seconds of each, from the ledger; of a turn in which a line is written, those after."""
+        self.elapsed_s = 0.0
+        """Seconds of training so far, which no budget depends on here."""
+
+    def reason(self, step: int, train_s: float) -> None:
+        """Is asked before each step; raises TurnOverError where the turn ends."""
+        if self._num_left == self._num_steps:
+            wait(self._device)
+            self._ledger.read()
+            self._began_s = time.perf_counter()
+        if self._num_left == 0:
+            wait(self._device)
+            self.seconds = time.perf_counter() - self._began_s
+            wall_s, shares = self._ledger.read()
+            self.phases = {name: share * wall_s for name, share in shares.items()}
+            raise TurnOverError
+        self._num_left -= 1
+
+
+def wait(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_steps(step: Callable[[], None], device: torch.device, num_steps: int) -> float:
+    """Returns the seconds that so many steps take, after one that is not counted."""
+    step()
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(num_steps):
+        step()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def and_rest(turn: Callable[[], float]) -> float:
+    """Takes a turn, then waits for the workers of a DataLoader, which go on for some batches."""
+    seconds = turn()
+    time.sleep(REST_S)
+    return seconds
+
+
+def ours(run: Run, num_steps: int) -> tuple[float, dict[str, float]]:
+    """Returns the seconds of so many steps of the training loop, and of each phase of them.
+
+    If it records its steps, it has done so before.
+    """
+    num_before = 1 if run.recorder is None else NUM_STEPS_BEFORE + 2
+    turn: Any = Turn(run, num_steps, num_before)
+    with suppress(TurnOverError):
+        loop(run, turn)
+    return turn.seconds, turn.phases
+
+
+def resident_batch(run: Run) -> Resident:
+    """Returns the run's first batch, ready to be denoised, on the device."""
+    device = run.accelerator.device
+    batch = run.source.batch(0).to(device)
+    text = batch.text.float()
+    if run.objective.text_scale is not None:
+        text = text * run.objective.text_scale
+    return batch.noise.clone(), batch.timesteps.clone(), text, batch.posterior_noise.clone()
+
+
+def bare_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, resident: Resident, precision: str
+) -> Callable[[], None]:
+    """Returns a step of the bare loop: forward, mean squared error, backward, clipping, AdamW."""
+    noisy, timesteps, text, target = resident
+    device, dtype = noisy.device, DTYPES[precision]
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(
+            device.type, dtype if precision != "no" else torch.bfloat16, enabled=precision != "no"
+        ):
+            found = model(noisy, timesteps, text).sample
+        scaler.scale(mse_loss(found.float(), target)).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+def online_step(
+    run: Run,
+    model: nn.Module,
+    *,
+    images: Path,
+    captions: Path,
+    size_px: int,
+    encoders: tuple[str, str],
+    num_workers: int,
+) -> Callable[[], None]:
+    """Returns a step that decodes JPEGs and runs both encoders, as diffusers' example does.
+
+    examples/text_to_image/train_text_to_image.py: encoders in the precision of training on a GPU
+    (in float32 on a CPU, which is faster there), one caption at random, latents sampled, noise
+    added by DDPMScheduler, gradients clipped, and the loss fetched in every step.
+    """
+    device, precision = run.accelerator.device, run.accelerator.mixed_precision
+    dtype = DTYPES[precision] if device.type == "cuda" else torch.float32
+    vae = load_vae(encoders[0])
+    shift, scale = (part.to(device) for part in latent_affine(vae))
+    nn.Module.to(vae, device=device, dtype=dtype)
+    tokenizer, text_encoder = load_text_encoder(encoders[1])
+    nn.Module.to(text_encoder, device=device, dtype=dtype)
+    schedule = DDPMScheduler()
+    optimizer = make_optimizer(run.config.optim, model.parameters())
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    dataset = CocoImages(images, captions, size_px)
+    max_tokens = run.plan.shards.manifest.max_tokens
+
+    def collate(rows: list[Any]) -> tuple[Tensor, Tensor]:
+        texts = [found[int(torch.randint(len(found), ()))] for _, _, found in rows]
+        ids = tokenizer(
+            texts, padding="max_length", max_length=max_tokens, truncation=True, return_tensors="pt"
+        ).input_ids
+        return torch.stack([pixels for _, pixels, _ in rows]), ids
+
+    batches = endless(
+        DataLoader(
+            dataset,
+            run.config.batch_size,
+            shuffle=True,
+            drop_last=True,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=device.type == "cuda",
+            collate_fn=collate,
+        )
+    )
+
+    def step() -> None:
+        pixels, ids = (part.to(device, non_blocking=True) for part in next(batches))
+        with torch.no_grad():
+            latents = vae.encode(pixels.to(dtype)).latent_dist.sample().float()
+            text = text_encoder(ids)[0].float()
+        latents = (latents - shift) * scale
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (len(latents),), device=device)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        with torch.autocast(
+            device.type,
+            DTYPES[precision] if precision != "no" else torch.bfloat16,
+            enabled=precision != "no",
+        ):
+            found = model(noisy, timesteps, text).sample
+        loss = mse_loss(found.float(), noise)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step
+
+
+def endless(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yields a loader's batches, epoch after epoch."""
+    for _ in itertools.count():
+        yield from loader

@@ -1,0 +1,88 @@
+"""The networks that a training step is measured with: the demo's, or Stable Diffusion's in size.
+
+Speed does not depend on the weights, so those of Stable Diffusion's size are random: nothing has to
+be fetched. Their tokenizer is the embedded one, whose ids any larger vocabulary holds.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from model import denoiser
+from model.denoiser import DenoiserConfig
+from model.encoders import quiet
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "scenes/encoders"
+DEMO = DenoiserConfig(
+    channels=(112, 128),
+    attention=(True, True),
+    layers_per_block=1,
+    attention_head_dim=8,
+    norm_num_groups=16,
+)
+"""The denoiser of configs/demo.yaml; the default of DenoiserConfig is Stable Diffusion 1's."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
+
+
+def write_sd_encoders(folder: Path) -> tuple[Path, Path]:
+    """Writes an autoencoder and a text encoder of Stable Diffusion 1's size; returns their folders.
+
+    Random weights, drawn alike each time.
+    """
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+    text = CLIPTextConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        vocab_size=49408,
+        bos_token_id=657,
+        eos_token_id=658,
+        pad_token_id=658,
+    )
+    with quiet():
+        vae.save_pretrained(folder / "vae")
+        CLIPTextModel(text).save_pretrained(folder / "clip")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(EMBEDDED / "clip" / name, folder / "clip" / name)
+    return folder / "vae", folder / "clip"
+
+
+def make_unet(
+    config: DenoiserConfig,
+    *,
+    latent_channels: int,
+    side: int,
+    text_width: int,
+    device: torch.device,
+    precision: str,
+    channels_last: bool = False,
+) -> UNet2DConditionModel:
+    """Returns a denoiser with random weights, on a device, in training mode."""
+    torch.manual_seed(0)
+    unet = denoiser.build(
+        config, latent_channels=latent_channels, sample_size=side, text_width=text_width
+    )
+    denoiser.choose_attention(
+        unet, config.attention_kernel, device_type=device.type, precision=precision
+    )
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    unet.to(device, memory_format=form)
+    return unet.train()
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Returns how many weights a network has."""
+    return sum(parameter.numel() for parameter in module.parameters())
