@@ -9,7 +9,7 @@ NUM_PROCESSES ?= 1
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 THREADS ?= $(shell echo $$((($(CORES) + $(NUM_PROCESSES) - 1) / $(NUM_PROCESSES))))
 BASE_PYTHON ?= python3
-PYTEST_FLAGS ?= -n $(CORES) --maxprocesses 8 --dist loadfile
+PYTEST_FLAGS ?= -n $(CORES) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 SHELL := bash
 .DEFAULT_GOAL := help

@@ -13,7 +13,7 @@ python=${PYTHON:-.venv/bin/python}
 folder=${1:-runs/bench-gpu}
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
-  || { echo "error: no GPU that torch can use"; exit 1; }
+  || { echo "error: no GPU that torch can use" >&2; exit 1; }
 mkdir -p "$folder" || exit 1
 
 failed=()

@@ -1,17 +1,21 @@
 """The table of what presets take: the demo's row is that of the bundle that ships with it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+
+from bench import sizes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def test_the_demo_is_told_without_shards(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "bench" / "sizes.py"), "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    *_, row, last = done.stdout.splitlines()
+def test_the_demo_is_told_without_shards(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["sizes", "--quick"])
+    sizes.main()
+    *_, row, last = capsys.readouterr().out.splitlines()
     assert row.startswith("| `demo` | 8 x 8 x 8 | 6.")
     (demo,) = json.loads(last)["presets"]
     info = json.loads((ROOT / "scenes" / "bundle" / "bundle.json").read_text())

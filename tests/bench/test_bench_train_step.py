@@ -1,30 +1,31 @@
 """The training step's benchmark: every figure is there, and the contenders do the same work."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import train_step
+from bench.steps import contenders
 from bench.steps.changes import Step, make_step, step_flops
 from bench.steps.contenders import Resident
 from bench.train_step import show, take_turns
 from model.denoiser import DenoiserConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = DenoiserConfig(
     channels=(8, 16), attention=(True, True), attention_head_dim=2, norm_num_groups=4
 )
 
 
-def test_every_figure_is_there(tmp_path: Path) -> None:
-    flags = ["--size", "64", "--batch-size", "2", "--records", "4", "--rounds", "2"]
-    command = [sys.executable, str(ROOT / "bench/train_step.py"), *flags, "--turn", "0.01"]
-    command += ["--workers", "1", "--folder", str(tmp_path), "--no-changes"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
-    figures = json.loads(done.stdout.splitlines()[-1])["sizes"]["64"]
+def test_every_figure_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--size 64 --batch-size 2 --records 4 --rounds 2 --turn 0.01 --workers 1 --no-changes"
+    monkeypatch.setattr("sys.argv", ["train_step", *flags.split(), "--folder", str(tmp_path)])
+    monkeypatch.setattr(contenders, "REST_S", 0.0)
+    train_step.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["sizes"]["64"]
     assert figures["steps"] >= 3 and figures["batch_size"] == 2
     for name in ("ratio_to_bare", "ratio_to_online", "share_of_ceiling", "flops_per_image"):
         assert figures[name] > 0

@@ -314,7 +314,10 @@ KILLER = """
 """
 
 
-@pytest.mark.parametrize(("text_dtype", "moments"), [("float16", MOMENTS), ("int8", INT8_MOMENTS)])
+@pytest.mark.parametrize(
+    ("text_dtype", "moments"),
+    [pytest.param("float16", MOMENTS, marks=pytest.mark.slow), ("int8", INT8_MOMENTS)],
+)
 def test_killed_anywhere_and_started_again_gives_the_same_bytes(
     folder: CocoFolder, tmp_path: Path, text_dtype: str, moments: list[tuple[str, int]]
 ) -> None:

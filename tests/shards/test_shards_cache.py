@@ -2,6 +2,7 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -92,14 +93,16 @@ def least_bytes(order: Order, manifest: Manifest) -> int:
 
 
 def used_bytes(folder: Path) -> int:
-    """All that lies in a folder."""
-    total = 0
+    """All that lies in a folder; a file that is renamed while we look counts once."""
+    sizes: dict[int, int] = {}
     for path in folder.rglob("*"):
         try:
-            total += path.stat().st_size if path.is_file() else 0
+            found = path.stat()
         except FileNotFoundError:
             continue  # thrown out while we looked
-    return total
+        if stat.S_ISREG(found.st_mode):
+            sizes[found.st_ino] = found.st_size
+    return sum(sizes.values())
 
 
 ORDERS: list[dict[str, Any]] = [

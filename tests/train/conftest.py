@@ -1,6 +1,7 @@
 """Shards of noise, a small run, and a fresh accelerate for each test."""
 
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate.state import AcceleratorState
 from model.denoiser import DenoiserConfig
 from model.ema import EMAConfig
 from tests import tiny
+from tests.train import teams
 from train.config import TrainConfig
 
 MakeConfig = Callable[..., TrainConfig]
@@ -21,6 +23,12 @@ def _fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="session")
+def forks() -> ForkServerContext:
+    """Starts processes that have imported everything already (teams.py)."""
+    return teams.make_forks()
 
 
 @pytest.fixture(scope="session")

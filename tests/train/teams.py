@@ -1,6 +1,5 @@
 """Runs in processes of their own, started fast: from a server that has imported everything.
 
-    with a fixture `forks` of these processes' context:
     team = start_team(forks, config, num_processes=2)
     finish_team(team)
 
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from model.paths import ROOT
 from train import loop
@@ -81,7 +81,8 @@ def work(config: TrainConfig, rank: int, num_processes: int, port: int) -> None:
 
     def finish_and_tell(run: Any, reason: Any) -> Path:
         trained = [*run.state.unet.state_dict().values(), *run.state.ema.state_dict().values()]
-        told = hashlib.sha256(b"".join(t.numpy().tobytes() for t in trained)).hexdigest()
+        mine = (t.to_local() if isinstance(t, DTensor) else t for t in trained)
+        told = hashlib.sha256(b"".join(t.numpy().tobytes() for t in mine)).hexdigest()
         (Path(str(config.out)) / f"rank-{rank}.json").write_text(json.dumps(told))
         return finish(run, reason)
 

@@ -1,10 +1,9 @@
 """Training on a bucketed set: batches of several shapes, one run however it is cut or divided."""
 
 import json
-import subprocess
-import sys
 from dataclasses import fields, replace
 from itertools import pairwise
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ from shards.buckets import BucketedShards
 from shards.schema import Manifest, Provenance
 from tests import shard_sets, tiny
 from tests.servers import serve
+from tests.train import teams
 from tests.train.conftest import MakeConfig
-from tests.train.test_train_launch import SCRIPT, TIMEOUT_S, environment, flags
 from train.batches import Batch, Source
 from train.config import DataConfig, TrainConfig
 from train.loop import train
@@ -156,20 +155,11 @@ def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(
 
 
 def test_two_processes_give_the_losses_of_one(
-    make_config: MakeConfig, bucketed: Path, tmp_path: Path, elsewhere: Path
+    make_config: MakeConfig, bucketed: Path, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     train(make_config(shards=str(bucketed), out=str(tmp_path / "one")))
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--multi_gpu", "--num_processes=2", "--main_process_port=0"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    subprocess.run(
-        [sys.executable, *launch, str(SCRIPT), *flags(make_config(shards=str(bucketed)))],
-        env=environment(ACCELERATE_USE_CPU="1"),
-        cwd=elsewhere,
-        check=True,
-        timeout=TIMEOUT_S,
-        stderr=subprocess.DEVNULL,
-    )
+    config = make_config(shards=str(bucketed))
+    teams.finish_team(teams.start_team(forks, config, num_processes=2))
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "run")
     assert len(one) == len(two) == 3
     for first, second in zip(one, two, strict=True):

@@ -4,10 +4,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from model.ema import EMA, EMAConfig, gamma_of
 from model.posthoc import find_folders, synthesise
 from shards.reader import ShardSet
 from tests import tiny
+from tests.train import teams
 from tests.train.conftest import MakeConfig
-from tests.train.test_train_launch import SCRIPT, TIMEOUT_S, environment, flags
 from train.config import TrainConfig
 from train.loop import train
 
@@ -124,20 +123,11 @@ def test_a_crash_and_a_restart_from_an_older_checkpoint_give_the_same_snapshots(
     assert files(run) == files(whole)
 
 
-def test_two_processes_keep_the_averages_of_one(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_two_processes_keep_the_averages_of_one(
+    make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
+) -> None:
     one = train(make_config(out=str(tmp_path / "one"), ema=SEVERAL)).parent
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--multi_gpu", "--num_processes=2", "--main_process_port=0"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", str(SCRIPT)]
-    launch += [*flags(make_config()), "--ema.sigma-rels", "0.05", "0.1"]
-    subprocess.run(
-        [sys.executable, *launch, "--ema.snapshot-every-steps", "2"],
-        env=environment(ACCELERATE_USE_CPU="1"),
-        cwd=tmp_path,
-        check=True,
-        timeout=TIMEOUT_S,
-        stderr=subprocess.DEVNULL,
-    )
+    teams.finish_team(teams.start_team(forks, make_config(ema=SEVERAL), num_processes=2))
     two = tmp_path / "run"
     assert files(one).keys() == files(two).keys()
     ends = [load_file(p / "checkpoints/step-00000010/ema.safetensors") for p in (one, two)]

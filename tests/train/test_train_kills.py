@@ -24,12 +24,6 @@ NUM_KILLS = 30
 START_S = 120
 
 
-@pytest.fixture(scope="module")
-def forks() -> ForkServerContext:
-    """Starts processes that have imported everything already."""
-    return teams.make_forks()
-
-
 def wait_until(condition: Callable[[], bool], is_alive: Callable[[], bool]) -> None:
     """Waits for what a process is to do, or for its end."""
     limit = time.monotonic() + START_S

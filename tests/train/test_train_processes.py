@@ -15,12 +15,6 @@ from train.config import DataConfig
 RELATIVE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def forks() -> ForkServerContext:
-    """Starts processes that have imported everything already."""
-    return teams.make_forks()
-
-
 def train_on(
     forks: ForkServerContext, make_config: MakeConfig, num_processes: int, **changes: Any
 ) -> Path:

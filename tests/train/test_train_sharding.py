@@ -1,9 +1,8 @@
 """A network shared out over processes learns what one process learns, and is kept whole on disk."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from model.denoiser import DenoiserConfig, build
 from model.ema import EMA, EMAConfig
 from tests import tiny
+from tests.train import teams
 from tests.train.conftest import MakeConfig
-from tests.train.test_train_launch import SCRIPT, TIMEOUT_S, environment, flags
 from train import sharding
-from train.config import TrainConfig, ValidationConfig
+from train.config import PreviewConfig, ValidationConfig
 from train.loop import train
 from train.setup import make_accelerator
 
@@ -73,44 +72,27 @@ def test_whole_tensors_stay_what_they_are() -> None:
     assert sharding.part_of(tensors["a"], torch.zeros(3)) is tensors["a"]
 
 
-def launch(config: TrainConfig, *more: str, folder: Path) -> None:
-    """Trains on two processes."""
-    command = ["-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--multi_gpu", "--num_processes=2", "--main_process_port=0"]
-    command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    done = subprocess.run(
-        [sys.executable, *command, str(SCRIPT), *flags(config), *more],
-        env=environment(ACCELERATE_USE_CPU="1"),
-        cwd=folder,
-        timeout=TIMEOUT_S,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_shared_out_then_whole_is_the_run_of_one_process(
-    make_config: MakeConfig, tmp_path: Path, elsewhere: Path
+    make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     """Eight steps shared out, in two forward passes each, then four more by one process."""
-    powers = EMAConfig(decay=0.9, sigma_rels=(0.05, 0.1), snapshot_every_steps=8)
-    averages = ["--ema.sigma-rels", "0.05", "0.1", "--ema.snapshot-every-steps", "8"]
-    config = make_config(num_steps=8)
     held_out = tiny.make_shards(tmp_path / "val", sizes=(5,), first_seed=9)
-    seen = ["--validation.shards", str(held_out), "--validation.batch-size", "2"]
-    seen += ["--validation.every-steps", "4", "--validation.num-examples", "5"]
-    seen += ["--preview.every-steps", "8", "--preview.prompts", "a", "--preview.num-steps", "2"]
-    launch(config, "--fsdp", "--micro-batch-size", "1", *averages, *seen, folder=elsewhere)
+    settings: dict[str, Any] = {
+        "ema": EMAConfig(decay=0.9, sigma_rels=(0.05, 0.1), snapshot_every_steps=8),
+        "validation": ValidationConfig(
+            shards=str(held_out), batch_size=2, every_steps=4, num_examples=5
+        ),
+    }
+    preview = PreviewConfig(every_steps=8, prompts=("a",), num_steps=2)
+    config = make_config(num_steps=8, fsdp=True, micro_batch_size=1, preview=preview, **settings)
+    teams.finish_team(teams.start_team(forks, config, num_processes=2))
     assert (tmp_path / "run" / "previews" / "step-00000008.png").is_file()
-    validation = ValidationConfig(shards=str(held_out), batch_size=2, every_steps=4, num_examples=5)
-    settings: dict[str, Any] = {"num_steps": 12, "ema": powers, "validation": validation}
-    alone = train(make_config(**settings, out=str(tmp_path / "one")))
-    shared = train(make_config(**settings))
+    alone = train(make_config(num_steps=12, out=str(tmp_path / "one"), **settings))
+    shared = train(make_config(num_steps=12, **settings))
     for first, second in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "run"), strict=True):
         if "validation" in first:
             expected = pytest.approx(first["validation"]["loss"], rel=1e-5)
