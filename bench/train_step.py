@@ -240,7 +240,7 @@ def make_turns(
         "bare": lambda number: contenders.time_steps(bare, device, number),
         "ours": ours,
         "online": lambda number: contenders.and_rest(
-            lambda: contenders.time_steps(online, device, number)
+            lambda: contenders.time_steps(online, device, number), min(2.0, 2 * args.turn)
         ),
     }, bare
 

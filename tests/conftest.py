@@ -1,4 +1,4 @@
-"""What every test gets: no network, one thread, and the real photographs where they are at hand."""
+"""What every test gets: no network, one thread, a fresh accelerate, photographs if at hand."""
 
 import os
 from collections.abc import Iterator
@@ -14,6 +14,16 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 COCO_MINI = ROOT.parent / "shared" / "data" / "coco-mini"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    """Forgets the precision of an earlier test: accelerate keeps one for the process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")

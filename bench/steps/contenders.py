@@ -26,7 +26,6 @@ from train.loop import loop
 from train.optim import make_optimizer
 from train.setup import Run
 
-REST_S = 2.0
 MAX_GRAD_NORM = 1.0
 """That of `optim.max_grad_norm` by default, and of diffusers' example."""
 Resident = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -83,10 +82,10 @@ def time_steps(step: Callable[[], None], device: torch.device, num_steps: int) -
     return time.perf_counter() - began
 
 
-def and_rest(turn: Callable[[], float]) -> float:
+def and_rest(turn: Callable[[], float], rest_s: float) -> float:
     """Takes a turn, then waits for the workers of a DataLoader, which go on for some batches."""
     seconds = turn()
-    time.sleep(REST_S)
+    time.sleep(rest_s)
     return seconds
 
 

@@ -1,13 +1,14 @@
 """The training step's benchmark: every figure is there, and the contenders do the same work."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import train_step
-from bench.steps import contenders
 from bench.steps.changes import Step, make_step, step_flops
 from bench.steps.contenders import Resident
 from bench.train_step import show, take_turns
@@ -18,14 +19,18 @@ TINY = DenoiserConfig(
 )
 
 
-def test_every_figure_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.slow
+def test_every_figure_is_there(tmp_path: Path) -> None:
+    """As a command: its DataLoader's workers must not outlive it in another test."""
     flags = "--size 64 --batch-size 2 --records 4 --rounds 2 --turn 0.01 --workers 1 --no-changes"
-    monkeypatch.setattr("sys.argv", ["train_step", *flags.split(), "--folder", str(tmp_path)])
-    monkeypatch.setattr(contenders, "REST_S", 0.0)
-    train_step.main()
-    figures = json.loads(capsys.readouterr().out.splitlines()[-1])["sizes"]["64"]
+    done = subprocess.run(
+        [sys.executable, train_step.__file__, *flags.split(), "--folder", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    figures = json.loads(done.stdout.splitlines()[-1])["sizes"]["64"]
     assert figures["steps"] >= 3 and figures["batch_size"] == 2
     for name in ("ratio_to_bare", "ratio_to_online", "share_of_ceiling", "flops_per_image"):
         assert figures[name] > 0

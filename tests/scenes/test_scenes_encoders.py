@@ -101,6 +101,7 @@ def test_negatives_belong_to_their_picture_and_differ_in_one_thing() -> None:
     assert seen == set(clip_training.DISTORTIONS)
 
 
+@pytest.mark.slow
 def test_both_encoders_can_be_made_again(tmp_path: Path) -> None:
     few = [
         "--vae-steps",

@@ -1,12 +1,11 @@
-"""Shards of noise, a small run, and a fresh accelerate for each test."""
+"""Shards of noise, a small run, and processes that start fast."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from model.denoiser import DenoiserConfig
 from model.ema import EMAConfig
@@ -15,14 +14,6 @@ from tests.train import teams
 from train.config import TrainConfig
 
 MakeConfig = Callable[..., TrainConfig]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    """Forgets the precision of an earlier test: accelerate keeps one for the process."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="session")
