@@ -12,19 +12,15 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from configs import cli
 from model import denoiser
 from model.denoiser import DenoiserConfig
 from model.encoders import quiet
+from train.config import TrainConfig
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "scenes/encoders"
-DEMO = DenoiserConfig(
-    channels=(112, 128),
-    attention=(True, True),
-    layers_per_block=1,
-    attention_head_dim=8,
-    norm_num_groups=16,
-)
-"""The denoiser of configs/demo.yaml; the default of DenoiserConfig is Stable Diffusion 1's."""
+DEMO = cli.parse(TrainConfig, "train", ["--config", "demo"]).model
+"""The demo's denoiser; the default of DenoiserConfig is Stable Diffusion 1's."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 

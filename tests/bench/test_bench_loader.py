@@ -38,6 +38,7 @@ def test_own_accesses_deliver_the_records(folder: Path, name: str) -> None:
     assert delivered["anonymous_bytes"] > 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_deliver_the_records(tmp_path: Path, name: str) -> None:
     if reason := missing([name]):

@@ -123,7 +123,8 @@ def folder(tmp_path: Path) -> CocoFolder:
     return make_coco(tmp_path / "coco", [2, 2, 3, 2, 2, 3, 2, 2, 2, 3])
 
 
-@pytest.mark.parametrize("text_dtype", ["float16", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("text_dtype", ["float16", "int8"])
 def test_killed_at_random_and_started_again(
     folder: CocoFolder, tmp_path: Path, text_dtype: str
 ) -> None:
