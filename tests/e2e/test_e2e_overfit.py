@@ -58,7 +58,7 @@ def settings(shards: Path, out: Path) -> TrainConfig:
         shards=str(shards),
         out=str(out),
         batch_size=16,
-        num_steps=350,
+        num_steps=300,
         mixed_precision="no",
         log_every_steps=100,
         checkpoint_every_steps=1000,
