@@ -140,7 +140,8 @@ class EMA:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Restores averages saved from `state_dict`, of the same network.
 
-        Raises ValueError where they are not of the same profiles.
+        Raises ValueError where they are not of the same profiles, KeyError with the name of a
+        tensor that one of the two lacks.
         """
         ours = self.state_dict()
         found, wanted = (_profiles(names) for names in (state, ours))
@@ -150,7 +151,8 @@ class EMA:
                 f"{', '.join(wanted)}; an average begins with the run: use the old ema.decay and "
                 "ema.sigma_rels to go on, or another --name or --out to begin anew"
             )
-        assert state.keys() == ours.keys()
+        if odd := state.keys() ^ ours.keys():
+            raise KeyError(min(odd))
         for name, tensor in ours.items():
             tensor.copy_(state[name])
 

@@ -43,6 +43,7 @@ FIXED = (
     "batch_size",
     "model.",
     "objective.",
+    "optim.kind",
     "latent_shape",
     "shards_sha256",
     *INITIAL,
@@ -170,7 +171,10 @@ def load(checkpoint: Path, state: TrainState) -> None:
     for file, found in (("unet", set(unet)), ("optimizer", held)):
         if odd := found ^ shapes.keys():
             raise _damaged(checkpoint, f"{file}.safetensors: {min(odd)} is missing or unknown")
-    state.ema.load(sharding.parts_of(ema, state.ema.state_dict()))
+    try:
+        state.ema.load(sharding.parts_of(ema, state.ema.state_dict()))
+    except KeyError as error:
+        raise _damaged(checkpoint, f"ema.safetensors: {error} is missing or unknown") from error
     state.unet.load_state_dict(sharding.parts_of(unet, state.unet.state_dict()))
     _load_moments(state, moments)
     if state.optimizer.scaler is not None and record["scaler"]:

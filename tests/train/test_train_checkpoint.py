@@ -104,6 +104,12 @@ def test_a_changed_model_is_refused_naming_both_values(tmp_path: Path) -> None:
         checkpoint.compare_settings(SETTINGS, now, tmp_path)
 
 
+def test_another_optimizer_is_refused_whose_moments_are_not_there(tmp_path: Path) -> None:
+    before, now = ({"optim": {"kind": kind}} for kind in ("adamw", "adamw8bit"))
+    with pytest.raises(ValueError, match=r"optim.kind: .* has 'adamw', .* says 'adamw8bit'"):
+        checkpoint.compare_settings(before, now, tmp_path)
+
+
 def test_a_changed_learning_rate_is_allowed_and_said(tmp_path: Path) -> None:
     now = SETTINGS | {
         "optim": {"learning_rate": 2e-4},

@@ -165,6 +165,7 @@ def test_a_damaged_newest_checkpoint_is_refused_with_the_way_out(
         lambda: (newest / "unet.safetensors").write_bytes(pickle.dumps(Planted())),
         lambda: save_file({"conv_in.weight": torch.zeros(1)}, newest / "unet.safetensors"),
         lambda: save_file({"other/exp_avg": torch.zeros(1)}, newest / "optimizer.safetensors"),
+        lambda: save_file({"conv_in.weight": torch.zeros(1)}, newest / "ema.safetensors"),
     ]
     for fault in faults:
         fault()
