@@ -6,8 +6,10 @@ int8 text, the manifest) happens under a lock, which the system takes from a pro
 price is that each of them lists the source for itself.
 """
 
+import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -64,10 +66,12 @@ def alone_in(folder: Path) -> Iterator[None]:
     """
     progress, was_there = folder / PROGRESS_DIR, folder.exists()
     while True:
-        progress.mkdir(parents=True, exist_ok=True)
         try:
+            progress.mkdir(parents=True, exist_ok=True)
             file = (progress / LOCK_NAME).open("a")
-        except FileNotFoundError:
+        except (FileExistsError, FileNotFoundError):
+            if _is_in_the_way(progress):
+                raise
             continue  # finished by another process in this moment
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -82,12 +86,30 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def _tidy(progress: Path, *, was_there: bool) -> None:
     """Removes the lock where it is all there is: in a set that is finished, or was refused."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError), _if_empty():
         if [path.name for path in progress.iterdir()] == [LOCK_NAME]:
             (progress / LOCK_NAME).unlink()
             progress.rmdir()
-            if not was_there and not any(progress.parent.iterdir()):
+            if not was_there:
                 progress.parent.rmdir()
+
+
+@contextmanager
+def _if_empty() -> Iterator[None]:
+    """Ends where a folder to be removed is not empty, as by one who waited for the lock."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # POSIX allows either
+            raise
+
+
+def _is_in_the_way(path: Path) -> bool:
+    """Whether something is there and no folder; looked up once, since folders come and go."""
+    try:
+        return not stat.S_ISDIR(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,18 +37,44 @@ def count_up(folder: Path, times: int) -> None:
         with alone_in(folder):
             path = folder / "count"
             number = int(path.read_text()) if path.exists() else 0
-            time.sleep(0.001)
             path.write_text(str(number + 1))
 
 
 def test_only_one_is_in_at_a_time(tmp_path: Path) -> None:
-    workers = [SPAWN.Process(target=count_up, args=(tmp_path, 30)) for _ in range(4)]
+    workers = [SPAWN.Process(target=count_up, args=(tmp_path, 300)) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert (tmp_path / "count").read_text() == "120"
+    assert (tmp_path / "count").read_text() == "1200"
     assert [path.name for path in tmp_path.iterdir()] == ["count"]
+
+
+@pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
+def test_a_folder_that_goes_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    make, faults = os.mkdir, iter([error("by another process"), error("once more")])
+
+    def mkdir(*args: Any, **kwargs: Any) -> None:
+        if fault := next(faults, None):
+            raise fault
+        make(*args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with alone_in(tmp_path / "set"):
+        assert next(faults, None) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "progress").touch()
+    with pytest.raises(FileExistsError, match="progress"), alone_in(tmp_path):
+        pass
+    (tmp_path / "progress").unlink()
+    (tmp_path / "progress").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="progress"), alone_in(tmp_path):
+        pass
 
 
 def hold(folder: Path) -> None:
