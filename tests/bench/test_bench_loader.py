@@ -86,6 +86,7 @@ def test_check_sees_what_is_wrong() -> None:
         check(TINY, one_caption)
 
 
+@pytest.mark.slow
 def test_turns_in_processes_of_their_own(folder: Path) -> None:
     runners = [Runner(name="copy"), Runner(name="map", num_threads=2)]
     folders = {"copy": folder, "map": folder / "shards"}

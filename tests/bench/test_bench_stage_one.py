@@ -43,6 +43,7 @@ def out(folder: CocoFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_script_writes_a_file_for_each_image_and_caption(out: Path) -> None:
     expected = {f"{image:012d}.latent.npy" for image in range(1, len(NUM_CAPTIONS) + 1)}
     for image, number in enumerate(NUM_CAPTIONS, 1):
@@ -50,6 +51,7 @@ def test_the_script_writes_a_file_for_each_image_and_caption(out: Path) -> None:
     assert {path.name for path in out.iterdir()} == expected
 
 
+@pytest.mark.slow
 def test_the_script_encodes_as_this_project_does(out: Path, folder: CocoFolder) -> None:
     vae, (tokenizer, encoder) = load_vae(str(VAE)), load_text_encoder(str(CLIP))
     dataset = CocoImages(folder.images, folder.captions, SIZE_PX)

@@ -156,6 +156,7 @@ def test_output_does_not_depend_on_the_number_of_processes(
         assert len(begun) == len(set(begun)) == NUM_SHARDS  # each by one process, none twice
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(folder: CocoFolder, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline.run", *flags_of(folder, tmp_path / "two")]
     both = [

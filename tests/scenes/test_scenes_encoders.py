@@ -20,7 +20,7 @@ ENCODERS = Path(scenes.__file__).parent / "encoders"
 
 
 def test_the_shipped_weights_pass_their_gate() -> None:
-    figures = train_encoders.measure(ENCODERS, num=600)
+    figures = train_encoders.measure(ENCODERS, num=300)
     train_encoders.gate(figures)
     assert figures["vae/latent_std_smallest"] >= 0.8
     assert figures["vae/latent_std_largest"] <= 1.25

@@ -154,6 +154,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(
     assert metrics(tmp_path / "run")[-1] == metrics(tmp_path / "whole")[-1]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(
     make_config: MakeConfig, bucketed: Path, tmp_path: Path, forks: ForkServerContext
 ) -> None:

@@ -49,6 +49,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | changes
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_bits_of_one_never_killed(
     make_config: MakeConfig, tmp_path: Path, elsewhere: Path
 ) -> None:
