@@ -1,7 +1,9 @@
-"""What every test gets: no network, one thread, a fresh accelerate, photographs if at hand."""
+"""What every test gets: no network, one thread, a fresh accelerate; for some photographs, forks."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+FORKED = ["tests.shards.test_shards_faults", "tests.train.teams"]
+"""Modules whose functions run in processes of their own."""
 COCO_MINI = ROOT.parent / "shared" / "data" / "coco-mini"
 
 
@@ -24,6 +28,23 @@ def _fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(True)
     yield
     AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="session")
+def forks() -> ForkServerContext:
+    """Starts processes that have imported everything already.
+
+    From a server, of which a process can have one: the first to be asked decides what it imports.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(FORKED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)  # the server imports from there
+        process = context.Process(target=os.getpid)
+        process.start()
+    process.join()
+    assert process.exitcode == 0
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,6 @@ from shards.writer import (
     read_report,
     read_text_scale,
 )
-from tests.conftest import ROOT
 from tests.shard_sets import (
     MAX_TOKENS,
     TEXT_WIDTH,
@@ -96,20 +95,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     found = contents(folder)
     assert len(found) == NUM_SHARDS + 4
     return found
-
-
-@pytest.fixture(scope="module")
-def forks() -> ForkServerContext:
-    """Starts processes that have imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # the server imports from there
-        process = context.Process(target=os.getpid)
-        process.start()
-    process.join()
-    assert process.exitcode == 0
-    return context
 
 
 def test_a_writer_killed_anywhere_ends_with_the_same_bytes(

@@ -1,7 +1,6 @@
-"""Shards of noise, a small run, and processes that start fast."""
+"""Shards of noise and a small run."""
 
 from collections.abc import Callable
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,9 @@ import pytest
 from model.denoiser import DenoiserConfig
 from model.ema import EMAConfig
 from tests import tiny
-from tests.train import teams
 from train.config import TrainConfig
 
 MakeConfig = Callable[..., TrainConfig]
-
-
-@pytest.fixture(scope="session")
-def forks() -> ForkServerContext:
-    """Starts processes that have imported everything already (teams.py)."""
-    return teams.make_forks()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, started fast: from a server that has imported everything.
+"""Runs in processes of their own, started fast: from the server of tests/conftest.py.
 
     team = start_team(forks, config, num_processes=2)
     finish_team(team)
@@ -8,7 +8,6 @@ Each rank leaves the hash of all it has trained in RUN/rank-N.json.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import socket
 from collections.abc import Iterable
@@ -17,31 +16,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from model.paths import ROOT
 from train import loop
 from train.config import TrainConfig
 
 TIMEOUT_S = 120
 FILES = ("unet", "ema", "optimizer")
 CLOCK = ("images_per_s", "train_s", "ledger")
-
-
-def make_forks() -> ForkServerContext:
-    """Starts the server; the processes it makes begin with `train` imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # the server imports from there
-        process = context.Process(target=os.getpid)
-        process.start()
-    process.join()
-    assert process.exitcode == 0
-    return context
 
 
 def start_team(
