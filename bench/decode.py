@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from bench.stages.photographs import write_photographs
-from pipeline.images import Preprocessing, load
+from latent_t2i.pipeline.images import Preprocessing, load
 
 
 def main() -> None:

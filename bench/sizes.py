@@ -17,12 +17,12 @@ import argparse
 import json
 from typing import Any
 
-from configs import cli
-from model.paths import find_path, size
-from pipeline.config import PipelineConfig
-from shards.schema import make_layout
-from train.config import TrainConfig
-from train.estimate import count_memory, measure
+from latent_t2i.configs import cli
+from latent_t2i.model.paths import find_path, size
+from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.shards.schema import make_layout
+from latent_t2i.train.config import TrainConfig
+from latent_t2i.train.estimate import count_memory, measure
 
 PRESETS = ("demo", "scenes", "scenes-gpu", "coco64", "coco256", "coco512")
 JSON_BYTES = 1024

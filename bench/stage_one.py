@@ -35,9 +35,9 @@ import torch
 
 from bench.stages import plain_script
 from bench.stages.photographs import write_photographs
-from pipeline import coco
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.encode import (
+from latent_t2i.pipeline import coco
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.encode import (
     Encoders,
     encode_captions,
     encode_views,
@@ -46,10 +46,10 @@ from pipeline.encode import (
     num_cores,
     single_threaded,
 )
-from pipeline.images import Picture, Preprocessing
-from pipeline.stage import make_shards
-from pipeline.team import Team
-from pipeline.work import GPU_STREAMS, Batch, cut_batches, load_record
+from latent_t2i.pipeline.images import Picture, Preprocessing
+from latent_t2i.pipeline.stage import make_shards
+from latent_t2i.pipeline.team import Team
+from latent_t2i.pipeline.work import GPU_STREAMS, Batch, cut_batches, load_record
 
 ENCODERS = Path(__file__).resolve().parent.parent / "scenes/encoders"
 

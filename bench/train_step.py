@@ -32,14 +32,14 @@ import torch
 from bench.stages.photographs import write_photographs
 from bench.steps import changes, contenders
 from bench.steps.networks import DEMO, EMBEDDED, make_unet, num_parameters, write_sd_encoders
-from model.denoiser import DenoiserConfig
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.encode import find_device, load_encoders, num_cores
-from pipeline.stage import make_shards
-from pipeline.team import Team
-from train.config import TrainConfig
-from train.optim import make_optimizer
-from train.setup import Run, start
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.encode import find_device, load_encoders, num_cores
+from latent_t2i.pipeline.stage import make_shards
+from latent_t2i.pipeline.team import Team
+from latent_t2i.train.config import TrainConfig
+from latent_t2i.train.optim import make_optimizer
+from latent_t2i.train.setup import Run, start
 
 BATCH_SIZES = {"embedded": {64: 64}, "sd": {64: 64, 256: 32, 512: 16}}
 SMALL_BATCH = 8

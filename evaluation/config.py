@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sample.config import SchedulerName
+from latent_t2i.sample.config import SchedulerName
 
 
 @dataclass(frozen=True, kw_only=True)

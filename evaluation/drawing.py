@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluation.config import EvaluationConfig
-from model.paths import find_path
-from sample import sampler
-from scenes import prompts as scene_prompts
-from scenes.world import Scene
+from latent_t2i.evaluation.config import EvaluationConfig
+from latent_t2i.model.paths import find_path
+from latent_t2i.sample import sampler
+from latent_t2i.scenes import prompts as scene_prompts
+from latent_t2i.scenes.world import Scene
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

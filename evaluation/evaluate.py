@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.config import EvaluationConfig
-from evaluation.curves import read_history
-from evaluation.drawing import Drawn, draw_all
-from evaluation.metrics import ClipScorer, Verdict, judge, oracle_figures
-from evaluation.report import write_report
-from model.bundle import read_info
-from model.paths import output_root
-from sample.pictures import choose_bundle
-from scenes.dataset import render
+from latent_t2i.evaluation.config import EvaluationConfig
+from latent_t2i.evaluation.curves import read_history
+from latent_t2i.evaluation.drawing import Drawn, draw_all
+from latent_t2i.evaluation.metrics import ClipScorer, Verdict, judge, oracle_figures
+from latent_t2i.evaluation.report import write_report
+from latent_t2i.model.bundle import read_info
+from latent_t2i.model.paths import output_root
+from latent_t2i.sample.pictures import choose_bundle
+from latent_t2i.scenes.dataset import render
 
 METRICS_FILE = "metrics.json"
 HEADLINES = (

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from evaluation.drawing import Drawn
-from model.encoders import quiet
-from model.folders import fetch
-from scenes import oracle
+from latent_t2i.evaluation.drawing import Drawn
+from latent_t2i.model.encoders import quiet
+from latent_t2i.model.folders import fetch
+from latent_t2i.scenes import oracle
 
 Verdict = dict[str, bool]
 

@@ -15,10 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from evaluation.config import EvaluationConfig
-from evaluation.curves import guidance_chart, loss_chart
-from evaluation.drawing import Drawn
-from evaluation.metrics import Verdict
+from latent_t2i.evaluation.config import EvaluationConfig
+from latent_t2i.evaluation.curves import guidance_chart, loss_chart
+from latent_t2i.evaluation.drawing import Drawn
+from latent_t2i.evaluation.metrics import Verdict
 
 NUM_SHOWN = 12
 NUM_STRIPS = 4

@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from model.diffusion import Schedule
-from model.encoders import (
+from latent_t2i.model.diffusion import Schedule
+from latent_t2i.model.encoders import (
     Autoencoder,
     is_stock_text,
     latent_channels,
@@ -34,7 +34,7 @@ from model.encoders import (
     quiet,
     vae_downscale,
 )
-from model.paths import complete_or_absent, find_path
+from latent_t2i.model.paths import complete_or_absent, find_path
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -208,6 +208,6 @@ def power_decay(gamma: float, num_updates: int) -> float:
 
 
 if __name__ == "__main__":
-    from model.posthoc import main
+    from latent_t2i.model.posthoc import main
 
     main()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from model.folders import (
+from latent_t2i.model.folders import (
     fetch,
     find_part,
     loading,
@@ -37,7 +37,7 @@ from model.folders import (
     require_complete,
     require_weights,
 )
-from model.paths import find_path
+from latent_t2i.model.paths import find_path
 
 AUTOENCODERS: dict[str, Any] = {
     kind.__name__: kind

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
-from model.paths import find_path
+from latent_t2i.model.paths import find_path
 
 CONNECT_TIMEOUT_S = 10.0
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.bundle import INFO_FILE, read_info
-from model.ema import EMAConfig, check_sigma_rel, gamma_of
-from model.paths import complete_or_absent, find_path
+from latent_t2i.model.bundle import INFO_FILE, read_info
+from latent_t2i.model.ema import EMAConfig, check_sigma_rel, gamma_of
+from latent_t2i.model.paths import complete_or_absent, find_path
 
 SNAPSHOT_FILE = "snapshot.json"
 MAX_CELLS = 16384

@@ -15,8 +15,8 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from pipeline.places import FilePlace, clean
-from pipeline.record import Record, clean_json
+from latent_t2i.pipeline.places import FilePlace, clean
+from latent_t2i.pipeline.record import Record, clean_json
 
 
 def records(images: Path, captions: Path, instances: Path | None = None) -> Iterator[Record]:

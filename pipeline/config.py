@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from scenes.world import SPLITS
-from shards.schema import TextDtype
+from latent_t2i.scenes.world import SPLITS
+from latent_t2i.shards.schema import TextDtype
 
 
 @dataclass(frozen=True, kw_only=True)

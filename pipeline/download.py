@@ -21,12 +21,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from model.paths import output_root
-from pipeline import fetch
-from pipeline.fetch import RemoteFile
-from pipeline.team import alone_in
-from pipeline.unpack import BLOCK_BYTES, Contents, open_zip, tidy, unpack
-from shards.remote import Retry, join
+from latent_t2i.model.paths import output_root
+from latent_t2i.pipeline import fetch
+from latent_t2i.pipeline.fetch import RemoteFile
+from latent_t2i.pipeline.team import alone_in
+from latent_t2i.pipeline.unpack import BLOCK_BYTES, Contents, open_zip, tidy, unpack
+from latent_t2i.shards.remote import Retry, join
 
 BASE_URL = "http://images.cocodataset.org"
 """Its https is that of Amazon's storage, whose certificate has another name."""

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.encoders import (
+from latent_t2i.model.encoders import (
     TextEncoders,
     encode_images,
     latent_channels,
@@ -25,8 +25,8 @@ from model.encoders import (
     load_vae,
     vae_downscale,
 )
-from pipeline.config import PipelineConfig
-from shards.schema import LatentKind
+from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.shards.schema import LatentKind
 
 CAPTIONS_PER_IMAGE = 4
 """The text encoder's batch is so many times the VAE's."""

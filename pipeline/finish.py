@@ -5,17 +5,17 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pipeline import report
-from pipeline.config import PipelineConfig
-from pipeline.encode import Encoders, encode_captions
-from pipeline.index import Index
-from pipeline.plan import SetPlan
-from pipeline.provenance import make_provenance
-from pipeline.sets import all_targets, is_done
-from pipeline.team import alone_in
-from shards.buckets import finish_buckets
-from shards.schema import MANIFEST_NAME, Manifest
-from shards.writer import finish_set, read_report, read_text_scale
+from latent_t2i.pipeline import report
+from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.pipeline.encode import Encoders, encode_captions
+from latent_t2i.pipeline.index import Index
+from latent_t2i.pipeline.plan import SetPlan
+from latent_t2i.pipeline.provenance import make_provenance
+from latent_t2i.pipeline.sets import all_targets, is_done
+from latent_t2i.pipeline.team import alone_in
+from latent_t2i.shards.buckets import finish_buckets
+from latent_t2i.shards.schema import MANIFEST_NAME, Manifest
+from latent_t2i.shards.writer import finish_set, read_report, read_text_scale
 
 
 def finish(

@@ -24,8 +24,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from pipeline.places import FilePlace
-from pipeline.record import Record, find_column, make_extra, make_key, read_captions
+from latent_t2i.pipeline.places import FilePlace
+from latent_t2i.pipeline.record import Record, find_column, make_extra, make_key, read_captions
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 NEVER_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}

@@ -15,12 +15,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from pipeline import places
-from pipeline.folder import MOST_TEXT_BYTES, decode_text, is_image
-from pipeline.places import TarPlace, last_name, without_query
-from pipeline.record import CAPTION_COLUMNS, Record, make_extra, make_key, read_captions
-from shards.remote import BUFFER_BYTES, is_remote, open_at, open_stream
-from shards.schema import BLOCK_BYTES
+from latent_t2i.pipeline import places
+from latent_t2i.pipeline.folder import MOST_TEXT_BYTES, decode_text, is_image
+from latent_t2i.pipeline.places import TarPlace, last_name, without_query
+from latent_t2i.pipeline.record import CAPTION_COLUMNS, Record, make_extra, make_key, read_captions
+from latent_t2i.shards.remote import BUFFER_BYTES, is_remote, open_at, open_stream
+from latent_t2i.shards.schema import BLOCK_BYTES
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 TEXTS = (".txt", ".json")

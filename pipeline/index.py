@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.images import Picture
-from pipeline.places import FilePlace, place_from_json, place_name, place_to_json
-from pipeline.record import Record, make_meta
-from shards.schema import encode_meta, hash_json
+from latent_t2i.pipeline.images import Picture
+from latent_t2i.pipeline.places import FilePlace, place_from_json, place_name, place_to_json
+from latent_t2i.pipeline.record import Record, make_meta
+from latent_t2i.shards.schema import encode_meta, hash_json
 
 HUGE = Picture(
     pixels=np.zeros((0, 0, 3), np.uint8),

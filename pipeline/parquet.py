@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.places import (
+from latent_t2i.pipeline.places import (
     ParquetPlace,
     import_parquet,
     last_name,
@@ -22,8 +22,8 @@ from pipeline.places import (
     read_row_group,
     without_query,
 )
-from pipeline.record import Record, find_column, make_extra, make_key, read_captions
-from shards.remote import RemoteError
+from latent_t2i.pipeline.record import Record, find_column, make_extra, make_key, read_captions
+from latent_t2i.shards.remote import RemoteError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 ROWS_AT_ONCE = 1024

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shards.remote import (
+from latent_t2i.shards.remote import (
     LOST,
     REFUSED,
     RemoteError,

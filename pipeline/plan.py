@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline.images import Preprocessing
-from pipeline.index import Index
-from shards.schema import BLOCK_BYTES, Layout, TextDtype, make_layout, round_up
+from latent_t2i.pipeline.images import Preprocessing
+from latent_t2i.pipeline.index import Index
+from latent_t2i.shards.schema import BLOCK_BYTES, Layout, TextDtype, make_layout, round_up
 
 
 @dataclass(frozen=True, kw_only=True)

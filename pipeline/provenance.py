@@ -1,12 +1,12 @@
 """Says what decides the content of the shards, so that another set is never taken for this one."""
 
-from model.encoders import fingerprint
-from pipeline.config import PipelineConfig
-from pipeline.encode import Encoders
-from pipeline.images import describe
-from pipeline.index import Index
-from pipeline.plan import SetPlan
-from shards.schema import Identity, Provenance
+from latent_t2i.model.encoders import fingerprint
+from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.pipeline.encode import Encoders
+from latent_t2i.pipeline.images import describe
+from latent_t2i.pipeline.index import Index
+from latent_t2i.pipeline.plan import SetPlan
+from latent_t2i.shards.schema import Identity, Provenance
 
 
 def make_provenance(

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions
-from shards.writer import FoundScale
+from latent_t2i.pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions
+from latent_t2i.shards.writer import FoundScale
 
 NUM_SAMPLE = 4096
 """Captions in the sample: with a quarter of them, other captions' values saturate more often."""

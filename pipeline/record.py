@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeline.places import Place, clean
-from shards.schema import KEY_PATTERN
+from latent_t2i.pipeline.places import Place, clean
+from latent_t2i.shards.schema import KEY_PATTERN
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 """Where captions are looked for, in this order, when no column is named."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from model.paths import size
-from pipeline.index import Index
-from pipeline.plan import SetPlan, bytes_by_member
-from shards.schema import Manifest
+from latent_t2i.model.paths import size
+from latent_t2i.pipeline.index import Index
+from latent_t2i.pipeline.plan import SetPlan, bytes_by_member
+from latent_t2i.shards.schema import Manifest
 
 NUM_LISTED = 10
 """How many of the images left out are named."""

@@ -4,9 +4,9 @@ python -m pipeline.run --config scenes
 python -m pipeline.run --config coco64 --source.images DIR --source.captions FILE
 """
 
-from configs.cli import main
-from pipeline.config import PipelineConfig
-from pipeline.stage import build
+from latent_t2i.configs.cli import main
+from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.pipeline.stage import build
 
 if __name__ == "__main__":
     main(build, PipelineConfig, "pipeline")

@@ -9,20 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from model.encoders import vae_downscale
-from model.paths import free_bytes, size
-from pipeline import report
-from pipeline.buckets import make_buckets, nearest_bucket
-from pipeline.config import PipelineConfig
-from pipeline.encode import Encoders, num_cores
-from pipeline.images import Preprocessing, UnreadableImageError, read_size
-from pipeline.index import Examine, Examined, Index
-from pipeline.places import PlaceError, read_place
-from pipeline.plan import Limits, SetPlan, Target, plan_shards
-from pipeline.record import Record
-from shards.buckets import Buckets, parse_size
-from shards.schema import BUCKETS_NAME, MANIFEST_NAME
-from shards.writer import read_report
+from latent_t2i.model.encoders import vae_downscale
+from latent_t2i.model.paths import free_bytes, size
+from latent_t2i.pipeline import report
+from latent_t2i.pipeline.buckets import make_buckets, nearest_bucket
+from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.pipeline.encode import Encoders, num_cores
+from latent_t2i.pipeline.images import Preprocessing, UnreadableImageError, read_size
+from latent_t2i.pipeline.index import Examine, Examined, Index
+from latent_t2i.pipeline.places import PlaceError, read_place
+from latent_t2i.pipeline.plan import Limits, SetPlan, Target, plan_shards
+from latent_t2i.pipeline.record import Record
+from latent_t2i.shards.buckets import Buckets, parse_size
+from latent_t2i.shards.schema import BUCKETS_NAME, MANIFEST_NAME
+from latent_t2i.shards.writer import read_report
 
 Size = tuple[int, int]
 

@@ -15,13 +15,13 @@ from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
-from model.paths import ROOT, find_path
-from pipeline import coco, folder, img2dataset, parquet
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.places import import_parquet, patiently, without_query
-from pipeline.record import Record
-from scenes.dataset import write_coco
-from shards.remote import PIPE, find_filesystem, is_remote
+from latent_t2i.model.paths import ROOT, find_path
+from latent_t2i.pipeline import coco, folder, img2dataset, parquet
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.places import import_parquet, patiently, without_query
+from latent_t2i.pipeline.record import Record
+from latent_t2i.scenes.dataset import write_coco
+from latent_t2i.shards.remote import PIPE, find_filesystem, is_remote
 
 FLAG = "--source.images"
 

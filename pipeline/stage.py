@@ -10,27 +10,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from model.paths import free_bytes, output_root
-from pipeline import report, sources
-from pipeline.config import PipelineConfig
-from pipeline.encode import (
+from latent_t2i.model.paths import free_bytes, output_root
+from latent_t2i.pipeline import report, sources
+from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.pipeline.encode import (
     Encoders,
     find_device,
     load_encoders,
     num_cores,
     single_threaded,
 )
-from pipeline.finish import finish, require_enough
-from pipeline.index import Index, build_index
-from pipeline.plan import SetPlan, Target
-from pipeline.provenance import make_provenance
-from pipeline.quantise import NUM_PASSES, NUM_SAMPLE, Quantiser, find_scale
-from pipeline.sets import all_targets, examiner, is_done, make_sets, require_room
-from pipeline.team import Team, alone_in, find_team
-from pipeline.work import Batch, Crew, LeftOut, cut_batches
-from pipeline.writing import Writing
-from shards.schema import Manifest
-from shards.writer import (
+from latent_t2i.pipeline.finish import finish, require_enough
+from latent_t2i.pipeline.index import Index, build_index
+from latent_t2i.pipeline.plan import SetPlan, Target
+from latent_t2i.pipeline.provenance import make_provenance
+from latent_t2i.pipeline.quantise import NUM_PASSES, NUM_SAMPLE, Quantiser, find_scale
+from latent_t2i.pipeline.sets import all_targets, examiner, is_done, make_sets, require_room
+from latent_t2i.pipeline.team import Team, alone_in, find_team
+from latent_t2i.pipeline.work import Batch, Crew, LeftOut, cut_batches
+from latent_t2i.pipeline.writing import Writing
+from latent_t2i.shards.schema import Manifest
+from latent_t2i.shards.writer import (
     FoundScale,
     begin_set,
     keep_text_scale,

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.schema import PROGRESS_DIR
+from latent_t2i.shards.schema import PROGRESS_DIR
 
 LOCK_NAME = "lock"
 

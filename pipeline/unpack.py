@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from model.paths import complete_or_absent
-from pipeline.fetch import MakeBar
+from latent_t2i.model.paths import complete_or_absent
+from latent_t2i.pipeline.fetch import MakeBar
 
 BUFFER_BYTES = 1 << 18
 BLOCK_BYTES = 4096

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions, encode_views
-from pipeline.images import Picture, Preprocessing, UnreadableImageError, load
-from pipeline.places import PlaceError, read_place
-from pipeline.record import Record, make_meta
-from shards.schema import Example
+from latent_t2i.pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions, encode_views
+from latent_t2i.pipeline.images import Picture, Preprocessing, UnreadableImageError, load
+from latent_t2i.pipeline.places import PlaceError, read_place
+from latent_t2i.pipeline.record import Record, make_meta
+from latent_t2i.shards.schema import Example
 
 GPU_STREAMS = 2
 JOBS_AHEAD = 2

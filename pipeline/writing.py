@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from pipeline.plan import Target
-from pipeline.work import LeftOut, Outcome
-from shards.schema import LatentKind
-from shards.writer import ShardWriter
+from latent_t2i.pipeline.plan import Target
+from latent_t2i.pipeline.work import LeftOut, Outcome
+from latent_t2i.shards.schema import LatentKind
+from latent_t2i.shards.writer import ShardWriter
 
 MOST_WAITING = 4
 """Batches; more wait to be encoded, which bounds the memory."""

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from model.bundle import digest, find_bundle
-from model.grid import labelled_grid, save_png
-from model.paths import find_path, output_root
-from sample import sampler
-from sample.config import SampleConfig
+from latent_t2i.model.bundle import digest, find_bundle
+from latent_t2i.model.grid import labelled_grid, save_png
+from latent_t2i.model.paths import find_path, output_root
+from latent_t2i.sample import sampler
+from latent_t2i.sample.config import SampleConfig
 
 SHIPPED_BUNDLE = "scenes/bundle"
 

@@ -12,10 +12,10 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from model import drawing
-from model.bundle import find_bundle
-from model.encoders import quiet
-from sample.config import DtypeName, SchedulerName
+from latent_t2i.model import drawing
+from latent_t2i.model.bundle import find_bundle
+from latent_t2i.model.encoders import quiet
+from latent_t2i.sample.config import DtypeName, SchedulerName
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scenes.world import INVERSE, WORLDS, Scene, Thing, World
+from latent_t2i.scenes.world import INVERSE, WORLDS, Scene, Thing, World
 
 NUM_CAPTIONS = 5
 

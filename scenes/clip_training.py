@@ -30,9 +30,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from transformers.models.clip.modeling_clip import CLIPTextModel
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from scenes.captions import Caption, caption, vocabulary
-from scenes.dataset import render
-from scenes.world import (
+from latent_t2i.scenes.captions import Caption, caption, vocabulary
+from latent_t2i.scenes.dataset import render
+from latent_t2i.scenes.world import (
     BACKGROUNDS,
     COLOURS,
     INVERSE,

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from scenes.captions import captions
-from scenes.draw import draw
-from scenes.world import CANVAS_PX, SHAPES, SPLITS, WORLDS, Scene, Thing, stream
+from latent_t2i.scenes.captions import captions
+from latent_t2i.scenes.draw import draw
+from latent_t2i.scenes.world import CANVAS_PX, SHAPES, SPLITS, WORLDS, Scene, Thing, stream
 
 
 @dataclass(frozen=True, kw_only=True)

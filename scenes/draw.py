@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
-from scenes.world import BACKGROUNDS, CANVAS_PX, COLOURS, Scene, Thing
+from latent_t2i.scenes.world import BACKGROUNDS, CANVAS_PX, COLOURS, Scene, Thing
 
 SUPERSAMPLE = 4
 

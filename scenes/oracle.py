@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from scenes.draw import UNIT_OUTLINES, mask
-from scenes.world import (
+from latent_t2i.scenes.draw import UNIT_OUTLINES, mask
+from latent_t2i.scenes.world import (
     AXIS,
     BACKGROUNDS,
     CANVAS_PX,

@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from scenes.captions import captions
-from scenes.world import WORLDS, Scene, Split, make_scene
+from latent_t2i.scenes.captions import captions
+from latent_t2i.scenes.world import WORLDS, Scene, Split, make_scene
 
 Kind = Literal["single", "pair", "held_out"]
 KINDS: tuple[Kind, ...] = ("single", "pair", "held_out")

@@ -22,9 +22,9 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTokenizer
 
-from scenes import clip_training, oracle, vae_training
-from scenes.dataset import render
-from scenes.world import WORLDS, Scene, stream
+from latent_t2i.scenes import clip_training, oracle, vae_training
+from latent_t2i.scenes.dataset import render
+from latent_t2i.scenes.world import WORLDS, Scene, stream
 
 LIMITS = {
     "vae/psnr_db": 34.0,

@@ -23,8 +23,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from scenes.dataset import render
-from scenes.world import WORLDS, World, stream
+from latent_t2i.scenes.dataset import render
+from latent_t2i.scenes.world import WORLDS, World, stream
 
 BATCH_SIZE = 8
 LEARNING_RATE = 1e-3

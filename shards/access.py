@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shards.bucket_order import BucketOrder
-from shards.buckets import BucketedShards, Buckets, holds_buckets, open_buckets
-from shards.cache import CachedShards, CacheLoader, check_cache
-from shards.loader import BucketLoader, Loader, MapLoader
-from shards.order import Order
-from shards.reader import ShardSet, open_shards, require_encoders
-from shards.remote import PIPE, RemoteError, Retry, is_remote, join, read_file
-from shards.schema import BUCKETS_NAME, FormatError
-from shards.store import default_cache_dir, open_store
-from shards.stream import StreamedShards, StreamLoader, check_stream, open_streamed
+from latent_t2i.shards.bucket_order import BucketOrder
+from latent_t2i.shards.buckets import BucketedShards, Buckets, holds_buckets, open_buckets
+from latent_t2i.shards.cache import CachedShards, CacheLoader, check_cache
+from latent_t2i.shards.loader import BucketLoader, Loader, MapLoader
+from latent_t2i.shards.order import Order
+from latent_t2i.shards.reader import ShardSet, open_shards, require_encoders
+from latent_t2i.shards.remote import PIPE, RemoteError, Retry, is_remote, join, read_file
+from latent_t2i.shards.schema import BUCKETS_NAME, FormatError
+from latent_t2i.shards.store import default_cache_dir, open_store
+from latent_t2i.shards.stream import StreamedShards, StreamLoader, check_stream, open_streamed
 
 Kind = Literal["map", "stream", "cache"]
 Asked = Literal["auto", "map", "stream", "cache"]

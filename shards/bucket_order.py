@@ -18,7 +18,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.order import Cursor, LastBatch, Order, Shuffle, mixed_seed
+from latent_t2i.shards.order import Cursor, LastBatch, Order, Shuffle, mixed_seed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.bucket_order import BucketOrder
-from shards.reader import Gathered, ShardSet, open_shards
-from shards.schema import (
+from latent_t2i.shards.bucket_order import BucketOrder
+from latent_t2i.shards.reader import Gathered, ShardSet, open_shards
+from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
     BUCKETS_NAME,
     MANIFEST_NAME,
@@ -33,7 +33,7 @@ from shards.schema import (
     hash_json,
     read_document,
 )
-from shards.writer import write_file
+from latent_t2i.shards.writer import write_file
 
 BUCKETS_VERSION = 1
 SAME = (

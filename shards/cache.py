@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.loader import MapLoader, are_finite
-from shards.order import Cursor, Order, choices, share
-from shards.reader import Gathered, ShardSet
-from shards.schema import FormatError, Manifest
-from shards.store import Store
+from latent_t2i.shards.loader import MapLoader, are_finite
+from latent_t2i.shards.order import Cursor, Order, choices, share
+from latent_t2i.shards.reader import Gathered, ShardSet
+from latent_t2i.shards.schema import FormatError, Manifest
+from latent_t2i.shards.store import Store
 
 NEVER = np.iinfo(np.int64).max
 """Not in this epoch and the next."""

@@ -32,10 +32,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shards.buckets import BucketedShards, holds_buckets, open_buckets
-from shards.reader import ShardSet, map_shard, open_shards
-from shards.schema import BLOCK_BYTES, MEMBERS, Identity, Manifest
-from shards.verify import LatentSums
+from latent_t2i.shards.buckets import BucketedShards, holds_buckets, open_buckets
+from latent_t2i.shards.reader import ShardSet, map_shard, open_shards
+from latent_t2i.shards.schema import BLOCK_BYTES, MEMBERS, Identity, Manifest
+from latent_t2i.shards.verify import LatentSums
 
 ROOT = Path(__file__).resolve().parent.parent
 """Where an encoder's name is looked for after the current directory, as stage one does it."""

@@ -23,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.bucket_order import BucketOrder
-from shards.order import Order, choices, share
-from shards.reader import Gathered, ShardSet
+from latent_t2i.shards.bucket_order import BucketOrder
+from latent_t2i.shards.order import Order, choices, share
+from latent_t2i.shards.reader import Gathered, ShardSet
 
 NUM_BUFFERS = 2
 T = TypeVar("T")

@@ -25,9 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shards.mapping import Region
-from shards.order import Order
-from shards.schema import (
+from latent_t2i.shards.mapping import Region
+from latent_t2i.shards.order import Order
+from latent_t2i.shards.schema import (
     BLOCK_BYTES,
     MEMBERS,
     FileEntry,

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 
-from shards.schema import MANIFEST_NAME, FileEntry, FormatError, Manifest
+from latent_t2i.shards.schema import MANIFEST_NAME, FileEntry, FormatError, Manifest
 
 BLOCK_BYTES = 8 * 2**20
 """Asked for at a time where a file is read by ranges."""

@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Literal
 
-from shards.reader import check_hash
-from shards.remote import (
+from latent_t2i.shards.reader import check_hash
+from latent_t2i.shards.remote import (
     Retry,
     check_sha256,
     fetch_manifest,
@@ -32,8 +32,8 @@ from shards.remote import (
     join,
     open_stream,
 )
-from shards.schema import MANIFEST_NAME, FormatError, Manifest, ShardEntry
-from shards.writer import sync_folder
+from latent_t2i.shards.schema import MANIFEST_NAME, FormatError, Manifest, ShardEntry
+from latent_t2i.shards.writer import sync_folder
 
 HASH_TRIES = 3
 """How often a shard with a wrong hash is fetched: once more for the network, once for a proxy."""

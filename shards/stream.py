@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from shards.order import Order, mixed_seed
-from shards.reader import Gathered, ShardSet
-from shards.remote import (
+from latent_t2i.shards.order import Order, mixed_seed
+from latent_t2i.shards.reader import Gathered, ShardSet
+from latent_t2i.shards.remote import (
     RemoteError,
     Retry,
     fetch_manifest,
@@ -40,7 +40,7 @@ from shards.remote import (
     join,
     open_stream,
 )
-from shards.schema import MEMBERS, Field, FormatError, Layout, Manifest, ShardEntry
+from latent_t2i.shards.schema import MEMBERS, Field, FormatError, Layout, Manifest, ShardEntry
 
 STEPS_REMEMBERED = 1000
 """For how many steps the keys are kept, to name suspects."""

@@ -29,9 +29,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
-from shards.reader import NAME_BYTES, check_hash, check_size, key_of, load_array, small_arrays
-from shards.schema import (
+from latent_t2i.shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
+from latent_t2i.shards.reader import (
+    NAME_BYTES,
+    check_hash,
+    check_size,
+    key_of,
+    load_array,
+    small_arrays,
+)
+from latent_t2i.shards.schema import (
     BLOCK_BYTES,
     BUCKETS_NAME,
     KEY_PATTERN,
@@ -46,7 +53,7 @@ from shards.schema import (
     ShardEntry,
     round_up,
 )
-from shards.writer import LOG_VARIANCE_RANGE
+from latent_t2i.shards.writer import LOG_VARIANCE_RANGE
 
 READ_BYTES = 1 << 22
 """So much of a shard is read, hashed and checked at a time, while it is in the CPU's cache."""

@@ -29,7 +29,7 @@ import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
-from shards.schema import (
+from latent_t2i.shards.schema import (
     KEY_PATTERN,
     MANIFEST_NAME,
     MEMBERS,

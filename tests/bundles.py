@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from model import denoiser
-from model.bundle import save_bundle
-from model.diffusion import ObjectiveConfig, make_scheduler
-from model.encoders import load_text_encoder, load_vae
+from latent_t2i.model import denoiser
+from latent_t2i.model.bundle import save_bundle
+from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
+from latent_t2i.model.encoders import load_text_encoder, load_vae
 from tests import tiny
 
 MAX_TOKENS = 24

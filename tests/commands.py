@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from evaluation.config import EvaluationConfig
-from pipeline.config import PipelineConfig
-from sample.config import SampleConfig
-from train.config import TrainConfig
+from latent_t2i.evaluation.config import EvaluationConfig
+from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.sample.config import SampleConfig
+from latent_t2i.train.config import TrainConfig
 
 COMMANDS: dict[str, type[Any]] = {
     "pipeline": PipelineConfig,

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from shards.buckets import Buckets, finish_buckets
-from shards.schema import (
+from latent_t2i.shards.buckets import Buckets, finish_buckets
+from latent_t2i.shards.schema import (
     Example,
     Identity,
     LatentKind,
@@ -21,7 +21,7 @@ from shards.schema import (
     make_layout,
     round_up,
 )
-from shards.writer import FoundScale, ShardWriter, begin_set, finish_set, keep_text_scale
+from latent_t2i.shards.writer import FoundScale, ShardWriter, begin_set, finish_set, keep_text_scale
 
 CHANNELS = 4
 SIDE = 8

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+NAMESPACE = ROOT / "latent_t2i"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 ALLOWED = {
@@ -43,8 +44,16 @@ def all_files() -> list[Path]:
     return [path for package in ALLOWED for path in package_files(package)]
 
 
+def top_names(module: str, names: list[str]) -> set[str]:
+    """The package or packages that `from module import names` takes from, without our prefix."""
+    first, _, rest = module.partition(".")
+    if first != "latent_t2i":
+        return {first}
+    return {rest.partition(".")[0]} if rest else set(names)
+
+
 def imported_names(source: str, *, late: bool = True) -> set[str]:
-    """The top-level names that a module imports; not relative ones.
+    """The top-level names that a module imports, ours without `latent_t2i.`; not relative ones.
 
     Anywhere, or, if not `late`, outside functions.
     """
@@ -56,9 +65,9 @@ def imported_names(source: str, *, late: bool = True) -> set[str]:
         if id(node) in inside and not late:
             continue
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {name for alias in node.names for name in top_names(alias.name, [])}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
-            names.add(node.module.partition(".")[0])
+            names |= top_names(node.module, [alias.name for alias in node.names])
     return names
 
 
@@ -82,9 +91,15 @@ def functions(source: str) -> Iterator[tuple[str, int]]:
 
 
 def test_packages_are_those_of_pyproject() -> None:
-    on_disk = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    on_disk = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"latent_t2i"}
     assert on_disk == set(ALLOWED)
-    assert sorted(on_disk) == PROJECT["tool"]["setuptools"]["packages"]
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    assert listed == ["latent_t2i", *(f"latent_t2i.{name}" for name in sorted(on_disk))]
+
+
+def test_latent_t2i_links_to_each_package() -> None:
+    links = {path.name: path.readlink() for path in NAMESPACE.iterdir() if path.is_symlink()}
+    assert links == {name: Path("..") / name for name in ALLOWED}
 
 
 @pytest.mark.parametrize("package", ALLOWED)
@@ -94,18 +109,35 @@ def test_dependency_rule(package: str) -> None:
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
+def test_packages_are_imported_by_their_full_names() -> None:
+    """`from train import loop` would be a second copy of `latent_t2i.train.loop`."""
+    command = ["git", "grep", "-nE", rf"^ *(from|import) ({'|'.join(ALLOWED)})\b", "--", "*.py"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.stdout == ""
+
+
 @pytest.mark.parametrize(
     ("package", "file", "source", "forbidden"),
     [
-        ("train", "loop.py", "import pipeline.encode", {"pipeline"}),
-        ("train", "loop.py", "def f():\n    from sample import sampler", {"sample"}),
-        ("sample", "sampler.py", "if TYPE_CHECKING:\n    import shards", {"shards"}),
-        ("model", "ema.py", "from shards.schema import Example", {"shards"}),
-        ("train", "loop.py", "from configs.cli import dump", {"configs"}),
-        ("train", "run.py", "from configs.cli import main", set()),
-        ("train", "loop.py", "from shards.reader import open_shards\nimport torch", set()),
+        ("train", "loop.py", "import latent_t2i.pipeline.encode", {"pipeline"}),
+        ("train", "loop.py", "def f():\n    from latent_t2i.sample import sampler", {"sample"}),
+        ("sample", "sampler.py", "if TYPE_CHECKING:\n    import latent_t2i.shards", {"shards"}),
+        ("model", "ema.py", "from latent_t2i.shards.schema import Example", {"shards"}),
+        ("train", "loop.py", "from latent_t2i.configs.cli import dump", {"configs"}),
+        ("train", "run.py", "from latent_t2i.configs.cli import main", set()),
+        (
+            "train",
+            "loop.py",
+            "from latent_t2i.shards.reader import open_shards\nimport torch",
+            set(),
+        ),
         ("shards", "reader.py", "import json, numpy, diffusers, webdataset", {"diffusers"}),
-        ("shards", "reader.py", "from . import schema\nfrom shards import writer", set()),
+        (
+            "shards",
+            "reader.py",
+            "from . import schema\nfrom latent_t2i.shards import writer",
+            set(),
+        ),
         ("shards", "reader.py", "def f():\n    import diffusers", {"diffusers"}),
         ("shards", "inspect.py", "def f():\n    import diffusers, PIL.Image", set()),
         ("shards", "inspect.py", "def f():\n    import transformers", {"transformers"}),

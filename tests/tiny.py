@@ -37,7 +37,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from model.encoders import (
+from latent_t2i.model.encoders import (
     fingerprint,
     latent_channels,
     latent_kind,
@@ -46,7 +46,7 @@ from model.encoders import (
     quiet,
     tokenizer_fingerprint,
 )
-from shards.schema import Identity, Manifest, TextDtype
+from latent_t2i.shards.schema import Identity, Manifest, TextDtype
 from tests import shard_sets
 
 LATENT_CHANNELS = 4

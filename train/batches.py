@@ -13,10 +13,10 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 
-from model.diffusion import ObjectiveConfig, sample_timesteps
-from shards.loader import NUM_BUFFERS, Loader, head, prefetch
-from shards.order import mixed_seed, share
-from shards.reader import Gathered
+from latent_t2i.model.diffusion import ObjectiveConfig, sample_timesteps
+from latent_t2i.shards.loader import NUM_BUFFERS, Loader, head, prefetch
+from latent_t2i.shards.order import mixed_seed, share
+from latent_t2i.shards.reader import Gathered
 
 
 @dataclass(frozen=True, kw_only=True)

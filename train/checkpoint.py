@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.ema import EMA
-from model.paths import complete_or_absent
-from train import sharding
+from latent_t2i.model.ema import EMA
+from latent_t2i.model.paths import complete_or_absent
+from latent_t2i.train import sharding
 
 ORDER = (
     "order of data.access",

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model.denoiser import DenoiserConfig
-from model.diffusion import ObjectiveConfig
-from model.ema import EMAConfig
-from shards.access import CACHE_BYTES, WINDOW_RECORDS, Asked
-from shards.order import LastBatch, Shuffle
-from train.trackers import TrackerName, check_names
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.diffusion import ObjectiveConfig
+from latent_t2i.model.ema import EMAConfig
+from latent_t2i.shards.access import CACHE_BYTES, WINDOW_RECORDS, Asked
+from latent_t2i.shards.order import LastBatch, Shuffle
+from latent_t2i.train.trackers import TrackerName, check_names
 
 Precision = Literal["no", "fp16", "bf16"]
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from train.batches import Batch
+from latent_t2i.train.batches import Batch
 
 
 class Courier:

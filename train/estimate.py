@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from model import denoiser
-from model.denoiser import DenoiserConfig
-from model.paths import free_bytes, size
-from train.config import Precision, TrainConfig
-from train.preflight import Plan
+from latent_t2i.model import denoiser
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.paths import free_bytes, size
+from latent_t2i.train.config import Precision, TrainConfig
+from latent_t2i.train.preflight import Plan
 
 FLOAT_BYTES = 4
 MOMENTS_BYTES = {"adamw": 8, "adamw8bit": 2}

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from train.batches import Batch
+from latent_t2i.train.batches import Batch
 
 NUM_STEPS_BEFORE = 4
 Outcome = tuple[Tensor, Tensor, Tensor]

@@ -23,12 +23,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from model import denoiser
-from model.bundle import fold_shift
-from model.denoiser import DenoiserConfig
-from model.diffusion import ObjectiveConfig, make_scheduler
-from model.encoders import Autoencoder, latent_affine, load_text_encoder, load_vae
-from model.folders import fetch, find_part, loading, read_config, require_weights
+from latent_t2i.model import denoiser
+from latent_t2i.model.bundle import fold_shift
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
+from latent_t2i.model.encoders import Autoencoder, latent_affine, load_text_encoder, load_vae
+from latent_t2i.model.folders import fetch, find_part, loading, read_config, require_weights
 
 FLAG = "--init-from"
 STEM = "diffusion_pytorch_model"

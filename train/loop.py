@@ -17,19 +17,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from model.bundle import INFO_FILE, read_info, save_bundle
-from model.diffusion import make_scheduler
-from model.posthoc import folder_of, save_snapshot
-from shards.order import mixed_seed
-from train import checkpoint, optim, sharding
-from train.batches import Batch
-from train.config import TrainConfig
-from train.graph import Outcome, Recorder, StepGraph
-from train.preview import make_preview
-from train.progress import MAX_STEPS_READ, shorten
-from train.setup import Run, rehearse, start
-from train.stop import Reason, Stop
-from train.validation import measure
+from latent_t2i.model.bundle import INFO_FILE, read_info, save_bundle
+from latent_t2i.model.diffusion import make_scheduler
+from latent_t2i.model.posthoc import folder_of, save_snapshot
+from latent_t2i.shards.order import mixed_seed
+from latent_t2i.train import checkpoint, optim, sharding
+from latent_t2i.train.batches import Batch
+from latent_t2i.train.config import TrainConfig
+from latent_t2i.train.graph import Outcome, Recorder, StepGraph
+from latent_t2i.train.preview import make_preview
+from latent_t2i.train.progress import MAX_STEPS_READ, shorten
+from latent_t2i.train.setup import Run, rehearse, start
+from latent_t2i.train.stop import Reason, Stop
+from latent_t2i.train.validation import measure
 
 
 def train(config: TrainConfig) -> Path:

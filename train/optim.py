@@ -21,7 +21,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from train.config import OptimConfig
+from latent_t2i.train.config import OptimConfig
 
 
 def make_optimizer(

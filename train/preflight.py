@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from model.bundle import require_stock_shards, sampling_scheduler
-from model.denoiser import DenoiserConfig
-from model.diffusion import make_scheduler
-from model.drawing import check_steps
-from model.encoders import (
+from latent_t2i.model.bundle import require_stock_shards, sampling_scheduler
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.diffusion import make_scheduler
+from latent_t2i.model.drawing import check_steps
+from latent_t2i.model.encoders import (
     Autoencoder,
     fingerprint,
     latent_channels,
@@ -20,19 +20,19 @@ from model.encoders import (
     tokenizer_fingerprint,
     vae_downscale,
 )
-from model.paths import find_path, output_root
-from shards.access import Access, check_order, choose_kind, open_set
-from shards.bucket_order import BucketOrder
-from shards.buckets import BucketedShards
-from shards.order import Order, share
-from shards.reader import ShardSet, require_encoders
-from shards.remote import is_remote
-from shards.schema import Identity
-from train import checkpoint, initial
-from train.config import DataConfig, TrainConfig
-from train.initial import Initial
-from train.optim import check_bitsandbytes
-from train.validation import Validation, no_validation, open_validation
+from latent_t2i.model.paths import find_path, output_root
+from latent_t2i.shards.access import Access, check_order, choose_kind, open_set
+from latent_t2i.shards.bucket_order import BucketOrder
+from latent_t2i.shards.buckets import BucketedShards
+from latent_t2i.shards.order import Order, share
+from latent_t2i.shards.reader import ShardSet, require_encoders
+from latent_t2i.shards.remote import is_remote
+from latent_t2i.shards.schema import Identity
+from latent_t2i.train import checkpoint, initial
+from latent_t2i.train.config import DataConfig, TrainConfig
+from latent_t2i.train.initial import Initial
+from latent_t2i.train.optim import check_bitsandbytes
+from latent_t2i.train.validation import Validation, no_validation, open_validation
 
 USED_BY = {
     "cache_dir": ("cache",),

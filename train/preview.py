@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from model.bundle import make_pipeline
-from model.diffusion import make_scheduler
-from model.drawing import draw
-from model.grid import labelled_grid, save_png
-from train import trackers
-from train.setup import Run
-from train.sharding import is_shared
+from latent_t2i.model.bundle import make_pipeline
+from latent_t2i.model.diffusion import make_scheduler
+from latent_t2i.model.drawing import draw
+from latent_t2i.model.grid import labelled_grid, save_png
+from latent_t2i.train import trackers
+from latent_t2i.train.setup import Run
+from latent_t2i.train.sharding import is_shared
 
 
 def path_of(folder: Path, step: int) -> Path:

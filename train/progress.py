@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from train import trackers
+from latent_t2i.train import trackers
 
 METRICS_FILE = "metrics.jsonl"
 MAX_SHOWN = 8

@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 
 if sys.path[0] == str(Path(__file__).resolve().parent):  # started as a script
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    # In a checkout the folder above holds latent_t2i/; in an installed wheel it is latent_t2i.
+    above = Path(__file__).resolve().parent.parent
+    sys.path[0] = str(above if (above / "latent_t2i").is_dir() else above.parent)
 
-from configs import cli
-from train.config import TrainConfig
-from train.loop import train
+from latent_t2i.configs import cli
+from latent_t2i.train.config import TrainConfig
+from latent_t2i.train.loop import train
 
 if __name__ == "__main__":
     cli.main(train, TrainConfig, "train")

@@ -16,22 +16,22 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from model import denoiser, diffusion
-from model.diffusion import Prediction
-from model.ema import EMA
-from model.encoders import latent_affine
-from shards.access import make_loader
-from train import checkpoint, initial, sharding, trackers
-from train.batches import Batch, Source
-from train.checkpoint import TrainState
-from train.config import Precision, TrainConfig
-from train.copies import Courier
-from train.estimate import survey
-from train.graph import CudaRecorder, Recorder
-from train.ledger import Ledger
-from train.optim import make_optimizer
-from train.preflight import Plan, run_folder, validate
-from train.progress import METRICS_FILE, Progress
+from latent_t2i.model import denoiser, diffusion
+from latent_t2i.model.diffusion import Prediction
+from latent_t2i.model.ema import EMA
+from latent_t2i.model.encoders import latent_affine
+from latent_t2i.shards.access import make_loader
+from latent_t2i.train import checkpoint, initial, sharding, trackers
+from latent_t2i.train.batches import Batch, Source
+from latent_t2i.train.checkpoint import TrainState
+from latent_t2i.train.config import Precision, TrainConfig
+from latent_t2i.train.copies import Courier
+from latent_t2i.train.estimate import survey
+from latent_t2i.train.graph import CudaRecorder, Recorder
+from latent_t2i.train.ledger import Ledger
+from latent_t2i.train.optim import make_optimizer
+from latent_t2i.train.preflight import Plan, run_folder, validate
+from latent_t2i.train.progress import METRICS_FILE, Progress
 
 REPLACED = {
     "ACCELERATE_USE_FSDP": "use --fsdp",

@@ -21,16 +21,16 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from model.diffusion import ObjectiveConfig, sample_timesteps
-from model.ema import EMA
-from shards.access import Access, open_set
-from shards.buckets import BucketedShards
-from shards.order import mixed_seed
-from shards.reader import ShardSet
-from shards.remote import is_remote
-from train.batches import Batch
-from train.config import ValidationConfig
-from train.sharding import is_shared
+from latent_t2i.model.diffusion import ObjectiveConfig, sample_timesteps
+from latent_t2i.model.ema import EMA
+from latent_t2i.shards.access import Access, open_set
+from latent_t2i.shards.buckets import BucketedShards
+from latent_t2i.shards.order import mixed_seed
+from latent_t2i.shards.reader import ShardSet
+from latent_t2i.shards.remote import is_remote
+from latent_t2i.train.batches import Batch
+from latent_t2i.train.config import ValidationConfig
+from latent_t2i.train.sharding import is_shared
 
 NUM_PARTS = 4
 MAX_KEYS_READ = 100_000

@@ -24,8 +24,8 @@ import torch
 
 from bench.loaders.contents import BATCH_SIZE, CONTENTS, Batch, Content, check
 from bench.loaders.with_shards import RECORDS_PER_SHARD, write_shards
-from shards.loader import MapLoader, batches
-from shards.reader import Gathered, open_shards
+from latent_t2i.shards.loader import MapLoader, batches
+from latent_t2i.shards.reader import Gathered, open_shards
 
 NUM_CHECKED = 20
 DELAY_CYCLES = 20_000_000

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from bench.loaders.contents import BATCH_SIZE
-from shards.loader import MapLoader, batches
-from shards.reader import open_shards
+from latent_t2i.shards.loader import MapLoader, batches
+from latent_t2i.shards.reader import open_shards
 
 
 def main(folder: Path) -> dict[str, Any]:

@@ -14,10 +14,17 @@ from bench.loaders.contents import (
     Content,
     record,
 )
-from shards.access import Access, Kind, make_loader, open_set
-from shards.loader import batches
-from shards.schema import Example, Identity, Provenance, encode_meta, make_layout, round_up
-from shards.writer import ShardWriter, begin_set, finish_set
+from latent_t2i.shards.access import Access, Kind, make_loader, open_set
+from latent_t2i.shards.loader import batches
+from latent_t2i.shards.schema import (
+    Example,
+    Identity,
+    Provenance,
+    encode_meta,
+    make_layout,
+    round_up,
+)
+from latent_t2i.shards.writer import ShardWriter, begin_set, finish_set
 
 META = {"captions": ["a photograph of something"] * NUM_CAPTIONS, "truncated": []}
 RECORDS_PER_SHARD = 128

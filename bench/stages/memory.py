@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 
 from bench.loaders.serve import memory
-from pipeline import writing
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.encode import find_device, load_encoders
-from pipeline.stage import make_shards
-from pipeline.team import Team
-from shards.writer import ShardWriter
+from latent_t2i.pipeline import writing
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.encode import find_device, load_encoders
+from latent_t2i.pipeline.stage import make_shards
+from latent_t2i.pipeline.team import Team
+from latent_t2i.shards.writer import ShardWriter
 
 ENCODERS = Path(__file__).resolve().parents[2] / "scenes/encoders"
 MB = 1e6

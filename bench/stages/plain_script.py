@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from model.encoders import quiet
-from pipeline.encode import find_device, num_cores
+from latent_t2i.model.encoders import quiet
+from latent_t2i.pipeline.encode import find_device, num_cores
 
 BATCH_SIZE = 32
 

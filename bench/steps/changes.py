@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.steps.contenders import Resident, bare_step, time_steps, wait
 from bench.steps.networks import DTYPES, make_unet
-from model.denoiser import DenoiserConfig
+from latent_t2i.model.denoiser import DenoiserConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ from torch.utils.data import DataLoader
 
 from bench.stages.plain_script import CocoImages
 from bench.steps.networks import DTYPES
-from model.encoders import latent_affine, load_text_encoder, load_vae
-from train.graph import NUM_STEPS_BEFORE
-from train.loop import loop
-from train.optim import make_optimizer
-from train.setup import Run
+from latent_t2i.model.encoders import latent_affine, load_text_encoder, load_vae
+from latent_t2i.train.graph import NUM_STEPS_BEFORE
+from latent_t2i.train.loop import loop
+from latent_t2i.train.optim import make_optimizer
+from latent_t2i.train.setup import Run
 
 MAX_GRAD_NORM = 1.0
 """That of `optim.max_grad_norm` by default, and of diffusers' example."""

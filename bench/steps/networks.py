@@ -12,11 +12,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from configs import cli
-from model import denoiser
-from model.denoiser import DenoiserConfig
-from model.encoders import quiet
-from train.config import TrainConfig
+from latent_t2i.configs import cli
+from latent_t2i.model import denoiser
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.encoders import quiet
+from latent_t2i.train.config import TrainConfig
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "scenes/encoders"
 DEMO = cli.parse(TrainConfig, "train", ["--config", "demo"]).model

@@ -11,7 +11,7 @@ import torch
 
 from bench.stages.photographs import write_photographs
 from bench.stages.plain_script import CocoImages
-from model.encoders import encode_images, encode_text, load_text_encoder, load_vae
+from latent_t2i.model.encoders import encode_images, encode_text, load_text_encoder, load_vae
 from tests.coco_folders import CocoFolder, make_coco
 
 ROOT = Path(__file__).resolve().parents[2]

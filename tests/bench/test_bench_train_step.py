@@ -12,7 +12,7 @@ from bench import train_step
 from bench.steps.changes import Step, make_step, step_flops
 from bench.steps.contenders import Resident
 from bench.train_step import show, take_turns
-from model.denoiser import DenoiserConfig
+from latent_t2i.model.denoiser import DenoiserConfig
 
 TINY = DenoiserConfig(
     channels=(8, 16), attention=(True, True), attention_head_dim=2, norm_num_groups=4

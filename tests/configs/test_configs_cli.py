@@ -14,8 +14,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from configs import cli
-from configs.cli import ConfigError, dump, parse
+from latent_t2i.configs import cli
+from latent_t2i.configs.cli import ConfigError, dump, parse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.cli import PRESETS_DIR, parse
+from latent_t2i.configs.cli import PRESETS_DIR, parse
 from tests.commands import COMMANDS
 
 ROOT = PRESETS_DIR.parent

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from configs.cli import PRESETS_DIR, SECTIONS, ConfigError, dump, find_preset, parse
+from latent_t2i.configs.cli import PRESETS_DIR, SECTIONS, ConfigError, dump, find_preset, parse
 from tests.commands import COMMANDS
 
 PRESETS = sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))

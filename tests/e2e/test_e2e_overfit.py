@@ -9,18 +9,18 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from model.denoiser import DenoiserConfig
-from model.diffusion import ObjectiveConfig
-from model.ema import EMAConfig
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.stage import build
-from sample import sampler
-from scenes import oracle
-from scenes.captions import captions
-from scenes.dataset import render
-from scenes.world import WORLDS, Scene, stream
-from train.config import OptimConfig, TrainConfig
-from train.loop import train
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.diffusion import ObjectiveConfig
+from latent_t2i.model.ema import EMAConfig
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.stage import build
+from latent_t2i.sample import sampler
+from latent_t2i.scenes import oracle
+from latent_t2i.scenes.captions import captions
+from latent_t2i.scenes.dataset import render
+from latent_t2i.scenes.world import WORLDS, Scene, stream
+from latent_t2i.train.config import OptimConfig, TrainConfig
+from latent_t2i.train.loop import train
 
 ENCODERS = {"vae": "scenes/encoders/vae", "text_encoder": "scenes/encoders/clip"}
 NUM_SCENES = 8

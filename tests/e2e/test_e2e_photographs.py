@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from model.denoiser import DenoiserConfig
-from model.paths import ROOT
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.stage import build
-from sample.config import SampleConfig
-from sample.pictures import sample
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.paths import ROOT
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.stage import build
+from latent_t2i.sample.config import SampleConfig
+from latent_t2i.sample.pictures import sample
+from latent_t2i.train.config import TrainConfig
+from latent_t2i.train.loop import train
 from tests.shard_sets import read_stock
-from train.config import TrainConfig
-from train.loop import train
 
 ENCODERS = ROOT / "scenes" / "encoders"
 DENOISER = DenoiserConfig(

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from model.paths import ROOT
+from latent_t2i.model.paths import ROOT
 
 SHORT = ["--config", "demo", "--name", "short"]
 
@@ -29,7 +29,7 @@ def run(folder: Path, *command: str) -> str:
 def test_the_four_commands(elsewhere: Path) -> None:
     out = ["--out", "run"]
     shards = ["--source.num-images", "40", "--out", "shards"]
-    run(elsewhere, "-m", "pipeline.run", *SHORT, *shards)
+    run(elsewhere, "-m", "latent_t2i.pipeline.run", *SHORT, *shards)
     steps = [
         "--shards",
         "shards",
@@ -42,8 +42,8 @@ def test_the_four_commands(elsewhere: Path) -> None:
     ]
     run(elsewhere, str(ROOT / "train" / "run.py"), *SHORT, *steps, *out)
     bundle = ["--bundle", "run/bundle", "--num-steps", "2"]
-    run(elsewhere, "-m", "sample.run", *SHORT, *bundle, *out)
-    told = run(elsewhere, "-m", "evaluation.run", *SHORT, *bundle, *out, "--run", "run",
+    run(elsewhere, "-m", "latent_t2i.sample.run", *SHORT, *bundle, *out)
+    told = run(elsewhere, "-m", "latent_t2i.evaluation.run", *SHORT, *bundle, *out, "--run", "run",
                "--num-prompts", "2")  # fmt: skip
     left = {path.name for path in (elsewhere / "run").iterdir()}
     assert {"samples.png", "report.html", "metrics.json", "metrics.jsonl", "bundle"} <= left

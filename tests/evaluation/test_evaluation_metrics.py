@@ -8,14 +8,14 @@ import torch
 from torchmetrics.functional.multimodal import clip_score
 from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from evaluation.curves import guidance_chart, loss_chart, read_history, smooth
-from evaluation.drawing import Drawn, Prompt
-from evaluation.metrics import ClipScorer, judge, oracle_figures
-from evaluation.report import wilson
-from model.encoders import quiet
-from model.paths import ROOT
-from scenes import prompts as scene_prompts
-from scenes.draw import draw
+from latent_t2i.evaluation.curves import guidance_chart, loss_chart, read_history, smooth
+from latent_t2i.evaluation.drawing import Drawn, Prompt
+from latent_t2i.evaluation.metrics import ClipScorer, judge, oracle_figures
+from latent_t2i.evaluation.report import wilson
+from latent_t2i.model.encoders import quiet
+from latent_t2i.model.paths import ROOT
+from latent_t2i.scenes import prompts as scene_prompts
+from latent_t2i.scenes.draw import draw
 
 CLIP = ROOT / "scenes" / "encoders" / "clip"
 

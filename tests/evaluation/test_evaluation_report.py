@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from configs.cli import ConfigError, parse
-from evaluation.config import EvaluationConfig
-from evaluation.drawing import read_captions
-from evaluation.evaluate import evaluate
-from model.paths import ROOT
+from latent_t2i.configs.cli import ConfigError, parse
+from latent_t2i.evaluation.config import EvaluationConfig
+from latent_t2i.evaluation.drawing import read_captions
+from latent_t2i.evaluation.evaluate import evaluate
+from latent_t2i.model.paths import ROOT
 from tests.bundles import make_bundle
 
 

@@ -10,10 +10,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
-from model import bundle
-from model.denoiser import DenoiserConfig, build
-from model.diffusion import ObjectiveConfig, make_scheduler
-from model.encoders import (
+from latent_t2i.model import bundle
+from latent_t2i.model.denoiser import DenoiserConfig, build
+from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
+from latent_t2i.model.encoders import (
     encode_images,
     encode_text,
     fingerprint,

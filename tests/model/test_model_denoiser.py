@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from model.denoiser import DenoiserConfig, build, choose_attention
+from latent_t2i.model.denoiser import DenoiserConfig, build, choose_attention
 
 SMALL: dict[str, Any] = {
     "channels": (8, 16),

@@ -16,9 +16,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
-from model import diffusion
-from model.bundle import sampling_scheduler
-from model.diffusion import BETA_RANGES, ObjectiveConfig, Schedule
+from latent_t2i.model import diffusion
+from latent_t2i.model.bundle import sampling_scheduler
+from latent_t2i.model.diffusion import BETA_RANGES, ObjectiveConfig, Schedule
 
 B = 64
 PREDICTIONS = ["epsilon", "v", "sample", "flow"]

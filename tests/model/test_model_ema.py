@@ -16,11 +16,11 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model import posthoc
-from model.bundle import INFO_FILE, read_info
-from model.ema import EMA, MAX_SIGMA_REL, EMAConfig, gamma_of, power_decay, sigma_rel_of
-from model.paths import ROOT
-from model.posthoc import Profile, mix, synthesise
+from latent_t2i.model import posthoc
+from latent_t2i.model.bundle import INFO_FILE, read_info
+from latent_t2i.model.ema import EMA, MAX_SIGMA_REL, EMAConfig, gamma_of, power_decay, sigma_rel_of
+from latent_t2i.model.paths import ROOT
+from latent_t2i.model.posthoc import Profile, mix, synthesise
 from tests import bundles
 
 POWERS = EMAConfig(decay=None, sigma_rels=(0.05, 0.1))
@@ -518,7 +518,7 @@ def test_a_truncated_snapshot_is_named_with_the_remedy(run: Path, name: str) -> 
 
 
 def test_the_module_is_the_command(run: Path) -> None:
-    command = [sys.executable, "-W", "error", "-m", "model.ema", "--run", str(run)]
+    command = [sys.executable, "-W", "error", "-m", "latent_t2i.model.ema", "--run", str(run)]
     done = subprocess.run(
         [*command, "--sigma-rel", "0.12"], cwd=ROOT, capture_output=True, text=True
     )

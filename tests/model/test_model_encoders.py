@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from model import encoders
+from latent_t2i.model import encoders
 from tests import tiny
 
 LONG = "a red circle above a blue square " * 4

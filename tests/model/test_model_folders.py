@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from model import encoders, folders
+from latent_t2i.model import encoders, folders
 
 PIPELINE = (
     "model_index.json",

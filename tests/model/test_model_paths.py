@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from model import paths
+from latent_t2i.model import paths
 
 
 def test_a_path_counts_from_the_current_directory_first(elsewhere: Path) -> None:

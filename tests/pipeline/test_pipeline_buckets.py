@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.buckets import make_buckets, nearest_bucket
+from latent_t2i.pipeline.buckets import make_buckets, nearest_bucket
 
 ARGUMENTS = st.tuples(st.integers(1, 24), st.sampled_from([1, 8, 32, 64]), st.floats(1, 5)).map(
     lambda drawn: (drawn[0] * drawn[1], drawn[1], drawn[2])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import coco
-from pipeline.places import FilePlace, read_place
-from pipeline.record import Record
+from latent_t2i.pipeline import coco
+from latent_t2i.pipeline.places import FilePlace, read_place
+from latent_t2i.pipeline.record import Record
 from tests.coco_folders import CocoFolder, make_coco
 
 

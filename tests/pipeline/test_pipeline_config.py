@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from configs.cli import ConfigError, parse
-from pipeline.config import PipelineConfig
+from latent_t2i.configs.cli import ConfigError, parse
+from latent_t2i.pipeline.config import PipelineConfig
 
 COCO = ("--source.images", "i", "--source.captions", "c")
 BASE = ("--name", "n", "--vae", "v", "--text-encoder", "t")

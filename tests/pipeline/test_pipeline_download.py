@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from configs.cli import parse
-from model.paths import output_root
-from pipeline import download as module
-from pipeline.config import PipelineConfig
-from pipeline.download import BASE_URL, RELEASES, Archive, download, main
-from shards.remote import RemoteError
+from latent_t2i.configs.cli import parse
+from latent_t2i.model.paths import output_root
+from latent_t2i.pipeline import download as module
+from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.pipeline.download import BASE_URL, RELEASES, Archive, download, main
+from latent_t2i.shards.remote import RemoteError
 from tests.servers import QUICK, Server, serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -340,7 +340,7 @@ def test_a_dry_run_changes_nothing(
 KILLED = """
     import json, os, signal, sys
     from pathlib import Path
-    from pipeline import download, fetch, unpack
+    from latent_t2i.pipeline import download, fetch, unpack
 
     start = json.load(sys.stdin)
     download.RELEASES["coco2014"] = {

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.encode import encode_captions, encode_views, load_encoders
-from pipeline.images import load
-from pipeline.places import read_place
-from pipeline.sets import make_preprocessing
-from pipeline.sources import records as records_of
-from pipeline.stage import build
-from shards.reader import open_shards
-from shards.schema import Manifest
-from shards.verify import verify
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.encode import encode_captions, encode_views, load_encoders
+from latent_t2i.pipeline.images import load
+from latent_t2i.pipeline.places import read_place
+from latent_t2i.pipeline.sets import make_preprocessing
+from latent_t2i.pipeline.sources import records as records_of
+from latent_t2i.pipeline.stage import build
+from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.schema import Manifest
+from latent_t2i.shards.verify import verify
 from tests import tiny
 from tests.coco_folders import CocoFolder, make_coco
 from tests.hostile import write_hostile
@@ -54,10 +54,10 @@ def flags_of(folder: CocoFolder, out: Path, *more: str) -> list[str]:
 RUNNER = """
     import json, os, signal, sys, time
     from pathlib import Path
-    from configs.cli import parse
-    from pipeline import stage
-    from pipeline.config import PipelineConfig
-    from pipeline.encode import find_device, load_encoders
+    from latent_t2i.configs.cli import parse
+    from latent_t2i.pipeline import stage
+    from latent_t2i.pipeline.config import PipelineConfig
+    from latent_t2i.pipeline.encode import find_device, load_encoders
 
     starts = json.load(sys.stdin)
     config = parse(PipelineConfig, "pipeline", starts[0]["flags"])
@@ -158,7 +158,7 @@ def test_output_does_not_depend_on_the_number_of_processes(
 
 @pytest.mark.slow
 def test_two_processes_at_once(folder: CocoFolder, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.run", *flags_of(folder, tmp_path / "two")]
+    command = [sys.executable, "-m", "latent_t2i.pipeline.run", *flags_of(folder, tmp_path / "two")]
     both = [
         subprocess.Popen(
             command,
@@ -295,7 +295,7 @@ def test_a_disk_too_small_is_told_before_anything_is_written(
     source = SourceConfig(images=str(folder.images), captions=str(folder.captions))
     config = config_of(Path(), tmp_path / "out", source=source)
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr("model.paths.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("latent_t2i.model.paths.shutil.disk_usage", lambda path: usage)
     with pytest.raises(
         ValueError, match=r"the shards need .* MB, the disk has 0\.0 MB free: choose"
     ):

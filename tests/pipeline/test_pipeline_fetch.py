@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from pipeline import fetch as module
-from pipeline.fetch import RemoteFile, check, fetch, part_of, version_of
-from shards.remote import RemoteError
+from latent_t2i.pipeline import fetch as module
+from latent_t2i.pipeline.fetch import RemoteFile, check, fetch, part_of, version_of
+from latent_t2i.shards.remote import RemoteError
 from tests.servers import QUICK, Server, serve
 
 NAME = "photographs.zip"

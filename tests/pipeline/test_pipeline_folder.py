@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline import folder
-from pipeline.places import FilePlace, read_place
-from pipeline.record import Record
-from shards.schema import KEY_PATTERN, encode_meta
+from latent_t2i.pipeline import folder
+from latent_t2i.pipeline.places import FilePlace, read_place
+from latent_t2i.pipeline.record import Record
+from latent_t2i.shards.schema import KEY_PATTERN, encode_meta
 
 
 def write(root: Path, files: dict[str, str | bytes]) -> Path:

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-from pipeline import images
-from pipeline.images import (
+from latent_t2i.pipeline import images
+from latent_t2i.pipeline.images import (
     Picture,
     Preprocessing,
     UnreadableImageError,

@@ -13,12 +13,12 @@ import pytest
 import webdataset
 from webdataset import tariterators
 
-from pipeline import coco, img2dataset, places
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.places import TarPlace, read_place
-from pipeline.record import Record
-from pipeline.sources import records as records_of
-from shards.remote import RemoteError
+from latent_t2i.pipeline import coco, img2dataset, places
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.places import TarPlace, read_place
+from latent_t2i.pipeline.record import Record
+from latent_t2i.pipeline.sources import records as records_of
+from latent_t2i.shards.remote import RemoteError
 from tests.servers import QUICK, serve, serve_s3
 
 JPEG = bytes(range(256)) * 300  # more than a block

@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.index import CHUNK_RECORDS, HUGE, Examined, Index, build_index, most_meta_bytes
-from pipeline.places import FilePlace
-from pipeline.record import Record, make_meta
-from shards.schema import encode_meta
+from latent_t2i.pipeline.index import (
+    CHUNK_RECORDS,
+    HUGE,
+    Examined,
+    Index,
+    build_index,
+    most_meta_bytes,
+)
+from latent_t2i.pipeline.places import FilePlace
+from latent_t2i.pipeline.record import Record, make_meta
+from latent_t2i.shards.schema import encode_meta
 
 
 def make_record(number: int, num_captions: int = 2, **changes: object) -> Record:

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import coco, parquet, places
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.places import ParquetPlace, read_place
-from pipeline.record import Record
-from pipeline.sources import records as records_of
-from shards.remote import RemoteError
+from latent_t2i.pipeline import coco, parquet, places
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.places import ParquetPlace, read_place
+from latent_t2i.pipeline.record import Record
+from latent_t2i.pipeline.sources import records as records_of
+from latent_t2i.shards.remote import RemoteError
 from tests.servers import QUICK, serve_s3
 
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import places
-from pipeline.places import (
+from latent_t2i.pipeline import places
+from latent_t2i.pipeline.places import (
     FilePlace,
     ParquetPlace,
     Place,
@@ -26,7 +26,7 @@ from pipeline.places import (
     place_to_json,
     read_place,
 )
-from shards.remote import RemoteError
+from latent_t2i.shards.remote import RemoteError
 from tests import servers
 from tests.servers import QUICK, Handler, serve, serve_s3
 

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.images import Preprocessing
-from pipeline.index import Examined, Index, build_index, most_meta_bytes
-from pipeline.places import FilePlace
-from pipeline.plan import Limits, SetPlan, ShardPlan, bytes_by_member, plan_shards
-from pipeline.record import Record
-from shards.schema import TextDtype
+from latent_t2i.pipeline.images import Preprocessing
+from latent_t2i.pipeline.index import Examined, Index, build_index, most_meta_bytes
+from latent_t2i.pipeline.places import FilePlace
+from latent_t2i.pipeline.plan import Limits, SetPlan, ShardPlan, bytes_by_member, plan_shards
+from latent_t2i.pipeline.record import Record
+from latent_t2i.shards.schema import TextDtype
 
 
 def make_record(number: int, num_captions: int, length: int) -> Record:

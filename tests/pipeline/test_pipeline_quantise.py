@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from model import encoders as networks
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.encode import Encoders, encode_captions, load_encoders
-from pipeline.quantise import Quantiser, find_scale
-from scenes.captions import captions
-from scenes.world import WORLDS, make_scene
+from latent_t2i.model import encoders as networks
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.encode import Encoders, encode_captions, load_encoders
+from latent_t2i.pipeline.quantise import Quantiser, find_scale
+from latent_t2i.scenes.captions import captions
+from latent_t2i.scenes.world import WORLDS, make_scene
 from tests import tiny
 
 CAPTIONS = [f"picture {index} of {word}" for index in range(9) for word in ("dogs", "a cat")]

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from model.paths import size
-from pipeline import report
+from latent_t2i.model.paths import size
+from latent_t2i.pipeline import report
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_the_rest_is_estimated_once_after_the_first_shard(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], total: int
 ) -> None:
     clock: Any = Clock()
-    monkeypatch.setattr("pipeline.report.time.perf_counter", clock)
+    monkeypatch.setattr("latent_t2i.pipeline.report.time.perf_counter", clock)
     bar: Any = tqdm(total=total, file=io.StringIO())
     meter = report.Meter(bar, total)
     for num_shards in (0, 1, 2):

@@ -9,12 +9,12 @@ from typing import Any
 import fsspec
 import pytest
 
-from model.paths import ROOT
-from pipeline import sources
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.places import FilePlace, read_place
-from pipeline.record import Record, make_extra, make_key, make_meta, read_captions
-from shards.schema import KEY_PATTERN, encode_meta
+from latent_t2i.model.paths import ROOT
+from latent_t2i.pipeline import sources
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.places import FilePlace, read_place
+from latent_t2i.pipeline.record import Record, make_extra, make_key, make_meta, read_captions
+from latent_t2i.shards.schema import KEY_PATTERN, encode_meta
 from tests.coco_folders import CocoFolder, make_coco
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from model.encoders import fingerprint, load_text_encoder, load_vae
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.stage import build
-from shards.reader import open_shards
-from shards.schema import Manifest
-from shards.verify import verify
+from latent_t2i.model.encoders import fingerprint, load_text_encoder, load_vae
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.stage import build
+from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.schema import Manifest
+from latent_t2i.shards.verify import verify
 from tests import tiny
 from tests.coco_folders import CocoFolder, make_coco
 
@@ -59,7 +59,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     """Runs `python -m pipeline.run` in this process; returns the exit code."""
     monkeypatch.setattr(sys, "argv", ["pipeline.run", *flags])
     try:
-        runpy.run_module("pipeline.run", run_name="__main__")
+        runpy.run_module("latent_t2i.pipeline.run", run_name="__main__")
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code
@@ -160,7 +160,7 @@ def test_missing_images_are_told_before_anything_is_encoded(
     folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder.images / "000000000002.png").unlink()
-    monkeypatch.setattr("pipeline.stage.encode_missing", None)
+    monkeypatch.setattr("latent_t2i.pipeline.stage.encode_missing", None)
     with pytest.raises(ValueError, match=r"1 of 6 images .* 000000000002: missing file"):
         build(make_config(folder, out))
 
@@ -215,7 +215,7 @@ def test_int8_text_is_the_float16_text_within_the_noted_error(
 def test_values_beyond_the_sample_are_told(
     folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("pipeline.index.Index.captions", lambda index, most: ["a"])
+    monkeypatch.setattr("latent_t2i.pipeline.index.Index.captions", lambda index, most: ["a"])
     manifest = make(make_config(folder, out, text_dtype="int8"))
     assert manifest.text_scale is not None and manifest.text_scale.num_captions == 1
     assert "of this run's values were beyond the sample's range" in capsys.readouterr().out
@@ -228,12 +228,12 @@ def test_the_scale_is_decided_once(
     """A rerun takes the scale that the killed run's shards have, not one of its own."""
     config = make_config(folder, out, text_dtype="int8")
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.finish.finish_set", lambda *args, **kwargs: 1 / 0)
-        patch.setattr("pipeline.index.Index.captions", lambda index, most: ["picture 1"])
+        patch.setattr("latent_t2i.pipeline.finish.finish_set", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("latent_t2i.pipeline.index.Index.captions", lambda index, most: ["picture 1"])
         with pytest.raises(ZeroDivisionError):
             build(config)
     next(iter(out.glob("*.tar"))).unlink()  # one to write again
-    monkeypatch.setattr("pipeline.stage.find_scale", None)
+    monkeypatch.setattr("latent_t2i.pipeline.stage.find_scale", None)
     manifest = make(config)
     assert manifest.text_scale is not None and manifest.text_scale.num_captions == 1
     assert list(verify(out)) == []
@@ -282,11 +282,11 @@ INT8_MOMENTS = [
 KILLER = """
     import json, os, signal, sys
     from pathlib import Path
-    from configs.cli import parse
-    from pipeline.config import PipelineConfig
-    from pipeline.encode import find_device, load_encoders
-    from pipeline.stage import build
-    from shards import writer
+    from latent_t2i.configs.cli import parse
+    from latent_t2i.pipeline.config import PipelineConfig
+    from latent_t2i.pipeline.encode import find_device, load_encoders
+    from latent_t2i.pipeline.stage import build
+    from latent_t2i.shards import writer
 
     def kill_at(owner, name, count):
         original = getattr(owner, name)
@@ -352,10 +352,10 @@ def test_finished_shards_are_not_encoded_again(
 ) -> None:
     config = make_config(folder, out)
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.finish.finish_set", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("latent_t2i.pipeline.finish.finish_set", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(config)
-    monkeypatch.setattr("pipeline.work.encode_views", None)
+    monkeypatch.setattr("latent_t2i.pipeline.work.encode_views", None)
     assert make(config).num_records == 6
 
 
@@ -385,7 +385,7 @@ def test_command_with_scenes(
 
 
 def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("pipeline.stage.output_root", lambda: tmp_path)
+    monkeypatch.setattr("latent_t2i.pipeline.stage.output_root", lambda: tmp_path)
     folder = make_coco(tmp_path / "coco", [1])
     config = dataclasses.replace(make_config(folder, tmp_path), out=None, split="val")
     build(config)

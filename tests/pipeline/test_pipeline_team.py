@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.team import Team, alone_in, find_team
+from latent_t2i.pipeline.team import Team, alone_in, find_team
 
 SPAWN = multiprocessing.get_context("fork")
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from pipeline import unpack as module
-from pipeline.unpack import open_zip, tidy, unpack
+from latent_t2i.pipeline import unpack as module
+from latent_t2i.pipeline.unpack import open_zip, tidy, unpack
 
 NAMES = [f"{number:03d}.jpg" for number in range(40)]
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from model import encoders as networks
-from pipeline import coco, encode, work
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.encode import Encoders, load_encoders, single_threaded
-from pipeline.images import Preprocessing, load
-from pipeline.places import FilePlace, read_place
-from pipeline.quantise import Quantiser
-from pipeline.record import Record
-from pipeline.work import Crew, LeftOut, Outcome, cut_batches
-from shards.schema import Example
+from latent_t2i.model import encoders as networks
+from latent_t2i.pipeline import coco, encode, work
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.encode import Encoders, load_encoders, single_threaded
+from latent_t2i.pipeline.images import Preprocessing, load
+from latent_t2i.pipeline.places import FilePlace, read_place
+from latent_t2i.pipeline.quantise import Quantiser
+from latent_t2i.pipeline.record import Record
+from latent_t2i.pipeline.work import Crew, LeftOut, Outcome, cut_batches
+from latent_t2i.shards.schema import Example
 from tests import tiny
 from tests.coco_folders import make_coco
 

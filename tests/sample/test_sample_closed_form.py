@@ -16,12 +16,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from model import diffusion
-from model.bundle import sampling_scheduler
-from model.diffusion import ObjectiveConfig, make_scheduler
-from sample import sampler
+from latent_t2i.model import diffusion
+from latent_t2i.model.bundle import sampling_scheduler
+from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
+from latent_t2i.sample import sampler
+from latent_t2i.train.batches import draw as draw_numbers
 from tests.bundles import make_bundle
-from train.batches import draw as draw_numbers
 
 MEAN, STD = 0.7, 0.4
 NUM_IMAGES = 4

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.cli import ConfigError, parse
-from model.grid import labelled_grid, read_settings, save_png
-from sample import pictures, sampler
-from sample.config import SampleConfig
+from latent_t2i.configs.cli import ConfigError, parse
+from latent_t2i.model.grid import labelled_grid, read_settings, save_png
+from latent_t2i.sample import pictures, sampler
+from latent_t2i.sample.config import SampleConfig
 from tests.bundles import make_bundle
 
 

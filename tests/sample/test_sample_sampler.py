@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sample import sampler
+from latent_t2i.sample import sampler
 from tests.bundles import make_bundle
 
 PROMPTS = ["a red circle", "two blue squares", ""]

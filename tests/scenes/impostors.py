@@ -5,8 +5,16 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageFilter
 
-from scenes.draw import UNIT_OUTLINES, draw, mask
-from scenes.world import BACKGROUNDS, COLOURS, EXTENT, SHAPES, SIZES_PX, WORLDS, make_scene
+from latent_t2i.scenes.draw import UNIT_OUTLINES, draw, mask
+from latent_t2i.scenes.world import (
+    BACKGROUNDS,
+    COLOURS,
+    EXTENT,
+    SHAPES,
+    SIZES_PX,
+    WORLDS,
+    make_scene,
+)
 
 ANGLES = np.linspace(0, 2 * np.pi, 180, endpoint=False)
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from model.paths import ROOT
-from sample import sampler
-from scenes import oracle, prompts
+from latent_t2i.model.paths import ROOT
+from latent_t2i.sample import sampler
+from latent_t2i.scenes import oracle, prompts
 
 BUNDLE = ROOT / "scenes" / "bundle"
 

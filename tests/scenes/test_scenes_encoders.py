@@ -10,11 +10,11 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPModel, CLIPTokenizer
 
-import scenes
-from scenes import clip_training, train_encoders, vae_training
-from scenes.captions import vocabulary
-from scenes.dataset import render
-from scenes.world import WORLDS, stream
+from latent_t2i import scenes
+from latent_t2i.scenes import clip_training, train_encoders, vae_training
+from latent_t2i.scenes.captions import vocabulary
+from latent_t2i.scenes.dataset import render
+from latent_t2i.scenes.world import WORLDS, stream
 
 ENCODERS = Path(scenes.__file__).parent / "encoders"
 

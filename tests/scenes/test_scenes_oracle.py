@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from diffusers import AutoencoderKL
 
-import scenes
-from scenes.dataset import render
-from scenes.oracle import check, read
-from scenes.train_encoders import read_back, round_trip
-from scenes.world import INVERSE, WORLDS, Scene, stream
+from latent_t2i import scenes
+from latent_t2i.scenes.dataset import render
+from latent_t2i.scenes.oracle import check, read
+from latent_t2i.scenes.train_encoders import read_back, round_trip
+from latent_t2i.scenes.world import INVERSE, WORLDS, Scene, stream
 from tests.scenes import impostors
 
 ENCODERS = Path(scenes.__file__).parent / "encoders"

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 
-from scenes.captions import SINGLE, captions, vocabulary
-from scenes.dataset import write_coco
-from scenes.draw import draw
-from scenes.prompts import make
-from scenes.world import (
+from latent_t2i.scenes.captions import SINGLE, captions, vocabulary
+from latent_t2i.scenes.dataset import write_coco
+from latent_t2i.scenes.draw import draw
+from latent_t2i.scenes.prompts import make
+from latent_t2i.scenes.world import (
     CANVAS_PX,
     INVERSE,
     MARGIN_PX,

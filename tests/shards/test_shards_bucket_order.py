@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.bucket_order import BucketOrder
-from shards.order import Cursor, share
+from latent_t2i.shards.bucket_order import BucketOrder
+from latent_t2i.shards.order import Cursor, share
 
 SIZES = st.lists(
     st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple), min_size=1, max_size=5

@@ -14,14 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import inspect, verify
-from shards.access import Access, fetch_buckets, make_loader, open_set
-from shards.bucket_order import BucketOrder
-from shards.buckets import BucketedShards, Buckets, finish_buckets, open_buckets
-from shards.loader import NUM_BUFFERS, BucketLoader, batches
-from shards.reader import Gathered, ShardSet, open_shards
-from shards.remote import RemoteError
-from shards.schema import FormatError, Manifest, hash_json
+from latent_t2i.shards import inspect, verify
+from latent_t2i.shards.access import Access, fetch_buckets, make_loader, open_set
+from latent_t2i.shards.bucket_order import BucketOrder
+from latent_t2i.shards.buckets import BucketedShards, Buckets, finish_buckets, open_buckets
+from latent_t2i.shards.loader import NUM_BUFFERS, BucketLoader, batches
+from latent_t2i.shards.reader import Gathered, ShardSet, open_shards
+from latent_t2i.shards.remote import RemoteError
+from latent_t2i.shards.schema import FormatError, Manifest, hash_json
 from tests.servers import QUICK, Server, serve
 from tests.shard_sets import make_examples, make_identity, make_provenance, write_buckets, write_set
 
@@ -485,7 +485,7 @@ def test_epochs_are_not_mixed_anew_at_every_step(
     sound: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Buckets take turns, and each remembers its own epoch."""
-    from shards import order as orders
+    from latent_t2i.shards import order as orders
 
     made: list[int] = []
     whole = orders.epoch_order

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from shards import cache
-from shards.access import Access, make_loader, open_set
-from shards.cache import CachedShards, CacheLoader, check_cache, parts
-from shards.loader import MapLoader, batches
-from shards.order import Order, choices
-from shards.reader import Gathered, open_shards
-from shards.remote import RemoteError
-from shards.schema import FormatError, Manifest
-from shards.store import default_cache_dir, open_store
+from latent_t2i.shards import cache
+from latent_t2i.shards.access import Access, make_loader, open_set
+from latent_t2i.shards.cache import CachedShards, CacheLoader, check_cache, parts
+from latent_t2i.shards.loader import MapLoader, batches
+from latent_t2i.shards.order import Order, choices
+from latent_t2i.shards.reader import Gathered, open_shards
+from latent_t2i.shards.remote import RemoteError
+from latent_t2i.shards.schema import FormatError, Manifest
+from latent_t2i.shards.store import default_cache_dir, open_store
 from tests.servers import QUICK, Server, serve, serve_s3
 from tests.shard_sets import make_examples, write_set
 
@@ -308,7 +308,7 @@ def test_a_full_disk_is_named_with_the_shard(
         raise OSError(28, "No space left on device")
 
     shards = open_cache()
-    monkeypatch.setattr("shards.store.os.fsync", full)
+    monkeypatch.setattr("latent_t2i.shards.store.os.fsync", full)
     order = shards.order(batch_size=8, seed=0)
     with pytest.raises(OSError, match="No space left"):
         copies(CacheLoader(shards=shards, order=order), 0, 1)
@@ -406,9 +406,9 @@ def test_another_set_never_mixes_and_goes_when_room_is_needed(
 SHARE = """
 import sys
 from pathlib import Path
-from shards.cache import CachedShards, CacheLoader
-from shards.loader import batches
-from shards.store import open_store
+from latent_t2i.shards.cache import CachedShards, CacheLoader
+from latent_t2i.shards.loader import batches
+from latent_t2i.shards.store import open_store
 url, folder, bound, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 shards = CachedShards(open_store(url, folder, bound))
 order = shards.order(batch_size=8, seed=3, shuffle="blocks", window_shards=2)

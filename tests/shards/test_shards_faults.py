@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.schema import BLOCK_BYTES, Layout, Manifest
-from shards.verify import verify
-from shards.writer import (
+from latent_t2i.shards.schema import BLOCK_BYTES, Layout, Manifest
+from latent_t2i.shards.verify import verify
+from latent_t2i.shards.writer import (
     ShardWriter,
     begin_set,
     finish_set,

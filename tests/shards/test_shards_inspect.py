@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from model.encoders import fingerprint, load_vae
-from shards import inspect
-from shards.reader import open_shards
-from shards.schema import Example, Identity, Manifest
-from shards.writer import ShardWriter, begin_set, finish_set
+from latent_t2i.model.encoders import fingerprint, load_vae
+from latent_t2i.shards import inspect
+from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.schema import Example, Identity, Manifest
+from latent_t2i.shards.writer import ShardWriter, begin_set, finish_set
 from tests import tiny
 from tests.shard_sets import CHANNELS, layout_of, make_examples, make_provenance, write_set
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shards.loader import NUM_BUFFERS, MapLoader, batches, prefetch
-from shards.reader import Gathered, open_shards
+from latent_t2i.shards.loader import NUM_BUFFERS, MapLoader, batches, prefetch
+from latent_t2i.shards.reader import Gathered, open_shards
 from tests import shard_sets, tiny
 
 

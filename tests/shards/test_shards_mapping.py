@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.paths import ROOT
-from shards.mapping import Region
+from latent_t2i.model.paths import ROOT
+from latent_t2i.shards.mapping import Region
 
 
 def make_files(folder: Path, sizes: list[int]) -> list[Path]:

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.order import USES, Cursor, LastBatch, Order, Shuffle, choices, mixed_seed, share
+from latent_t2i.shards.order import (
+    USES,
+    Cursor,
+    LastBatch,
+    Order,
+    Shuffle,
+    choices,
+    mixed_seed,
+    share,
+)
 
 ORDERS = st.builds(
     Order,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from shards.reader import open_shards
-from shards.schema import BLOCK_BYTES, MEMBERS, FormatError, Manifest, hash_json
+from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.schema import BLOCK_BYTES, MEMBERS, FormatError, Manifest, hash_json
 from tests.shard_sets import make_examples, write_set
 
 

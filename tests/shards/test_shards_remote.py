@@ -11,8 +11,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from shards.remote import RemoteError, Retry, is_remote, join, open_stream, read_file
-from shards.schema import FormatError
+from latent_t2i.shards.remote import RemoteError, Retry, is_remote, join, open_stream, read_file
+from latent_t2i.shards.schema import FormatError
 from tests.servers import QUICK, Server, serve, serve_s3
 
 CONTENT = bytes(range(256)) * 20_000  # more than a connection's buffers hold

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from shards.reader import open_shards
-from shards.schema import Example, Manifest
+from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.schema import Example, Manifest
 from tests.shard_sets import (
     MAX_TOKENS,
     TEXT_WIDTH,

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from shards.access import Access, choose_kind, make_loader, open_set
-from shards.loader import batches
-from shards.reader import ShardSet, open_shards
-from shards.remote import RemoteError
-from shards.schema import FormatError, Manifest
-from shards.stream import StreamLoader, open_streamed
+from latent_t2i.shards.access import Access, choose_kind, make_loader, open_set
+from latent_t2i.shards.loader import batches
+from latent_t2i.shards.reader import ShardSet, open_shards
+from latent_t2i.shards.remote import RemoteError
+from latent_t2i.shards.schema import FormatError, Manifest
+from latent_t2i.shards.stream import StreamLoader, open_streamed
 from tests.servers import QUICK, Server, serve, serve_s3
 from tests.shard_sets import make_examples, write_set
 

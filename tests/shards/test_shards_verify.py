@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shards import verify
-from shards.schema import Manifest, hash_json
+from latent_t2i.shards import verify
+from latent_t2i.shards.schema import Manifest, hash_json
 from tests.shard_sets import make_examples, make_provenance, read_stock, write_set
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.reader import open_shards
-from shards.schema import (
+from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.schema import (
     Example,
     FormatError,
     Identity,
@@ -20,7 +20,7 @@ from shards.schema import (
     Manifest,
     make_layout,
 )
-from shards.writer import (
+from latent_t2i.shards.writer import (
     FoundScale,
     ShardWriter,
     begin_set,

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from model.denoiser import DenoiserConfig
-from model.ema import EMAConfig
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.ema import EMAConfig
+from latent_t2i.train.config import TrainConfig
 from tests import tiny
-from train.config import TrainConfig
 
 MakeConfig = Callable[..., TrainConfig]
 

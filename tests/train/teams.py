@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from train import loop
-from train.config import TrainConfig
+from latent_t2i.train import loop
+from latent_t2i.train.config import TrainConfig
 
 TIMEOUT_S = 120
 FILES = ("unet", "ema", "optimizer")

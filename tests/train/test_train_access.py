@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from configs import cli
+from latent_t2i.configs import cli
+from latent_t2i.train.config import DataConfig, TrainConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.preflight import validate
 from tests import tiny
 from tests.servers import Server, serve
 from tests.train.conftest import MakeConfig
-from train.config import DataConfig, TrainConfig
-from train.loop import train
-from train.preflight import validate
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.denoiser import DenoiserConfig
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.train import optim
+from latent_t2i.train.config import OptimConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.setup import start
 from tests import tiny
 from tests.train.conftest import MakeConfig
-from train import optim
-from train.config import OptimConfig
-from train.loop import train
-from train.setup import start
 
 WIDE = DenoiserConfig(  # bitsandbytes keeps moments of fewer than 4,096 weights in float32
     channels=(32,), attention=(True,), layers_per_block=1, attention_head_dim=2, norm_num_groups=8

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.diffusion import ObjectiveConfig
-from shards.loader import MapLoader
-from shards.reader import open_shards
-from train.batches import Batch, Source, draw
+from latent_t2i.model.diffusion import ObjectiveConfig
+from latent_t2i.shards.loader import MapLoader
+from latent_t2i.shards.reader import open_shards
+from latent_t2i.train.batches import Batch, Source, draw
 
 NUM_CHANNELS = 4
 

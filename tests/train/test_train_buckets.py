@@ -12,17 +12,17 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from shards.access import make_loader
-from shards.buckets import BucketedShards
-from shards.schema import Manifest, Provenance
+from latent_t2i.shards.access import make_loader
+from latent_t2i.shards.buckets import BucketedShards
+from latent_t2i.shards.schema import Manifest, Provenance
+from latent_t2i.train.batches import Batch, Source
+from latent_t2i.train.config import DataConfig, TrainConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.preflight import count_steps, validate
 from tests import shard_sets, tiny
 from tests.servers import serve
 from tests.train import teams
 from tests.train.conftest import MakeConfig
-from train.batches import Batch, Source
-from train.config import DataConfig, TrainConfig
-from train.loop import train
-from train.preflight import count_steps, validate
 
 SIZES = {"32x96": (3,), "64x64": (10, 4), "96x32": (9,)}
 

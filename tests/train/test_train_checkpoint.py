@@ -8,12 +8,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from model.denoiser import DenoiserConfig, build
-from model.ema import EMA, EMAConfig
-from train import checkpoint
-from train.checkpoint import TrainState
-from train.config import OptimConfig
-from train.optim import make_optimizer
+from latent_t2i.model.denoiser import DenoiserConfig, build
+from latent_t2i.model.ema import EMA, EMAConfig
+from latent_t2i.train import checkpoint
+from latent_t2i.train.checkpoint import TrainState
+from latent_t2i.train.config import OptimConfig
+from latent_t2i.train.optim import make_optimizer
 
 SETTINGS: dict[str, Any] = {
     "seed": 0,

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from train.config import OptimConfig, TrainConfig
+from latent_t2i.train.config import OptimConfig, TrainConfig
 
 
 @pytest.mark.parametrize(

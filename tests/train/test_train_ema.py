@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from configs import cli
-from model.bundle import read_info
-from model.ema import EMA, EMAConfig, gamma_of
-from model.posthoc import find_folders, synthesise
-from shards.reader import ShardSet
+from latent_t2i.configs import cli
+from latent_t2i.model.bundle import read_info
+from latent_t2i.model.ema import EMA, EMAConfig, gamma_of
+from latent_t2i.model.posthoc import find_folders, synthesise
+from latent_t2i.shards.reader import ShardSet
+from latent_t2i.train.config import TrainConfig
+from latent_t2i.train.loop import train
 from tests import tiny
 from tests.train import teams
 from tests.train.conftest import MakeConfig
-from train.config import TrainConfig
-from train.loop import train
 
 SEVERAL = EMAConfig(decay=0.9, sigma_rels=(0.05, 0.1), snapshot_every_steps=2)
 POWERS = EMAConfig(decay=None, sigma_rels=(0.05, 0.1), snapshot_every_steps=2)

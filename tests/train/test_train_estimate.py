@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.denoiser import DenoiserConfig
-from model.ema import EMAConfig
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.ema import EMAConfig
+from latent_t2i.train import estimate
+from latent_t2i.train.estimate import Memory, Passes, count_disk, count_memory, measure
+from latent_t2i.train.loop import train
 from tests.train.conftest import MakeConfig
-from train import estimate
-from train.estimate import Memory, Passes, count_disk, count_memory, measure
-from train.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = DenoiserConfig(
@@ -23,10 +23,10 @@ SMALL = DenoiserConfig(
 )
 MEASURED = """
 import resource, torch
-from model import denoiser
-from model.denoiser import DenoiserConfig
-from train.config import OptimConfig
-from train.optim import make_optimizer
+from latent_t2i.model import denoiser
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.train.config import OptimConfig
+from latent_t2i.train.optim import make_optimizer
 
 def step(config, batch_size):
     unet = denoiser.build(config, latent_channels=4, sample_size=16, text_width=64)
@@ -143,7 +143,7 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr("model.paths.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("latent_t2i.model.paths.shutil.disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match=r"run: the run needs .* 0.0 MB free: .*--keep-che"):
         train(make_config())
     assert not (tmp_path / "run").exists()
@@ -151,7 +151,7 @@ def test_a_run_that_does_not_fit_the_disk_is_refused(
 
 def test_what_is_there_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr("model.paths.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("latent_t2i.model.paths.shutil.disk_usage", lambda path: usage)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "file").write_bytes(b"x" * 95)
     estimate.require_room(tmp_path, {"checkpoints": 100, "bundle": 5})

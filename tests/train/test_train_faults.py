@@ -16,13 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.paths import ROOT
-from shards.schema import Manifest
+from latent_t2i.model.paths import ROOT
+from latent_t2i.shards.schema import Manifest
+from latent_t2i.train import checkpoint, loop
+from latent_t2i.train.config import DataConfig, OptimConfig
+from latent_t2i.train.loop import Streak, longest_streak, train
 from tests import tiny
 from tests.train.conftest import MakeConfig
-from train import checkpoint, loop
-from train.config import DataConfig, OptimConfig
-from train.loop import Streak, longest_streak, train
 
 FILES = ("unet", "ema", "optimizer")
 

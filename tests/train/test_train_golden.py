@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from model.denoiser import DenoiserConfig
-from model.diffusion import ObjectiveConfig
-from model.ema import EMAConfig
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.diffusion import ObjectiveConfig
+from latent_t2i.model.ema import EMAConfig
+from latent_t2i.train.config import OptimConfig, TrainConfig
+from latent_t2i.train.loop import train
 from tests import tiny
-from train.config import OptimConfig, TrainConfig
-from train.loop import train
 
 GOLDEN = Path(__file__).with_name("golden_loss.json")
 RELATIVE = 1e-4

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from latent_t2i.train import copies, loop
+from latent_t2i.train.batches import Batch
+from latent_t2i.train.config import OptimConfig, TrainConfig
+from latent_t2i.train.copies import Courier
+from latent_t2i.train.graph import NUM_STEPS_BEFORE, Outcome
+from latent_t2i.train.setup import Run, start
 from tests import tiny
 from tests.train.conftest import MakeConfig
-from train import copies, loop
-from train.batches import Batch
-from train.config import OptimConfig, TrainConfig
-from train.copies import Courier
-from train.graph import NUM_STEPS_BEFORE, Outcome
-from train.setup import Run, start
 
 
 class PlayedByHand:
@@ -188,7 +188,7 @@ def test_what_cannot_go_together_is_refused(
 
 
 def test_one_recorded_step_serves_one_process_and_one_shape() -> None:
-    from train.preflight import check_graph
+    from latent_t2i.train.preflight import check_graph
 
     plain: Any = SimpleNamespace(latent_shapes=[(4, 8, 8)])
     buckets: Any = SimpleNamespace(latent_shapes=[(4, 8, 8), (4, 6, 10)])

@@ -10,17 +10,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from model import denoiser
-from model.bundle import read_info
-from model.denoiser import DenoiserConfig
-from model.encoders import load_vae, quiet
+from latent_t2i.model import denoiser
+from latent_t2i.model.bundle import read_info
+from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.encoders import load_vae, quiet
+from latent_t2i.train import checkpoint, initial
+from latent_t2i.train.config import TrainConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.preflight import Plan, validate
+from latent_t2i.train.setup import Run, make_accelerator, make_state
 from tests import tiny
 from tests.train.conftest import MakeConfig
-from train import checkpoint, initial
-from train.config import TrainConfig
-from train.loop import train
-from train.preflight import Plan, validate
-from train.setup import Run, make_accelerator, make_state
 
 SD1 = {
     "attention_head_dim": 8,

@@ -13,19 +13,19 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from pipeline.config import PipelineConfig, SourceConfig
-from pipeline.stage import build
-from shards.reader import open_shards
-from shards.schema import FormatError
-from shards.verify import verify
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.stage import build
+from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.schema import FormatError
+from latent_t2i.shards.verify import verify
+from latent_t2i.train import setup
+from latent_t2i.train.config import OptimConfig, TrainConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.preflight import validate
+from latent_t2i.train.setup import make_objective
 from tests import tiny
 from tests.coco_folders import make_coco
 from tests.train.conftest import MakeConfig
-from train import setup
-from train.config import OptimConfig, TrainConfig
-from train.loop import train
-from train.preflight import validate
-from train.setup import make_objective
 
 NUM_IMAGES = 24
 LOSS_TOLERANCE = 1e-3

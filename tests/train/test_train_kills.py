@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from latent_t2i.train.config import TrainConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.stop import Reason, Stop
 from tests.train import teams
 from tests.train.conftest import MakeConfig
 from tests.train.test_train_launch import SCRIPT, environment, flags
-from train.config import TrainConfig
-from train.loop import train
-from train.stop import Reason, Stop
 
 NUM_KILLS = 30
 START_S = 120

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from model.paths import ROOT
+from latent_t2i.model.paths import ROOT
+from latent_t2i.train.config import TrainConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.setup import cpu_warnings
 from tests.train.conftest import MakeConfig
-from train.config import TrainConfig
-from train.loop import train
-from train.setup import cpu_warnings
 
 SCRIPT = ROOT / "train" / "run.py"
 TIMEOUT_S = 120

@@ -16,13 +16,13 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from configs import cli
-from model.bundle import read_info
-from shards.reader import ShardSet
+from latent_t2i.configs import cli
+from latent_t2i.model.bundle import read_info
+from latent_t2i.shards.reader import ShardSet
+from latent_t2i.train.config import OptimConfig, TrainConfig
+from latent_t2i.train.loop import train
 from tests import tiny
 from tests.train.conftest import MakeConfig
-from train.config import OptimConfig, TrainConfig
-from train.loop import train
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-from model.diffusion import ObjectiveConfig
-from sample import sampler
+from latent_t2i.model.diffusion import ObjectiveConfig
+from latent_t2i.sample import sampler
+from latent_t2i.train.loop import train
+from latent_t2i.train.preflight import validate
+from latent_t2i.train.setup import make_accelerator, make_objective, make_source
 from tests.train.conftest import MakeConfig
-from train.loop import train
-from train.preflight import validate
-from train.setup import make_accelerator, make_objective, make_source
 
 FLOW = ObjectiveConfig(
     prediction="flow",

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
-from train import optim
-from train.config import OptimConfig
+from latent_t2i.train import optim
+from latent_t2i.train.config import OptimConfig
 
 
 def make(scaler: Any = None) -> tuple[nn.Module, AcceleratedOptimizer]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from model.encoders import load_vae
-from shards.order import Order
+from latent_t2i.model.encoders import load_vae
+from latent_t2i.shards.order import Order
+from latent_t2i.train.preflight import count_steps, split_batch, validate
 from tests import tiny
 from tests.train.conftest import MakeConfig
-from train.preflight import count_steps, split_batch, validate
 
 
 def test_a_sound_run_has_a_plan(make_config: MakeConfig, shards: Path) -> None:

@@ -10,15 +10,15 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from model.drawing import draw
-from model.grid import labelled_grid, read_settings
+from latent_t2i.model.drawing import draw
+from latent_t2i.model.grid import labelled_grid, read_settings
+from latent_t2i.train import loop
+from latent_t2i.train.config import PreviewConfig, TrainConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.preview import draw_images, make_preview, write
+from latent_t2i.train.setup import Run, start
 from tests.train.conftest import MakeConfig
 from tests.train.test_train_loop import assert_same_weights
-from train import loop
-from train.config import PreviewConfig, TrainConfig
-from train.loop import train
-from train.preview import draw_images, make_preview, write
-from train.setup import Run, start
 
 PROMPTS = ("red", "a blue bird", "green")
 

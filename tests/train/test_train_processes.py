@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from latent_t2i.train.config import DataConfig
 from tests import tiny
 from tests.train import teams
 from tests.train.conftest import MakeConfig
-from train.config import DataConfig
 
 RELATIVE = 1e-5
 

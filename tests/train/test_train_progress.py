@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from train.ledger import PHASES, Ledger
-from train.progress import BAR, Progress, describe, shorten, truncate_metrics
+from latent_t2i.train.ledger import PHASES, Ledger
+from latent_t2i.train.progress import BAR, Progress, describe, shorten, truncate_metrics
 
 
 def make(folder: Path, interval: int = 4) -> Progress:
@@ -76,7 +76,7 @@ def test_long_lists_are_shortened() -> None:
 
 def test_the_ledger_divides_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("train.ledger.time.perf_counter", lambda: now)
+    monkeypatch.setattr("latent_t2i.train.ledger.time.perf_counter", lambda: now)
     ledger = Ledger(torch.device("cpu"))
     with ledger.phase("data"):
         now += 1
@@ -117,7 +117,7 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now_s = 50.0
-    monkeypatch.setattr("train.progress.time.monotonic", lambda: now_s)
+    monkeypatch.setattr("latent_t2i.train.progress.time.monotonic", lambda: now_s)
     progress = Progress(Accelerator(cpu=True, mixed_precision="no"), tmp_path, 4)
     progress.open(0, 100, {})
     progress.begin("compiling")

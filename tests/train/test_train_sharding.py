@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from model.denoiser import DenoiserConfig, build
-from model.ema import EMA, EMAConfig
+from latent_t2i.model.denoiser import DenoiserConfig, build
+from latent_t2i.model.ema import EMA, EMAConfig
+from latent_t2i.train import sharding
+from latent_t2i.train.config import PreviewConfig, ValidationConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.setup import make_accelerator
 from tests import tiny
 from tests.train import teams
 from tests.train.conftest import MakeConfig
-from train import sharding
-from train.config import PreviewConfig, ValidationConfig
-from train.loop import train
-from train.setup import make_accelerator
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 from accelerate import tracking
 from accelerate.utils import LoggerType
 
+from latent_t2i.train import trackers
+from latent_t2i.train.config import PreviewConfig, TrainConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.trackers import choose, flatten, keep_id
 from tests.train.conftest import MakeConfig
 from tests.train.test_train_loop import metrics
-from train import trackers
-from train.config import PreviewConfig, TrainConfig
-from train.loop import train
-from train.trackers import choose, flatten, keep_id
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -84,7 +84,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_built(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trackers, "AVAILABLE", missing("wandb"))
-    monkeypatch.setattr("train.setup.validate", lambda *args: pytest.fail("it went on"))
+    monkeypatch.setattr("latent_t2i.train.setup.validate", lambda *args: pytest.fail("it went on"))
     with pytest.raises(ValueError, match="trackers: wandb is not installed; pip install 'wandb'"):
         train(make_config(trackers=("tensorboard", "wandb")))
 

@@ -8,13 +8,13 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from model import diffusion
-from model.encoders import fingerprint, latent_affine, latent_channels, load_vae
+from latent_t2i.model import diffusion
+from latent_t2i.model.encoders import fingerprint, latent_affine, latent_channels, load_vae
+from latent_t2i.train.loop import train
+from latent_t2i.train.preflight import validate
+from latent_t2i.train.setup import make_accelerator, make_objective, make_source
 from tests import tiny
 from tests.train.conftest import MakeConfig
-from train.loop import train
-from train.preflight import validate
-from train.setup import make_accelerator, make_objective, make_source
 
 USABLE = ("flux", "shifted", "per_channel", "asymmetric", "tiny", "tiny_f4")
 

@@ -12,20 +12,20 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from shards.order import USES, mixed_seed
-from shards.reader import open_shards
+from latent_t2i.shards.order import USES, mixed_seed
+from latent_t2i.shards.reader import open_shards
+from latent_t2i.train import loop
+from latent_t2i.train.batches import Batch
+from latent_t2i.train.config import TrainConfig, ValidationConfig
+from latent_t2i.train.loop import train
+from latent_t2i.train.preflight import validate
+from latent_t2i.train.setup import Run, start
+from latent_t2i.train.validation import Validation, measure
 from tests import shard_sets, tiny
 from tests.train.conftest import MakeConfig
 from tests.train.test_train_buckets import make_buckets
 from tests.train.test_train_launch import SCRIPT, TIMEOUT_S, environment, flags
 from tests.train.test_train_loop import assert_same_weights, metrics
-from train import loop
-from train.batches import Batch
-from train.config import TrainConfig, ValidationConfig
-from train.loop import train
-from train.preflight import validate
-from train.setup import Run, start
-from train.validation import Validation, measure
 
 
 @pytest.fixture(scope="session")
@@ -312,7 +312,7 @@ def test_records_of_the_training_set_are_refused_but_not_their_names(
 def test_no_set_is_said_and_a_wrong_place_refused(
     make_config: MakeConfig, validated: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("train.preflight.output_root", lambda: tmp_path)
+    monkeypatch.setattr("latent_t2i.train.preflight.output_root", lambda: tmp_path)
     assert "no validation set (validation.shards)" in validate(make_config(), 1).notes[-1]
     (tmp_path / "shards" / "data" / "tiny" / "val").mkdir(parents=True)
     assert validate(make_config(), 1).notes[-1].endswith("tiny/val is there to be named")
