@@ -35,7 +35,6 @@ import torch
 
 from bench.stages import plain_script
 from bench.stages.photographs import write_photographs
-from latent_t2i.pipeline import coco
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.pipeline.encode import (
     Encoders,
@@ -47,9 +46,10 @@ from latent_t2i.pipeline.encode import (
     single_threaded,
 )
 from latent_t2i.pipeline.images import Picture, Preprocessing
+from latent_t2i.pipeline.processes import ProcessInfo
+from latent_t2i.pipeline.sources import coco
 from latent_t2i.pipeline.stage import make_shards
-from latent_t2i.pipeline.team import Team
-from latent_t2i.pipeline.work import GPU_STREAMS, Batch, cut_batches, load_record
+from latent_t2i.pipeline.workers import GPU_STREAMS, Batch, cut_batches, load_record
 
 ENCODERS = Path(__file__).resolve().parent.parent / "scenes/encoders"
 
@@ -173,7 +173,7 @@ def stage(config: PipelineConfig, encoders: Encoders) -> float:
     with tempfile.TemporaryDirectory(dir=Path(str(config.out)).parent) as out:
         began = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            make_shards(replace(config, out=out), encoders, Team())
+            make_shards(replace(config, out=out), encoders, ProcessInfo())
         return time.perf_counter() - began
 
 

@@ -35,8 +35,8 @@ from bench.steps.networks import DEMO, EMBEDDED, make_unet, num_parameters, writ
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.pipeline.encode import find_device, load_encoders, num_cores
+from latent_t2i.pipeline.processes import ProcessInfo
 from latent_t2i.pipeline.stage import make_shards
-from latent_t2i.pipeline.team import Team
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.optim import make_optimizer
 from latent_t2i.train.setup import Run, start
@@ -124,8 +124,8 @@ def of_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, A
     write_shards(args, size_px, folder / "shards")
     run = start_run(args, denoiser, batch_size, folder)
     resident = contenders.resident_batch(run)
-    ledger: list[dict[str, float]] = []
-    turns, bare = make_turns(args, run, denoiser, resident, size_px, ledger)
+    breakdown: list[dict[str, float]] = []
+    turns, bare = make_turns(args, run, denoiser, resident, size_px, breakdown)
     device = run.accelerator.device
     step_s = contenders.time_steps(bare, device, 2) / 2
     num_steps = max(MIN_STEPS, round(args.turn / step_s))
@@ -143,10 +143,10 @@ def of_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, A
         rounds = take_turns(turns, other, num_steps, num_rounds)
         figures |= show(other, rounds, batch_size)
     run.progress.close()
-    wall_s = sum(seconds for turn in ledger for seconds in turn.values())
-    shares = {name: sum(turn[name] for turn in ledger) / wall_s for name in ledger[0]}
-    figures |= {"ledger": {name: round(share, 4) for name, share in shares.items()}}
-    print("ledger of ours: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+    wall_s = sum(seconds for turn in breakdown for seconds in turn.values())
+    shares = {name: sum(turn[name] for turn in breakdown) / wall_s for name in breakdown[0]}
+    figures |= {"time_breakdown": {name: round(share, 4) for name, share in shares.items()}}
+    print("time breakdown of ours: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
     figures |= share_of_ceiling(bare, batch_size, figures["ours_beside_bare"], args, device)
     if not args.no_changes:
         figures["changes"] = measure_changes(args, denoiser, resident, num_steps)
@@ -165,7 +165,7 @@ def write_shards(args: argparse.Namespace, size_px: int, folder: Path) -> None:
         out=str(folder),
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        make_shards(config, load_encoders(config, find_device("auto", 0)), Team())
+        make_shards(config, load_encoders(config, find_device("auto", 0)), ProcessInfo())
 
 
 def start_run(
@@ -197,11 +197,11 @@ def make_turns(
     denoiser: DenoiserConfig,
     resident: contenders.Resident,
     size_px: int,
-    ledger: list[dict[str, float]],
+    breakdown: list[dict[str, float]],
 ) -> tuple[dict[str, Callable[[int], float]], Callable[[], None]]:
     """Returns the contenders, each from a number of steps to seconds, and the bare step.
 
-    Where the time of ours goes is added to `ledger` at each turn.
+    Where the time of ours goes is added to `breakdown` at each turn.
     """
     device, precision = run.accelerator.device, run.accelerator.mixed_precision
     channels, height, _ = run.plan.latent_shape
@@ -233,7 +233,7 @@ def make_turns(
 
     def ours(num_steps: int) -> float:
         seconds, phases = contenders.ours(run, num_steps)
-        ledger.append(phases)
+        breakdown.append(phases)
         return seconds
 
     return {

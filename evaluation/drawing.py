@@ -30,7 +30,7 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class Samples:
     """The pictures of one kind of prompt at one guidance scale."""
 
     kind: str
@@ -72,7 +72,7 @@ def read_captions(name: str, num: int) -> list[Prompt]:
     return [Prompt(text=first[image_id]) for image_id in sorted(first)[:num]]
 
 
-def draw_all(config: EvaluationConfig, folder: Path) -> list[Drawn]:
+def draw_all(config: EvaluationConfig, folder: Path) -> list[Samples]:
     """Draws every kind at the main guidance, and half of the prompts at the others.
 
     A prompt has the same seed at every guidance scale, so pictures differ by guidance alone.
@@ -93,7 +93,7 @@ def _draw(
     kind: str,
     prompts: Sequence[Prompt],
     scale: float,
-) -> Drawn:
+) -> Samples:
     pictures = sampler.draw(
         pipeline,
         [prompt.text for prompt in prompts],
@@ -104,4 +104,4 @@ def _draw(
         batch_size=config.batch_size,
         title=f"{kind}, guidance {scale:g}",
     )
-    return Drawn(kind=kind, guidance_scale=scale, prompts=prompts, pictures=pictures)
+    return Samples(kind=kind, guidance_scale=scale, prompts=prompts, pictures=pictures)

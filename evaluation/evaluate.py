@@ -10,8 +10,8 @@ import numpy as np
 
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.curves import read_history
-from latent_t2i.evaluation.drawing import Drawn, draw_all
-from latent_t2i.evaluation.metrics import ClipScorer, Verdict, judge, oracle_figures
+from latent_t2i.evaluation.drawing import Samples, draw_all
+from latent_t2i.evaluation.metrics import Checks, ClipScorer, judge, oracle_figures
 from latent_t2i.evaluation.report import write_report
 from latent_t2i.model.bundle import read_info
 from latent_t2i.model.paths import output_root
@@ -62,8 +62,8 @@ def evaluate(config: EvaluationConfig) -> Path:
 
 def measure(
     config: EvaluationConfig,
-    drawn: Sequence[Drawn],
-    verdicts: Sequence[Sequence[Verdict]],
+    drawn: Sequence[Samples],
+    verdicts: Sequence[Sequence[Checks]],
     scorer: ClipScorer,
 ) -> dict[str, Any]:
     """Returns every figure of the pictures, flat; other guidance scales have `@gSCALE` appended."""

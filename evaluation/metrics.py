@@ -15,24 +15,24 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from latent_t2i.evaluation.drawing import Drawn
+from latent_t2i.evaluation.drawing import Samples
 from latent_t2i.model.encoders import quiet
 from latent_t2i.model.folders import fetch
 from latent_t2i.scenes import oracle
 
-Verdict = dict[str, bool]
+Checks = dict[str, bool]
 
 CLIP_FILES = ("config.json", "model.safetensors", "tokenizer*", "vocab.json", "merges.txt",
               "preprocessor_config.json")  # fmt: skip
 
 
-def judge(drawn: Drawn) -> list[Verdict]:
+def judge(drawn: Samples) -> list[Checks]:
     """Returns the oracle's verdict on each picture; none where the prompts have no scene."""
     pairs = [(p, r) for p, r in zip(drawn.prompts, oracle.read(drawn.pixels), strict=True)]
     return [oracle.check(p.scene, r, p.mentions) for p, r in pairs if p.scene is not None]
 
 
-def oracle_figures(kind: str, verdicts: Sequence[Verdict], suffix: str = "") -> dict[str, float]:
+def oracle_figures(kind: str, verdicts: Sequence[Checks], suffix: str = "") -> dict[str, float]:
     """Returns `oracle/KIND/ATTRIBUTE` for every attribute that any verdict holds."""
     found: dict[str, list[bool]] = defaultdict(list)
     for verdict in verdicts:

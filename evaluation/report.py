@@ -17,8 +17,8 @@ from PIL import Image
 
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.curves import guidance_chart, loss_chart
-from latent_t2i.evaluation.drawing import Drawn
-from latent_t2i.evaluation.metrics import Verdict
+from latent_t2i.evaluation.drawing import Samples
+from latent_t2i.evaluation.metrics import Checks
 
 NUM_SHOWN = 12
 NUM_STRIPS = 4
@@ -61,8 +61,8 @@ def write_report(
     *,
     config: EvaluationConfig,
     metrics: Mapping[str, Any],
-    drawn: Sequence[Drawn],
-    verdicts: Sequence[Sequence[Verdict]],
+    drawn: Sequence[Samples],
+    verdicts: Sequence[Sequence[Checks]],
     info: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]] | None,
 ) -> None:
@@ -86,7 +86,7 @@ def write_report(
         loss_svg=Markup(loss_chart(history)) if history else None,
         guidance_svg=_guidance(metrics, config),
         strips=strips(drawn, verdicts),
-        ledger=_ledger(history) if history else [],
+        time_breakdown=_time_breakdown(history) if history else [],
         settings=_flat({"train": info["config"], "evaluation": asdict(config)}),
     )
     path.write_text(text, "utf-8")
@@ -114,7 +114,7 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def cards(part: Drawn, judged: Sequence[Verdict]) -> list[Card]:
+def cards(part: Samples, judged: Sequence[Checks]) -> list[Card]:
     """The first pictures of a kind with the oracle's verdict."""
     return [
         _card(part, number, judged[number] if judged else {})
@@ -123,7 +123,7 @@ def cards(part: Drawn, judged: Sequence[Verdict]) -> list[Card]:
 
 
 def strips(
-    drawn: Sequence[Drawn], verdicts: Sequence[Sequence[Verdict]]
+    drawn: Sequence[Samples], verdicts: Sequence[Sequence[Checks]]
 ) -> list[tuple[str, list[tuple[str, Card]]]]:
     """The same prompt and seed at each guidance scale: of two objects, where there is room left.
 
@@ -154,7 +154,7 @@ def strips(
     ]
 
 
-def _card(part: Drawn, number: int, verdict: Verdict) -> Card:
+def _card(part: Samples, number: int, verdict: Checks) -> Card:
     names = [name for name in verdict if name not in ("all", "count") and "_" not in name]
     return Card(
         source=data_url(part.pictures[number]),
@@ -185,9 +185,9 @@ def _guidance(metrics: Mapping[str, Any], config: EvaluationConfig) -> Markup | 
     return Markup(guidance_chart(series)) if series else None
 
 
-def _ledger(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+def _time_breakdown(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
     """Shares of training time by phase, averaged over the logged intervals, the largest first."""
-    lines = [line["ledger"] for line in history if "ledger" in line]
+    lines = [line["time_breakdown"] for line in history if "time_breakdown" in line]
     names = {name for line in lines for name in line}
     means = {name: sum(line.get(name, 0.0) for line in lines) / len(lines) for name in names}
     return sorted(means.items(), key=lambda item: -item[1])

@@ -104,7 +104,7 @@ class EMA:
             torch._foreach_lerp_(list(average.values()), weights, 1.0 - decay)
 
     @contextmanager
-    def lent_to(self, module: nn.Module) -> Iterator[None]:
+    def swapped_into(self, module: nn.Module) -> Iterator[None]:
         """Gives the network the average that the bundle gets, and eval mode, for the while.
 
         Weights and averages change places, one tensor after another, so that neither a copy of the

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from latent_t2i.model.paths import output_root
 from latent_t2i.pipeline import fetch
 from latent_t2i.pipeline.fetch import RemoteFile
-from latent_t2i.pipeline.team import alone_in
+from latent_t2i.pipeline.processes import folder_lock
 from latent_t2i.pipeline.unpack import BLOCK_BYTES, Contents, open_zip, tidy, unpack
-from latent_t2i.shards.remote import Retry, join
+from latent_t2i.shards.remote.transport import Retry, join
 
 BASE_URL = "http://images.cocodataset.org"
 """Its https is that of Amazon's storage, whose certificate has another name."""
@@ -188,7 +188,7 @@ def download(
     is not COCO's or is damaged, RemoteError (an OSError) for a server that does not give it.
     """
     archives = [RELEASES[release][part] for part in (*parts, "annotations")]
-    with nullcontext() if dry_run else alone_in(to):
+    with nullcontext() if dry_run else folder_lock(to):
         jobs = [_job(archive, to, keep_zips) for archive in archives if _lack(archive, to)]
         if not dry_run:
             _tidy_all([archive for archive in archives if not _lack(archive, to)], to, keep_zips)

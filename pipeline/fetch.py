@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from latent_t2i.shards.remote import RemoteError, Retry, describe, refusal
+from latent_t2i.shards.remote.transport import RemoteError, Retry, describe, refusal
 
 BUFFER_BYTES = 1 << 18
 HASHED_BYTES = 1 << 22

@@ -10,9 +10,9 @@ from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.encode import Encoders, encode_captions
 from latent_t2i.pipeline.index import Index
 from latent_t2i.pipeline.plan import SetPlan
+from latent_t2i.pipeline.processes import folder_lock
 from latent_t2i.pipeline.provenance import make_provenance
 from latent_t2i.pipeline.sets import all_targets, is_done
-from latent_t2i.pipeline.team import alone_in
 from latent_t2i.shards.buckets import finish_buckets
 from latent_t2i.shards.schema import MANIFEST_NAME, Manifest
 from latent_t2i.shards.writer import finish_set, read_report, read_text_scale
@@ -25,7 +25,7 @@ def finish(
 
     Returns the manifests by bucket. Raises ValueError if too many images had to be left out.
     """
-    with alone_in(sets[0].folder):
+    with folder_lock(sets[0].folder):
         targets = all_targets(sets)
         left = sum(not is_done(target) for target in targets)
         if left:
@@ -34,13 +34,13 @@ def finish(
                 "last of them writes the manifest; if one was stopped, give its command again"
             )
             return {}
-        left_out = {part.bucket: reasons(part) for part in sets}
+        skipped = {part.bucket: reasons(part) for part in sets}
         lost = dict(index.quarantined)
-        require_enough(merged([lost, *left_out.values()]), index, config, out)
+        require_enough(merged([lost, *skipped.values()]), index, config, out)
         manifests = {}
         for part in reversed(sets):  # the first last: the lock goes with what it has in progress
-            if part.bucket and len(left_out[part.bucket]) == part.num_records:
-                lost |= left_out[part.bucket]  # a bucket without a record is none
+            if part.bucket and len(skipped[part.bucket]) == part.num_records:
+                lost |= skipped[part.bucket]  # a bucket without a record is none
                 shutil.rmtree(part.folder)
             else:
                 manifests[part.bucket] = finish_one(config, encoders, index, part)
@@ -81,17 +81,17 @@ def merged(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def require_enough(
-    left_out: Mapping[str, str], index: Index, config: PipelineConfig, out: Path
+    skipped: Mapping[str, str], index: Index, config: PipelineConfig, out: Path
 ) -> None:
     """Raises ValueError if too many images are left out; all reasons are then in a file."""
     allowed = config.max_quarantined * index.num_source
-    if len(left_out) <= allowed:
+    if len(skipped) <= allowed:
         return
     path = out.with_name(f"{out.name}-quarantined.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(left_out, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(skipped, indent=1), encoding="utf-8")
     raise ValueError(
-        f"{len(left_out)} of {index.num_source} images have to be left out, --max-quarantined "
+        f"{len(skipped)} of {index.num_source} images have to be left out, --max-quarantined "
         f"{config.max_quarantined:g} allows {int(allowed)}: "
-        f"{'; '.join(report.first_of(left_out))} (all in {path})"
+        f"{'; '.join(report.first_of(skipped))} (all in {path})"
     )

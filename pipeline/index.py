@@ -17,8 +17,13 @@ from pathlib import Path
 import numpy as np
 
 from latent_t2i.pipeline.images import Picture
-from latent_t2i.pipeline.places import FilePlace, place_from_json, place_name, place_to_json
-from latent_t2i.pipeline.record import Record, make_meta
+from latent_t2i.pipeline.sources.locators import (
+    FileLocator,
+    locator_from_json,
+    locator_name,
+    locator_to_json,
+)
+from latent_t2i.pipeline.sources.record import Record, make_meta
 from latent_t2i.shards.schema import encode_meta, hash_json
 
 HUGE = Picture(
@@ -126,7 +131,13 @@ class Index:
     def _add(self, record: Record, found: Examined) -> None:
         number = self.num_source
         self.num_source += 1
-        told = [record.key, place_name(record.place), record.captions, record.extra, found.bucket]
+        told = [
+            record.key,
+            locator_name(record.locator),
+            record.captions,
+            record.extra,
+            found.bucket,
+        ]
         self._digest.update(bytes.fromhex(hash_json(told)))
         is_new = self._db.execute("INSERT OR IGNORE INTO keys VALUES (?)", (record.key,)).rowcount
         if not is_new:
@@ -136,7 +147,7 @@ class Index:
         if problem:
             self.quarantined[record.key] = problem
             return
-        if isinstance(record.place, FilePlace) and not Path(record.place.path).exists():
+        if isinstance(record.locator, FileLocator) and not Path(record.locator.path).exists():
             self.missing[record.key] = "missing file"
         self.num_captions += len(record.captions)
         self.num_cut += found.num_cut
@@ -146,7 +157,7 @@ class Index:
             len(record.captions),
             most_meta_bytes(record),
             record.key,
-            json.dumps(place_to_json(record.place)),
+            json.dumps(locator_to_json(record.locator)),
             json.dumps(record.captions),
             json.dumps(record.extra),
         )
@@ -174,10 +185,10 @@ def most_meta_bytes(record: Record) -> int:
 
 
 def _record(row: tuple[str, str, str, str]) -> Record:
-    key, place, captions, extra = row
+    key, locator, captions, extra = row
     return Record(
         key=key,
-        place=place_from_json(json.loads(place)),
+        locator=locator_from_json(json.loads(locator)),
         captions=tuple(json.loads(captions)),
         extra=json.loads(extra),
     )

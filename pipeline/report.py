@@ -40,13 +40,13 @@ class Meter:
         self._bar = shown
         self._total = total
         self._began = time.perf_counter()
-        self._num_left_out = 0
+        self._num_skipped = 0
         self._is_told = False
 
-    def add(self, num: int, num_left_out: int, *, num_bytes: int, num_shards: int) -> None:
+    def add(self, num: int, num_skipped: int, *, num_bytes: int, num_shards: int) -> None:
         """Counts images done, some of them left out; bytes and shards are those written so far."""
-        self._num_left_out += num_left_out
-        text = f"{size(num_bytes)}, {self._num_left_out} left out"
+        self._num_skipped += num_skipped
+        text = f"{size(num_bytes)}, {self._num_skipped} left out"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(num)
         if num_shards and not self._is_told and not self._bar.disable:
@@ -97,14 +97,14 @@ def summary(manifests: Mapping[str, Manifest], lost: Mapping[str, str], out: Pat
         "images": f"{written + len(quarantined)} in = {written} written"
         f" + {len(quarantined)} quarantined",
     }
-    left_out = [f"left out    {line}" for line in first_of(quarantined)]
-    return "\n".join([*left_out, *(f"{name:<12}{text}" for name, text in lines.items())])
+    skipped = [f"left out    {line}" for line in first_of(quarantined)]
+    return "\n".join([*skipped, *(f"{name:<12}{text}" for name, text in lines.items())])
 
 
-def first_of(left_out: Mapping[str, str]) -> list[str]:
+def first_of(skipped: Mapping[str, str]) -> list[str]:
     """Returns the first images left out, each with its reason."""
-    lines = [f"{key}: {reason}" for key, reason in list(left_out.items())[:NUM_LISTED]]
-    more = len(left_out) - len(lines)
+    lines = [f"{key}: {reason}" for key, reason in list(skipped.items())[:NUM_LISTED]]
+    more = len(skipped) - len(lines)
     return lines + ([f"and {more} more"] if more else [])
 
 

@@ -17,9 +17,9 @@ from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.encode import Encoders, num_cores
 from latent_t2i.pipeline.images import Preprocessing, UnreadableImageError, read_size
 from latent_t2i.pipeline.index import Examine, Examined, Index
-from latent_t2i.pipeline.places import PlaceError, read_place
 from latent_t2i.pipeline.plan import Limits, SetPlan, Target, plan_shards
-from latent_t2i.pipeline.record import Record
+from latent_t2i.pipeline.sources.locators import LocatorError, read_image_bytes
+from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.shards.buckets import Buckets, parse_size
 from latent_t2i.shards.schema import BUCKETS_NAME, MANIFEST_NAME
 from latent_t2i.shards.writer import read_report
@@ -99,8 +99,8 @@ def find_bucket(record: Record, buckets: Sequence[Size]) -> tuple[str, str | Non
     if not buckets or record.problem:
         return "", None
     try:
-        width, height = nearest_bucket(read_size(read_place(record.place)), buckets)
-    except (FileNotFoundError, PlaceError, UnreadableImageError) as error:
+        width, height = nearest_bucket(read_size(read_image_bytes(record.locator)), buckets)
+    except (FileNotFoundError, LocatorError, UnreadableImageError) as error:
         return "", str(error)
     return f"{width}x{height}", None
 

@@ -11,7 +11,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 
 from latent_t2i.model.paths import free_bytes, output_root
-from latent_t2i.pipeline import report, sources
+from latent_t2i.pipeline import report
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.encode import (
     Encoders,
@@ -23,12 +23,13 @@ from latent_t2i.pipeline.encode import (
 from latent_t2i.pipeline.finish import finish, require_enough
 from latent_t2i.pipeline.index import Index, build_index
 from latent_t2i.pipeline.plan import SetPlan, Target
+from latent_t2i.pipeline.processes import ProcessInfo, find_processes, folder_lock
 from latent_t2i.pipeline.provenance import make_provenance
 from latent_t2i.pipeline.quantise import NUM_PASSES, NUM_SAMPLE, Quantiser, find_scale
 from latent_t2i.pipeline.sets import all_targets, examiner, is_done, make_sets, require_room
-from latent_t2i.pipeline.team import Team, alone_in, find_team
-from latent_t2i.pipeline.work import Batch, Crew, LeftOut, cut_batches
-from latent_t2i.pipeline.writing import Writing
+from latent_t2i.pipeline.sources.open import open_source
+from latent_t2i.pipeline.workers import Batch, EncoderPool, Skipped, cut_batches
+from latent_t2i.pipeline.writing import WriterThread
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.writer import (
     FoundScale,
@@ -46,15 +47,17 @@ def build(config: PipelineConfig) -> dict[str, Manifest]:
     or a folder that does not fit, for a disk too small, and, at the end, if more images had to be
     left out than `max_quarantined` allows.
     """
-    team = find_team()
-    device = find_device(config.device, team.local_rank)
-    return make_shards(config, load_encoders(config, device), team)
+    processes = find_processes()
+    device = find_device(config.device, processes.local_rank)
+    return make_shards(config, load_encoders(config, device), processes)
 
 
-def make_shards(config: PipelineConfig, encoders: Encoders, team: Team) -> dict[str, Manifest]:
+def make_shards(
+    config: PipelineConfig, encoders: Encoders, processes: ProcessInfo
+) -> dict[str, Manifest]:
     """Does what `build` does, with encoders that are loaded."""
     out = output_folder(config)
-    with closing(list_source(config, encoders, out, team)) as index:
+    with closing(list_source(config, encoders, out, processes)) as index:
         sets = make_sets(config, encoders, index, out)
         if config.dry_run:
             print(report.plan_lines(index, sets, out, free_bytes(out)))
@@ -65,10 +68,10 @@ def make_shards(config: PipelineConfig, encoders: Encoders, team: Team) -> dict[
         if begin(config, encoders, index, sets):
             print(f"{report.show(out)} is finished already: nothing to do")
         else:
-            if team.is_first:
+            if processes.is_first:
                 print(report.plan_lines(index, sets, out, free_bytes(out)))
-            quantise = decide_scale(config, encoders, index, sets, team)
-            encode_missing(config, encoders, index, sets, team, quantise)
+            quantise = decide_scale(config, encoders, index, sets, processes)
+            encode_missing(config, encoders, index, sets, processes, quantise)
         return finish(config, encoders, index, sets, out)
 
 
@@ -79,16 +82,18 @@ def output_folder(config: PipelineConfig) -> Path:
     return output_root() / "shards" / "data" / config.name / config.split
 
 
-def list_source(config: PipelineConfig, encoders: Encoders, out: Path, team: Team) -> Index:
+def list_source(
+    config: PipelineConfig, encoders: Encoders, out: Path, processes: ProcessInfo
+) -> Index:
     """Lists the records; scenes are drawn first, by one process."""
     is_drawn = config.source.kind == "scenes"
-    make_bar = report.bar if team.is_first else report.no_bar
+    make_bar = report.bar if processes.is_first else report.no_bar
     with (
-        alone_in(out.with_name(f"{out.name}-source")) if is_drawn else nullcontext(),
+        folder_lock(out.with_name(f"{out.name}-source")) if is_drawn else nullcontext(),
         examiner(config, encoders) as examine,
         make_bar(None, "image", "list") as bar,
     ):
-        return build_index(sources.records(config, out), examine, bar.update)
+        return build_index(open_source(config, out), examine, bar.update)
 
 
 def begin(
@@ -98,13 +103,17 @@ def begin(
     manifests = []
     for part in sets:
         provenance = make_provenance(config, encoders, index, part)
-        with alone_in(part.folder):
+        with folder_lock(part.folder):
             manifests.append(begin_set(part.folder, provenance))
     return all(manifests)
 
 
 def decide_scale(
-    config: PipelineConfig, encoders: Encoders, index: Index, sets: Sequence[SetPlan], team: Team
+    config: PipelineConfig,
+    encoders: Encoders,
+    index: Index,
+    sets: Sequence[SetPlan],
+    processes: ProcessInfo,
 ) -> Quantiser | None:
     """Returns what makes text int8, if it is to be: with the scale of the run which is gone on
     with, or a fresh one. All sets have the same.
@@ -113,14 +122,16 @@ def decide_scale(
         return None
     found: FoundScale | None = None
     for part in sets:
-        with alone_in(part.folder):
-            found = read_text_scale(part.folder) or found or measure_scale(encoders, index, team)
+        with folder_lock(part.folder):
+            found = (
+                read_text_scale(part.folder) or found or measure_scale(encoders, index, processes)
+            )
             keep_text_scale(part.folder, found)
     assert found is not None
     return Quantiser(found.scale)
 
 
-def measure_scale(encoders: Encoders, index: Index, team: Team) -> FoundScale:
+def measure_scale(encoders: Encoders, index: Index, processes: ProcessInfo) -> FoundScale:
     """Finds the scale of int8 text on a sample of the captions."""
     captions = index.captions(NUM_SAMPLE)
     with report.bar(NUM_PASSES * len(captions), "caption", "scale") as bar, single_threaded():
@@ -132,13 +143,13 @@ def encode_missing(
     encoders: Encoders,
     index: Index,
     sets: Sequence[SetPlan],
-    team: Team,
+    processes: ProcessInfo,
     quantise: Quantiser | None,
 ) -> None:
     """Writes this process's shards that are not finished."""
-    todo = [target for target in mine(sets, team) if not is_done(target)]
-    num_threads = config.num_threads or max(num_cores() // team.num_local, 1)
-    make_bar = report.bar if team.is_first else report.no_bar
+    todo = [target for target in mine(sets, processes) if not is_done(target)]
+    num_threads = config.num_threads or max(num_cores() // processes.num_local, 1)
+    make_bar = report.bar if processes.is_first else report.no_bar
     total = sum(target.plan.num_records for target in todo)
     hows = {part.folder: part.how for part in sets}
 
@@ -150,17 +161,17 @@ def encode_missing(
 
     with (
         single_threaded(),
-        Crew(encoders, num_threads=num_threads, quantise=quantise) as crew,
-        Writing(encoders.kind) as writing,
+        EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
+        WriterThread(encoders.kind) as writing,
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
-        for outcome in crew.outcomes(batches()):
+        for outcome in pool.outcomes(batches()):
             writing.put(outcome)
-            num_left_out = sum(isinstance(item, LeftOut) for item in outcome.items)
+            num_skipped = sum(isinstance(item, Skipped) for item in outcome.items)
             meter.add(
                 len(outcome.items),
-                num_left_out,
+                num_skipped,
                 num_bytes=writing.num_bytes,
                 num_shards=writing.num_shards,
             )
@@ -171,6 +182,6 @@ def encode_missing(
         )
 
 
-def mine(sets: Sequence[SetPlan], team: Team) -> list[Target]:
+def mine(sets: Sequence[SetPlan], processes: ProcessInfo) -> list[Target]:
     """Returns the shards that are this process's, by their number over all sets."""
-    return [target for number, target in enumerate(all_targets(sets)) if team.has(number)]
+    return [target for number, target in enumerate(all_targets(sets)) if processes.has(number)]

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from latent_t2i.pipeline.plan import Target
-from latent_t2i.pipeline.work import LeftOut, Outcome
+from latent_t2i.pipeline.workers import Outcome, Skipped
 from latent_t2i.shards.schema import LatentKind
 from latent_t2i.shards.writer import ShardWriter
 
@@ -16,7 +16,7 @@ MOST_WAITING = 4
 """Batches; more wait to be encoded, which bounds the memory."""
 
 
-class Writing:
+class WriterThread:
     """Writes outcomes in the order in which they are given; the shard that each is of is its tag.
 
     A shard has its name once its last outcome is written. Leaving the `with` block waits for all,
@@ -68,7 +68,7 @@ class Writing:
                 writer = ShardWriter(target.folder, plan.index, plan.layout, self._kind)
                 self._shard = self._open.enter_context(writer)
             for item in outcome.items:
-                if isinstance(item, LeftOut):
+                if isinstance(item, Skipped):
                     self._shard.quarantine(item.key, item.reason)
                 else:
                     self._shard.write(item)

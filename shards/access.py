@@ -19,17 +19,22 @@ from typing import Literal
 
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.buckets import BucketedShards, Buckets, holds_buckets, open_buckets
-from latent_t2i.shards.cache import CachedShards, CacheLoader, check_cache
 from latent_t2i.shards.loader import BucketLoader, Loader, MapLoader
 from latent_t2i.shards.order import Order
 from latent_t2i.shards.reader import ShardSet, open_shards, require_encoders
-from latent_t2i.shards.remote import PIPE, RemoteError, Retry, is_remote, join, read_file
+from latent_t2i.shards.remote.cache import CachedShards, CacheLoader, check_cache
+from latent_t2i.shards.remote.store import default_cache_dir, open_store
+from latent_t2i.shards.remote.stream import (
+    StreamedShards,
+    StreamLoader,
+    check_stream,
+    open_streamed,
+)
+from latent_t2i.shards.remote.transport import PIPE, RemoteError, Retry, is_remote, join, read_file
 from latent_t2i.shards.schema import BUCKETS_NAME, FormatError
-from latent_t2i.shards.store import default_cache_dir, open_store
-from latent_t2i.shards.stream import StreamedShards, StreamLoader, check_stream, open_streamed
 
 Kind = Literal["map", "stream", "cache"]
-Asked = Literal["auto", "map", "stream", "cache"]
+AccessMode = Literal["auto", "map", "stream", "cache"]
 
 CACHE_BYTES = 100_000_000_000
 WINDOW_RECORDS = 1000
@@ -50,7 +55,7 @@ class Access:
     """stream: among how many records a worker mixes."""
 
 
-def choose_kind(location: str, asked: Asked) -> Kind:
+def choose_kind(location: str, asked: AccessMode) -> Kind:
     """Returns how a location is reached. Raises ValueError for a URL that should be mapped."""
     if asked == "auto":
         return "cache" if is_remote(location) else "map"

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latent_t2i.shards.bucket_order import BucketOrder
-from latent_t2i.shards.reader import Gathered, ShardSet, open_shards
+from latent_t2i.shards.reader import RawBatch, ShardSet, open_shards
 from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
     BUCKETS_NAME,
@@ -255,7 +255,7 @@ def check_bucket(location: str, bucket: Bucket, manifest: Manifest, sha256: str)
             yield f"{place}: {name}: expected {getattr(bucket, name)}, found {found}"
 
 
-class Place(NamedTuple):
+class ImageLocator(NamedTuple):
     """Where a record of a bucketed set is."""
 
     bucket: int
@@ -327,8 +327,8 @@ class BucketedShards:
         records: NDArray[np.int64],
         caption_u: NDArray[np.float64],
         view_u: NDArray[np.float64],
-        out: Gathered | None = None,
-    ) -> Gathered:
+        out: RawBatch | None = None,
+    ) -> RawBatch:
         """As `ShardSet.gather`; raises ValueError for records of several buckets."""
         place = self._locate(records)
         return self.sets[place.bucket].gather(place.records, caption_u, view_u, out)
@@ -338,7 +338,7 @@ class BucketedShards:
         place = self._locate(records)
         return self.sets[place.bucket].keys(place.records)
 
-    def _locate(self, records: NDArray[np.int64]) -> Place:
+    def _locate(self, records: NDArray[np.int64]) -> ImageLocator:
         records = np.asarray(records, np.int64)
         if records.size and not 0 <= records.min() <= records.max() < len(self):
             raise IndexError(f"{self.location}: a record outside 0..{len(self) - 1} was asked for")
@@ -347,7 +347,7 @@ class BucketedShards:
             raise ValueError(
                 f"{self.location}: expected records of one bucket, found {len(found)} buckets'"
             )
-        return Place(int(found[0]), records - self._starts[found[0]])
+        return ImageLocator(int(found[0]), records - self._starts[found[0]])
 
 
 def holds_buckets(folder: Path) -> bool:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.order import Order, choices, share
-from latent_t2i.shards.reader import Gathered, ShardSet
+from latent_t2i.shards.reader import RawBatch, ShardSet
 
 NUM_BUFFERS = 2
 T = TypeVar("T")
@@ -35,16 +35,16 @@ U = TypeVar("U")
 class Loader(Protocol):
     """What fills the batches of one process."""
 
-    def buffer(self, *, pin_memory: bool = False) -> Gathered:
+    def buffer(self, *, pin_memory: bool = False) -> RawBatch:
         """Returns an empty batch of this process's size, and of the largest shape there is."""
 
-    def fill(self, step: int, out: Gathered) -> Gathered:
+    def fill(self, step: int, out: RawBatch) -> RawBatch:
         """Puts this process's share of a step's global batch into `out`, and returns it.
 
         That is `out` itself, or where batches differ in shape what of it the step's takes up.
         """
 
-    def suspects(self, step: int) -> list[str]:
+    def nonfinite_keys(self, step: int) -> list[str]:
         """Returns the keys of a step's records with values that are not finite.
 
         All its keys where every value is finite: then numbers overflowed in training.
@@ -60,20 +60,20 @@ class MapLoader:
     rank: int = 0
     num_processes: int = 1
 
-    def buffer(self, *, pin_memory: bool = False) -> Gathered:
+    def buffer(self, *, pin_memory: bool = False) -> RawBatch:
         """Returns an empty batch of this process's size."""
         return self.shards.buffer(
             self.order.batch_size // self.num_processes, pin_memory=pin_memory
         )
 
-    def fill(self, step: int, out: Gathered) -> Gathered:
+    def fill(self, step: int, out: RawBatch) -> RawBatch:
         """Puts this process's share of a step's global batch into `out`."""
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = choices(self.order.seed, step, self.order.batch_size)
         records = self.order.records(step)[mine]
         return self.shards.gather(records, caption_u[mine], view_u[mine], out)
 
-    def suspects(self, step: int) -> list[str]:
+    def nonfinite_keys(self, step: int) -> list[str]:
         """Returns the keys of a step's records, of all processes, that are not finite; or all."""
         records = self.order.records(step)
         batch = self.shards.gather(records, *choices(self.order.seed, step, len(records)))
@@ -95,22 +95,22 @@ class BucketLoader:
     latent_shapes: tuple[tuple[int, ...], ...]
     """Of each bucket: (2C, h, w) or (C, h, w)."""
 
-    def buffer(self, *, pin_memory: bool = False) -> Gathered:
+    def buffer(self, *, pin_memory: bool = False) -> RawBatch:
         """Returns an empty batch of this process's size, of the largest bucket."""
         sizes = [prod(shape) for shape in self.latent_shapes]
         return self.loaders[sizes.index(max(sizes))].buffer(pin_memory=pin_memory)
 
-    def fill(self, step: int, out: Gathered) -> Gathered:
+    def fill(self, step: int, out: RawBatch) -> RawBatch:
         """Puts this process's share of a step's global batch into the start of `out`."""
         bucket, local_step = self.order.place(step)
         shape = (len(out.latent), *self.latent_shapes[bucket])
-        part = Gathered(latent=head(out.latent, shape), text=out.text, tokens=out.tokens)
+        part = RawBatch(latent=head(out.latent, shape), text=out.text, tokens=out.tokens)
         return self.loaders[bucket].fill(local_step, part)
 
-    def suspects(self, step: int) -> list[str]:
+    def nonfinite_keys(self, step: int) -> list[str]:
         """Returns the keys of a step's records that are not finite; or all."""
         bucket, local_step = self.order.place(step)
-        return self.loaders[bucket].suspects(local_step)
+        return self.loaders[bucket].nonfinite_keys(local_step)
 
 
 def head(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -118,7 +118,7 @@ def head(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor if tensor.shape == shape else tensor.view(-1)[: prod(shape)].view(shape)
 
 
-def are_finite(batch: Gathered) -> NDArray[np.bool_]:
+def are_finite(batch: RawBatch) -> NDArray[np.bool_]:
     """Returns which records (B,) of a batch have finite latents and text."""
     finite: NDArray[np.bool_] = (
         batch.latent.isfinite().flatten(1).all(1) & batch.text.isfinite().flatten(1).all(1)
@@ -128,7 +128,7 @@ def are_finite(batch: Gathered) -> NDArray[np.bool_]:
 
 def batches(
     loader: Loader, *, start: int, stop: int, pin_memory: bool = False
-) -> Generator[Gathered]:
+) -> Generator[RawBatch]:
     """Yields this process's batches of steps `start` to `stop`; each is good until the next."""
     buffers = [loader.buffer(pin_memory=pin_memory) for _ in range(NUM_BUFFERS)]
     return prefetch(loader.fill, buffers, start=start, stop=stop)

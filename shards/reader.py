@@ -47,7 +47,7 @@ CARRIERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 @dataclass(frozen=True, eq=False)
-class Gathered:
+class RawBatch:
     """A batch: one caption and one view of each record asked for."""
 
     latent: Tensor  # (B, 2C, h, w) moments or (B, C, h, w), float16
@@ -120,10 +120,10 @@ class ShardSet:
         sizes = tuple(shard.records for shard in self.manifest.shards)
         return Order(sizes=sizes, batch_size=batch_size, seed=seed, **settings)
 
-    def buffer(self, size: int, *, pin_memory: bool = False) -> Gathered:
+    def buffer(self, size: int, *, pin_memory: bool = False) -> RawBatch:
         """Returns an empty batch of `size` records, to gather into."""
         shapes = {name: (size, *rows.shape) for name, rows in self._rows.items()}
-        return Gathered(
+        return RawBatch(
             **{
                 name: torch.empty(shapes[name], dtype=rows.dtype, pin_memory=pin_memory)
                 for name, rows in self._rows.items()
@@ -135,8 +135,8 @@ class ShardSet:
         records: NDArray[np.int64],
         caption_u: NDArray[np.float64],
         view_u: NDArray[np.float64],
-        out: Gathered | None = None,
-    ) -> Gathered:
+        out: RawBatch | None = None,
+    ) -> RawBatch:
         """Returns a batch of the records' numbers (B,), in that order, in `out` if given.
 
         `caption_u` and `view_u` (B,), in [0, 1), choose a caption and a view of each record.
@@ -197,7 +197,7 @@ class ShardSet:
             raise
 
 
-ITEM_FIELDS = tuple(part.name for part in fields(Gathered))
+ITEM_FIELDS = tuple(part.name for part in fields(RawBatch))
 
 
 class _Rows:

@@ -16,7 +16,7 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
-from latent_t2i.shards.remote import Retry
+from latent_t2i.shards.remote.transport import Retry
 
 QUICK = Retry(attempts=4, first_wait_s=0.001)
 NUMBERS = itertools.count()

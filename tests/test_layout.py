@@ -1,4 +1,4 @@
-"""The repository's own rules: who may import whom, names, sizes, and a README that is true."""
+"""The repository's own rules: imports, names, sizes, and a tree of files that is true."""
 
 import ast
 import statistics
@@ -29,11 +29,8 @@ ALLOWED = {
 """Which of our packages each of them may import, apart from itself."""
 ALLOWED_BY_SHARDS = {"fsspec", "numpy", "torch", "tqdm", "webdataset"}
 """The format must be readable without the networks, so shards imports nothing else."""
-LATE_IN_SHARDS = {"inspect.py": {"PIL", "diffusers"}}
-"""But for these, inside a function: `shards.inspect --decode` shows what latents decode to."""
-NAMED_AS_ASKED = {"shards/inspect.py"}
-"""Bears the name of a standard module, since `python -m shards.inspect` was asked for. shards/ is
-never first on the import path, but for `python shards/NAME.py`, which that file then refuses."""
+LATE_IN_SHARDS = {"summary.py": {"PIL", "diffusers"}}
+"""But for these, inside a function: `shards.summary --decode` shows what latents decode to."""
 
 
 def package_files(package: str) -> list[Path]:
@@ -139,9 +136,9 @@ def test_packages_are_imported_by_their_full_names() -> None:
             set(),
         ),
         ("shards", "reader.py", "def f():\n    import diffusers", {"diffusers"}),
-        ("shards", "inspect.py", "def f():\n    import diffusers, PIL.Image", set()),
-        ("shards", "inspect.py", "def f():\n    import transformers", {"transformers"}),
-        ("shards", "inspect.py", "import PIL\ndef f():\n    import diffusers", {"PIL"}),
+        ("shards", "summary.py", "def f():\n    import diffusers, PIL.Image", set()),
+        ("shards", "summary.py", "def f():\n    import transformers", {"transformers"}),
+        ("shards", "summary.py", "import PIL\ndef f():\n    import diffusers", {"PIL"}),
     ],
 )
 def test_dependency_rule_sees(package: str, file: str, source: str, forbidden: set[str]) -> None:
@@ -162,18 +159,8 @@ def test_no_module_hides_another() -> None:
         if PROJECT["project"]["name"] not in owners
     }
     modules = [path for path in all_files() if path.stem != "__init__"]
-    asked = {path for path in modules if str(path.relative_to(ROOT)) in NAMED_AS_ASKED}
-    assert len(asked) == len(NAMED_AS_ASKED)
-    names = {*ALLOWED, *(path.stem for path in modules if path not in asked)}
+    names = {*ALLOWED, *(path.stem for path in modules)}
     assert not names & (installed | sys.stdlib_module_names)
-
-
-@pytest.mark.parametrize("module", ["inspect", "verify"])
-def test_a_module_that_hides_another_is_refused_as_a_script(module: str) -> None:
-    command = [sys.executable, ROOT / "shards" / f"{module}.py", "DIR"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "run `python -m shards.NAME` instead" in done.stderr
 
 
 def test_functions_are_short() -> None:
@@ -200,14 +187,14 @@ def test_test_files_are_named_for_what_they_test() -> None:
         assert path.name.startswith(f"test_{path.parent.name}_"), path
 
 
-def readme_tree(text: str) -> list[str]:
-    """The paths in the tree of README's section "Layout"; a folder's ends with a slash."""
+def documented_tree(text: str) -> list[str]:
+    """The paths in the tree of a page's section "Layout"; a folder's ends with a slash."""
     block = text.partition("## Layout")[2].split("```")[1]
     paths: list[str] = []
     parents: list[str] = []
     for line in filter(str.strip, block.splitlines()[1:]):
         name, *about = line.split(maxsplit=1)
-        assert about, f"README says nothing about {name}"
+        assert about, f"nothing is said about {name}"
         depth = (len(line) - len(line.lstrip())) // 2
         parents[depth:] = [name]
         paths.append("".join(parents))
@@ -234,16 +221,16 @@ def files_of_checkout() -> list[str]:
     return [path for path in listed.stdout.splitlines() if (ROOT / path).is_file()]
 
 
-def test_readme_tree_is_the_disk() -> None:
-    tree = readme_tree((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert not [path for path in tree if not (ROOT / path).exists()], "in README's tree only"
+def test_documented_tree_is_the_disk() -> None:
+    tree = documented_tree((ROOT / "docs/architecture.md").read_text(encoding="utf-8"))
+    assert not [path for path in tree if not (ROOT / path).exists()], "in the tree only"
     assert not [path for path, count in Counter(tree).items() if count > 1], "told twice"
-    assert not untold(files_of_checkout(), tree), "not in README's tree"
+    assert not untold(files_of_checkout(), tree), "not in the tree"
 
 
-def test_readme_tree_sees() -> None:
+def test_documented_tree_sees() -> None:
     text = "## Layout\n```\na/     code\n  b.py one\n  c/   whole\nd.md   text\n```\n"
-    tree = readme_tree(text)
+    tree = documented_tree(text)
     assert tree == ["a/", "a/b.py", "a/c/", "d.md"]
     files = ["a/__init__.py", "a/b.py", "a/c/x/y.bin", "a/new.py", "d.md", "e.md"]
     assert untold(files, tree) == ["a/new.py", "e.md"]

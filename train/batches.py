@@ -16,7 +16,7 @@ from torch import Tensor
 from latent_t2i.model.diffusion import ObjectiveConfig, sample_timesteps
 from latent_t2i.shards.loader import NUM_BUFFERS, Loader, head, prefetch
 from latent_t2i.shards.order import mixed_seed, share
-from latent_t2i.shards.reader import Gathered
+from latent_t2i.shards.reader import RawBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class Source:
 
     def fill(self, step: int, out: Batch) -> Batch:
         """Puts this process's share of a step into `out`; returns as much of it as that takes."""
-        given = Gathered(latent=out.latent, text=out.text, tokens=out.tokens)
+        given = RawBatch(latent=out.latent, text=out.text, tokens=out.tokens)
         gathered = self.loader.fill(step, given)
         draws = self._draw(step, self.batch_size, gathered)
         mine = share(self.batch_size, self.rank, self.num_processes)
@@ -119,7 +119,7 @@ class Source:
             filled[part.name] = head(getattr(out, part.name), values.shape).copy_(values)
         return Batch(latent=gathered.latent, text=gathered.text, tokens=gathered.tokens, **filled)
 
-    def _draw(self, step: int, batch_size: int, gathered: Gathered) -> Draws:
+    def _draw(self, step: int, batch_size: int, gathered: RawBatch) -> Draws:
         """Draws the random numbers of so many latents of a batch's shape."""
         height, width = gathered.latent.shape[-2:]
         shape = (self.latent_channels, height, width)

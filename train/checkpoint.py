@@ -26,7 +26,7 @@ from torch import Tensor
 
 from latent_t2i.model.ema import EMA
 from latent_t2i.model.paths import complete_or_absent
-from latent_t2i.train import sharding
+from latent_t2i.train import fsdp
 
 ORDER = (
     "order of data.access",
@@ -83,9 +83,9 @@ def save(
     stay.
     """
     parts = {
-        "unet": sharding.whole(state.unet.state_dict(), keep=write),
-        "ema": sharding.whole(state.ema.state_dict(), keep=write),
-        "optimizer": sharding.whole(_moments(state), keep=write),
+        "unet": fsdp.full_tensors(state.unet.state_dict(), keep=write),
+        "ema": fsdp.full_tensors(state.ema.state_dict(), keep=write),
+        "optimizer": fsdp.full_tensors(_moments(state), keep=write),
     }
     if not write:
         return
@@ -172,10 +172,10 @@ def load(checkpoint: Path, state: TrainState) -> None:
         if odd := found ^ shapes.keys():
             raise _damaged(checkpoint, f"{file}.safetensors: {min(odd)} is missing or unknown")
     try:
-        state.ema.load(sharding.parts_of(ema, state.ema.state_dict()))
+        state.ema.load(fsdp.parts_of(ema, state.ema.state_dict()))
     except KeyError as error:
         raise _damaged(checkpoint, f"ema.safetensors: {error} is missing or unknown") from error
-    state.unet.load_state_dict(sharding.parts_of(unet, state.unet.state_dict()))
+    state.unet.load_state_dict(fsdp.parts_of(unet, state.unet.state_dict()))
     _load_moments(state, moments)
     if state.optimizer.scaler is not None and record["scaler"]:
         state.optimizer.scaler.load_state_dict(record["scaler"])
@@ -222,7 +222,7 @@ def _load_moments(state: TrainState, moments: Mapping[str, Tensor]) -> None:
         name, _, kind = key.rpartition("/")
         parameter = parameters[name]
         if tensor.shape == parameter.shape:
-            mine = sharding.part_of(tensor, parameter)
+            mine = fsdp.part_of(tensor, parameter)
             entries[parameter][kind] = torch.empty_like(parameter, dtype=mine.dtype).copy_(mine)
         elif tensor.dtype == torch.int64:
             entries[parameter][kind] = int(tensor)

@@ -6,7 +6,7 @@ from typing import Literal
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
-from latent_t2i.shards.access import CACHE_BYTES, WINDOW_RECORDS, Asked
+from latent_t2i.shards.access import CACHE_BYTES, WINDOW_RECORDS, AccessMode
 from latent_t2i.shards.order import LastBatch, Shuffle
 from latent_t2i.train.trackers import TrackerName, check_names
 
@@ -50,7 +50,7 @@ class OptimConfig:
 class DataConfig:
     """How records are reached and visited."""
 
-    access: Asked = "auto"
+    access: AccessMode = "auto"
     """`map`: a local folder, mapped; `cache`: fetched ahead of use into a local folder, then
     mapped; `stream`: read front to back, nothing kept; `auto`: map a folder, cache a URL."""
     cache_dir: str | None = None

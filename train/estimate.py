@@ -262,7 +262,7 @@ def require_room(folder: Path, parts: Mapping[str, int]) -> None:
         )
 
 
-def survey(plan: Plan, accelerator: Accelerator) -> list[str]:
+def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
     """Checks that a run fits the device and the disk, and returns what it takes, in lines.
 
     Raises ValueError, naming what is needed, what there is and what would help.

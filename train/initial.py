@@ -160,7 +160,7 @@ def describe_model(initial: Initial, ours: DenoiserConfig) -> DenoiserConfig:
     )
 
 
-def tell_taken(before: DenoiserConfig, now: DenoiserConfig) -> list[str]:
+def describe_overrides(before: DenoiserConfig, now: DenoiserConfig) -> list[str]:
     """Returns a line for each setting that `model_from_init` changed."""
     return [
         f"model.{name}: {value} from {FLAG}, in place of {getattr(before, name)}"

@@ -21,13 +21,13 @@ from latent_t2i.model.bundle import INFO_FILE, read_info, save_bundle
 from latent_t2i.model.diffusion import make_scheduler
 from latent_t2i.model.posthoc import folder_of, save_snapshot
 from latent_t2i.shards.order import mixed_seed
-from latent_t2i.train import checkpoint, optim, sharding
+from latent_t2i.train import checkpoint, fsdp, optim
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.graph import Outcome, Recorder, StepGraph
 from latent_t2i.train.preview import make_preview
 from latent_t2i.train.progress import MAX_STEPS_READ, shorten
-from latent_t2i.train.setup import Run, rehearse, start
+from latent_t2i.train.setup import Run, dry_run, start
 from latent_t2i.train.stop import Reason, Stop
 from latent_t2i.train.validation import measure
 
@@ -40,7 +40,7 @@ def train(config: TrainConfig) -> Path:
     with 128 plus the signal's number.
     """
     if config.dry_run:
-        return rehearse(config)
+        return dry_run(config)
     run = start(config)
     stop = Stop(
         run.accelerator,
@@ -60,29 +60,29 @@ def train(config: TrainConfig) -> Path:
 
 def loop(run: Run, stop: Stop) -> Reason:
     """Takes steps until there is a reason to end; the state is then saved."""
-    config, plan, state, ledger = run.config, run.plan, run.state, run.ledger
+    config, plan, state, timer = run.config, run.plan, run.state, run.timer
     parameters = list(state.unet.parameters())
     rank = run.accelerator.process_index
     every, saved, kept = config.ema.snapshot_every_steps, state.step, state.step
     graph = None if run.recorder is None else record_steps(run, run.recorder, parameters)
-    ledger.read()  # the time until here is set-up
+    timer.read()  # the time until here is set-up
     with contextlib.closing(run.source.batches(state.step, plan.num_steps)) as batches:
         while (reason := stop.reason(state.step, state.train_s)) is None:
-            with ledger.phase("data"):
-                batch = run.courier.next(batches)
-            with ledger.phase("copy"):
-                batch = run.courier.bring(batch)
+            with timer.phase("data"):
+                batch = run.prefetcher.next(batches)
+            with timer.phase("copy"):
+                batch = run.prefetcher.bring(batch)
             rate = optim.learning_rate(config.optim, state.step, plan.num_steps)
             torch.manual_seed(mixed_seed(config.seed, "dropout", state.step, rank))
             if graph is not None:
-                with ledger.phase("denoise"):  # and the update with it
+                with timer.phase("denoise"):  # and the update with it
                     loss, norm, skipped = graph(batch, rate)
             else:
-                with ledger.phase("denoise"):
+                with timer.phase("denoise"):
                     loss = accumulate_gradients(run, batch)
-                with ledger.phase("optimiser"):
+                with timer.phase("optimiser"):
                     norm, skipped = update(run, parameters, rate)
-            with ledger.phase("ema"):
+            with timer.phase("ema"):
                 state.ema.update(parameters, state.step)
             state.step += 1
             state.train_s = stop.elapsed_s
@@ -91,11 +91,11 @@ def loop(run: Run, stop: Stop) -> Reason:
                 report(run)
             watch(run, end=state.step == plan.num_steps)
             if every is not None and state.step % every == 0:
-                with ledger.phase("save"):
+                with timer.phase("save"):
                     snapshot(run)
                 kept = state.step
             if state.step % config.checkpoint_every_steps == 0:
-                with ledger.phase("save"):
+                with timer.phase("save"):
                     save(run)
                 saved = state.step
     if run.progress.pending and reason is not Reason.SIGNAL:
@@ -121,7 +121,7 @@ def accumulate_gradients(run: Run, batch: Batch) -> Tensor:
         with (
             contextlib.nullcontext()
             if last
-            else sharding.without_exchange(run.accelerator, run.state.unet, run.model)
+            else fsdp.without_exchange(run.accelerator, run.state.unet, run.model)
         ):
             loss = run.objective(run.model, piece).sum() / len(batch)
             run.accelerator.backward(loss)
@@ -151,17 +151,17 @@ def report(run: Run) -> None:
     config, state, progress = run.config, run.state, run.progress
     num_before = progress.num_skipped_in_a_row
     num_steps, figures, bad = progress.fetch(state.step)
-    wall_s, shares = run.ledger.read()
+    wall_s, shares = run.timer.read()
     line = {
         **figures,
         "epoch": run.plan.order.num_epochs(state.step),
         "lr": optim.learning_rate(config.optim, state.step - 1, run.plan.num_steps),
         "images_per_s": num_steps * config.batch_size / wall_s,
         "train_s": state.train_s,
-        "ledger": shares,
+        "time_breakdown": shares,
     }
     progress.write(line, remaining_s=remaining_s(run, num_steps / wall_s))
-    progress.say_skipped(bad, run.source.loader.suspects)
+    progress.say_skipped(bad, run.source.loader.nonfinite_keys)
     first = state.step - num_steps
     streak = longest_streak(num_before, [first + i in bad for i in range(num_steps)])
     if streak.num_steps > config.max_bad_steps:
@@ -201,7 +201,9 @@ def give_up(run: Run, streak: range) -> NoReturn:
     run.accelerator.wait_for_everyone()
     gone = f", deleted {', '.join(path.name for path in deleted)}" if deleted else ""
     restored = f"restored {good}{gone}" if good else "there is no checkpoint from before them"
-    keys = [key for step in streak[-MAX_STEPS_READ:] for key in run.source.loader.suspects(step)]
+    keys = [
+        key for step in streak[-MAX_STEPS_READ:] for key in run.source.loader.nonfinite_keys(step)
+    ]
     raise ValueError(
         f"steps {streak[0]} to {streak[-1]}: {len(streak)} in a row were not finite "
         f"(max_bad_steps: {run.config.max_bad_steps}) and were skipped; {restored}; records of the "
@@ -231,7 +233,7 @@ def watch(run: Run, *, end: bool) -> bool:
     drawing = every is not None and (end or step % every == 0) and progress.previewed != step
     if not (measuring or drawing):
         return False
-    with run.ledger.phase("evaluate"):
+    with run.timer.phase("evaluate"):
         if measuring and validation is not None:
             unet, ema = run.state.unet, run.state.ema
             progress.write_validation(
@@ -255,7 +257,7 @@ def snapshot(run: Run, *, again: bool = True) -> None:
     folder, state = run.plan.folder / "snapshots", run.state
     there = folder_of(folder, state.step).is_dir()
     main = run.accelerator.is_main_process
-    averages = {s: sharding.whole(a, keep=main) for s, a in state.ema.powers.items()}
+    averages = {s: fsdp.full_tensors(a, keep=main) for s, a in state.ema.powers.items()}
     if main and (again or not there):
         save_snapshot(
             folder,
@@ -299,7 +301,7 @@ def finish(run: Run, reason: Reason) -> Path:
         )
         return folder
     main = run.accelerator.is_main_process
-    average = sharding.whole(run.state.ema.average, keep=main)
+    average = fsdp.full_tensors(run.state.ema.average, keep=main)
     if main:
         write_bundle(run, folder, average)
     run.accelerator.wait_for_everyone()

@@ -88,7 +88,7 @@ def update(
         optimizer.scaler.unscale_(adamw)
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):  # of a network shared out (sharding.py)
+    if isinstance(norm, DTensor):  # of a network shared out (fsdp.py)
         norm = norm.full_tensor()
     skipped = (~norm.isfinite()).float()
     too_long = ((norm + 1e-6) / max_norm).clamp(min=1.0)

@@ -26,7 +26,7 @@ from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.buckets import BucketedShards
 from latent_t2i.shards.order import Order, share
 from latent_t2i.shards.reader import ShardSet, require_encoders
-from latent_t2i.shards.remote import is_remote
+from latent_t2i.shards.remote.transport import is_remote
 from latent_t2i.shards.schema import Identity
 from latent_t2i.train import checkpoint, initial
 from latent_t2i.train.config import DataConfig, TrainConfig
@@ -182,7 +182,7 @@ def find_initial(
     notes = [f"init_from: the first weights are those of {', '.join(map(str, first.files))}"]
     if config.model_from_init:
         model = initial.describe_model(first, config.model)
-        notes += initial.tell_taken(config.model, model)
+        notes += initial.describe_overrides(config.model, model)
         config = replace(config, model=model)
     return config, first, first.sha256, notes
 

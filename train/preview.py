@@ -14,8 +14,8 @@ from latent_t2i.model.diffusion import make_scheduler
 from latent_t2i.model.drawing import draw
 from latent_t2i.model.grid import labelled_grid, save_png
 from latent_t2i.train import trackers
+from latent_t2i.train.fsdp import is_shared
 from latent_t2i.train.setup import Run
-from latent_t2i.train.sharding import is_shared
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -50,7 +50,7 @@ def draw_images(run: Run) -> list[Image.Image]:
     )
     pipeline.set_progress_bar_config(disable=True)
     visitors = (pipeline.vae, pipeline.text_encoder)
-    with state.ema.lent_to(state.unet):
+    with state.ema.swapped_into(state.unet):
         try:
             for network in visitors:
                 network.to(run.accelerator.device)

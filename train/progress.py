@@ -155,11 +155,11 @@ class Progress:
         if self._accelerator.is_main_process:
             self._bar.write(text, file=sys.stderr)
 
-    def say_skipped(self, steps: list[int], suspects: Callable[[int], list[str]]) -> None:
+    def say_skipped(self, steps: list[int], nonfinite_keys: Callable[[int], list[str]]) -> None:
         """Names the skipped steps of an interval and the records of the first few."""
         if not steps or not self._accelerator.is_main_process:
             return
-        read = [key for step in steps[:MAX_STEPS_READ] for key in suspects(step)]
+        read = [key for step in steps[:MAX_STEPS_READ] for key in nonfinite_keys(step)]
         keys, names = shorten(list(dict.fromkeys(read))), shorten([str(step) for step in steps])
         self.say(f"step {names}: skipped, not finite; records: {keys}")
 
@@ -189,7 +189,7 @@ def shorten(names: list[str]) -> str:
 def describe(line: dict[str, Any], remaining_s: float) -> str:
     """Returns the main figures of a line; with the steps before them they fit in 80 columns."""
     loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
-    data = line["ledger"]["data"]
+    data = line["time_breakdown"]["data"]
     return (
         f"epoch {_short(line['epoch'])} loss {loss} {_short(line['images_per_s'])} img/s "
         f"data {data:.{0 if data >= 0.1 else 1}%} skip {line['skipped']} "

@@ -21,17 +21,17 @@ from latent_t2i.model.diffusion import Prediction
 from latent_t2i.model.ema import EMA
 from latent_t2i.model.encoders import latent_affine
 from latent_t2i.shards.access import make_loader
-from latent_t2i.train import checkpoint, initial, sharding, trackers
+from latent_t2i.train import checkpoint, fsdp, initial, trackers
 from latent_t2i.train.batches import Batch, Source
 from latent_t2i.train.checkpoint import TrainState
 from latent_t2i.train.config import Precision, TrainConfig
-from latent_t2i.train.copies import Courier
-from latent_t2i.train.estimate import survey
+from latent_t2i.train.device import DevicePrefetcher
+from latent_t2i.train.estimate import estimate_run
 from latent_t2i.train.graph import CudaRecorder, Recorder
-from latent_t2i.train.ledger import Ledger
 from latent_t2i.train.optim import make_optimizer
 from latent_t2i.train.preflight import Plan, run_folder, validate
 from latent_t2i.train.progress import METRICS_FILE, Progress
+from latent_t2i.train.step_timer import StepTimer
 
 REPLACED = {
     "ACCELERATE_USE_FSDP": "use --fsdp",
@@ -83,10 +83,10 @@ class Run:
     """The denoiser as it is called: `state.unet`, wrapped and maybe compiled."""
     objective: Objective
     source: Source
-    courier: Courier
+    prefetcher: DevicePrefetcher
     recorder: Recorder | None
     """What records a step, if it is to be."""
-    ledger: Ledger
+    timer: StepTimer
     progress: Progress
 
 
@@ -98,7 +98,7 @@ def start(config: TrainConfig) -> Run:
     torch.backends.cudnn.allow_tf32 = config.tf32
     plan = validate(config, accelerator.num_processes)
     config = plan.config
-    lines = survey(plan, accelerator)
+    lines = estimate_run(plan, accelerator)
     state, model = make_state(config, plan, accelerator)
     device = accelerator.device
     run = Run(
@@ -109,9 +109,9 @@ def start(config: TrainConfig) -> Run:
         model=model,
         objective=make_objective(config, plan, device),
         source=make_source(config, plan, accelerator),
-        courier=Courier(device),
+        prefetcher=DevicePrefetcher(device),
         recorder=CudaRecorder(device) if config.cuda_graph and device.type == "cuda" else None,
-        ledger=Ledger(device),
+        timer=StepTimer(device),
         progress=Progress(accelerator, plan.folder, config.log_every_steps),
     )
     changes = resume(plan, state)
@@ -129,7 +129,7 @@ def start(config: TrainConfig) -> Run:
     return run
 
 
-def rehearse(config: TrainConfig) -> Path:
+def dry_run(config: TrainConfig) -> Path:
     """Checks a configuration and its run so far, prints what it takes and returns its folder.
 
     Nothing is built and nothing written. Raises ValueError for all that `start` does.
@@ -137,7 +137,7 @@ def rehearse(config: TrainConfig) -> Path:
     _, notes = trackers.choose(config.trackers)
     accelerator = make_accelerator(config.mixed_precision)
     plan = validate(replace(config, dry_run=False), accelerator.num_processes)
-    lines = [*survey(plan, accelerator), *plan.notes, *notes]
+    lines = [*estimate_run(plan, accelerator), *plan.notes, *notes]
     found = checkpoint.find_all(plan.folder / "checkpoints")
     if found:
         before = checkpoint.read_state(found[-1])["settings"]
@@ -229,7 +229,7 @@ def make_state(
     unet.to(accelerator.device, memory_format=memory_format)
     shared = config.fsdp and accelerator.num_processes > 1
     if shared:
-        sharding.share_out(unet, accelerator)
+        fsdp.apply_fsdp(unet, accelerator)
     ema = EMA(config.ema, unet.named_parameters())
     model = accelerator.prepare_model(
         torch.compile(unet) if config.compile else unet,

@@ -27,10 +27,10 @@ from latent_t2i.shards.access import Access, open_set
 from latent_t2i.shards.buckets import BucketedShards
 from latent_t2i.shards.order import mixed_seed
 from latent_t2i.shards.reader import ShardSet
-from latent_t2i.shards.remote import is_remote
+from latent_t2i.shards.remote.transport import is_remote
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import ValidationConfig
-from latent_t2i.train.sharding import is_shared
+from latent_t2i.train.fsdp import is_shared
 
 NUM_PARTS = 4
 MAX_KEYS_READ = 100_000
@@ -238,7 +238,7 @@ def measure(
     """
     losses = torch.zeros(len(validation.records), device=accelerator.device)
     rank, num_processes = accelerator.process_index, accelerator.num_processes
-    with ema.lent_to(unet), accelerator.autocast():
+    with ema.swapped_into(unet), accelerator.autocast():
         for places, counts in deal(validation.pieces(), rank, num_processes, is_shared(unet)):
             found = objective(unet, validation.batch(places).to(accelerator.device))
             if counts:

@@ -25,7 +25,7 @@ import torch
 from bench.loaders.contents import BATCH_SIZE, CONTENTS, Batch, Content, check
 from bench.loaders.with_shards import RECORDS_PER_SHARD, write_shards
 from latent_t2i.shards.loader import MapLoader, batches
-from latent_t2i.shards.reader import Gathered, open_shards
+from latent_t2i.shards.reader import RawBatch, open_shards
 
 NUM_CHECKED = 20
 DELAY_CYCLES = 20_000_000
@@ -124,14 +124,14 @@ def measure(loader: MapLoader, device: torch.device, seconds: float) -> dict[str
     return {name: round(rate) for name, rate in rates.items()}
 
 
-def again(buffer: Gathered, wait: Callable[[], None]) -> Iterator[Gathered]:
+def again(buffer: RawBatch, wait: Callable[[], None]) -> Iterator[RawBatch]:
     """Yields one batch without end, once its last copy has arrived."""
     while True:
         wait()
         yield buffer
 
 
-def rate(made: Iterator[Gathered], device: torch.device | None, seconds: float) -> float:
+def rate(made: Iterator[RawBatch], device: torch.device | None, seconds: float) -> float:
     """Returns records per second of batches, copied to a device if one is given."""
     wait = waiting(device)
     deliver(made, device, 0.2 * seconds, wait)
@@ -144,7 +144,7 @@ def waiting(device: torch.device | None) -> Callable[[], None]:
 
 
 def deliver(
-    made: Iterator[Gathered],
+    made: Iterator[RawBatch],
     device: torch.device | None,
     seconds: float,
     wait: Callable[[], None],
@@ -161,7 +161,7 @@ def deliver(
     return number * BATCH_SIZE / (time.perf_counter() - began)
 
 
-def copied(batch: Gathered, device: torch.device) -> Batch:
+def copied(batch: RawBatch, device: torch.device) -> Batch:
     """Returns a batch on a device, in memory of its own; from pinned memory without waiting."""
     parts = (batch.latent, batch.text, batch.tokens)
     return Batch(*(part.to(device, non_blocking=True, copy=True) for part in parts))

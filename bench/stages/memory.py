@@ -22,8 +22,8 @@ from bench.loaders.serve import memory
 from latent_t2i.pipeline import writing
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.pipeline.encode import find_device, load_encoders
+from latent_t2i.pipeline.processes import ProcessInfo
 from latent_t2i.pipeline.stage import make_shards
-from latent_t2i.pipeline.team import Team
 from latent_t2i.shards.writer import ShardWriter
 
 ENCODERS = Path(__file__).resolve().parents[2] / "scenes/encoders"
@@ -90,7 +90,7 @@ def run(folder: Path, num_images: int) -> list[dict[str, Any]]:
 
     setattr(writing, "ShardWriter", Watched)  # noqa: B010 - to watch it from here
     with contextlib.redirect_stdout(io.StringIO()):
-        make_shards(config, encoders, Team())
+        make_shards(config, encoders, ProcessInfo())
     return rows
 
 

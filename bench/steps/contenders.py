@@ -40,13 +40,13 @@ class Turn:
     """Stands in for train.stop.Stop: ends the loop after so many steps, and times them."""
 
     def __init__(self, run: Run, num_steps: int, num_before: int) -> None:
-        self._device, self._ledger = run.accelerator.device, run.ledger
+        self._device, self._timer = run.accelerator.device, run.timer
         self._num_left = num_steps + num_before  # the first ones are not counted
         self._num_steps = num_steps
         self._began_s = 0.0
         self.seconds = 0.0
         self.phases: dict[str, float] = {}
-        """Seconds of each, from the ledger; of a turn in which a line is written, those after."""
+        """Seconds of each, from the step timer; of a turn that writes a line, those after."""
         self.elapsed_s = 0.0
         """Seconds of training so far, which no budget depends on here."""
 
@@ -54,12 +54,12 @@ class Turn:
         """Is asked before each step; raises TurnOverError where the turn ends."""
         if self._num_left == self._num_steps:
             wait(self._device)
-            self._ledger.read()
+            self._timer.read()
             self._began_s = time.perf_counter()
         if self._num_left == 0:
             wait(self._device)
             self.seconds = time.perf_counter() - self._began_s
-            wall_s, shares = self._ledger.read()
+            wall_s, shares = self._timer.read()
             self.phases = {name: share * wall_s for name, share in shares.items()}
             raise TurnOverError
         self._num_left -= 1

@@ -34,7 +34,7 @@ def test_every_figure_is_there(tmp_path: Path) -> None:
     assert figures["steps"] >= 3 and figures["batch_size"] == 2
     for name in ("ratio_to_bare", "ratio_to_online", "share_of_ceiling", "flops_per_image"):
         assert figures[name] > 0
-    assert sum(figures["ledger"].values()) == pytest.approx(1, abs=1e-3)
+    assert sum(figures["time_breakdown"].values()) == pytest.approx(1, abs=1e-3)
     assert not list(tmp_path.iterdir()), "what it wrote is gone"
 
 

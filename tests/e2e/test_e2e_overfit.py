@@ -54,7 +54,7 @@ def psnr_db(first: np.ndarray, second: np.ndarray) -> float:
 def settings(shards: Path, out: Path) -> TrainConfig:
     """A small denoiser with a fast memory."""
     return TrainConfig(
-        name="by-heart",
+        name="overfit",
         shards=str(shards),
         out=str(out),
         batch_size=16,
@@ -81,9 +81,7 @@ def test_eight_scenes_are_learned_by_heart(tmp_path: Path) -> None:
     scenes = write_scenes(tmp_path / "pictures")
     source = SourceConfig(kind="folder", images=str(tmp_path / "pictures"))
     shards = tmp_path / "shards"
-    build(
-        PipelineConfig(name="by-heart", source=source, max_tokens=24, out=str(shards), **ENCODERS)
-    )
+    build(PipelineConfig(name="overfit", source=source, max_tokens=24, out=str(shards), **ENCODERS))
     AcceleratorState._reset_state(True)
     bundle = train(settings(shards, tmp_path / "run"))
     drawn = sampler.draw(

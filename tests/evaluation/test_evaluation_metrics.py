@@ -9,7 +9,7 @@ from torchmetrics.functional.multimodal import clip_score
 from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from latent_t2i.evaluation.curves import guidance_chart, loss_chart, read_history, smooth
-from latent_t2i.evaluation.drawing import Drawn, Prompt
+from latent_t2i.evaluation.drawing import Prompt, Samples
 from latent_t2i.evaluation.metrics import ClipScorer, judge, oracle_figures
 from latent_t2i.evaluation.report import wilson
 from latent_t2i.model.encoders import quiet
@@ -20,11 +20,11 @@ from latent_t2i.scenes.draw import draw
 CLIP = ROOT / "scenes" / "encoders" / "clip"
 
 
-def drawn_as_asked(kind: str, num: int = 24) -> Drawn:
+def drawn_as_asked(kind: str, num: int = 24) -> Samples:
     made = scene_prompts.make("easy", kind, num, 3)
     prompts = [Prompt(text=p.text, scene=p.scene, mentions=p.mentions) for p in made]
     pictures = [draw(p.scene) for p in made]
-    return Drawn(kind=kind, guidance_scale=4.0, prompts=prompts, pictures=pictures)
+    return Samples(kind=kind, guidance_scale=4.0, prompts=prompts, pictures=pictures)
 
 
 @pytest.mark.parametrize("kind", scene_prompts.KINDS)
@@ -33,7 +33,7 @@ def test_pictures_drawn_as_asked_are_all_right_and_shuffled_ones_are_not(kind: s
     figures = oracle_figures(kind, judge(asked))
     assert set(figures.values()) == {1.0}
     other = [*asked.pictures[1:], asked.pictures[0]]
-    wrong = Drawn(kind=kind, guidance_scale=4.0, prompts=asked.prompts, pictures=other)
+    wrong = Samples(kind=kind, guidance_scale=4.0, prompts=asked.prompts, pictures=other)
     assert oracle_figures(kind, judge(wrong))[f"oracle/{kind}/all"] < 0.3
 
 

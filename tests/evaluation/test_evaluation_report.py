@@ -41,7 +41,10 @@ class Links(HTMLParser):
 def test_figures_and_report_of_scenes(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [{"step": s, "loss": 1.0 / s, "ledger": {"denoise": 0.9, "data": 0.1}} for s in (1, 2)]
+    lines = [
+        {"step": s, "loss": 1.0 / s, "time_breakdown": {"denoise": 0.9, "data": 0.1}}
+        for s in (1, 2)
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     report = evaluate(config(bundle, tmp_path, started_at=1))
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from latent_t2i.pipeline import coco
-from latent_t2i.pipeline.places import FilePlace, read_place
-from latent_t2i.pipeline.record import Record
+from latent_t2i.pipeline.sources import coco
+from latent_t2i.pipeline.sources.locators import FileLocator, read_image_bytes
+from latent_t2i.pipeline.sources.record import Record
 from tests.coco_folders import CocoFolder, make_coco
 
 
@@ -23,14 +23,14 @@ def read(folder: CocoFolder, *, instances: bool = False) -> list[Record]:
 
 
 def place_of(record: Record) -> str:
-    assert isinstance(record.place, FilePlace)
-    return record.place.path
+    assert isinstance(record.locator, FileLocator)
+    return record.locator.path
 
 
 def test_records_in_the_file_s_order(folder: CocoFolder) -> None:
     first, second, third = read(folder)
     assert first.key == "000000000001"
-    assert first.place == FilePlace(str(folder.images / "000000000001.png"))
+    assert first.locator == FileLocator(str(folder.images / "000000000001.png"))
     assert second.captions == ("a picture", "picture 2", "picture 2")
     assert third.extra == {"image_id": 3, "file_name": "000000000003.png"}
 
@@ -75,7 +75,7 @@ def test_real_annotations(coco_mini: Path, split: str) -> None:
         annotation["caption"] for annotation in json.loads(captions.read_text())["annotations"]
     ]
     assert sorted(caption for record in found for caption in record.captions) == sorted(expected)
-    assert all(read_place(record.place).startswith(b"\xff\xd8") for record in found)
+    assert all(read_image_bytes(record.locator).startswith(b"\xff\xd8") for record in found)
     assert (
         sum(len(record.extra["objects"]) for record in found) == {"train": 739, "val": 624}[split]
     )
@@ -144,7 +144,7 @@ def test_a_file_or_two_missing_are_for_later(folder: CocoFolder) -> None:
     records = read(folder)
     assert [record.problem for record in records] == [None] * 3
     with pytest.raises(FileNotFoundError):
-        read_place(records[1].place)
+        read_image_bytes(records[1].locator)
 
 
 def test_the_folder_of_another_split(folder: CocoFolder) -> None:

@@ -22,7 +22,7 @@ from latent_t2i.model.paths import output_root
 from latent_t2i.pipeline import download as module
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.download import BASE_URL, RELEASES, Archive, download, main
-from latent_t2i.shards.remote import RemoteError
+from latent_t2i.shards.remote.transport import RemoteError
 from tests.servers import QUICK, Server, serve
 
 ROOT = Path(__file__).resolve().parents[2]

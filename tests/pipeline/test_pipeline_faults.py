@@ -18,9 +18,9 @@ import torch
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.pipeline.encode import encode_captions, encode_views, load_encoders
 from latent_t2i.pipeline.images import load
-from latent_t2i.pipeline.places import read_place
 from latent_t2i.pipeline.sets import make_preprocessing
-from latent_t2i.pipeline.sources import records as records_of
+from latent_t2i.pipeline.sources.locators import read_image_bytes
+from latent_t2i.pipeline.sources.open import open_source
 from latent_t2i.pipeline.stage import build
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Manifest
@@ -359,14 +359,14 @@ def test_what_is_stored_is_what_one_image_at_a_time_gives(
     build(config)
     encoders = load_encoders(config, torch.device("cpu"))
     how = make_preprocessing(config, (image_size_px, image_size_px))
-    records = {record.key: record for record in records_of(config, tmp_path)}
+    records = {record.key: record for record in open_source(config, tmp_path)}
     shards = open_shards(tmp_path / "out")
     places = np.arange(len(shards))
     stored = shards.gather(places, np.zeros(len(places)), np.zeros(len(places)))
     worst = 0.0
     for place, key in enumerate(shards.keys(places)):
         record = records[key]
-        picture = load(read_place(record.place), how, key=key)
+        picture = load(read_image_bytes(record.locator), how, key=key)
         latent = encode_views(encoders, picture.pixels[None])[0, 0].astype(np.float64)
         text = encode_captions(encoders, record.captions[:1])[0][0].astype(np.float64)
         for found, expected in ((stored.latent[place], latent), (stored.text[place], text)):

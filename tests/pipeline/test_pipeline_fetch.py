@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from latent_t2i.pipeline import fetch as module
 from latent_t2i.pipeline.fetch import RemoteFile, check, fetch, part_of, version_of
-from latent_t2i.shards.remote import RemoteError
+from latent_t2i.shards.remote.transport import RemoteError
 from tests.servers import QUICK, Server, serve
 
 NAME = "photographs.zip"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from latent_t2i.pipeline import folder
-from latent_t2i.pipeline.places import FilePlace, read_place
-from latent_t2i.pipeline.record import Record
+from latent_t2i.pipeline.sources import folder
+from latent_t2i.pipeline.sources.locators import FileLocator, read_image_bytes
+from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.shards.schema import KEY_PATTERN, encode_meta
 
 
@@ -53,7 +53,7 @@ def test_a_text_beside_each_image(tmp_path: Path) -> None:
         ("d.jpeg", (), None),
     ]
     assert [record.key for record in records] == ["a", "b", "c", "d"]
-    assert [read_place(record.place) for record in records] == [b"a", b"b", b"c", b"d"]
+    assert [read_image_bytes(record.locator) for record in records] == [b"a", b"b", b"c", b"d"]
 
 
 def test_all_of_a_text_as_one_caption(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_folders_below_in_the_order_of_their_paths(tmp_path: Path) -> None:
     assert names == sorted(names)
     records = read(write(tmp_path, {name: name for name in reversed(names)}))
     assert [record.extra["file_name"] for record in records] == names
-    assert [read_place(record.place).decode() for record in records] == names
+    assert [read_image_bytes(record.locator).decode() for record in records] == names
     keys = [record.key for record in records]
     assert all(KEY_PATTERN.fullmatch(key) for key in keys)
     assert len(set(keys)) == len(keys)
@@ -122,7 +122,7 @@ def test_an_image_that_a_link_leads_nowhere(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").symlink_to("nowhere")
     (record,) = read(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing file"):
-        read_place(record.place)
+        read_image_bytes(record.locator)
 
 
 def test_a_linked_folder_counts_and_a_ring_is_refused(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     (record,) = read(tmp_path)
     assert record.extra["file_name"] == "?.png"
     assert encode_meta(record.extra)
-    assert read_place(record.place).startswith(b"\x89PNG")
+    assert read_image_bytes(record.locator).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["", "mark"])
@@ -159,7 +159,7 @@ def test_metadata(tmp_path: Path, kind: str, end: str, bom: str) -> None:
     assert (first.key, first.captions, first.problem) == ("b", ("a dog",), None)
     assert first.extra == {"likes": 3 if kind == "jsonl" else "3", "file_name": "b.jpg"}
     assert (second.captions, second.extra["file_name"]) == (("two",), "sub/a.png")
-    assert [read_place(record.place) for record in (first, second)] == [b"b", b"a"]
+    assert [read_image_bytes(record.locator) for record in (first, second)] == [b"b", b"a"]
 
 
 def test_metadata_has_its_own_ways_of_being_wrong(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_metadata_has_its_own_ways_of_being_wrong(tmp_path: Path) -> None:
         ("z.jpg", ("missing",), None),
     ]
     with pytest.raises(FileNotFoundError):
-        read_place(records[-1].place)
+        read_image_bytes(records[-1].locator)
 
 
 def test_each_folder_has_its_own_metadata(tmp_path: Path) -> None:
@@ -266,6 +266,6 @@ def test_metadata_twice(tmp_path: Path, other: str, message: str) -> None:
 def test_records_come_as_they_are_asked_for(tmp_path: Path) -> None:
     root = write(tmp_path, {"a/1.jpg": b"", "a/2.jpg": b"", "b/1.jpg": b""})
     found = folder.records(root)
-    assert next(found).place == FilePlace(str(root / "a/1.jpg"))
+    assert next(found).locator == FileLocator(str(root / "a/1.jpg"))
     write(root, {"b/2.jpg": b""})  # b has not been looked into
     assert [record.extra["file_name"] for record in found] == ["a/2.jpg", "b/1.jpg", "b/2.jpg"]

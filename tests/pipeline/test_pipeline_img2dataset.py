@@ -13,12 +13,12 @@ import pytest
 import webdataset
 from webdataset import tariterators
 
-from latent_t2i.pipeline import coco, img2dataset, places
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
-from latent_t2i.pipeline.places import TarPlace, read_place
-from latent_t2i.pipeline.record import Record
-from latent_t2i.pipeline.sources import records as records_of
-from latent_t2i.shards.remote import RemoteError
+from latent_t2i.pipeline.sources import coco, img2dataset, locators
+from latent_t2i.pipeline.sources.locators import TarLocator, read_image_bytes
+from latent_t2i.pipeline.sources.open import open_source
+from latent_t2i.pipeline.sources.record import Record
+from latent_t2i.shards.remote.transport import RemoteError
 from tests.servers import QUICK, serve, serve_s3
 
 JPEG = bytes(range(256)) * 300  # more than a block
@@ -27,7 +27,7 @@ JPEG = bytes(range(256)) * 300  # more than a block
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts without waits."""
-    monkeypatch.setattr(places, "RETRY", QUICK)
+    monkeypatch.setattr(locators, "RETRY", QUICK)
 
 
 def write_tar(
@@ -78,7 +78,7 @@ def folder(tmp_path: Path) -> Path:
 def source_of(location: str) -> list[Record]:
     source = SourceConfig(kind="webdataset", images=location)
     config = PipelineConfig(name="n", vae="v", text_encoder="t", source=source)
-    return list(records_of(config, Path("out")))
+    return list(open_source(config, Path("out")))
 
 
 def test_samples(folder: Path) -> None:
@@ -86,11 +86,13 @@ def test_samples(folder: Path) -> None:
     keys = ["000000000", "000000001", "000010000", "000010001"]
     assert [record.key for record in records] == keys
     assert [record.captions for record in records] == [(f"caption of {key}",) for key in keys]
-    assert [read_place(record.place) for record in records] == [key.encode() + JPEG for key in keys]
+    assert [read_image_bytes(record.locator) for record in records] == [
+        key.encode() + JPEG for key in keys
+    ]
     told = {"url": "u", "key": keys[0], "status": "success", "similarity": 0.3}
     assert records[0].extra == told | {"file_name": f"{keys[0]}.jpg"}
-    assert isinstance(records[0].place, TarPlace)
-    assert records[0].place.name == f"00000.tar/{keys[0]}.jpg"
+    assert isinstance(records[0].locator, TarLocator)
+    assert records[0].locator.name == f"00000.tar/{keys[0]}.jpg"
     assert {record.problem for record in records} == {None}
 
 
@@ -102,7 +104,7 @@ def test_places_are_where_webdataset_finds_the_images(folder: Path) -> None:
             members = (m | {"__url__": ""} for m in tariterators.tar_file_iterator(file))
             for item in tariterators.group_by_keys(members):
                 found[item["__key__"]] = (item["jpg"], item["txt"].decode())
-    assert found == {r.key: (read_place(r.place), r.captions[0]) for r in read(*paths)}
+    assert found == {r.key: (read_image_bytes(r.locator), r.captions[0]) for r in read(*paths)}
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -127,7 +129,7 @@ def test_samples_of_a_bucket(folder: Path, tail: str, monkeypatch: pytest.Monkey
     with serve_s3(folder, monkeypatch) as url:
         near, far = source_of(str(folder)), source_of(url + tail)
         assert [record.captions for record in far] == [record.captions for record in near]
-        assert read_place(far[3].place) == b"000010001" + JPEG
+        assert read_image_bytes(far[3].locator) == b"000010001" + JPEG
 
 
 def test_real_photographs(coco_mini: Path, tmp_path: Path) -> None:
@@ -136,11 +138,11 @@ def test_real_photographs(coco_mini: Path, tmp_path: Path) -> None:
     expected = list(coco.records(coco_mini / "val2017", captions))
     with webdataset.TarWriter(str(tmp_path / "00000.tar")) as tar:
         for number, record in enumerate(expected):
-            content, fields = read_place(record.place), {"caption": record.captions[0]}
+            content, fields = read_image_bytes(record.locator), {"caption": record.captions[0]}
             tar.write({"__key__": f"00000{number:04d}", "jpg": content, "json": fields})
     found = read(tmp_path / "00000.tar")
-    assert [read_place(record.place) for record in found] == [
-        read_place(record.place) for record in expected
+    assert [read_image_bytes(record.locator) for record in found] == [
+        read_image_bytes(record.locator) for record in expected
     ]
     assert [record.captions for record in found] == [record.captions[:1] for record in expected]
 
@@ -210,7 +212,9 @@ def test_long_and_foreign_names_and_folders(tmp_path: Path, tar_format: int) -> 
         tar.addfile(tarfile.TarInfo("._0002.jpg"))
     records = read(path)
     assert [record.extra["file_name"] for record in records] == [f"{name}.jpg" for name in names]
-    assert [read_place(record.place) for record in records] == [n.encode() + JPEG for n in names]
+    assert [read_image_bytes(record.locator) for record in records] == [
+        n.encode() + JPEG for n in names
+    ]
     assert len({record.key for record in records}) == 3
 
 

@@ -16,15 +16,15 @@ from latent_t2i.pipeline.index import (
     build_index,
     most_meta_bytes,
 )
-from latent_t2i.pipeline.places import FilePlace
-from latent_t2i.pipeline.record import Record, make_meta
+from latent_t2i.pipeline.sources.locators import FileLocator
+from latent_t2i.pipeline.sources.record import Record, make_meta
 from latent_t2i.shards.schema import encode_meta
 
 
 def make_record(number: int, num_captions: int = 2, **changes: object) -> Record:
     record = Record(
         key=f"{number:06d}",
-        place=FilePlace(f"none/{number}.jpg"),
+        locator=FileLocator(f"none/{number}.jpg"),
         captions=tuple(f"caption {number} {index}" for index in range(num_captions)),
         extra={"file_name": f"{number}.jpg"},
     )
@@ -64,7 +64,7 @@ def test_each_record_is_listed_or_left_out_with_its_reason(tmp_path: Path) -> No
     there.touch()
     index = list_all(
         [
-            make_record(0, place=FilePlace(str(there))),
+            make_record(0, locator=FileLocator(str(there))),
             make_record(1, 0),
             make_record(2, problem="caption is not UTF-8"),
             make_record(0, 3),
@@ -95,13 +95,13 @@ def test_the_hash_sees_every_change_and_no_folder() -> None:
         [*records[1:], first],
         [replace(first, captions=("other",)), *records[1:]],
         [replace(first, extra={"image_id": 7}), *records[1:]],
-        [replace(first, place=FilePlace("other.png")), *records[1:]],
+        [replace(first, locator=FileLocator("other.png")), *records[1:]],
     ]
     assert len({list_all(variant).sha256 for variant in variants}) == len(variants)
     moved = [
-        replace(record, place=FilePlace(f"/moved/{Path(record.place.path).name}"))
+        replace(record, locator=FileLocator(f"/moved/{Path(record.locator.path).name}"))
         for record in records
-        if isinstance(record.place, FilePlace)
+        if isinstance(record.locator, FileLocator)
     ]
     assert list_all(moved).sha256 == list_all(records).sha256
 

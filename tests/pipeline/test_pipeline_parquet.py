@@ -11,20 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latent_t2i.pipeline import coco, parquet, places
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
-from latent_t2i.pipeline.places import ParquetPlace, read_place
-from latent_t2i.pipeline.record import Record
-from latent_t2i.pipeline.sources import records as records_of
-from latent_t2i.shards.remote import RemoteError
+from latent_t2i.pipeline.sources import coco, locators, parquet
+from latent_t2i.pipeline.sources.locators import ParquetLocator, read_image_bytes
+from latent_t2i.pipeline.sources.open import open_source
+from latent_t2i.pipeline.sources.record import Record
+from latent_t2i.shards.remote.transport import RemoteError
 from tests.servers import QUICK, serve_s3
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts without waits, and no row groups of another test."""
-    monkeypatch.setattr(places, "RETRY", QUICK)
-    monkeypatch.setattr(places, "ROW_GROUPS", places.RowGroups(places.KEPT_BYTES))
+    monkeypatch.setattr(locators, "RETRY", QUICK)
+    monkeypatch.setattr(locators, "ROW_GROUPS", locators.RowGroups(locators.KEPT_BYTES))
 
 
 def write(path: Path, columns: dict[str, Any], *, rows_per_group: int = 2) -> Path:
@@ -48,7 +48,7 @@ def read(path: Path | str, **options: Any) -> list[Record]:
 def source_of(location: str, **options: Any) -> list[Record]:
     source = SourceConfig(kind="parquet", images=location, **options)
     config = PipelineConfig(name="n", vae="v", text_encoder="t", source=source)
-    return list(records_of(config, Path("out")))
+    return list(open_source(config, Path("out")))
 
 
 @pytest.fixture
@@ -67,9 +67,9 @@ def test_rows_in_order(folder: Path) -> None:
     told = [f"{name} {row}" for name in names for row in range(5)]
     assert [record.captions for record in records] == [(text,) for text in told]
     contents = [image["bytes"] for image in images(5)] * 2
-    assert [read_place(record.place) for record in records] == contents
+    assert [read_image_bytes(record.locator) for record in records] == contents
     assert [record.extra for record in records[:2]] == [{"file_name": f"{n}.jpg"} for n in range(2)]
-    assert records[3].place == ParquetPlace(
+    assert records[3].locator == ParquetLocator(
         str(folder / f"{names[0]}.parquet"), 1, 1, "image.bytes"
     )
 
@@ -84,7 +84,9 @@ def test_rows_of_a_bucket(folder: Path, tail: str, monkeypatch: pytest.MonkeyPat
     with serve_s3(folder, monkeypatch) as url:
         near, far = source_of(str(folder)), source_of(url + tail)
         assert [(r.key, r.captions) for r in far] == [(r.key, r.captions) for r in near]
-        assert [read_place(r.place) for r in far] == [read_place(r.place) for r in near]
+        assert [read_image_bytes(r.locator) for r in far] == [
+            read_image_bytes(r.locator) for r in near
+        ]
 
 
 def test_rows_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,20 +105,20 @@ def test_rows_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in folder.iterdir():
         hub.pipe(f"/datasets/a/b/data/{path.name}", path.read_bytes())
     far = source_of("hf://datasets/a/b/data/train-*.parquet")
-    assert isinstance(far[0].place, ParquetPlace)
-    assert far[0].place.url.startswith("hf://")
+    assert isinstance(far[0].locator, ParquetLocator)
+    assert far[0].locator.url.startswith("hf://")
     assert [r.captions for r in far] == [r.captions for r in source_of(str(folder))]
-    assert [read_place(r.place) for r in far] == [image["bytes"] for image in images(5)] * 2
+    assert [read_image_bytes(r.locator) for r in far] == [image["bytes"] for image in images(5)] * 2
 
 
 def test_real_photographs(coco_mini: Path, tmp_path: Path) -> None:
     captions = coco_mini / "annotations" / "captions_val2017.json"
     expected = list(coco.records(coco_mini / "val2017", captions))
-    rows = [{"bytes": read_place(r.place), "path": r.extra["file_name"]} for r in expected]
+    rows = [{"bytes": read_image_bytes(r.locator), "path": r.extra["file_name"]} for r in expected]
     columns = {"image": rows, "captions": [list(record.captions) for record in expected]}
     found = read(write(tmp_path / "val.parquet", columns, rows_per_group=10))
     assert [record.captions for record in found] == [record.captions for record in expected]
-    assert [read_place(record.place) for record in found] == [row["bytes"] for row in rows]
+    assert [read_image_bytes(record.locator) for record in found] == [row["bytes"] for row in rows]
     assert [record.extra["file_name"] for record in found] == [row["path"] for row in rows]
 
 
@@ -135,11 +137,11 @@ def test_no_image_is_read_for_the_list(tmp_path: Path, monkeypatch: pytest.Monke
     def open_counted(url: str) -> Any:
         return pq.ParquetFile(Counted(content))
 
-    for module in (places, parquet):
+    for module in (locators, parquet):
         monkeypatch.setattr(module, "open_parquet", open_counted)
     (record, *_) = read(tmp_path / "a.parquet")
     assert sum(asked) < 10**6  # five times the end of the file, of up to 64 kB, and the captions
-    assert read_place(record.place) == rows[0]["bytes"]
+    assert read_image_bytes(record.locator) == rows[0]["bytes"]
     assert sum(asked) > 10**6
 
 
@@ -160,14 +162,18 @@ def test_plain_bytes_and_other_columns(tmp_path: Path) -> None:
     assert first.extra == told | {"file_name": "a.parquet"}
     assert "similarity" not in second.extra
     assert third.extra["similarity"] is None
-    assert [read_place(record.place) for record in (first, second, third)] == [b"a", b"b", b"c"]
+    assert [read_image_bytes(record.locator) for record in (first, second, third)] == [
+        b"a",
+        b"b",
+        b"c",
+    ]
 
 
 def test_columns_by_name(tmp_path: Path) -> None:
     columns = {"a.photo": [b"a"], "image": [b"b"], "alt": ["x"], "text": ["y"]}
     path = write(tmp_path / "a.parquet", columns)
     (record,) = read(path, image_column="a.photo", caption_column="alt")
-    assert (read_place(record.place), record.captions) == (b"a", ("x",))
+    assert (read_image_bytes(record.locator), record.captions) == (b"a", ("x",))
     assert record.extra["text"] == "y"
 
 
@@ -177,8 +183,8 @@ def test_a_row_without_an_image(tmp_path: Path) -> None:
     first, second = read(path)
     assert (first.extra["file_name"], second.extra["file_name"]) == ("a.jpg", "a.parquet")
     for record in (first, second):
-        with pytest.raises(places.PlaceError, match="no image in this row"):
-            read_place(record.place)
+        with pytest.raises(locators.LocatorError, match="no image in this row"):
+            read_image_bytes(record.locator)
 
 
 HUB = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Examined, Index, build_index, most_meta_bytes
-from latent_t2i.pipeline.places import FilePlace
 from latent_t2i.pipeline.plan import Limits, SetPlan, ShardPlan, bytes_by_member, plan_shards
-from latent_t2i.pipeline.record import Record
+from latent_t2i.pipeline.sources.locators import FileLocator
+from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.shards.schema import TextDtype
 
 
 def make_record(number: int, num_captions: int, length: int) -> Record:
     captions = tuple("x" * length for _ in range(num_captions))
-    return Record(key=f"{number:06d}", place=FilePlace("none"), captions=captions, extra={})
+    return Record(key=f"{number:06d}", locator=FileLocator("none"), captions=captions, extra={})
 
 
 def index_of(records: list[Record], buckets: tuple[str, ...] = ("",)) -> Index:
@@ -44,7 +44,7 @@ def plan_of(index: Index, bucket: str = "", **changes: Any) -> tuple[ShardPlan, 
     return plan_shards(index, bucket, **(values | changes))
 
 
-def records_of(index: Index, shard: ShardPlan) -> list[Record]:
+def open_source(index: Index, shard: ShardPlan) -> list[Record]:
     return index.records(shard.bucket, shard.num_captions, shard.first, shard.last)
 
 
@@ -52,7 +52,7 @@ def test_images_with_equally_many_captions_come_together() -> None:
     records = [make_record(n, count, 9) for n, count in enumerate([2, 3, 2, 1, 2, 3])]
     index = index_of(records)
     shards = plan_of(index)
-    keys = [[int(record.key) for record in records_of(index, shard)] for shard in shards]
+    keys = [[int(record.key) for record in open_source(index, shard)] for shard in shards]
     assert keys == [[3], [0, 2], [4], [1, 5]]
     assert [shard.layout.num_captions for shard in shards] == [1, 2, 2, 3]
     assert [shard.index for shard in shards] == [0, 1, 2, 3]
@@ -62,7 +62,7 @@ def test_each_bucket_is_planned_alone() -> None:
     index = index_of([make_record(n, 1, 9) for n in range(5)], buckets=("64x64", "96x64"))
     keys = {
         bucket: [record.key[-1] for shard in plan_of(index, bucket, num_records=9)
-                 for record in records_of(index, shard)]
+                 for record in open_source(index, shard)]
         for bucket in ("64x64", "96x64", "other")
     }  # fmt: skip
     assert keys == {"64x64": ["0", "2", "4"], "96x64": ["1", "3"], "other": []}
@@ -84,12 +84,12 @@ def test_shards_are_within_both_limits_and_no_shorter_than_they_need_be(
     index = index_of(records)
     limits: dict[str, Any] = {"num_records": num_records, "num_bytes": num_bytes}
     shards = plan_of(index, text_dtype=text_dtype, **limits)
-    planned = [record for shard in shards for record in records_of(index, shard)]
+    planned = [record for shard in shards for record in open_source(index, shard)]
     by_count = sorted(records, key=lambda record: len(record.captions))
     assert planned == by_count  # in the source's order within each number of captions
     assert [shard.index for shard in shards] == list(range(len(shards)))
     for shard in shards:
-        mine = records_of(index, shard)
+        mine = open_source(index, shard)
         assert len(mine) == shard.num_records
         assert {len(record.captions) for record in mine} == {shard.layout.num_captions}
         assert max(map(most_meta_bytes, mine)) <= shard.layout.fields["json"].shape[0]
@@ -98,7 +98,7 @@ def test_shards_are_within_both_limits_and_no_shorter_than_they_need_be(
         assert shard.num_records == 1 or shard.num_bytes <= num_bytes
     for shard, after in pairwise(shards):
         if shard.num_captions == after.num_captions:
-            longer = [*records_of(index, shard), records_of(index, after)[0]]
+            longer = [*open_source(index, shard), open_source(index, after)[0]]
             (whole,) = plan_of(index_of(longer), num_records=99, text_dtype=text_dtype)
             assert len(longer) > num_records or whole.num_bytes > num_bytes
     index.close()

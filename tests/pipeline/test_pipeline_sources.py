@@ -10,10 +10,16 @@ import fsspec
 import pytest
 
 from latent_t2i.model.paths import ROOT
-from latent_t2i.pipeline import sources
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
-from latent_t2i.pipeline.places import FilePlace, read_place
-from latent_t2i.pipeline.record import Record, make_extra, make_key, make_meta, read_captions
+from latent_t2i.pipeline.sources.locators import FileLocator, read_image_bytes
+from latent_t2i.pipeline.sources.open import find_files, open_source, with_short_names
+from latent_t2i.pipeline.sources.record import (
+    Record,
+    make_extra,
+    make_key,
+    make_meta,
+    read_captions,
+)
 from latent_t2i.shards.schema import KEY_PATTERN, encode_meta
 from tests.coco_folders import CocoFolder, make_coco
 
@@ -47,7 +53,7 @@ def config_of(**source: Any) -> PipelineConfig:
 
 
 def read(**source: Any) -> list[Record]:
-    return list(sources.records(config_of(**source), Path("out")))
+    return list(open_source(config_of(**source), Path("out")))
 
 
 @pytest.mark.parametrize(
@@ -61,14 +67,14 @@ def read(**source: Any) -> list[Record]:
 def test_missing_paths_name_the_flag(folder: CocoFolder, part: str, message: str) -> None:
     paths = {"images": str(folder.images), "captions": str(folder.captions)} | {part: "nowhere"}
     with pytest.raises(ValueError, match=message):
-        sources.records(config_of(**paths), Path("out"))
+        open_source(config_of(**paths), Path("out"))
 
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
 def test_missing_places_name_the_flag(kind: str) -> None:
     message = "--source.images: nothing at 'nowhere', here or in the project"
     with pytest.raises(ValueError, match=message):
-        sources.records(config_of(kind=kind, images="nowhere"), Path("out"))
+        open_source(config_of(kind=kind, images="nowhere"), Path("out"))
 
 
 def test_files_and_folders_mixed_up(folder: CocoFolder) -> None:
@@ -85,17 +91,19 @@ def test_only_the_first_so_many(folder: CocoFolder) -> None:
     coco = read(images=str(folder.images), captions=str(folder.captions), num_images=2)
     assert [record.key[-1] for record in coco] == ["1", "2"]
     same = read(kind="folder", images=str(folder.images), num_images=2)
-    assert [record.place for record in same] == [record.place for record in coco]
+    assert [record.locator for record in same] == [record.locator for record in coco]
 
 
 def test_scenes_are_drawn_beside_the_shards_and_kept(tmp_path: Path) -> None:
     config = config_of(kind="scenes", num_images=3)
-    first = list(sources.records(config, tmp_path / "val"))
-    paths = [Path(record.place.path) for record in first if isinstance(record.place, FilePlace)]
+    first = list(open_source(config, tmp_path / "val"))
+    paths = [
+        Path(record.locator.path) for record in first if isinstance(record.locator, FileLocator)
+    ]
     times = [path.stat().st_mtime_ns for path in paths]
     assert [path.parent for path in paths] == [tmp_path / "val-source" / "val"] * 3
     assert all(len(record.captions) == 5 and record.extra["objects"] for record in first)
-    assert list(sources.records(config, tmp_path / "val")) == first
+    assert list(open_source(config, tmp_path / "val")) == first
     assert times == [path.stat().st_mtime_ns for path in paths]
 
 
@@ -145,18 +153,18 @@ def test_settings_that_do_nothing_are_refused(source: dict[str, Any], message: s
 )
 def test_local_files(tars: Path, location: str, expected: list[str]) -> None:
     names = [f"{tars}/{name}.tar" for name in expected]
-    assert sources.find_files(f"{tars}/{location}", ".tar") == names
+    assert find_files(f"{tars}/{location}", ".tar") == names
 
 
 def test_paths_count_from_here_and_from_the_project(tars: Path, elsewhere: Path) -> None:
     here = [str(Path("../tars/00000.tar")), str(Path("../tars/00001.tar"))]
-    assert sources.find_files("../tars/0*.tar", ".tar") == here
-    assert sources.find_files("pipeline/r*.py", ".py")[0] == str(ROOT / "pipeline" / "record.py")
+    assert find_files("../tars/0*.tar", ".tar") == here
+    assert find_files("pipeline/r*.py", ".py")[0] == str(ROOT / "pipeline" / "report.py")
 
 
 def test_a_name_with_braces_is_a_name(tars: Path) -> None:
     (tars / "{a,b}.tar").touch()
-    assert sources.find_files(f"{tars}/{{a,b}}.tar", ".tar") == [f"{tars}/{{a,b}}.tar"]
+    assert find_files(f"{tars}/{{a,b}}.tar", ".tar") == [f"{tars}/{{a,b}}.tar"]
 
 
 @pytest.mark.parametrize(
@@ -175,18 +183,18 @@ def test_local_files_that_are_not_there(tars: Path, location: str, message: str)
     (tars / "packed").mkdir()
     (tars / "packed" / "00000.tar.gz").touch()
     with pytest.raises(ValueError, match=f"^--source.images: {message}"):
-        sources.find_files(f"{tars}/{location}", ".tar")
+        find_files(f"{tars}/{location}", ".tar")
 
 
 def test_remote_files(memory: Any) -> None:
     for name in ("01.tar", "00.tar", "00.txt", "a/02.tar"):
         memory.pipe(f"/set/{name}", b"")
     both = ["memory:///set/00.tar", "memory:///set/01.tar"]
-    assert sources.find_files("memory://set", ".tar") == both
-    assert sources.find_files("memory://set/0*.tar", ".tar") == both
-    assert sources.find_files("memory://set/a/02.tar", ".tar") == ["memory:///set/a/02.tar"]
+    assert find_files("memory://set", ".tar") == both
+    assert find_files("memory://set/0*.tar", ".tar") == both
+    assert find_files("memory://set/a/02.tar", ".tar") == ["memory:///set/a/02.tar"]
     urls = ["http://host/00.tar?key=1", "http://host/01.tar?key=1"]
-    assert sources.find_files("http://host/{00..01}.tar?key=1", ".tar") == urls
+    assert find_files("http://host/{00..01}.tar?key=1", ".tar") == urls
 
 
 @pytest.mark.parametrize(
@@ -200,15 +208,15 @@ def test_remote_files(memory: Any) -> None:
 )
 def test_remote_files_that_cannot_be(location: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sources.find_files(location, ".tar")
+        find_files(location, ".tar")
 
 
 def test_short_names_tell_folders_apart() -> None:
     flat, deep = ["s3://b/x/00.tar", "s3://b/x/01.tar"], ["/d/x/00.tar", "/d/xy/00.tar"]
-    assert [short for _, short in sources.with_short_names(flat)] == ["00", "01"]
-    assert [short for _, short in sources.with_short_names(deep)] == ["x/00", "xy/00"]
+    assert [short for _, short in with_short_names(flat)] == ["00", "01"]
+    assert [short for _, short in with_short_names(deep)] == ["x/00", "xy/00"]
     signed = "https://h/a.tar?key=b/c.d"
-    assert sources.with_short_names([signed]) == [(signed, "a")]
+    assert with_short_names([signed]) == [(signed, "a")]
 
 
 @pytest.mark.parametrize("name", ["000000000001", "a-B_9", "x" * 80])
@@ -279,7 +287,7 @@ class Picture:
 
 def test_a_record_s_json() -> None:
     extra = {"file_name": "a.jpg", "image_id": 1}
-    record = Record(key="a", place=FilePlace("a.jpg"), captions=("c", "d"), extra=extra)
+    record = Record(key="a", locator=FileLocator("a.jpg"), captions=("c", "d"), extra=extra)
     meta = make_meta(record, truncated=[1], picture=Picture())
     assert json.loads(encode_meta(meta)) == {
         "captions": ["c", "d"],
@@ -300,8 +308,8 @@ def test_real_photographs_in_a_folder(coco_mini: Path, tmp_path: Path, kind: str
     found = read(kind="folder", images=str(tmp_path))
     assert [record.key for record in found] == sorted(record.key for record in expected)
     assert {r.key: _lines(r) for r in found} == {r.key: _lines(r) for r in expected}
-    assert {r.key: read_place(r.place) for r in found} == {
-        r.key: read_place(r.place) for r in expected
+    assert {r.key: read_image_bytes(r.locator) for r in found} == {
+        r.key: read_image_bytes(r.locator) for r in expected
     }
 
 
@@ -314,7 +322,7 @@ def _write_folder(folder: Path, kind: str, records: list[Record]) -> None:
     rows = []
     for record in records:
         name = f"{record.key}.jpg"
-        (folder / name).write_bytes(read_place(record.place))
+        (folder / name).write_bytes(read_image_bytes(record.locator))
         rows += [{"file_name": name, "text": text} for text in record.captions]
         if kind == "txt":
             (folder / f"{record.key}.txt").write_text("\n".join(_lines(record)), "utf-8")

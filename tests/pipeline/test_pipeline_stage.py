@@ -355,7 +355,7 @@ def test_finished_shards_are_not_encoded_again(
         patch.setattr("latent_t2i.pipeline.finish.finish_set", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(config)
-    monkeypatch.setattr("latent_t2i.pipeline.work.encode_views", None)
+    monkeypatch.setattr("latent_t2i.pipeline.workers.encode_views", None)
     assert make(config).num_records == 6
 
 

@@ -14,13 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_t2i.shards import inspect, verify
+from latent_t2i.shards import summary, verify
 from latent_t2i.shards.access import Access, fetch_buckets, make_loader, open_set
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.buckets import BucketedShards, Buckets, finish_buckets, open_buckets
 from latent_t2i.shards.loader import NUM_BUFFERS, BucketLoader, batches
-from latent_t2i.shards.reader import Gathered, ShardSet, open_shards
-from latent_t2i.shards.remote import RemoteError
+from latent_t2i.shards.reader import RawBatch, ShardSet, open_shards
+from latent_t2i.shards.remote.transport import RemoteError
 from latent_t2i.shards.schema import FormatError, Manifest, hash_json
 from tests.servers import QUICK, Server, serve
 from tests.shard_sets import make_examples, make_identity, make_provenance, write_buckets, write_set
@@ -74,18 +74,18 @@ def loader_of(
     return loader
 
 
-def copies(loader: BucketLoader, start: int, stop: int) -> list[Gathered]:
+def copies(loader: BucketLoader, start: int, stop: int) -> list[RawBatch]:
     """Batches in memory of their own."""
     return [
-        Gathered(**{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
+        RawBatch(**{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
         for batch in batches(loader, start=start, stop=stop)
     ]
 
 
-def assert_equal(found: list[Gathered], expected: list[Gathered]) -> None:
+def assert_equal(found: list[RawBatch], expected: list[RawBatch]) -> None:
     """Compares every tensor bit by bit."""
     for first, second in zip(found, expected, strict=True):
-        for field in fields(Gathered):
+        for field in fields(RawBatch):
             assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
 
 
@@ -367,10 +367,10 @@ def test_what_is_in_no_bucket_or_in_two_is_a_fault(folder: Path) -> None:
     assert "key '00-3-000009': expected no record, since it is listed as left out" in faults[-1]
 
 
-def test_inspect_tells_of_all_and_of_each(
+def test_summary_tells_of_all_and_of_each(
     sound: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(inspect, monkeypatch, sound) == 0
+    assert run(summary, monkeypatch, sound) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(sound)
     assert "  records         38 in 4 buckets, 1 left out" in lines
@@ -382,24 +382,24 @@ def test_inspect_tells_of_all_and_of_each(
     assert max(len(line) for line in lines if str(sound) not in line) <= 80
 
 
-def test_inspect_draws_a_sheet_for_each(
+def test_summary_draws_a_sheet_for_each(
     sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def draw(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str:
         out.touch()
         return f"{out}: drawn"
 
-    monkeypatch.setattr(inspect, "draw_sheet", draw)
+    monkeypatch.setattr(summary, "draw_sheet", draw)
     out = tmp_path / "sheet.png"
-    assert run(inspect, monkeypatch, sound, "--decode", "2", "--out", str(out)) == 0
+    assert run(summary, monkeypatch, sound, "--decode", "2", "--out", str(out)) == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {f"sheet-{name}.png" for name in SIZES}
 
 
-def test_inspect_of_a_set_that_does_not_open(
+def test_summary_of_a_set_that_does_not_open(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "buckets.json").unlink()
-    assert run(inspect, monkeypatch, folder) == 2
+    assert run(summary, monkeypatch, folder) == 2
     assert "buckets.json: missing (stage one did not finish" in capsys.readouterr().err
 
 
@@ -417,9 +417,9 @@ def test_ranks_together_make_the_global_batches(sound: Path, num_processes: int)
     for step, batch in enumerate(whole):
         joined = {
             f.name: torch.cat([getattr(part[step], f.name) for part in parts])
-            for f in fields(Gathered)
+            for f in fields(RawBatch)
         }
-        assert_equal([Gathered(**joined)], [batch])
+        assert_equal([RawBatch(**joined)], [batch])
 
 
 @given(
@@ -506,7 +506,7 @@ def test_suspects_are_the_buckets_records_that_are_not_finite(folder: Path) -> N
     keys = {step: shards.keys(loader.order.records(step)) for step in steps}
     for step in steps:
         bad = [key for key in keys[step] if key == "10-3-000002"]
-        assert loader.suspects(step) == (bad or keys[step])
+        assert loader.nonfinite_keys(step) == (bad or keys[step])
     assert any("10-3-000002" in found for found in keys.values())
 
 

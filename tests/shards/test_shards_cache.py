@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from latent_t2i.shards import cache
 from latent_t2i.shards.access import Access, make_loader, open_set
-from latent_t2i.shards.cache import CachedShards, CacheLoader, check_cache, parts
 from latent_t2i.shards.loader import MapLoader, batches
 from latent_t2i.shards.order import Order, choices
-from latent_t2i.shards.reader import Gathered, open_shards
-from latent_t2i.shards.remote import RemoteError
+from latent_t2i.shards.reader import RawBatch, open_shards
+from latent_t2i.shards.remote import cache
+from latent_t2i.shards.remote.cache import CachedShards, CacheLoader, check_cache, parts
+from latent_t2i.shards.remote.store import default_cache_dir, open_store
+from latent_t2i.shards.remote.transport import RemoteError
 from latent_t2i.shards.schema import FormatError, Manifest
-from latent_t2i.shards.store import default_cache_dir, open_store
 from tests.servers import QUICK, Server, serve, serve_s3
 from tests.shard_sets import make_examples, write_set
 
@@ -63,15 +63,15 @@ def open_cache(tmp_path: Path, server: Server) -> Iterator[Callable[..., CachedS
         shards.close()
 
 
-def copies(loader: Any, start: int, stop: int) -> list[Gathered]:
+def copies(loader: Any, start: int, stop: int) -> list[RawBatch]:
     """A loader's batches, in memory of their own."""
     return [
-        Gathered(**{name: getattr(batch, name).clone() for name in FIELDS})
+        RawBatch(**{name: getattr(batch, name).clone() for name in FIELDS})
         for batch in batches(loader, start=start, stop=stop)
     ]
 
 
-def assert_equal(ours: list[Gathered], theirs: list[Gathered]) -> None:
+def assert_equal(ours: list[RawBatch], theirs: list[RawBatch]) -> None:
     """Compares batches bit by bit."""
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
@@ -308,7 +308,7 @@ def test_a_full_disk_is_named_with_the_shard(
         raise OSError(28, "No space left on device")
 
     shards = open_cache()
-    monkeypatch.setattr("latent_t2i.shards.store.os.fsync", full)
+    monkeypatch.setattr("latent_t2i.shards.remote.store.os.fsync", full)
     order = shards.order(batch_size=8, seed=0)
     with pytest.raises(OSError, match="No space left"):
         copies(CacheLoader(shards=shards, order=order), 0, 1)
@@ -347,7 +347,7 @@ def test_suspects_are_found_though_their_shards_are_gone(
     loader = CacheLoader(shards=shards, order=order)
     copies(loader, 0, 10)
     plain = MapLoader(shards=mapped, order=order)
-    assert loader.suspects(0) == plain.suspects(0)
+    assert loader.nonfinite_keys(0) == plain.nonfinite_keys(0)
     assert shards.meta(40) == mapped.meta(40)
 
 
@@ -406,9 +406,9 @@ def test_another_set_never_mixes_and_goes_when_room_is_needed(
 SHARE = """
 import sys
 from pathlib import Path
-from latent_t2i.shards.cache import CachedShards, CacheLoader
+from latent_t2i.shards.remote.cache import CachedShards, CacheLoader
 from latent_t2i.shards.loader import batches
-from latent_t2i.shards.store import open_store
+from latent_t2i.shards.remote.store import open_store
 url, folder, bound, rank = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 shards = CachedShards(open_store(url, folder, bound))
 order = shards.order(batch_size=8, seed=3, shuffle="blocks", window_shards=2)
@@ -448,7 +448,7 @@ def test_sets_opened_twice_fetch_each_shard_once(
     server.before = lambda name: time.sleep(0.02)
     both = [open_cache(), open_cache()]
     order = both[0].order(batch_size=8, seed=0)
-    made: list[list[Gathered]] = [[], []]
+    made: list[list[RawBatch]] = [[], []]
 
     def make(index: int) -> None:
         made[index] = copies(CacheLoader(shards=both[index], order=order), 0, 6)

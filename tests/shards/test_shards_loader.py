@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from latent_t2i.shards.loader import NUM_BUFFERS, MapLoader, batches, prefetch
-from latent_t2i.shards.reader import Gathered, open_shards
+from latent_t2i.shards.reader import RawBatch, open_shards
 from tests import shard_sets, tiny
 
 
@@ -22,14 +22,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def copy(batch: Gathered) -> Gathered:
+def copy(batch: RawBatch) -> RawBatch:
     """The batch in memory of its own."""
-    return Gathered(**{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
+    return RawBatch(**{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
 
 
-def assert_equal(first: Gathered, second: Gathered) -> None:
+def assert_equal(first: RawBatch, second: RawBatch) -> None:
     """Compares every tensor bit by bit."""
-    for field in fields(Gathered):
+    for field in fields(RawBatch):
         assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
 
 
@@ -40,10 +40,10 @@ def make_loader(folder: Path, *, rank: int = 0, num_processes: int = 1) -> MapLo
     return MapLoader(shards=shards, order=order, rank=rank, num_processes=num_processes)
 
 
-def join(parts: list[Gathered]) -> Gathered:
+def join(parts: list[RawBatch]) -> RawBatch:
     """The parts of several ranks, one after the other."""
-    return Gathered(
-        **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Gathered)}
+    return RawBatch(
+        **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(RawBatch)}
     )
 
 
@@ -160,8 +160,8 @@ def test_suspects_are_the_records_that_are_not_finite(tmp_path: Path) -> None:
     bad_step = next(step for step in range(2) if 8 in order.records(step))
     for rank in range(2):  # every rank names what any rank saw
         loader = MapLoader(shards=shards, order=order, rank=rank, num_processes=2)
-        assert loader.suspects(bad_step) == ["01-3-000002"]
-        assert loader.suspects(1 - bad_step) == shards.keys(order.records(1 - bad_step))
+        assert loader.nonfinite_keys(bad_step) == ["01-3-000002"]
+        assert loader.nonfinite_keys(1 - bad_step) == shards.keys(order.records(1 - bad_step))
 
 
 def test_a_thousand_shards_are_one_gather(tmp_path: Path) -> None:

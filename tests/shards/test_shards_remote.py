@@ -11,7 +11,14 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from latent_t2i.shards.remote import RemoteError, Retry, is_remote, join, open_stream, read_file
+from latent_t2i.shards.remote.transport import (
+    RemoteError,
+    Retry,
+    is_remote,
+    join,
+    open_stream,
+    read_file,
+)
 from latent_t2i.shards.schema import FormatError
 from tests.servers import QUICK, Server, serve, serve_s3
 

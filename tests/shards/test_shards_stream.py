@@ -15,9 +15,9 @@ import torch
 from latent_t2i.shards.access import Access, choose_kind, make_loader, open_set
 from latent_t2i.shards.loader import batches
 from latent_t2i.shards.reader import ShardSet, open_shards
-from latent_t2i.shards.remote import RemoteError
+from latent_t2i.shards.remote.stream import StreamLoader, open_streamed
+from latent_t2i.shards.remote.transport import RemoteError
 from latent_t2i.shards.schema import FormatError, Manifest
-from latent_t2i.shards.stream import StreamLoader, open_streamed
 from tests.servers import QUICK, Server, serve, serve_s3
 from tests.shard_sets import make_examples, write_set
 
@@ -57,7 +57,7 @@ def keys_of(loader: StreamLoader, start: int, stop: int) -> list[str]:
     """The keys of some steps, in order."""
     for _ in batches(loader, start=start, stop=stop):
         pass
-    return [key for step in range(start, stop) for key in loader.suspects(step)]
+    return [key for step in range(start, stop) for key in loader.nonfinite_keys(step)]
 
 
 def all_keys(folder: Path) -> list[str]:
@@ -117,7 +117,7 @@ def assert_fields(folder: Path, loader: StreamLoader) -> None:
     numbers = {key: number for number, key in enumerate(all_keys(folder))}
     chosen: Counter[tuple[int, int]] = Counter()
     for step, batch in enumerate(batches(loader, start=0, stop=18)):
-        records = np.array([numbers[key] for key in loader.suspects(step)])
+        records = np.array([numbers[key] for key in loader.nonfinite_keys(step)])
         for row, record in enumerate(records):
             view, caption = find_items(mapped, int(record), batch.latent[row], batch.text[row])
             assert torch.equal(batch.tokens[row], gather(mapped, int(record), caption, 0).tokens[0])
@@ -333,8 +333,8 @@ def test_nothing_is_kept_on_disk(
 def test_only_recent_suspects_are_known(folder: Path) -> None:
     loader = make(folder)
     keys_of(loader, 0, 3)
-    assert len(loader.suspects(2)) == 4
-    assert loader.suspects(3) == loader.suspects(-1) == []
+    assert len(loader.nonfinite_keys(2)) == 4
+    assert loader.nonfinite_keys(3) == loader.nonfinite_keys(-1) == []
 
 
 def test_each_access_has_its_loader(folder: Path, server: Server, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import count_steps, validate
 from tests import shard_sets, tiny
 from tests.servers import serve
-from tests.train import teams
+from tests.train import process_groups
 from tests.train.conftest import MakeConfig
 
 SIZES = {"32x96": (3,), "64x64": (10, 4), "96x32": (9,)}
@@ -46,7 +46,7 @@ def bucketed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("images_per_s", "train_s", "ledger")
+    clock = ("images_per_s", "train_s", "time_breakdown")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
@@ -160,7 +160,7 @@ def test_two_processes_give_the_losses_of_one(
 ) -> None:
     train(make_config(shards=str(bucketed), out=str(tmp_path / "one")))
     config = make_config(shards=str(bucketed))
-    teams.finish_team(teams.start_team(forks, config, num_processes=2))
+    process_groups.finish(process_groups.start(forks, config, num_processes=2))
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "run")
     assert len(one) == len(two) == 3
     for first, second in zip(one, two, strict=True):

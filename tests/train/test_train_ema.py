@@ -23,7 +23,7 @@ from latent_t2i.shards.reader import ShardSet
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.loop import train
 from tests import tiny
-from tests.train import teams
+from tests.train import process_groups
 from tests.train.conftest import MakeConfig
 
 SEVERAL = EMAConfig(decay=0.9, sigma_rels=(0.05, 0.1), snapshot_every_steps=2)
@@ -127,7 +127,7 @@ def test_two_processes_keep_the_averages_of_one(
     make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     one = train(make_config(out=str(tmp_path / "one"), ema=SEVERAL)).parent
-    teams.finish_team(teams.start_team(forks, make_config(ema=SEVERAL), num_processes=2))
+    process_groups.finish(process_groups.start(forks, make_config(ema=SEVERAL), num_processes=2))
     two = tmp_path / "run"
     assert files(one).keys() == files(two).keys()
     ends = [load_file(p / "checkpoints/step-00000010/ema.safetensors") for p in (one, two)]

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from latent_t2i.train import copies, loop
+from latent_t2i.train import device, loop
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import OptimConfig, TrainConfig
-from latent_t2i.train.copies import Courier
+from latent_t2i.train.device import DevicePrefetcher
 from latent_t2i.train.graph import NUM_STEPS_BEFORE, Outcome
 from latent_t2i.train.setup import Run, start
 from tests import tiny
@@ -142,11 +142,11 @@ def test_copies_go_beside_the_steps_which_wait_for_them(monkeypatch: pytest.Monk
         yield
         log.append(f"out of {found.name}")
 
-    monkeypatch.setattr(copies.torch.cuda, "stream", stream)
-    monkeypatch.setattr(copies.torch.cuda, "current_stream", lambda device: steps)
-    monkeypatch.setattr(copies, "_used_by", lambda tensor, by: log.append(f"used by {by.name}"))
-    courier = Courier(torch.device("cpu"))
-    courier._stream = side  # type: ignore[assignment]
+    monkeypatch.setattr(device.torch.cuda, "stream", stream)
+    monkeypatch.setattr(device.torch.cuda, "current_stream", lambda device: steps)
+    monkeypatch.setattr(device, "_used_by", lambda tensor, by: log.append(f"used by {by.name}"))
+    prefetcher = DevicePrefetcher(torch.device("cpu"))
+    prefetcher._stream = side  # type: ignore[assignment]
 
     class Shipped:
         def to(self, device: torch.device) -> "Shipped":
@@ -156,8 +156,8 @@ def test_copies_go_beside_the_steps_which_wait_for_them(monkeypatch: pytest.Monk
         def map(self, change: Callable[[Any], Any]) -> None:
             change(None)
 
-    batch: Any = courier.next(iter([Shipped()]))  # type: ignore[list-item]
-    assert courier.bring(batch) is batch
+    batch: Any = prefetcher.next(iter([Shipped()]))  # type: ignore[list-item]
+    assert prefetcher.bring(batch) is batch
     assert log == [
         *("into copies", "out of copies"),
         *("into copies", "copy", "copies: event", "out of copies"),
@@ -169,8 +169,8 @@ def test_on_a_cpu_a_batch_is_where_it_has_to_be() -> None:
     one = torch.zeros(1)
     parts = ("latent", "text", "tokens", "drop", "timesteps", "posterior_noise", "noise")
     batch = Batch(**dict.fromkeys(parts, one))
-    courier = Courier(torch.device("cpu"))
-    assert courier.bring(courier.next(iter([batch]))).latent is one
+    prefetcher = DevicePrefetcher(torch.device("cpu"))
+    assert prefetcher.bring(prefetcher.next(iter([batch]))).latent is one
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.loop import train
 from latent_t2i.train.stop import Reason, Stop
-from tests.train import teams
+from tests.train import process_groups
 from tests.train.conftest import MakeConfig
 from tests.train.test_train_launch import SCRIPT, environment, flags
 
@@ -85,7 +85,7 @@ def test_killed_at_random_moments(
     num_steps: int,
 ) -> None:
     whole = make_config(**settings(num_steps), out=str(tmp_path / "whole"))
-    teams.finish_team(teams.start_team(forks, whole, num_processes=num_processes))
+    process_groups.finish(process_groups.start(forks, whole, num_processes=num_processes))
     config = make_config(**settings(num_steps))
 
     def kill(team: list[Any]) -> None:
@@ -98,13 +98,13 @@ def test_killed_at_random_moments(
     left = kill_often(
         tmp_path / "run",
         num_kills,
-        lambda: teams.start_team(forks, config, num_processes=num_processes),
+        lambda: process_groups.start(forks, config, num_processes=num_processes),
         lambda team: all(process.is_alive() for process in team),
         kill,
     )
     assert "" < left[-1] < f"step-{num_steps:08d}"
-    teams.finish_team(teams.start_team(forks, config, num_processes=num_processes))
-    teams.assert_same_end(tmp_path / "run", tmp_path / "whole")
+    process_groups.finish(process_groups.start(forks, config, num_processes=num_processes))
+    process_groups.assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_the_command_killed_thirty_times(
     )
     assert len(set(left)) > NUM_KILLS / 2
     assert start(config).wait() == 0
-    teams.assert_same_end(tmp_path / "run", tmp_path / "whole")
+    process_groups.assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_signal_at_any_step_saves_it_and_goes_on(
@@ -156,7 +156,7 @@ def test_a_signal_at_any_step_saves_it_and_goes_on(
                 train(make_config())
         assert newest_name(tmp_path / "run") == (f"step-{step:08d}" if step else "")
     train(make_config())
-    teams.assert_same_end(tmp_path / "run", tmp_path / "whole")
+    process_groups.assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -164,13 +164,13 @@ def test_a_signal_to_one_of_two_processes(
     make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     whole = make_config(**settings(60), out=str(tmp_path / "whole"))
-    teams.finish_team(teams.start_team(forks, whole, num_processes=2))
+    process_groups.finish(process_groups.start(forks, whole, num_processes=2))
     config = make_config(**settings(60))
-    team = teams.start_team(forks, config, num_processes=2)
+    team = process_groups.start(forks, config, num_processes=2)
     run = tmp_path / "run"
     wait_until(lambda: newest_name(run) >= "step-00000004", team[1].is_alive)
     os.kill(team[1].pid or 0, signal.SIGTERM)
-    teams.finish_team(team, 128 + signal.SIGTERM)
+    process_groups.finish(team, 128 + signal.SIGTERM)
     assert newest_name(run) < "step-00000060"
-    teams.finish_team(teams.start_team(forks, config, num_processes=2))
-    teams.assert_same_end(run, tmp_path / "whole")
+    process_groups.finish(process_groups.start(forks, config, num_processes=2))
+    process_groups.assert_same_end(run, tmp_path / "whole")

@@ -42,7 +42,7 @@ def metrics(folder: str | Path | None) -> list[dict[str, Any]]:
     lines = [
         json.loads(line) for line in (Path(str(folder)) / "metrics.jsonl").read_text().splitlines()
     ]
-    clock = ("images_per_s", "train_s", "ledger")
+    clock = ("images_per_s", "train_s", "time_breakdown")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
 
 
@@ -72,7 +72,7 @@ def test_a_run_leaves_a_stock_pipeline_and_its_figures(make_config: MakeConfig) 
     ]
     assert [line["step"] for line in lines] == [4, 8, 10]
     assert lines[-1]["epoch"] == pytest.approx(10 * 4 / 24)
-    assert sum(lines[0]["ledger"].values()) == pytest.approx(1.0)
+    assert sum(lines[0]["time_breakdown"].values()) == pytest.approx(1.0)
     checkpoints = sorted(p.name for p in (bundle.parent / "checkpoints").iterdir())
     assert checkpoints == ["step-00000009", "step-00000010"]
     info = read_info(bundle)

@@ -9,7 +9,7 @@ import pytest
 
 from latent_t2i.train.config import DataConfig
 from tests import tiny
-from tests.train import teams
+from tests.train import process_groups
 from tests.train.conftest import MakeConfig
 
 RELATIVE = 1e-5
@@ -20,7 +20,7 @@ def train_on(
 ) -> Path:
     """Trains on so many processes, whose weights and averages end the same; returns the run."""
     config = make_config(batch_size=8, log_every_steps=1, checkpoint_every_steps=100, **changes)
-    teams.finish_team(teams.start_team(forks, config, num_processes=num_processes))
+    process_groups.finish(process_groups.start(forks, config, num_processes=num_processes))
     run = Path(str(config.out))
     told = [json.loads((run / f"rank-{n}.json").read_text()) for n in range(num_processes)]
     assert len(set(told)) == 1
@@ -29,7 +29,7 @@ def train_on(
 
 def assert_same_losses(run: Path, reference: Path, num_steps: int) -> None:
     """Compares two runs' losses and gradient norms step by step."""
-    ours, theirs = teams.metrics(run), teams.metrics(reference)
+    ours, theirs = process_groups.metrics(run), process_groups.metrics(reference)
     assert len(ours) == len(theirs) == num_steps
     for line, wanted in zip(ours, theirs, strict=True):
         for key in ("loss", "grad_norm"):
@@ -58,10 +58,10 @@ def test_two_processes_roll_back_together(
         max_bad_steps=1,
         data=DataConfig(shuffle="none"),
     )
-    teams.finish_team(teams.start_team(forks, config, num_processes=2), exit_code=1)
+    process_groups.finish(process_groups.start(forks, config, num_processes=2), exit_code=1)
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["step-00000001"]
-    assert teams.metrics(tmp_path / "run")[-1]["skipped"] == 2
+    assert process_groups.metrics(tmp_path / "run")[-1]["skipped"] == 2
 
 
 @pytest.mark.slow

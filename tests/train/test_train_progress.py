@@ -1,4 +1,4 @@
-"""The figures of an interval, its unfinished rest in a checkpoint, and the ledger."""
+"""The figures of an interval, its unfinished rest in a checkpoint, and the time_breakdown."""
 
 import io
 import json
@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from latent_t2i.train.ledger import PHASES, Ledger
 from latent_t2i.train.progress import BAR, Progress, describe, shorten, truncate_metrics
+from latent_t2i.train.step_timer import PHASES, StepTimer
 
 
 def make(folder: Path, interval: int = 4) -> Progress:
@@ -76,18 +76,18 @@ def test_long_lists_are_shortened() -> None:
 
 def test_the_ledger_divides_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr("latent_t2i.train.ledger.time.perf_counter", lambda: now)
-    ledger = Ledger(torch.device("cpu"))
-    with ledger.phase("data"):
+    monkeypatch.setattr("latent_t2i.train.step_timer.time.perf_counter", lambda: now)
+    timer = StepTimer(torch.device("cpu"))
+    with timer.phase("data"):
         now += 1
     for _ in range(2):
-        with ledger.phase("denoise"):
+        with timer.phase("denoise"):
             now += 1
     now += 1
     shares = {**dict.fromkeys(PHASES, 0.0), "data": 0.25, "denoise": 0.5, "other": 0.25}
-    assert ledger.read() == (4.0, shares)
+    assert timer.read() == (4.0, shares)
     now += 2
-    assert ledger.read() == (2.0, {**dict.fromkeys(PHASES, 0.0), "other": 1.0})
+    assert timer.read() == (2.0, {**dict.fromkeys(PHASES, 0.0), "other": 1.0})
 
 
 LINE = {
@@ -96,7 +96,7 @@ LINE = {
     "skipped": 12,
     "epoch": 98.76543,
     "images_per_s": 12345.6,
-    "ledger": {"data": 0.1234},
+    "time_breakdown": {"data": 0.1234},
 }
 
 

@@ -52,7 +52,9 @@ def test_tensorboard_gets_the_lines_and_a_resumed_run_goes_on_in_its_place(
     assert [line["step"] for line in lines] == [4, 8, 12, 16]
     expected = [(line["step"], pytest.approx(line["loss"])) for line in lines]
     assert found["train/loss"] == expected
-    assert {"train/ledger/data", "train/images_per_s", "train/skipped", "train/lr"} <= set(found)
+    assert {"train/time_breakdown/data", "train/images_per_s", "train/skipped", "train/lr"} <= set(
+        found
+    )
     assert [step for step, _ in found["previews"]] == [4, 8, 12, 16]
     assert [path.name for path in (folder / "tracker").iterdir() if path.is_dir()] == ["latent-t2i"]
 
@@ -128,5 +130,10 @@ def test_wandb_goes_on_with_the_run_of_the_folder(
 
 
 def test_lines_are_flattened_to_numbers() -> None:
-    line = {"step": 1, "loss": None, "ledger": {"data": 0.5}, "validation": {"loss": 1.5, "w": "e"}}
-    assert dict(flatten(line)) == {"step": 1, "ledger/data": 0.5, "validation/loss": 1.5}
+    line = {
+        "step": 1,
+        "loss": None,
+        "time_breakdown": {"data": 0.5},
+        "validation": {"loss": 1.5, "w": "e"},
+    }
+    assert dict(flatten(line)) == {"step": 1, "time_breakdown/data": 0.5, "validation/loss": 1.5}

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from latent_t2i.pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions, encode_views
 from latent_t2i.pipeline.images import Picture, Preprocessing, UnreadableImageError, load
-from latent_t2i.pipeline.places import PlaceError, read_place
-from latent_t2i.pipeline.record import Record, make_meta
+from latent_t2i.pipeline.sources.locators import LocatorError, read_image_bytes
+from latent_t2i.pipeline.sources.record import Record, make_meta
 from latent_t2i.shards.schema import Example
 
 GPU_STREAMS = 2
@@ -51,7 +51,7 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LeftOut:
+class Skipped:
     """A record that cannot be written, and why."""
 
     key: str
@@ -80,11 +80,11 @@ class Outcome:
     """What became of a batch's records, in order."""
 
     tag: Any
-    items: list[Example | LeftOut]
+    items: list[Example | Skipped]
     is_last: bool
 
 
-class Crew:
+class EncoderPool:
     """The threads of a process that decode and encode."""
 
     def __init__(
@@ -178,8 +178,8 @@ Encoded = tuple[dict[str, Text], list[Seen]]
 def load_record(record: Record, how: Preprocessing) -> Loaded:
     """Returns a record's picture, or why there is none."""
     try:
-        return load(read_place(record.place), how, key=record.key)
-    except (FileNotFoundError, PlaceError) as error:
+        return load(read_image_bytes(record.locator), how, key=record.key)
+    except (FileNotFoundError, LocatorError) as error:
         return UnreadableImageError(str(error))
     except UnreadableImageError as error:
         return error
@@ -212,15 +212,15 @@ def cut_batches(
         )
 
 
-def _item(seen: Seen, texts: dict[str, Text]) -> Example | LeftOut:
+def _item(seen: Seen, texts: dict[str, Text]) -> Example | Skipped:
     record, picture, latent = seen
     found = [texts[caption] for caption in record.captions]
     if isinstance(picture, UnreadableImageError):
-        return LeftOut(key=record.key, reason=str(picture))
+        return Skipped(key=record.key, reason=str(picture))
     if latent is None or not np.isfinite(latent).all():
-        return LeftOut(key=record.key, reason="latent is not finite in float16")
+        return Skipped(key=record.key, reason="latent is not finite in float16")
     if not all(text.is_finite for text in found):
-        return LeftOut(key=record.key, reason="text is not finite in float16")
+        return Skipped(key=record.key, reason="text is not finite in float16")
     truncated = [index for index, text in enumerate(found) if text.is_cut]
     return Example(
         key=record.key,

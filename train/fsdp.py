@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def share_out(unet: UNet2DConditionModel, accelerator: Accelerator) -> None:
+def apply_fsdp(unet: UNet2DConditionModel, accelerator: Accelerator) -> None:
     """Leaves this process its share of each weight, in place; all processes must hold the same.
 
     Weights travel in the precision of training, gradients are added up in float32.
@@ -56,7 +56,7 @@ def without_exchange(
             yield
 
 
-def whole(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Returns whole tensors, of shared ones on the CPU; nothing in processes that do not `keep`.
 
     All processes must call it alike.

@@ -31,8 +31,8 @@ from webdataset.filters import shuffle
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from latent_t2i.shards.order import Order, mixed_seed
-from latent_t2i.shards.reader import Gathered, ShardSet
-from latent_t2i.shards.remote import (
+from latent_t2i.shards.reader import RawBatch, ShardSet
+from latent_t2i.shards.remote.transport import (
     RemoteError,
     Retry,
     fetch_manifest,
@@ -43,8 +43,8 @@ from latent_t2i.shards.remote import (
 from latent_t2i.shards.schema import MEMBERS, Field, FormatError, Layout, Manifest, ShardEntry
 
 STEPS_REMEMBERED = 1000
-"""For how many steps the keys are kept, to name suspects."""
-ARRAYS = tuple(part.name for part in fields(Gathered))
+"""For how many steps the keys are kept, to name nonfinite_keys."""
+ARRAYS = tuple(part.name for part in fields(RawBatch))
 
 
 class StreamedShards(ShardSet):
@@ -270,11 +270,11 @@ class StreamLoader:
         self._next_step = -1
         self._keys: deque[tuple[int, list[str]]] = deque(maxlen=STEPS_REMEMBERED)
 
-    def buffer(self, *, pin_memory: bool = False) -> Gathered:
+    def buffer(self, *, pin_memory: bool = False) -> RawBatch:
         """Returns an empty batch of this process's size."""
         return self._shards.buffer(self._batch_size, pin_memory=pin_memory)
 
-    def fill(self, step: int, out: Gathered) -> Gathered:
+    def fill(self, step: int, out: RawBatch) -> RawBatch:
         """Puts this process's next batch into `out`.
 
         Raises RemoteError and FormatError as reading the shards does.
@@ -293,7 +293,7 @@ class StreamLoader:
         self._next_step = step + 1
         return out
 
-    def suspects(self, step: int) -> list[str]:
+    def nonfinite_keys(self, step: int) -> list[str]:
         """Returns the keys of a recent step's records of this process; none of an older step's."""
         return next((keys for past, keys in self._keys if past == step), [])
 

@@ -13,29 +13,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latent_t2i.pipeline import places
-from latent_t2i.pipeline.places import (
-    FilePlace,
-    ParquetPlace,
-    Place,
-    PlaceError,
+from latent_t2i.pipeline.sources import locators
+from latent_t2i.pipeline.sources.locators import (
+    FileLocator,
+    ImageLocator,
+    LocatorError,
+    ParquetLocator,
     RowGroups,
-    TarPlace,
-    place_from_json,
-    place_name,
-    place_to_json,
-    read_place,
+    TarLocator,
+    locator_from_json,
+    locator_name,
+    locator_to_json,
+    read_image_bytes,
 )
-from latent_t2i.shards.remote import RemoteError
+from latent_t2i.shards.remote.transport import RemoteError
 from tests import servers
 from tests.servers import QUICK, Handler, serve, serve_s3
 
 CONTENT = bytes(range(256)) * 40
-PLACES: list[Place] = [
-    FilePlace("/data/a/é.jpg"),
-    FilePlace("/data/\udcff.jpg"),
-    TarPlace("s3://bucket/00000.tar", 1536, 40_960, "00000.tar/000000000.jpg"),
-    ParquetPlace("hf://datasets/a/b/train.parquet", 3, 12, "image.bytes"),
+PLACES: list[ImageLocator] = [
+    FileLocator("/data/a/é.jpg"),
+    FileLocator("/data/\udcff.jpg"),
+    TarLocator("s3://bucket/00000.tar", 1536, 40_960, "00000.tar/000000000.jpg"),
+    ParquetLocator("hf://datasets/a/b/train.parquet", 3, 12, "image.bytes"),
 ]
 
 
@@ -62,9 +62,9 @@ class RangeHandler(Handler):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts without waits, a server that knows ranges, and no row groups of another test."""
-    monkeypatch.setattr(places, "RETRY", QUICK)
+    monkeypatch.setattr(locators, "RETRY", QUICK)
     monkeypatch.setattr(servers, "Handler", RangeHandler)
-    monkeypatch.setattr(places, "ROW_GROUPS", RowGroups(places.KEPT_BYTES))
+    monkeypatch.setattr(locators, "ROW_GROUPS", RowGroups(locators.KEPT_BYTES))
 
 
 @pytest.fixture
@@ -86,57 +86,58 @@ def write_parquet(path: Path, rows: list[Any], *, rows_per_group: int = 2, **kwa
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_places_go_through_json(place: Place) -> None:
-    assert place_from_json(json.loads(json.dumps(place_to_json(place)))) == place
+def test_places_go_through_json(place: ImageLocator) -> None:
+    assert locator_from_json(json.loads(json.dumps(locator_to_json(place)))) == place
 
 
 def test_a_place_of_another_kind() -> None:
     with pytest.raises(ValueError, match="a place of kind 'zip', expected one of file, tar, parq"):
-        place_from_json(["zip", "a.zip"])
+        locator_from_json(["zip", "a.zip"])
 
 
 def test_names_are_the_same_wherever_the_files_lie() -> None:
-    names = [place_name(place) for place in PLACES]
+    names = [locator_name(place) for place in PLACES]
     assert names == [
         "é.jpg",
         "?.jpg",
         "00000.tar/000000000.jpg",
         "train.parquet row group 3 row 12",
     ]
-    signed = ParquetPlace("https://host/a.parquet?key=b/c", 0, 1, "image")
-    assert place_name(signed) == "a.parquet row group 0 row 1"
+    signed = ParquetLocator("https://host/a.parquet?key=b/c", 0, 1, "image")
+    assert locator_name(signed) == "a.parquet row group 0 row 1"
 
 
 def test_a_file(folder: Path) -> None:
-    assert read_place(FilePlace(str(folder / "a.tar"))) == CONTENT
+    assert read_image_bytes(FileLocator(str(folder / "a.tar"))) == CONTENT
 
 
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
-        (FilePlace(""), "cannot be read: Is a directory"),
-        (FilePlace("a.tar/b"), "cannot be read: Not a directory"),
-        (FilePlace("x" * 300), "cannot be read: File name too long"),
-        (FilePlace("a\0b"), "cannot be read: embedded null byte"),
-        (TarPlace("a.tar", 10_000, 1000, "a.tar/b"), "ended after 240 of its 1000 bytes"),
+        (FileLocator(""), "cannot be read: Is a directory"),
+        (FileLocator("a.tar/b"), "cannot be read: Not a directory"),
+        (FileLocator("x" * 300), "cannot be read: File name too long"),
+        (FileLocator("a\0b"), "cannot be read: embedded null byte"),
+        (TarLocator("a.tar", 10_000, 1000, "a.tar/b"), "ended after 240 of its 1000 bytes"),
     ],
 )
 def test_reasons_name_no_folders(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, place: Place, reason: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, place: ImageLocator, reason: str
 ) -> None:
     monkeypatch.chdir(folder)
-    with pytest.raises(PlaceError) as error:
-        read_place(place)
+    with pytest.raises(LocatorError) as error:
+        read_image_bytes(place)
     assert str(error.value) == reason
 
 
 @pytest.mark.parametrize(
-    "place", [FilePlace("no"), TarPlace("no", 0, 1, "no/a"), ParquetPlace("no", 0, 0, "image")]
+    "place",
+    [FileLocator("no"), TarLocator("no", 0, 1, "no/a"), ParquetLocator("no", 0, 0, "image")],
 )
-def test_missing_files(folder: Path, monkeypatch: pytest.MonkeyPatch, place: Place) -> None:
+def test_missing_files(folder: Path, monkeypatch: pytest.MonkeyPatch, place: ImageLocator) -> None:
     monkeypatch.chdir(folder)
     with pytest.raises(FileNotFoundError, match=r"^missing file$"):
-        read_place(place)
+        read_image_bytes(place)
 
 
 def test_what_is_the_machine_s_fault_is_not_the_image_s(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,25 +146,25 @@ def test_what_is_the_machine_s_fault_is_not_the_image_s(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(OSError, match="Too many open files") as error:
-        read_place(FilePlace("a"))
-    assert not isinstance(error.value, PlaceError)
+        read_image_bytes(FileLocator("a"))
+    assert not isinstance(error.value, LocatorError)
 
 
 def test_a_stretch_of_a_local_tar(folder: Path) -> None:
-    place = TarPlace(str(folder / "a.tar"), 300, 40, "a.tar/b")
-    assert read_place(place) == CONTENT[300:340]
-    assert read_place(replace(place, num_bytes=0)) == b""
+    place = TarLocator(str(folder / "a.tar"), 300, 40, "a.tar/b")
+    assert read_image_bytes(place) == CONTENT[300:340]
+    assert read_image_bytes(replace(place, num_bytes=0)) == b""
 
 
 def test_a_stretch_of_a_tar_on_a_server(folder: Path) -> None:
     with serve(folder) as server:
-        place = TarPlace(f"{server.url}/a.tar", 300, 40, "a.tar/b")
+        place = TarLocator(f"{server.url}/a.tar", 300, 40, "a.tar/b")
         server.faults["a.tar"] = ["503", "hang up"]
-        assert read_place(place) == CONTENT[300:340]
-        assert read_place(replace(place, num_bytes=0)) == b""
+        assert read_image_bytes(place) == CONTENT[300:340]
+        assert read_image_bytes(replace(place, num_bytes=0)) == b""
         assert server.counts == {"a.tar": 3}
         with pytest.raises(FileNotFoundError, match=r"^missing file$"):
-            read_place(replace(place, url=f"{server.url}/b.tar"))
+            read_image_bytes(replace(place, url=f"{server.url}/b.tar"))
 
 
 @pytest.mark.parametrize(
@@ -174,62 +175,62 @@ def test_a_server_that_stays_away(folder: Path, fault: str, message: str) -> Non
     with serve(folder) as server:
         server.faults["a.tar"] = [fault]
         with pytest.raises(RemoteError, match=message) as error:
-            read_place(TarPlace(f"{server.url}/a.tar?key=secret", 300, 40, "a.tar/b"))
+            read_image_bytes(TarLocator(f"{server.url}/a.tar?key=secret", 300, 40, "a.tar/b"))
         assert "secret" not in str(error.value)
 
 
 def test_a_server_that_sends_too_much(folder: Path) -> None:
     with serve(folder, ranges=False) as server, pytest.raises(RemoteError, match="10240 bytes wh"):
-        read_place(TarPlace(f"{server.url}/a.tar", 300, 40, "a.tar/b"))
+        read_image_bytes(TarLocator(f"{server.url}/a.tar", 300, 40, "a.tar/b"))
 
 
 def test_a_stretch_of_a_tar_in_a_bucket(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve_s3(folder, monkeypatch) as url:
-        assert read_place(TarPlace(f"{url}/a.tar", 300, 40, "a.tar/b")) == CONTENT[300:340]
+        assert read_image_bytes(TarLocator(f"{url}/a.tar", 300, 40, "a.tar/b")) == CONTENT[300:340]
         with pytest.raises(FileNotFoundError, match=r"^missing file$"):
-            read_place(TarPlace(f"{url}/b.tar", 300, 40, "b.tar/b"))
+            read_image_bytes(TarLocator(f"{url}/b.tar", 300, 40, "b.tar/b"))
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 def test_a_row_of_parquet(tmp_path: Path, kind: Any) -> None:
     path = write_parquet(tmp_path / "a.parquet", images(5), type=kind)
-    found = [read_place(ParquetPlace(str(path), n // 2, n % 2, "image")) for n in range(5)]
+    found = [read_image_bytes(ParquetLocator(str(path), n // 2, n % 2, "image")) for n in range(5)]
     assert found == images(5)
 
 
 def test_a_row_of_a_struct(tmp_path: Path) -> None:
     rows = [{"bytes": b"a", "path": "a.jpg"}, {"bytes": None, "path": "b.jpg"}, None]
     path = str(write_parquet(tmp_path / "a.parquet", rows, rows_per_group=3))
-    assert read_place(ParquetPlace(path, 0, 0, "image.bytes")) == b"a"
+    assert read_image_bytes(ParquetLocator(path, 0, 0, "image.bytes")) == b"a"
     for row in (1, 2):
-        with pytest.raises(PlaceError, match=r"^no image in this row$"):
-            read_place(ParquetPlace(path, 0, row, "image.bytes"))
-    with pytest.raises(PlaceError, match=r"^row group 0 has 3 rows, no row 3$"):
-        read_place(ParquetPlace(path, 0, 3, "image.bytes"))
+        with pytest.raises(LocatorError, match=r"^no image in this row$"):
+            read_image_bytes(ParquetLocator(path, 0, row, "image.bytes"))
+    with pytest.raises(LocatorError, match=r"^row group 0 has 3 rows, no row 3$"):
+        read_image_bytes(ParquetLocator(path, 0, 3, "image.bytes"))
 
 
 def test_a_row_of_no_parquet(folder: Path) -> None:
-    with pytest.raises(PlaceError, match=r"^cannot be read: Parquet magic bytes not found"):
-        read_place(ParquetPlace(str(folder / "a.tar"), 0, 0, "image"))
+    with pytest.raises(LocatorError, match=r"^cannot be read: Parquet magic bytes not found"):
+        read_image_bytes(ParquetLocator(str(folder / "a.tar"), 0, 0, "image"))
 
 
 def test_a_row_of_parquet_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "files").mkdir()
     write_parquet(tmp_path / "files" / "a.parquet", images(4))
     with serve_s3(tmp_path / "files", monkeypatch) as url:
-        assert read_place(ParquetPlace(f"{url}/a.parquet", 1, 1, "image")) == images(4)[3]
+        assert read_image_bytes(ParquetLocator(f"{url}/a.parquet", 1, 1, "image")) == images(4)[3]
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Returns a list that grows by each row group that is read."""
     asked: list[int] = []
-    read = places.read_row_group
+    read = locators.read_row_group
 
     def counted(url: str, row_group: int, columns: list[str]) -> Any:
         asked.append(row_group)
         return read(url, row_group, columns)
 
-    monkeypatch.setattr(places, "read_row_group", counted)
+    monkeypatch.setattr(locators, "read_row_group", counted)
     return asked
 
 
@@ -238,10 +239,10 @@ def test_rows_in_order_read_each_group_once(
 ) -> None:
     path = str(write_parquet(tmp_path / "a.parquet", images(60), rows_per_group=10))
     asked = count_reads(monkeypatch)
-    monkeypatch.setattr(places, "ROW_GROUPS", RowGroups(0))  # no room but for the last two
-    rows = [ParquetPlace(path, n // 10, n % 10, "image") for n in range(60)]
+    monkeypatch.setattr(locators, "ROW_GROUPS", RowGroups(0))  # no room but for the last two
+    rows = [ParquetLocator(path, n // 10, n % 10, "image") for n in range(60)]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(read_place, rows)) == images(60)
+        assert list(pool.map(read_image_bytes, rows)) == images(60)
     assert asked == list(range(6))
 
 
@@ -272,7 +273,7 @@ def test_threads_that_wait_for_a_group_hear_why_it_failed(monkeypatch: pytest.Mo
         go_on.wait(10)
         raise RemoteError("away")
 
-    monkeypatch.setattr(places, "read_row_group", fail)
+    monkeypatch.setattr(locators, "read_row_group", fail)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(kept.get, "a", 0, "image") for _ in range(4)]
         go_on.set()
@@ -284,5 +285,5 @@ def test_threads_that_wait_for_a_group_hear_why_it_failed(monkeypatch: pytest.Mo
 def test_any_file_system_that_fsspec_knows() -> None:
     system = fsspec.filesystem("memory")
     system.pipe("/a.tar", CONTENT)
-    assert read_place(TarPlace("memory:///a.tar", 300, 40, "a.tar/b")) == CONTENT[300:340]
+    assert read_image_bytes(TarLocator("memory:///a.tar", 300, 40, "a.tar/b")) == CONTENT[300:340]
     system.rm("/a.tar")

@@ -17,12 +17,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from latent_t2i.model.denoiser import DenoiserConfig, build
 from latent_t2i.model.ema import EMA, EMAConfig
-from latent_t2i.train import sharding
+from latent_t2i.train import fsdp
 from latent_t2i.train.config import PreviewConfig, ValidationConfig
 from latent_t2i.train.loop import train
 from latent_t2i.train.setup import make_accelerator
 from tests import tiny
-from tests.train import teams
+from tests.train import process_groups
 from tests.train.conftest import MakeConfig
 
 
@@ -51,14 +51,14 @@ def make_unet() -> UNet2DConditionModel:
 def test_each_process_keeps_its_share_of_weights_and_averages(one_of_two: Accelerator) -> None:
     before = {name: p.detach().clone() for name, p in make_unet().named_parameters()}
     unet = make_unet()
-    sharding.share_out(unet, one_of_two)
+    fsdp.apply_fsdp(unet, one_of_two)
     averages = EMA(EMAConfig(), unet.named_parameters()).average
     for name, parameter in unet.named_parameters():
         rows = -(-len(before[name]) // 2)
         for shared in (parameter, averages[name]):
             assert isinstance(shared, DTensor)
             assert shared.to_local().equal(before[name][:rows])
-    parts = sharding.parts_of(before, dict(unet.named_parameters()))
+    parts = fsdp.parts_of(before, dict(unet.named_parameters()))
     assert all(
         part.to_local().equal(p.to_local())  # type: ignore[attr-defined]
         for part, p in zip(parts.values(), unet.parameters(), strict=True)
@@ -67,9 +67,9 @@ def test_each_process_keeps_its_share_of_weights_and_averages(one_of_two: Accele
 
 def test_whole_tensors_stay_what_they_are() -> None:
     tensors = {"a": torch.arange(3.0)}
-    assert sharding.whole(tensors, keep=True)["a"] is tensors["a"]
-    assert sharding.whole(tensors, keep=False) == {}
-    assert sharding.part_of(tensors["a"], torch.zeros(3)) is tensors["a"]
+    assert fsdp.full_tensors(tensors, keep=True)["a"] is tensors["a"]
+    assert fsdp.full_tensors(tensors, keep=False) == {}
+    assert fsdp.part_of(tensors["a"], torch.zeros(3)) is tensors["a"]
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def test_shared_out_then_whole_is_the_run_of_one_process(
     }
     preview = PreviewConfig(every_steps=8, prompts=("a",), num_steps=2)
     config = make_config(num_steps=8, fsdp=True, micro_batch_size=1, preview=preview, **settings)
-    teams.finish_team(teams.start_team(forks, config, num_processes=2))
+    process_groups.finish(process_groups.start(forks, config, num_processes=2))
     assert (tmp_path / "run" / "previews" / "step-00000008.png").is_file()
     alone = train(make_config(num_steps=12, out=str(tmp_path / "one"), **settings))
     shared = train(make_config(num_steps=12, **settings))

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from latent_t2i.shards.loader import MapLoader, are_finite
 from latent_t2i.shards.order import Cursor, Order, choices, share
-from latent_t2i.shards.reader import Gathered, ShardSet
+from latent_t2i.shards.reader import RawBatch, ShardSet
+from latent_t2i.shards.remote.store import Store
 from latent_t2i.shards.schema import FormatError, Manifest
-from latent_t2i.shards.store import Store
 
 NEVER = np.iinfo(np.int64).max
 """Not in this epoch and the next."""
@@ -68,8 +68,8 @@ class CachedShards(ShardSet):
         records: NDArray[np.int64],
         caption_u: NDArray[np.float64],
         view_u: NDArray[np.float64],
-        out: Gathered | None = None,
-    ) -> Gathered:
+        out: RawBatch | None = None,
+    ) -> RawBatch:
         """As `ShardSet.gather`, once the records' shards are there."""
         with self._using(records):
             return super().gather(records, caption_u, view_u, out)
@@ -216,7 +216,7 @@ class CacheLoader(MapLoader):
 
     shards: CachedShards
 
-    def fill(self, step: int, out: Gathered) -> Gathered:
+    def fill(self, step: int, out: RawBatch) -> RawBatch:
         """Puts this process's share of a step's global batch into `out`, part by part."""
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = (u[mine] for u in choices(self.order.seed, step, self.order.batch_size))
@@ -224,11 +224,11 @@ class CacheLoader(MapLoader):
         start = step * self.order.batch_size + mine.start
         for cursor, part in parts(self.order, start, len(records)):
             self.shards.advance(self.order, cursor)
-            target = Gathered(**{f.name: getattr(out, f.name)[part] for f in fields(out)})
+            target = RawBatch(**{f.name: getattr(out, f.name)[part] for f in fields(out)})
             self.shards.gather(records[part], caption_u[part], view_u[part], target)
         return out
 
-    def suspects(self, step: int) -> list[str]:
+    def nonfinite_keys(self, step: int) -> list[str]:
         """As MapLoader's, a shard at a time: the cache may hold few, and these may be gone."""
         records = self.order.records(step)
         caption_u, view_u = choices(self.order.seed, step, len(records))

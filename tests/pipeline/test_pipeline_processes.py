@@ -9,32 +9,34 @@ from typing import Any
 
 import pytest
 
-from latent_t2i.pipeline.team import Team, alone_in, find_team
+from latent_t2i.pipeline.processes import ProcessInfo, find_processes, folder_lock
 
 SPAWN = multiprocessing.get_context("fork")
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
 def test_every_number_is_one_process_s(num_processes: int) -> None:
-    teams = [Team(rank=rank, num_processes=num_processes) for rank in range(num_processes)]
+    groups = [ProcessInfo(rank=rank, num_processes=num_processes) for rank in range(num_processes)]
     for number in range(30):
-        assert sum(team.has(number) for team in teams) == 1
+        assert sum(processes.has(number) for processes in groups) == 1
 
 
 def test_the_place_is_the_launcher_s() -> None:
-    assert find_team({}) == Team()
-    found = find_team({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"})
-    assert found == Team(rank=5, num_processes=8, local_rank=1, num_local=4)
+    assert find_processes({}) == ProcessInfo()
+    found = find_processes(
+        {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    )
+    assert found == ProcessInfo(rank=5, num_processes=8, local_rank=1, num_local=4)
     assert not found.is_first
     with pytest.raises(ValueError, match=r"RANK: expected 0 to 1 \(WORLD_SIZE - 1\), found 2"):
-        find_team({"RANK": "2", "WORLD_SIZE": "2"})
+        find_processes({"RANK": "2", "WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match="WORLD_SIZE: expected a whole number, found 'two'"):
-        find_team({"WORLD_SIZE": "two"})
+        find_processes({"WORLD_SIZE": "two"})
 
 
 def count_up(folder: Path, times: int) -> None:
     for _ in range(times):
-        with alone_in(folder):
+        with folder_lock(folder):
             path = folder / "count"
             number = int(path.read_text()) if path.exists() else 0
             path.write_text(str(number + 1))
@@ -62,23 +64,23 @@ def test_a_folder_that_goes_while_it_is_made_is_made_again(
         make(*args, **kwargs)
 
     monkeypatch.setattr(os, "mkdir", mkdir)
-    with alone_in(tmp_path / "set"):
+    with folder_lock(tmp_path / "set"):
         assert next(faults, None) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "progress").touch()
-    with pytest.raises(FileExistsError, match="progress"), alone_in(tmp_path):
+    with pytest.raises(FileExistsError, match="progress"), folder_lock(tmp_path):
         pass
     (tmp_path / "progress").unlink()
     (tmp_path / "progress").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(FileExistsError, match="progress"), alone_in(tmp_path):
+    with pytest.raises(FileExistsError, match="progress"), folder_lock(tmp_path):
         pass
 
 
 def hold(folder: Path) -> None:
-    with alone_in(folder):
+    with folder_lock(folder):
         (folder / "held").touch()
         time.sleep(60)
 
@@ -91,15 +93,15 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    with alone_in(tmp_path):
+    with folder_lock(tmp_path):
         pass
 
 
 def test_nothing_is_left_of_a_folder_that_was_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), alone_in(tmp_path / "new"):
+    with pytest.raises(ZeroDivisionError), folder_lock(tmp_path / "new"):
         raise ZeroDivisionError
     assert not (tmp_path / "new").exists()
     (tmp_path / "old").mkdir()
-    with alone_in(tmp_path / "old"):
+    with folder_lock(tmp_path / "old"):
         pass
     assert [*(tmp_path / "old").iterdir()] == []

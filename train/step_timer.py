@@ -15,7 +15,7 @@ import torch
 PHASES = ("data", "copy", "denoise", "optimiser", "ema", "save", "evaluate")
 
 
-class Ledger:
+class StepTimer:
     """Adds up the time of each phase between two readings."""
 
     def __init__(self, device: torch.device) -> None:

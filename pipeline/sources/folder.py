@@ -24,8 +24,14 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from latent_t2i.pipeline.places import FilePlace
-from latent_t2i.pipeline.record import Record, find_column, make_extra, make_key, read_captions
+from latent_t2i.pipeline.sources.locators import FileLocator
+from latent_t2i.pipeline.sources.record import (
+    Record,
+    find_column,
+    make_extra,
+    make_key,
+    read_captions,
+)
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 NEVER_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}
@@ -37,7 +43,7 @@ CaptionPer = Literal["line", "file"]
 
 
 @dataclass(frozen=True)
-class Asked:
+class FolderOptions:
     """Which folder was asked for, and how its captions are told."""
 
     root: Path
@@ -53,7 +59,7 @@ def records(
     A .txt without an image and an image that metadata does not name are records with a problem.
     Raises ValueError, with file and line, for metadata that cannot be read.
     """
-    return _visit(Asked(folder, caption_column, caption_per), "", ())
+    return _visit(FolderOptions(folder, caption_column, caption_per), "", ())
 
 
 @cache
@@ -81,7 +87,9 @@ def decode_text(content: bytes) -> tuple[str, str | None]:
     return text, None
 
 
-def _visit(asked: Asked, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Record]:
+def _visit(
+    asked: FolderOptions, prefix: str, above: tuple[tuple[int, int], ...]
+) -> Iterator[Record]:
     """Yields the records of a folder and those below; `prefix` is empty or ends with a slash."""
     names, above = _list(asked.root / prefix, above)
     metadata = _find_metadata(asked.root / prefix, names)
@@ -125,7 +133,7 @@ def _find_metadata(folder: Path, names: list[str]) -> Path | None:
     return folder / found[0] if found else None
 
 
-def _with_text(asked: Asked, prefix: str, name: str, text_name: str | None) -> Record:
+def _with_text(asked: FolderOptions, prefix: str, name: str, text_name: str | None) -> Record:
     """Returns the record of an image, with the captions of the .txt beside it, if there is one."""
     if text_name is None:
         return _record(asked, prefix + name)
@@ -139,7 +147,7 @@ def _with_text(asked: Asked, prefix: str, name: str, text_name: str | None) -> R
     return _record(asked, prefix + name, captions=captions, problem=problem)
 
 
-def _with_metadata(asked: Asked, prefix: str, path: Path) -> Iterator[Record]:
+def _with_metadata(asked: FolderOptions, prefix: str, path: Path) -> Iterator[Record]:
     """Yields the records of a folder that has metadata: of what it names, and of what is there."""
     lines, columns = _read_metadata(path)
     if not lines:
@@ -237,7 +245,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _record(
-    asked: Asked,
+    asked: FolderOptions,
     name: str,
     *,
     captions: tuple[str, ...] = (),
@@ -246,7 +254,7 @@ def _record(
 ) -> Record:
     return Record(
         key=make_key(str(PurePosixPath(name).with_suffix(""))),
-        place=FilePlace(str(asked.root / name)),
+        locator=FileLocator(str(asked.root / name)),
         captions=captions,
         extra=make_extra(extra or {}, name),
         problem=problem,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Literal
 
 from latent_t2i.shards.reader import check_hash
-from latent_t2i.shards.remote import (
+from latent_t2i.shards.remote.transport import (
     Retry,
     check_sha256,
     fetch_manifest,

@@ -21,7 +21,7 @@ LOCK_NAME = "lock"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Team:
+class ProcessInfo:
     """This process among those that share the work."""
 
     rank: int = 0
@@ -40,7 +40,7 @@ class Team:
         return number % self.num_processes == self.rank
 
 
-def find_team(environment: Mapping[str, str] = os.environ) -> Team:
+def find_processes(environment: Mapping[str, str] = os.environ) -> ProcessInfo:
     """Returns this process's place, as `accelerate launch` and torchrun tell it.
 
     Raises ValueError for a place that there is not.
@@ -49,7 +49,7 @@ def find_team(environment: Mapping[str, str] = os.environ) -> Team:
     num_processes = _number(environment, "WORLD_SIZE", 1)
     if not 0 <= rank < num_processes:
         raise ValueError(f"RANK: expected 0 to {num_processes - 1} (WORLD_SIZE - 1), found {rank}")
-    return Team(
+    return ProcessInfo(
         rank=rank,
         num_processes=num_processes,
         local_rank=_number(environment, "LOCAL_RANK", 0),
@@ -58,7 +58,7 @@ def find_team(environment: Mapping[str, str] = os.environ) -> Team:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[None]:
     """Waits until no other process works on a set's folder; leaves nothing behind that was not.
 
     The lock lies among what a set has while it is unfinished, which goes when the set is finished:

@@ -1,7 +1,7 @@
 """Runs in processes of their own, started fast: from the server of tests/conftest.py.
 
-    team = start_team(forks, config, num_processes=2)
-    finish_team(team)
+    team = start(forks, config, num_processes=2)
+    finish(team)
 
 Each rank leaves the hash of all it has trained in RUN/rank-N.json.
 """
@@ -25,10 +25,10 @@ from latent_t2i.train.config import TrainConfig
 
 TIMEOUT_S = 120
 FILES = ("unet", "ema", "optimizer")
-CLOCK = ("images_per_s", "train_s", "ledger")
+CLOCK = ("images_per_s", "train_s", "time_breakdown")
 
 
-def start_team(
+def start(
     forks: ForkServerContext, config: TrainConfig, *, num_processes: int = 1
 ) -> list[BaseProcess]:
     """Starts the processes of a run, as the launcher does."""
@@ -44,7 +44,7 @@ def start_team(
     return team
 
 
-def finish_team(team: Iterable[BaseProcess], exit_code: int = 0) -> None:
+def finish(team: Iterable[BaseProcess], exit_code: int = 0) -> None:
     """Waits for all processes; they must end with this code."""
     for process in team:
         process.join(TIMEOUT_S)

@@ -15,8 +15,8 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from latent_t2i.pipeline.places import FilePlace, clean
-from latent_t2i.pipeline.record import Record, clean_json
+from latent_t2i.pipeline.sources.locators import FileLocator, clean
+from latent_t2i.pipeline.sources.record import Record, clean_json
 
 
 def records(images: Path, captions: Path, instances: Path | None = None) -> Iterator[Record]:
@@ -33,7 +33,7 @@ def records(images: Path, captions: Path, instances: Path | None = None) -> Iter
         name = image["file_name"]
         yield Record(
             key=f"{image_id:012d}",
-            place=FilePlace(str(images / name)),
+            locator=FileLocator(str(images / name)),
             captions=_captions_of(index.imgToAnns.get(image_id, ())),
             extra={"image_id": image_id, "file_name": clean(name)}
             | ({"objects": objects.get(image_id, [])} if instances else {}),

@@ -13,7 +13,7 @@ import torch
 from latent_t2i.train.batches import Batch
 
 
-class Courier:
+class DevicePrefetcher:
     """Brings batches to a device."""
 
     def __init__(self, device: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Where records come from: one module per kind of source, all giving the same type.
 
-    for record in records(config, out): ...
+    for record in open_source(config, out): ...
 
 To add a source, write a module beside `folder.py` whose `records` yields a `Record` for each image,
 name its kind in `SourceConfig.kind`, and call it here. The order it yields is the order of the
@@ -16,17 +16,17 @@ from pathlib import Path, PurePosixPath
 from braceexpand import braceexpand
 
 from latent_t2i.model.paths import ROOT, find_path
-from latent_t2i.pipeline import coco, folder, img2dataset, parquet
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
-from latent_t2i.pipeline.places import import_parquet, patiently, without_query
-from latent_t2i.pipeline.record import Record
+from latent_t2i.pipeline.sources import coco, folder, img2dataset, parquet
+from latent_t2i.pipeline.sources.locators import import_parquet, with_retries, without_query
+from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.scenes.dataset import write_coco
-from latent_t2i.shards.remote import PIPE, find_filesystem, is_remote
+from latent_t2i.shards.remote.transport import PIPE, find_filesystem, is_remote
 
 FLAG = "--source.images"
 
 
-def records(config: PipelineConfig, out: Path) -> Iterator[Record]:
+def open_source(config: PipelineConfig, out: Path) -> Iterator[Record]:
     """Returns every record of the source, or the first `num_images`, in the source's order.
 
     Scenes are drawn first, into a folder beside `out`, unless they lie there already.
@@ -161,7 +161,7 @@ def _find_remote(url: str, suffix: str) -> list[str]:
             return [name for name in system.ls(path, detail=False) if name.endswith(endings)]
         return [path]
 
-    return [system.unstrip_protocol(name) for name in sorted(patiently(url, look))]
+    return [system.unstrip_protocol(name) for name in sorted(with_retries(url, look))]
 
 
 def _is_pattern(name: str) -> bool:

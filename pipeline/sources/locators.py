@@ -1,9 +1,9 @@
 """Where an image's bytes lie: a file, a stretch of a tar, or a row of a parquet file.
 
-    read_place(TarPlace("s3://bucket/00000.tar", 1536, 40_960, "00000.tar/000000000.jpg"))
+    read_image_bytes(TarLocator("s3://bucket/00000.tar", 1536, 40_960, "00000.tar/000000000.jpg"))
 
 A place is small, so that millions can be kept, and plain values, so that they can be kept on disk.
-Reading is safe from several threads. What is the image's own fault is a PlaceError or "missing
+Reading is safe from several threads. What is the image's own fault is a LocatorError or "missing
 file"; a network that stays away after all attempts is a RemoteError, and no reason to leave an
 image out. Rows come through a cache of row groups: in order, each group is read once; out of order,
 each image may cost a whole one.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from latent_t2i.shards.remote import (
+from latent_t2i.shards.remote.transport import (
     LOST,
     REFUSED,
     RemoteError,
@@ -50,19 +50,19 @@ OWN_FAULTS = (
 T = TypeVar("T")
 
 
-class PlaceError(OSError):
+class LocatorError(OSError):
     """An image's bytes cannot be had; the text is the reason, without a machine's folders."""
 
 
 @dataclass(frozen=True, slots=True)
-class FilePlace:
+class FileLocator:
     """A file of its own."""
 
     path: str
 
 
 @dataclass(frozen=True, slots=True)
-class TarPlace:
+class TarLocator:
     """A member of a tar, by where its content begins; `url` may also be a local path."""
 
     url: str
@@ -73,7 +73,7 @@ class TarPlace:
 
 
 @dataclass(frozen=True, slots=True)
-class ParquetPlace:
+class ParquetLocator:
     """A row of a row group; the column may be a field of a struct: `image.bytes`."""
 
     url: str
@@ -82,55 +82,55 @@ class ParquetPlace:
     column: str
 
 
-Place = FilePlace | TarPlace | ParquetPlace
-KINDS: dict[str, type[FilePlace] | type[TarPlace] | type[ParquetPlace]] = {
-    "file": FilePlace,
-    "tar": TarPlace,
-    "parquet": ParquetPlace,
+ImageLocator = FileLocator | TarLocator | ParquetLocator
+KINDS: dict[str, type[FileLocator] | type[TarLocator] | type[ParquetLocator]] = {
+    "file": FileLocator,
+    "tar": TarLocator,
+    "parquet": ParquetLocator,
 }
 
 
-def read_place(place: Place) -> bytes:
+def read_image_bytes(place: ImageLocator) -> bytes:
     """Returns an image file's content.
 
-    Raises FileNotFoundError ("missing file") and PlaceError for what is wrong with this image,
+    Raises FileNotFoundError ("missing file") and LocatorError for what is wrong with this image,
     RemoteError and other OSErrors for what is wrong with the network or the machine.
     """
     try:
-        if isinstance(place, FilePlace):
+        if isinstance(place, FileLocator):
             return Path(place.path).read_bytes()
-        if isinstance(place, TarPlace):
+        if isinstance(place, TarLocator):
             return _read_range(place.url, place.offset, place.num_bytes)
         return _read_cell(place)
     except FileNotFoundError:
         raise FileNotFoundError("missing file") from None
     except ValueError as error:  # a name with a NUL byte, or not a parquet file
-        raise PlaceError(f"cannot be read: {error}") from None
-    except (PlaceError, RemoteError):
+        raise LocatorError(f"cannot be read: {error}") from None
+    except (LocatorError, RemoteError):
         raise
     except OSError as error:
         if error.errno is not None and error.errno not in OWN_FAULTS:
             raise
-        raise PlaceError(f"cannot be read: {error.strerror or error}") from None
+        raise LocatorError(f"cannot be read: {error.strerror or error}") from None
 
 
-def place_name(place: Place) -> str:
+def locator_name(place: ImageLocator) -> str:
     """Returns a name that is the same wherever the files lie: for hashes and reasons."""
-    if isinstance(place, FilePlace):
+    if isinstance(place, FileLocator):
         return clean(Path(place.path).name)
-    if isinstance(place, TarPlace):
+    if isinstance(place, TarLocator):
         return clean(place.name)
     return clean(f"{last_name(place.url)} row group {place.row_group} row {place.row}")
 
 
-def place_to_json(place: Place) -> list[str | int]:
+def locator_to_json(place: ImageLocator) -> list[str | int]:
     """Returns a place as plain values: its kind, then its parts."""
     kind = next(name for name, cls in KINDS.items() if isinstance(place, cls))
     return [kind, *(getattr(place, name) for name in place.__slots__)]
 
 
-def place_from_json(values: list[Any]) -> Place:
-    """Returns the place that `place_to_json` gave. Raises ValueError for anything else."""
+def locator_from_json(values: list[Any]) -> ImageLocator:
+    """Returns the place that `locator_to_json` gave. Raises ValueError for anything else."""
     kind, *parts = values
     if kind not in KINDS:
         raise ValueError(f"a place of kind {kind!r}, expected one of {', '.join(KINDS)}")
@@ -152,7 +152,7 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def patiently(url: str, read: Callable[[], T]) -> T:
+def with_retries(url: str, read: Callable[[], T]) -> T:
     """Returns what `read` does, tried again as `shards.remote` does; a local file is read once.
 
     Raises FileNotFoundError at once, RemoteError for a refusal or when all attempts failed.
@@ -186,12 +186,12 @@ def _errors() -> tuple[type[Exception], ...]:
 
 def _read_range(url: str, offset: int, num_bytes: int) -> bytes:
     if is_remote(url):
-        return patiently(url, lambda: _fetch(url, offset, num_bytes))
+        return with_retries(url, lambda: _fetch(url, offset, num_bytes))
     with Path(url).open("rb") as file:
         file.seek(offset)
         content = file.read(num_bytes)
     if len(content) < num_bytes:
-        raise PlaceError(f"ended after {len(content)} of its {num_bytes} bytes")
+        raise LocatorError(f"ended after {len(content)} of its {num_bytes} bytes")
     return content
 
 
@@ -234,7 +234,7 @@ def read_row_group(url: str, row_group: int, columns: list[str]) -> Any:
         finally:
             file.close(force=True)
 
-    return patiently(url, read)
+    return with_retries(url, read)
 
 
 class RowGroups:
@@ -286,14 +286,16 @@ class RowGroups:
 ROW_GROUPS = RowGroups(KEPT_BYTES)
 
 
-def _read_cell(place: ParquetPlace) -> bytes:
+def _read_cell(place: ParquetLocator) -> bytes:
     values = ROW_GROUPS.get(place.url, place.row_group, place.column)
     if place.row >= len(values):
-        raise PlaceError(f"row group {place.row_group} has {len(values)} rows, no row {place.row}")
+        raise LocatorError(
+            f"row group {place.row_group} has {len(values)} rows, no row {place.row}"
+        )
     value = values[place.row].as_py()
     if isinstance(value, dict):
         value = value[place.column.rpartition(".")[2]]
     if value is None:
-        raise PlaceError("no image in this row")
+        raise LocatorError("no image in this row")
     content: bytes = value
     return content

@@ -1,4 +1,4 @@
-"""`python -m shards.inspect` tells what is in a set, and draws it where the VAE is at hand."""
+"""`python -m shards.summary` tells what is in a set, and draws it where the VAE is at hand."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from latent_t2i.model.encoders import fingerprint, load_vae
-from latent_t2i.shards import inspect
+from latent_t2i.shards import summary
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Example, Identity, Manifest
 from latent_t2i.shards.writer import ShardWriter, begin_set, finish_set
@@ -24,12 +24,12 @@ from tests.shard_sets import CHANNELS, layout_of, make_examples, make_provenance
 
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> int:
     monkeypatch.setattr(sys, "argv", ["inspect", str(folder), *flags])
-    return inspect.main()
+    return summary.main()
 
 
 def lines_of(folder: Path, num_sample: int = 1000, num_captions: int = 3) -> list[str]:
     shards = open_shards(folder)
-    return list(inspect.describe(shards, num_sample=num_sample, num_captions=num_captions))
+    return list(summary.describe(shards, num_sample=num_sample, num_captions=num_captions))
 
 
 def row(lines: Sequence[str], name: str) -> list[str]:
@@ -103,14 +103,14 @@ def test_lengths_count_tokens_up_to_the_end(tmp_path: Path) -> None:
 def test_padding_may_be_the_end_token_or_another(pad: int) -> None:
     empty = np.array([1, 2, pad, pad])
     tokens = np.array([[1, 2, pad, pad], [1, 7, 2, pad], [1, 7, 7, 2], [1, 7, 7, 7]])
-    assert inspect.count_tokens(tokens, empty).tolist() == [2, 3, 4, 4]
-    assert inspect.count_tokens(tokens[:, :1], empty[:1]).tolist() == [1] * 4
+    assert summary.count_tokens(tokens, empty).tolist() == [2, 3, 4, 4]
+    assert summary.count_tokens(tokens[:, :1], empty[:1]).tolist() == [1] * 4
 
 
 def test_spread_takes_the_first_and_the_last() -> None:
-    assert inspect.spread(10, 4).tolist() == [0, 3, 6, 9]
-    assert inspect.spread(3, 100).tolist() == [0, 1, 2]
-    assert inspect.spread(5, 1).tolist() == [0]
+    assert summary.spread(10, 4).tolist() == [0, 3, 6, 9]
+    assert summary.spread(3, 100).tolist() == [0, 1, 2]
+    assert summary.spread(5, 1).tolist() == [0]
 
 
 @pytest.mark.parametrize("kind", ["moments", "plain"])
@@ -190,15 +190,15 @@ def test_sheet_of_decoded_latents(
     assert last == f"{out}: 5 pictures, decoded with {vae}{warning}"
     with Image.open(out) as image:
         sheet = np.asarray(image)
-    step = inspect.CELL_PX + inspect.PADDING_PX
-    assert sheet.shape[1] == 4 * step + inspect.PADDING_PX
+    step = summary.CELL_PX + summary.PADDING_PX
+    assert sheet.shape[1] == 4 * step + summary.PADDING_PX
     latent = torch.from_numpy(examples[2].latent[:, :CHANNELS]).float()  # of 0, 2, 4, 6, 8
     with torch.inference_mode():
         expected = network.decode(latent).sample[0].clamp(-1, 1).add(1).mul(127.5)
-    left, top = inspect.PADDING_PX + step, inspect.PADDING_PX
+    left, top = summary.PADDING_PX + step, summary.PADDING_PX
     picture = sheet[top : top + 256, left : left + 256]
     np.testing.assert_allclose(picture[2::4, 2::4], expected.permute(1, 2, 0).numpy(), atol=1)
-    below = sheet[top + 256 : top + 256 + 3 * inspect.LINE_PX, left : left + 256]
+    below = sheet[top + 256 : top + 256 + 3 * summary.LINE_PX, left : left + 256]
     assert (below < 100).any(), "no caption"
 
 
@@ -212,7 +212,7 @@ def test_the_embedded_vae_is_found_from_anywhere(tmp_path: Path, elsewhere: Path
     ]
     write_named(tmp_path / "set", named(vae, network), examples)
     out = elsewhere / "sheet.png"
-    told = inspect.draw_sheet(open_shards(tmp_path / "set"), 4, vae=None, out=out)
+    told = summary.draw_sheet(open_shards(tmp_path / "set"), 4, vae=None, out=out)
     assert told == f"{out}: 1 pictures, decoded with {vae}"
     assert out.is_file()
 
@@ -272,13 +272,13 @@ def test_flags_out_of_range(
     ],
 )
 def test_wrap(text: str, lines: list[str]) -> None:
-    assert inspect.wrap(text, len, 10) == lines
+    assert summary.wrap(text, len, 10) == lines
 
 
 @given(text=st.text(), width=st.integers(1, 40))
 def test_wrapped_lines_fit(text: str, width: int) -> None:
-    lines = inspect.wrap(text, len, width)
-    assert len(lines) <= inspect.MAX_LINES
+    lines = summary.wrap(text, len, width)
+    assert len(lines) <= summary.MAX_LINES
     assert all(0 < len(line) <= width for line in lines)
     if not (lines and lines[-1].endswith("…")):
         assert "".join(lines).replace(" ", "") == "".join(text.split())

@@ -1,7 +1,7 @@
 """Prints what is in a set of shards, in 80 columns, and draws some of it.
 
-    python -m shards.inspect shards/data/demo/train
-    python -m shards.inspect shards/data/demo/train --decode 16 --out sheet.png
+    python -m shards.summary shards/data/demo/train
+    python -m shards.summary shards/data/demo/train --decode 16 --out sheet.png
 
 Sizes come from the manifest; caption lengths and latents from a sample of records spread evenly
 over the set, of which nothing but tokens and latents is read. `--decode` needs the VAE, so its two
@@ -12,9 +12,6 @@ cannot be opened or a VAE that cannot be had.
 The module bears the name of a standard one, which is safe since shards/ itself is never on the
 import path, but for `python shards/NAME.py`: that is refused below.
 """
-
-if __name__ == "inspect":
-    raise ImportError("shards/ hides the standard `inspect`: run `python -m shards.NAME` instead")
 
 import argparse
 import hashlib
@@ -466,7 +463,7 @@ def main() -> int:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m shards.inspect",
+        prog="python -m shards.summary",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

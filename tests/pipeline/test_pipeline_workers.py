@@ -13,14 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from latent_t2i.model import encoders as networks
-from latent_t2i.pipeline import coco, encode, work
+from latent_t2i.pipeline import encode, workers
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.pipeline.encode import Encoders, load_encoders, single_threaded
 from latent_t2i.pipeline.images import Preprocessing, load
-from latent_t2i.pipeline.places import FilePlace, read_place
 from latent_t2i.pipeline.quantise import Quantiser
-from latent_t2i.pipeline.record import Record
-from latent_t2i.pipeline.work import Crew, LeftOut, Outcome, cut_batches
+from latent_t2i.pipeline.sources import coco
+from latent_t2i.pipeline.sources.locators import FileLocator, read_image_bytes
+from latent_t2i.pipeline.sources.record import Record
+from latent_t2i.pipeline.workers import EncoderPool, Outcome, Skipped, cut_batches
 from latent_t2i.shards.schema import Example
 from tests import tiny
 from tests.coco_folders import make_coco
@@ -53,29 +54,32 @@ def records(tmp_path: Path) -> list[Record]:
 def run(
     encoders: Encoders, *shards: Sequence[Record], num_threads: int = 2, quantise: Any = None
 ) -> list[Outcome]:
-    with single_threaded(), Crew(encoders, num_threads=num_threads, quantise=quantise) as crew:
+    with (
+        single_threaded(),
+        EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
+    ):
         batches = [
             batch
             for number, records in enumerate(shards)
             for batch in cut_batches(number, records, HOW, encoders.batch_size)
         ]
-        return list(crew.outcomes(batches))
+        return list(pool.outcomes(batches))
 
 
 def encode_all(
     records: Sequence[Record], encoders: Encoders, **changes: Any
 ) -> tuple[list[Example], dict[str, str]]:
     items = [item for outcome in run(encoders, records, **changes) for item in outcome.items]
-    left_out = {item.key: item.reason for item in items if isinstance(item, LeftOut)}
-    return [item for item in items if isinstance(item, Example)], left_out
+    skipped = {item.key: item.reason for item in items if isinstance(item, Skipped)}
+    return [item for item in items if isinstance(item, Example)], skipped
 
 
 def test_parity_with_one_at_a_time(records: list[Record], encoders: Encoders) -> None:
     """Also of the flip: the second view is the flipped image's latent, not the latent flipped."""
-    found, left_out = encode_all(records, encoders)
-    assert not left_out
+    found, skipped = encode_all(records, encoders)
+    assert not skipped
     for record, example in zip(records, found, strict=True):
-        pixels = load(read_place(record.place), HOW, key=record.key).pixels
+        pixels = load(read_image_bytes(record.locator), HOW, key=record.key).pixels
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         for view, one in enumerate((image, image.flip(3))):
             with torch.no_grad():
@@ -145,7 +149,7 @@ def test_each_distinct_caption_of_a_shard_is_encoded_once_and_let_go(
             encoded.update(captions)
         return original(encoders, captions)
 
-    monkeypatch.setattr(work, "encode_captions", counting)
+    monkeypatch.setattr(workers, "encode_captions", counting)
     encode_all(records, encoders)
     assert set(encoded) == {caption for record in records for caption in record.captions}
     assert set(encoded.values()) == {1}
@@ -160,7 +164,7 @@ def test_captions_come_in_batches_of_their_own(encoders: Encoders) -> None:
     records = [
         Record(
             key=f"{number}",
-            place=FilePlace("none"),
+            locator=FileLocator("none"),
             captions=tuple(f"{number} {index}" for index in range(9)),
             extra={},
         )
@@ -173,12 +177,12 @@ def test_captions_come_in_batches_of_their_own(encoders: Encoders) -> None:
 def test_unreadable_images_are_left_out_with_the_reason(
     records: list[Record], encoders: Encoders
 ) -> None:
-    broken, gone = records[1].place, records[4].place
-    assert isinstance(broken, FilePlace) and isinstance(gone, FilePlace)
+    broken, gone = records[1].locator, records[4].locator
+    assert isinstance(broken, FileLocator) and isinstance(gone, FileLocator)
     Path(broken.path).write_text("no picture")
     Path(gone.path).unlink()
-    found, left_out = encode_all(records, encoders)
-    assert left_out == {records[1].key: "not an image", records[4].key: "missing file"}
+    found, skipped = encode_all(records, encoders)
+    assert skipped == {records[1].key: "not an image", records[4].key: "missing file"}
     assert [example.key for example in found] == [records[n].key for n in (0, 2, 3, 5)]
     none_left, _ = encode_all([records[1], records[4]], encoders)
     assert none_left == []
@@ -202,9 +206,9 @@ def test_values_that_are_not_finite_are_left_out(
         return latents
 
     monkeypatch.setattr(encode, "encode_images", overflow)
-    found, left_out = encode_all(records[:3], encoders)
+    found, skipped = encode_all(records[:3], encoders)
     assert [example.key for example in found] == [records[0].key, records[2].key]
-    assert left_out == {records[1].key: "latent is not finite in float16"}
+    assert skipped == {records[1].key: "latent is not finite in float16"}
 
 
 def test_text_that_is_not_finite_is_left_out(
@@ -216,10 +220,10 @@ def test_text_that_is_not_finite_is_left_out(
         text, tokens, cut = original(encoders, captions)
         return np.full_like(text, np.nan), tokens, cut
 
-    monkeypatch.setattr(work, "encode_captions", broken)
-    found, left_out = encode_all(records, encoders, quantise=no_call)
+    monkeypatch.setattr(workers, "encode_captions", broken)
+    found, skipped = encode_all(records, encoders, quantise=no_call)
     assert found == []
-    assert left_out == dict.fromkeys((r.key for r in records), "text is not finite in float16")
+    assert skipped == dict.fromkeys((r.key for r in records), "text is not finite in float16")
 
 
 def no_call(text: NDArray[np.float16]) -> NDArray[np.int8]:
@@ -229,8 +233,8 @@ def no_call(text: NDArray[np.float16]) -> NDArray[np.int8]:
 def test_int8_text_is_the_float16_text_quantised(records: list[Record], encoders: Encoders) -> None:
     scale = np.full(tiny.TEXT_WIDTH, 0.05, np.float32)
     expected, _ = encode_all(records, encoders)
-    found, left_out = encode_all(records, encoders, quantise=Quantiser(scale))
-    assert not left_out
+    found, skipped = encode_all(records, encoders, quantise=Quantiser(scale))
+    assert not skipped
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_array_equal(b.text, Quantiser(scale)(a.text))
         np.testing.assert_array_equal(b.latent, a.latent)
@@ -243,6 +247,6 @@ def test_errors_of_the_machine_end_the_run(
     def fail(place: Any) -> bytes:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(work, "read_place", fail)
+    monkeypatch.setattr(workers, "read_image_bytes", fail)
     with pytest.raises(OSError, match="Too many open files"):
         encode_all(records, encoders)

@@ -15,11 +15,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from latent_t2i.pipeline import places
-from latent_t2i.pipeline.folder import MOST_TEXT_BYTES, decode_text, is_image
-from latent_t2i.pipeline.places import TarPlace, last_name, without_query
-from latent_t2i.pipeline.record import CAPTION_COLUMNS, Record, make_extra, make_key, read_captions
-from latent_t2i.shards.remote import BUFFER_BYTES, is_remote, open_at, open_stream
+from latent_t2i.pipeline.sources import locators
+from latent_t2i.pipeline.sources.folder import MOST_TEXT_BYTES, decode_text, is_image
+from latent_t2i.pipeline.sources.locators import TarLocator, last_name, without_query
+from latent_t2i.pipeline.sources.record import (
+    CAPTION_COLUMNS,
+    Record,
+    make_extra,
+    make_key,
+    read_captions,
+)
+from latent_t2i.shards.remote.transport import BUFFER_BYTES, is_remote, open_at, open_stream
 from latent_t2i.shards.schema import BLOCK_BYTES
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
@@ -64,7 +70,7 @@ def _record(
         problem = f"{len(images)} images of this key in the tar"
     return Record(
         key=key,
-        place=TarPlace(url, image.offset_data, image.size, f"{last_name(url)}/{image.name}"),
+        locator=TarLocator(url, image.offset_data, image.size, f"{last_name(url)}/{image.name}"),
         captions=captions,
         extra=make_extra(fields, image.name),
         problem=problem,
@@ -186,7 +192,7 @@ def _open(url: str) -> Iterator[Forward]:
             yield Forward(file, lambda num_bytes: file.seek(num_bytes, 1))
         return
     _require_ranges(url)
-    with open_stream(url, retry=places.RETRY) as stream:
+    with open_stream(url, retry=locators.RETRY) as stream:
         yield Forward(cast(BinaryIO, stream), lambda num_bytes: _pass_over(stream, num_bytes))
 
 
@@ -196,7 +202,7 @@ def _require_ranges(url: str) -> None:
         file.close()
         return BLOCK_BYTES - to_skip
 
-    if not places.patiently(url, begins_at):
+    if not locators.with_retries(url, begins_at):
         raise ValueError(
             f"{without_query(url)}: the server cannot send a part of a file, and so no single "
             "image: bring the tars here first"

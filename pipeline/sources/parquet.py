@@ -13,17 +13,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from latent_t2i.pipeline.places import (
-    ParquetPlace,
+from latent_t2i.pipeline.sources.locators import (
+    ParquetLocator,
     import_parquet,
     last_name,
     open_parquet,
-    patiently,
     read_row_group,
+    with_retries,
     without_query,
 )
-from latent_t2i.pipeline.record import Record, find_column, make_extra, make_key, read_captions
-from latent_t2i.shards.remote import RemoteError
+from latent_t2i.pipeline.sources.record import (
+    Record,
+    find_column,
+    make_extra,
+    make_key,
+    read_captions,
+)
+from latent_t2i.shards.remote.transport import RemoteError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 ROWS_AT_ONCE = 1024
@@ -64,21 +70,21 @@ def records(
         for row_group, number in enumerate(num_rows):
             for row, fields in enumerate(_rows(url, row_group, columns)):
                 key = make_key(f"{short_name}_{first + row:07d}")
-                place = ParquetPlace(url, row_group, row, columns.image)
-                yield _record(key, place, columns, fields)
+                locator = ParquetLocator(url, row_group, row, columns.image)
+                yield _record(key, locator, columns, fields)
             first += number
 
 
-def _record(key: str, place: ParquetPlace, columns: Columns, fields: dict[str, Any]) -> Record:
+def _record(key: str, locator: ParquetLocator, columns: Columns, fields: dict[str, Any]) -> Record:
     captions, problem = read_captions(fields[columns.caption])
     struct, _, name = (columns.path or "").partition(".")
     path = (fields[struct] or {}).get(name) if columns.path else None
     return Record(
         key=key,
-        place=place,
+        locator=locator,
         captions=captions,
         extra=make_extra(
-            {column: fields[column] for column in columns.others}, path or last_name(place.url)
+            {column: fields[column] for column in columns.others}, path or last_name(locator.url)
         ),
         problem=problem,
     )
@@ -104,7 +110,7 @@ def _inspect(
         finally:
             file.close(force=True)
 
-    schema, num_rows = _read(url, lambda: patiently(url, read))
+    schema, num_rows = _read(url, lambda: with_retries(url, read))
     return _find_columns(without_query(url), schema, image_column, caption_column), num_rows
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from latent_t2i.pipeline.places import Place, clean
+from latent_t2i.pipeline.sources.locators import ImageLocator, clean
 from latent_t2i.shards.schema import KEY_PATTERN
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
@@ -29,7 +29,7 @@ class Record:
 
     key: str
     """Letters, digits, `-` and `_`; where two records have one, the second is left out later."""
-    place: Place
+    locator: ImageLocator
     """Where the image's bytes are."""
     captions: tuple[str, ...]
     """Without blank ones; there may be none."""

@@ -1,0 +1,1 @@
+"""Where captioned images come from: one module per kind of source, all yielding `Record`s."""

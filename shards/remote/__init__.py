@@ -1,0 +1,1 @@
+"""Reading shards that lie elsewhere: transport, local store, cache access, stream access."""
