@@ -24,7 +24,7 @@ from latent_t2i.shards.schema import make_layout
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.estimate import count_memory, measure
 
-PRESETS = ("demo", "scenes", "scenes-gpu", "coco64", "coco256", "coco512")
+PRESETS = ("demo", "scenes", "scenes-gpu", "coco64", "coco256", "coco512", "finetune-sd")
 JSON_BYTES = 1024
 """Of a record with five captions, roughly."""
 

@@ -14,7 +14,7 @@ PRESETS = sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
 
 def test_there_is_a_section_for_each_command() -> None:
     assert tuple(COMMANDS) == SECTIONS
-    assert {"demo", "scenes", "scenes-gpu", "coco64", "coco256"} <= set(PRESETS)
+    assert {"demo", "scenes", "coco64", "coco256", "finetune-sd"} <= set(PRESETS)
 
 
 @pytest.mark.parametrize("section", COMMANDS)
