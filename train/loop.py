@@ -249,7 +249,7 @@ def watch(run: Run, *, end: bool) -> bool:
 
 
 def snapshot(run: Run, *, again: bool = True) -> None:
-    """Keeps the averages for `python -m model.ema`, from the main process; the others wait.
+    """Keeps the averages for `python -m model.posthoc`, from the main process; the others wait.
 
     Before a checkpoint of the same step, so that no kill between the two can lose it. Unless
     `again`, one that is there stays.
