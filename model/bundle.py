@@ -46,29 +46,12 @@ StorageDtype = Literal["float32", "float16"]
 
 def save_bundle(
     folder: Path,
+    pipeline: "StableDiffusionPipeline",
     *,
-    unet: UNet2DConditionModel,
-    vae: Autoencoder,
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
-    scheduler: Schedule,
-    max_tokens: int,
     info: Mapping[str, Any],
     dtype: StorageDtype = "float32",
 ) -> None:
-    """Writes the bundle, completely or not at all; replaces an existing one.
-
-    `max_tokens` becomes the tokenizer's limit, so that a pipeline pads captions as in training.
-    Raises ValueError for a VAE that a stock pipeline cannot use.
-    """
-    pipeline = make_pipeline(
-        unet=unet,
-        vae=vae,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        scheduler=scheduler,
-        max_tokens=max_tokens,
-    )
+    """Writes a pipeline, completely or not at all; replaces an existing bundle."""
     with complete_or_absent(folder) as temporary:
         with quiet():
             pipeline.save_pretrained(temporary)
@@ -87,7 +70,11 @@ def make_pipeline(
     scheduler: Schedule,
     max_tokens: int,
 ) -> "StableDiffusionPipeline":
-    """Returns the stock pipeline that `save_bundle` writes; raises ValueError like it."""
+    """Returns a stock pipeline of the parts of a training run.
+
+    `max_tokens` becomes the tokenizer's limit, so that the pipeline pads captions as in training.
+    Raises ValueError for a VAE that a stock pipeline cannot use.
+    """
     require_stock_vae(vae)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = max_tokens

@@ -39,11 +39,10 @@ def _describe_bounds(
 ) -> str:
     if least is not None and most is not None:
         return f"{least} to {most}"
-    lower = f"{least} or more" if least is not None else f"more than {above}"
-    upper = f"at most {most}" if most is not None else f"less than {below}"
-    parts = []
-    if least is not None or above is not None:
-        parts.append(lower)
-    if most is not None or below is not None:
-        parts.append(upper)
-    return " and ".join(parts)
+    bounds = (
+        (least, f"{least} or more"),
+        (above, f"more than {above}"),
+        (most, f"at most {most}"),
+        (below, f"less than {below}"),
+    )
+    return " and ".join(text for bound, text in bounds if bound is not None)

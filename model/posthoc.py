@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The saved averages of one step: `folder/sigma_rel-WIDTH.safetensors` and snapshot.json."""
+    """The saved averages of one step: snapshot.json, and a file of weights for each width."""
 
     folder: Path
     step: int
@@ -77,14 +77,15 @@ class Snapshot:
     dtype: str
     config: Mapping[str, Any]
 
-    def file(self, sigma_rel: float) -> Path:
-        """Returns the path of one average."""
-        return self.folder / f"sigma_rel-{sigma_rel}.safetensors"
-
 
 def folder_of(snapshots: Path, step: int) -> Path:
     """Returns the folder of a step's snapshot."""
     return snapshots / f"step-{step:08d}"
+
+
+def average_file(folder: Path, sigma_rel: float) -> Path:
+    """Returns the file of one average in a snapshot's folder."""
+    return folder / f"sigma_rel-{sigma_rel}.safetensors"
 
 
 def find_folders(snapshots: Path) -> list[Path]:
@@ -111,20 +112,18 @@ def save_snapshot(
     later = [path for path in find_folders(snapshots) if path.name > folder.name]
     for path in [*snapshots.glob(".step-*"), *later]:
         shutil.rmtree(path)
-    snapshot = Snapshot(
-        folder=folder,
-        step=step,
-        train_s=train_s,
-        sigma_rels=config.sigma_rels,
-        dtype=config.snapshot_dtype,
-        config=settings,
-    )
-    dtype = getattr(torch, snapshot.dtype)
+    dtype = getattr(torch, config.snapshot_dtype)
+    record = {
+        "step": step,
+        "train_s": train_s,
+        "sigma_rels": config.sigma_rels,
+        "dtype": config.snapshot_dtype,
+        "config": dict(settings),
+    }
     with complete_or_absent(folder) as temporary:
         for sigma_rel, average in powers.items():
             packed = {name: tensor.to(dtype).contiguous() for name, tensor in average.items()}
-            save_file(packed, temporary / snapshot.file(sigma_rel).name)
-        record = {key: value for key, value in asdict(snapshot).items() if key != "folder"}
+            save_file(packed, average_file(temporary, sigma_rel))
         (temporary / SNAPSHOT_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -240,7 +239,7 @@ def blend(
     by_step = {snapshot.step: snapshot for snapshot in snapshots}
     total = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in network.items()}
     for profile, share in zip(mixture.profiles, mixture.shares, strict=True):
-        path = by_step[profile.step].file(profile.sigma_rel)
+        path = average_file(by_step[profile.step].folder, profile.sigma_rel)
         tensors = _load(path)
         _check_shapes(path, tensors, network)
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -346,29 +345,21 @@ def _describe(info: Mapping[str, Any], snapshot: Snapshot, mixture: Mixture) -> 
     }
 
 
-def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line; errors are printed as one line and exit with code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m model.posthoc",
         description="Make a bundle with an average of another width from a run's snapshots.",
     )
-    parser.add_argument("--run", required=True, help="folder of the run, runs/NAME")
-    parser.add_argument(
-        "--sigma-rel", type=float, required=True, help="width as a share of the run, such as 0.05"
-    )
-    parser.add_argument("--step", type=int, help="step of the last snapshot; default: the newest")
-    parser.add_argument("--out", type=Path, help="folder of the bundle; default: in the run")
-    parser.add_argument(
-        "--max-error",
-        type=float,
-        default=MAX_ERROR,
-        help="largest relative error of the profile; default: %(default)s",
-    )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; errors are printed as one line and exit with code 2."""
-    given = _parse_arguments(arguments)
+    add = parser.add_argument
+    add("--run", required=True, help="folder of the run, runs/NAME")
+    width = "width as a share of the run, such as 0.05"
+    add("--sigma-rel", type=float, required=True, help=width)
+    add("--step", type=int, help="step of the last snapshot; default: the newest")
+    add("--out", type=Path, help="folder of the bundle; default: in the run")
+    error = "largest relative error of the profile; default: %(default)s"
+    add("--max-error", type=float, default=MAX_ERROR, help=error)
+    given = parser.parse_args(arguments)
     try:
         out, mixture = synthesise(
             given.run, given.sigma_rel, step=given.step, out=given.out, max_error=given.max_error

@@ -171,11 +171,6 @@ def test_empty_preset(write_preset: WritePreset) -> None:
     assert parse_flags("--config", write_preset("train:\n"), "--name", "x") == Settings(name="x")
 
 
-def test_flags_default_to_the_process_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", "--name", "mine"])
-    assert parse(Settings, "train").name == "mine"
-
-
 def test_preset_is_found_from_anywhere(elsewhere: Path) -> None:
     (elsewhere / "mine.yaml").write_text("name: mine")
     assert cli.find_preset("mine.yaml") == Path("mine.yaml")

@@ -29,7 +29,9 @@ from tests import tiny
 MAX_TOKENS = 20
 
 
-def save(folder: Path, *, channels: int = 4, **changes: Any) -> Path:
+def save(
+    folder: Path, *, channels: int = 4, dtype: bundle.StorageDtype = "float32", **changes: Any
+) -> Path:
     """Saves a bundle of random weights for latents with `channels` channels."""
     config = DenoiserConfig(
         channels=(8, 8),
@@ -47,9 +49,9 @@ def save(folder: Path, *, channels: int = 4, **changes: Any) -> Path:
         "text_encoder": text_encoder,
         "scheduler": make_scheduler(ObjectiveConfig(prediction="v")),
         "max_tokens": MAX_TOKENS,
-        "info": {"step": 7},
     }
-    bundle.save_bundle(folder, **(values | changes))
+    pipeline = bundle.make_pipeline(**(values | changes))
+    bundle.save_bundle(folder, pipeline, info={"step": 7}, dtype=dtype)
     assert tokenizer.model_max_length == tiny.MAX_POSITIONS  # the caller's tokenizer is unchanged
     return folder
 

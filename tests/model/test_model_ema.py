@@ -64,11 +64,6 @@ def test_initial_weights_do_not_contribute_to_a_power_average() -> None:
     assert all((average["weight"] == 7.0).all() for average in ema.powers.values())
 
 
-def test_gammas_match_the_paper() -> None:
-    assert gamma_of(0.10) == pytest.approx(6.94, abs=0.005)
-    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.005)
-
-
 @pytest.mark.parametrize("sigma_rel", [0.001, 0.02, 0.05, 0.1, 0.2, 0.288])
 def test_the_width_is_the_standard_deviation_of_the_profile(sigma_rel: float) -> None:
     gamma = gamma_of(sigma_rel)
@@ -79,20 +74,18 @@ def test_the_width_is_the_standard_deviation_of_the_profile(sigma_rel: float) ->
     assert ((shares * (times - mean) ** 2).sum()) ** 0.5 == pytest.approx(sigma_rel, rel=1e-5)
 
 
-def test_the_largest_width_is_the_plain_mean() -> None:
-    assert sigma_rel_of(0.0) == pytest.approx(MAX_SIGMA_REL)
+def test_known_widths_and_exponents() -> None:
+    assert gamma_of(0.10) == pytest.approx(6.94, abs=0.005)  # the paper's
+    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.005)
+    assert sigma_rel_of(0.0) == pytest.approx(MAX_SIGMA_REL)  # the plain mean
     assert gamma_of(MAX_SIGMA_REL - 1e-9) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_averages_of_float16_weights_are_float32() -> None:
+def test_averages_of_float16_weights_are_float32_and_the_decay_may_be_constant() -> None:
     layer = nn.Linear(3, 2).half()
-    ema = EMA(EMAConfig(), layer.named_parameters())
+    ema = EMA(EMAConfig(decay=0.9, warmup=False), layer.named_parameters())
     ema.update(layer.parameters(), 0)
     assert {average.dtype for average in ema.average.values()} == {torch.float32}
-
-
-def test_without_warmup_the_decay_is_constant() -> None:
-    ema = EMA(EMAConfig(decay=0.9, warmup=False), nn.Linear(1, 1).named_parameters())
     assert ema.decays_at(0) == ema.decays_at(1000) == [0.9]
 
 
@@ -119,16 +112,10 @@ def test_averages_are_restored_in_place() -> None:
     kept = second.average["weight"]
     second.load(first.state_dict())
     assert second.average["weight"] is kept
+    assert list(first.state_dict())[:3] == ["weight", "bias", "0.05/weight"]
     for name, tensor in first.state_dict().items():
         assert torch.equal(second.state_dict()[name], tensor), name
     assert not torch.equal(first.powers[0.05]["weight"], first.powers[0.1]["weight"])
-
-
-def test_keys_of_the_exponential_average_are_parameter_names() -> None:
-    assert list(EMA(EMAConfig(), nn.Linear(1, 1).named_parameters()).state_dict()) == [
-        "weight",
-        "bias",
-    ]
 
 
 def test_averages_with_other_profiles_are_refused() -> None:
