@@ -18,7 +18,7 @@ import json
 from typing import Any
 
 from latent_t2i.configs import cli
-from latent_t2i.model.paths import find_path, size
+from latent_t2i.model.paths import find_path, format_bytes
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.shards.schema import make_layout
 from latent_t2i.train.config import TrainConfig
@@ -47,7 +47,7 @@ def main() -> None:
             f"| `{row['preset']}` | {' x '.join(map(str, row['latents']))} "
             f"| {row['num_parameters'] / 1e6:.1f} M | {row['forward_gflop']:.4g} "
             f"| {row['record_bytes'] / 1e3:.0f} kB "
-            f"| {size(row['memory_bytes'])}, {row['batch_size']} |"
+            f"| {format_bytes(row['memory_bytes'])}, {row['batch_size']} |"
         )
     print(json.dumps({"presets": rows}))
 

@@ -1,15 +1,12 @@
-"""The one config loader: a dataclass per command, a YAML preset per recipe, flags on top.
+"""The config loader: one dataclass per command, one YAML preset per recipe, flags on top.
 
     python -m pipeline.run --config scenes --source.num-images 100
 
-A preset is a mapping with the shared keys (`SHARED_KEYS`) and one section per command. The shared
-keys a command knows and its section are turned into flags, the user's own flags replace those they
-name, and one parser (tyro) reads the result: a value is checked in the same way wherever it was
-written, and `1e-3` is a number in both places. The price is that a preset holds plain values only:
-no class names, no interpolation.
+A preset has the shared keys (`SHARED_KEYS`) and one section per command. Its values are converted
+to flags, the user's flags replace them, and tyro parses the result, so that a value is checked in
+the same way in a file and on the command line. Presets therefore contain plain values only.
 
-Errors are one line naming the flag, what was found and what would be right; the exit code is 2.
-`python -X dev -m pipeline.run ...` shows the traceback as well.
+Errors are one line, with exit code 2; `python -X dev -m pipeline.run ...` adds the traceback.
 """
 
 from __future__ import annotations
@@ -43,18 +40,20 @@ PRESETS_DIR = Path(__file__).resolve().parent
 
 
 class ConfigError(ValueError):
-    """Settings the user can put right: an unknown name, a wrong type, a missing preset."""
+    """Settings that the user has to correct: an unknown name, a wrong type, a missing preset."""
 
 
-def main(run: Callable[[T], object], cls: type[T], section: str) -> None:
-    """Parse the command line into a `cls`, then `run` it, ending as a command should.
+def main(
+    run: Callable[[T], object], cls: type[T], section: str, *, prog: str | None = None
+) -> None:
+    """Parses the command line into a `cls` and calls `run` with it.
 
-    A `ValueError` or `OSError`, from the settings or from `run`, is printed as one line and exits
-    with 2 (with its traceback under `python -X dev`); an interrupt exits with 130, and a reader of
-    the output that leaves early, such as `head`, with 141, as a shell's own commands do.
+    A `ValueError` or `OSError` is printed as one line and exits with 2. Exit codes are 130 after an
+    interrupt and 141 if the reader of the output, such as `head`, exits first. `prog` is the
+    command's name in help texts, by default `python -m SECTION.run`.
     """
     try:
-        run(parse(cls, section))
+        run(parse(cls, section, prog=prog))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)
@@ -67,46 +66,48 @@ def main(run: Callable[[T], object], cls: type[T], section: str) -> None:
         sys.exit(130)
 
 
-def parse(cls: type[T], section: str, argv: Sequence[str] | None = None) -> T:
-    """A `cls` from its defaults, then the preset named by `--config`, then the flags.
+def parse(
+    cls: type[T], section: str, argv: Sequence[str] | None = None, *, prog: str | None = None
+) -> T:
+    """Returns a `cls` with its defaults, replaced by the `--config` preset, replaced by flags.
 
     Args:
         cls: A frozen dataclass; nested dataclasses give dotted flags (`--data.verify`).
         section: The preset's section for this command, one of `SECTIONS`.
-        argv: The user's arguments; those of the process when None.
+        argv: The user's arguments, by default those of the process.
+        prog: The command's name in help texts, by default `python -m SECTION.run`.
 
     Raises:
-        ConfigError: An unknown flag, key or preset, or a value that does not fit.
+        ConfigError: An unknown flag, key or preset, or an invalid value.
         SystemExit: After `--help`.
     """
     assert section in SECTIONS, section
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
-        _call_tyro(cls, ["--help"], section)
+        _call_tyro(cls, ["--help"], prog or f"python -m {section}.run")
     fields = _fields_of(cls)
     preset_name, given = _read_flags(argv, fields)
     preset = None if preset_name is None else find_preset(preset_name)
     settings = {} if preset is None else _read_preset(preset, section, fields)
     try:
-        return _parse_settings(cls, {**settings, **given}, fields, section)
+        return _parse_settings(cls, {**settings, **given}, fields)
     except ConfigError as error:
         origin = _origin(error, preset, settings.keys() - given.keys())
         raise ConfigError(f"{error}{origin} (see --help)") from None
 
 
 def dump(config: DataclassInstance) -> dict[str, Any]:
-    """The config as nested plain values, fit for YAML, JSON and a preset's section.
+    """Returns the config as nested plain values, for YAML, JSON or a preset's section.
 
-    `parse` of a preset with this section gives an equal config.
+    `parse` of a preset with this section returns an equal config.
     """
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def find_preset(name: str) -> Path:
-    """The file of a preset: a path from here, a path from the project's root, or a bare name.
+    """Returns the file of a preset, given by name or path (from here or from the project root).
 
-    Raises:
-        ConfigError: There is no such file; the message lists the presets there are.
+    Raises ConfigError, with the names of all presets, if there is no such file.
     """
     candidates = [Path(name), PRESETS_DIR.parent / name, PRESETS_DIR / f"{name}.yaml"]
     for candidate in candidates:
@@ -121,7 +122,7 @@ def _preset_names() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Field:
-    """A leaf of a config dataclass, which is one flag; `path` is dotted, as in `data.verify`."""
+    """One setting, which is one flag. `path` is dotted, as in `data.verify`."""
 
     path: str
     annotation: Any
@@ -139,21 +140,21 @@ class _Field:
 
     @property
     def num_values(self) -> int | None:
-        """How many values the flag takes, None for any number."""
+        """Number of values of the flag, None if it is variable."""
         parts = get_args(self.annotation) if self.takes_many else (self.annotation,)
         return None if Ellipsis in parts else len(parts)
 
     def accepts(self, kind: type) -> bool:
-        """Whether the annotation, or a part of it (of a union, a tuple), is `kind`."""
+        """Returns whether the annotation, or an element of its union or tuple, is `kind`."""
         return kind is self.annotation or kind in get_args(self.annotation)
 
 
 Settings = dict[str, list[str]]
-"""Values as text by the path of their field."""
+"""Values as text, by the path of their field."""
 
 
 def _fields_of(cls: type[Any], prefix: str = "", *, required: bool = True) -> dict[str, _Field]:
-    """Every leaf of `cls` by path, in order."""
+    """Returns all settings of `cls` by path, in order."""
     hints = get_type_hints(cls, include_extras=True)
     missing = dataclasses.MISSING
     found: dict[str, _Field] = {}
@@ -176,8 +177,10 @@ def _fields_of(cls: type[Any], prefix: str = "", *, required: bool = True) -> di
 
 
 def _read_flags(argv: Sequence[str], fields: Mapping[str, _Field]) -> tuple[str | None, Settings]:
-    """The preset's name, and the values of the user's flags; a later flag replaces an earlier one,
-    but a repeatable one adds to it."""
+    """Returns the preset's name, and the values of the user's flags.
+
+    A later flag replaces an earlier one, except that repeatable flags are appended.
+    """
     names = _spellings(fields)
     preset_name: str | None = None
     given: Settings = {}
@@ -193,7 +196,7 @@ def _read_flags(argv: Sequence[str], fields: Mapping[str, _Field]) -> tuple[str 
         field = fields[path]
         if value is not None and values:
             on, off = (_spell_bool(field, switch) for switch in ("True", "False"))
-            raise ConfigError(f"{flag} takes no value, found {values[0]!r}: write {on} or {off}")
+            raise ConfigError(f"{flag}: expected no value, found {values[0]!r}: use {on} or {off}")
         if value is not None:
             given[path] = [value]
         elif field.takes_many:
@@ -204,7 +207,7 @@ def _read_flags(argv: Sequence[str], fields: Mapping[str, _Field]) -> tuple[str 
 
 
 def _spellings(fields: Mapping[str, _Field]) -> dict[str, tuple[str, str | None]]:
-    """The path meant by each flag's name and, for a switch, the value it stands for."""
+    """Returns the path of each flag's name and, for a switch, the value it sets."""
     names: dict[str, tuple[str, str | None]] = {}
     for path, field in fields.items():
         if field.annotation is bool:
@@ -217,7 +220,7 @@ def _spellings(fields: Mapping[str, _Field]) -> dict[str, tuple[str, str | None]
 
 
 def _group(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag of the command line with the values after it."""
+    """Returns each flag of the command line with the values after it."""
     groups: list[tuple[str, list[str]]] = []
     for token in argv:
         if token.startswith("--"):
@@ -226,37 +229,37 @@ def _group(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
         elif groups:
             groups[-1][1].append(token)
         else:
-            raise ConfigError(f"unexpected argument {token!r}: settings begin with -- (see --help)")
+            raise ConfigError(f"unexpected argument {token!r}: flags start with -- (see --help)")
     return groups
 
 
 def _only(flag: str, values: Sequence[str]) -> str:
     if len(values) != 1:
         found = " ".join(map(repr, values)) or "none"
-        raise ConfigError(f"{flag} takes one value, found {found} (see --help)")
+        raise ConfigError(f"{flag}: expected one value, found {found} (see --help)")
     return values[0]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word; here the second is an error."""
+    """Refuses duplicate keys, of which PyYAML silently keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value!r} stands twice", key.start_mark
+                    None, None, f"duplicate key {key.value!r}", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def _read_preset(path: Path, section: str, fields: Mapping[str, _Field]) -> Settings:
-    """The settings a preset has for a command: the shared keys it knows, then its section."""
+    """Returns a preset's settings for a command: shared keys that it has, then its section."""
     try:
         document = yaml.load(path.read_bytes(), Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {_one_line(str(error))}") from None
+        raise ConfigError(f"{path}: invalid YAML: {_one_line(str(error))}") from None
     document = _mapping(document, str(path))
     for key in document:
         if key not in SHARED_KEYS and key not in SECTIONS:
@@ -274,7 +277,7 @@ def _flatten(
     section: str,
     prefix: str = "",
 ) -> Settings:
-    """Nested values of a preset as settings, each checked against the field's kind."""
+    """Returns nested values of a preset as settings, each checked against its field."""
     settings: Settings = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
@@ -291,7 +294,7 @@ def _flatten(
 
 
 def _siblings(prefix: str, fields: Iterable[str]) -> list[str]:
-    """The keys that may stand where a key of this prefix stands, and every path."""
+    """Returns the keys that are possible after this prefix, then all paths."""
     heads = {prefix + path.removeprefix(prefix).partition(".")[0] for path in fields}
     return [*sorted(head for head in heads if head.startswith(prefix)), *fields]
 
@@ -300,17 +303,19 @@ def _mapping(value: object, place: str) -> dict[Any, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{place}: expected keys with values, found {value!r}")
+        raise ConfigError(f"{place}: expected a mapping, found {value!r}")
     return value
 
 
 def _to_text(value: object, field: _Field, place: str) -> list[str]:
-    """A preset's value as the text of a flag. What text cannot tell apart is checked here: `null`,
-    the booleans that YAML makes of a bare `no`, and lists."""
+    """Returns a preset's value as the text of a flag.
+
+    Checks what the text cannot express: `null`, lists, and booleans such as YAML's bare `no`.
+    """
     if value is None and not field.accepts(NoneType):
         raise ConfigError(f"{place}: expected a value, found null")
     if isinstance(value, dict):
-        raise ConfigError(f"{place}: expected a value, found the keys {', '.join(map(str, value))}")
+        raise ConfigError(f"{place}: expected a value, found keys {', '.join(map(str, value))}")
     if isinstance(value, list) != field.takes_many and value is not None:
         raise ConfigError(
             f"{place}: expected {'a list' if field.takes_many else 'one value'}, found {value!r}"
@@ -318,7 +323,7 @@ def _to_text(value: object, field: _Field, place: str) -> list[str]:
     items = value if isinstance(value, list) else [value]
     for item in items:
         if isinstance(item, bool) != field.accepts(bool) and item is not None:
-            expected = "true or false" if field.accepts(bool) else "a text or number (quote it)"
+            expected = "true or false" if field.accepts(bool) else "a string or number (quote it)"
             raise ConfigError(f"{place}: expected {expected}, found {str(item).lower()}")
     return [str(item) for item in items]
 
@@ -328,15 +333,15 @@ def _check_counts(settings: Settings, fields: Mapping[str, _Field]) -> None:
         field.flag for path, field in fields.items() if field.required and path not in settings
     ]
     if missing:
-        raise ConfigError(f"missing {', '.join(missing)}: give it, or a preset with --config")
+        raise ConfigError(f"missing {', '.join(missing)}: set it, or choose a preset with --config")
     for path, values in settings.items():
         wanted = fields[path].num_values
         if wanted is not None and len(values) != wanted:
-            raise ConfigError(f"{fields[path].flag} takes {wanted} values, found {len(values)}")
+            raise ConfigError(f"{fields[path].flag}: expected {wanted} values, found {len(values)}")
 
 
 def _to_tokens(settings: Settings, fields: Mapping[str, _Field]) -> list[str]:
-    """Settings as one command line for tyro."""
+    """Returns settings as a command line for tyro."""
     tokens: list[str] = []
     for path, values in settings.items():
         field = fields[path]
@@ -344,7 +349,7 @@ def _to_tokens(settings: Settings, fields: Mapping[str, _Field]) -> list[str]:
             tokens.append(_spell_bool(field, values[0]))
         elif field.takes_many and not field.repeatable:
             tokens += [field.flag, *values]
-        else:  # with "=", a value may begin with a dash
+        else:  # with "=", a value may start with a dash
             tokens += [f"{field.flag}={value}" for value in values]
     return tokens
 
@@ -354,34 +359,35 @@ def _spell_bool(field: _Field, value: str) -> str:
     return f"--{parent}{dot}{'' if value == 'True' else 'no-'}{leaf}"
 
 
-def _parse_settings(
-    cls: type[T], settings: Settings, fields: Mapping[str, _Field], section: str
-) -> T:
-    """tyro's parse, with its boxed error message made one line."""
+def _parse_settings(cls: type[T], settings: Settings, fields: Mapping[str, _Field]) -> T:
+    """Parses with tyro; raises ConfigError with tyro's message as one line."""
     _check_counts(settings, fields)
-    box = io.StringIO()  # for both: tyro draws and colours the box by what stdout can show
+    box = io.StringIO()  # stdout, too: its encoding and colours decide how tyro draws the box
     try:
         with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
-            return _call_tyro(cls, _to_tokens(settings, fields), section)
+            return _call_tyro(cls, _to_tokens(settings, fields))
     except SystemExit as stop:
         raise ConfigError(_unbox(box.getvalue(), stop, cls.__name__)) from None
 
 
-def _call_tyro(cls: type[T], tokens: Sequence[str], section: str) -> T:
-    # tyro joins lines of a description that begin with a letter and never wraps them itself.
+def _call_tyro(cls: type[T], tokens: Sequence[str], prog: str = "") -> T:
+    # tyro does not wrap a description, and joins lines that start with a letter.
     wrap = functools.partial(textwrap.fill, width=80, initial_indent="  ", subsequent_indent="  ")
     summary = (cls.__doc__ or "").strip().partition("\n\n")[0]
     presets = (
         f"--config PRESET reads a YAML file first, by path or by name ({_preset_names()});"
-        " the flags below replace what it says."
+        " the flags below override it."
     )
     description = "\n".join(map(wrap, (_one_line(summary), presets)))
-    return tyro.cli(cls, args=tokens, prog=f"python -m {section}.run", description=description)
+    return tyro.cli(cls, args=tokens, prog=prog, description=description)
 
 
 def _unbox(box: str, stop: SystemExit, root: str) -> str:
-    """The message in tyro's box: title, rule, message, rule, hints. The box wraps at 80 columns, in
-    the middle of a long path if need be, so where a `ValueError` led to it that text is taken."""
+    """Returns the message in tyro's error box, which has a title, a message and hints.
+
+    The box is wrapped at 80 columns, even within a path. If a `ValueError` is the cause, its
+    unwrapped text is returned instead.
+    """
     _, *parts = re.split(r"^ *-{3,} *$", box, flags=re.MULTILINE)
     message = _one_line(parts[0] if parts else box)
     place, colon, _ = message.removeprefix("Error parsing ").partition(": ")
@@ -391,13 +397,15 @@ def _unbox(box: str, stop: SystemExit, root: str) -> str:
     if cause is None or not colon:
         return message
     text = _one_line(str(cause))
-    says_where = place == root or text.startswith(("--", f"{place}."))
-    return text if says_where else f"{place}: {text}"
+    names_setting = place == root or text.startswith(("--", f"{place}."))
+    return text if names_setting else f"{place}: {text}"
 
 
 def _origin(error: ConfigError, preset: Path | None, from_preset: Set[str]) -> str:
-    """The preset's name, where the error is about a setting that came from it: one that the message
-    names as a flag, or before its colon."""
+    """Returns " (in PRESET)" if the error is about a setting from the preset, else "".
+
+    Such a setting is named in the message as a flag, or before the colon.
+    """
     flags = re.findall(r"--([\w-]+(?:\.[\w-]+)*)", str(error))
     subjects = re.findall(r"[\w.]+", str(error).partition(":")[0])
     named = {name.replace("-", "_") for name in (*flags, *subjects)}
@@ -405,7 +413,7 @@ def _origin(error: ConfigError, preset: Path | None, from_preset: Set[str]) -> s
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
-    """The name that may have been meant: one with the same last part, else the nearest."""
+    """Returns a "did you mean" hint: a name with the same last part, else the most similar."""
     bare = {candidate.removeprefix("--"): candidate for candidate in known}
     name = name.removeprefix("--")
     last = name.rpartition(".")[2]

@@ -1,1 +1,1 @@
-"""What training and sampling share: encoders, denoiser, objective, weight average and bundle."""
+"""Shared by training and sampling: encoders, denoiser, objective, weight averages and bundle."""

@@ -1,8 +1,7 @@
-"""The bundle: what training leaves and sampling needs, as a stock `StableDiffusionPipeline` folder.
+"""The bundle: the result of training, as a stock `StableDiffusionPipeline` folder.
 
-Any diffusers program loads it with `from_pretrained`. Beside diffusers' files lies `bundle.json`:
-where the weights come from and how they did. `float16` halves the folder; the weights load as
-float32 again, as the files' configurations say, and the pictures differ by rounding only.
+Any diffusers program loads it with `from_pretrained`. `bundle.json` adds the run's settings, step
+and metrics. Storing float16 halves the size; the weights are loaded as float32 again.
 """
 
 import copy
@@ -41,36 +40,18 @@ if TYPE_CHECKING:
 
 INFO_FILE = "bundle.json"
 STOCK_MULTIPLE_PX = 8
-"""`StableDiffusionPipeline` draws pictures whose sides are multiples of this, whatever the VAE."""
+"""`StableDiffusionPipeline` only makes images whose sides are multiples of this."""
 StorageDtype = Literal["float32", "float16"]
 
 
 def save_bundle(
     folder: Path,
+    pipeline: "StableDiffusionPipeline",
     *,
-    unet: UNet2DConditionModel,
-    vae: Autoencoder,
-    tokenizer: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
-    scheduler: Schedule,
-    max_tokens: int,
     info: Mapping[str, Any],
     dtype: StorageDtype = "float32",
 ) -> None:
-    """Writes the bundle, complete or not at all; an older one in its place is replaced.
-
-    `max_tokens` becomes the tokenizer's limit, so that a pipeline pads captions as training did. A
-    shift of the VAE's latents is folded into its weights. Raises ValueError for a VAE that a stock
-    pipeline cannot use.
-    """
-    pipeline = make_pipeline(
-        unet=unet,
-        vae=vae,
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        scheduler=scheduler,
-        max_tokens=max_tokens,
-    )
+    """Writes a pipeline, completely or not at all; replaces an existing bundle."""
     with complete_or_absent(folder) as temporary:
         with quiet():
             pipeline.save_pretrained(temporary)
@@ -89,14 +70,15 @@ def make_pipeline(
     scheduler: Schedule,
     max_tokens: int,
 ) -> "StableDiffusionPipeline":
-    """Returns the stock pipeline of a training's parts, as `save_bundle` keeps it.
+    """Returns a stock pipeline of the parts of a training run.
 
-    Raises ValueError for a VAE that it cannot use.
+    `max_tokens` becomes the tokenizer's limit, so that the pipeline pads captions as in training.
+    Raises ValueError for a VAE that a stock pipeline cannot use.
     """
     require_stock_vae(vae)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.model_max_length = max_tokens
-    with quiet():  # the import tells at length of an image processor that nothing here uses
+    with quiet():  # the import warns about an image processor that is not used here
         from diffusers import StableDiffusionPipeline
     return StableDiffusionPipeline(
         vae=fold_shift(vae),
@@ -111,62 +93,60 @@ def make_pipeline(
 
 
 def require_stock_vae(vae: Autoencoder) -> None:
-    """Raises ValueError for a VAE whose latents a stock `StableDiffusionPipeline` does not decode.
+    """Raises ValueError for a VAE that a stock `StableDiffusionPipeline` does not decode correctly.
 
-    It decodes latents / scaling_factor, hands `decode` a random generator, and takes what one cell
-    spans from the number of the decoder's blocks.
+    The pipeline decodes latents / scaling_factor, passes `decode` a random generator, and derives
+    the downscale factor from the number of decoder blocks.
     """
     name = type(vae).__name__
     usable = (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny)
     if not isinstance(vae, usable):
         raise ValueError(
             f"vae: the bundle is a stock StableDiffusionPipeline, which cannot decode with an "
-            f"{name}; expected {', '.join(kind.__name__ for kind in usable)}: make the shards with "
-            "such a VAE, or train on these with a program of another pipeline"
+            f"{name}; expected {', '.join(kind.__name__ for kind in usable)}: encode the shards "
+            "with such a VAE"
         )
     downscale, assumed = vae_downscale(vae), 2 ** (len(vae.config.block_out_channels) - 1)
     if downscale != assumed:
         raise ValueError(
             f"vae: its encoder scales down by {downscale}, but a stock StableDiffusionPipeline "
-            f"takes {assumed} from its decoder's blocks; expected the same number of both"
+            f"assumes {assumed}, from the number of decoder blocks; expected the same factor"
         )
     if not isinstance(vae, AutoencoderKL) and not _is_standard(*latent_statistics(vae)):
         raise ValueError(
-            f"vae: a stock StableDiffusionPipeline ignores shift_factor, and an {name} has no "
-            f"layer that takes it in; expected 0, found {vae.config.shift_factor}: set it to 0 in "
-            "the config.json (with a scaling_factor to suit) or make the shards with another VAE"
+            f"vae: a stock StableDiffusionPipeline ignores shift_factor, which an {name} cannot "
+            f"include in its weights; expected 0, found {vae.config.shift_factor}: set it to 0 in "
+            "config.json (and adapt scaling_factor), or encode the shards with another VAE"
         )
 
 
 def require_stock_shards(vae: Autoencoder, *, text_name: str, latent_size: tuple[int, ...]) -> None:
-    """Raises ValueError for shards that no stock `StableDiffusionPipeline` can draw from.
+    """Raises ValueError for shards whose model does not fit a stock `StableDiffusionPipeline`.
 
-    Takes the name of their text encoder and the latents' (h, w).
+    `latent_size` is (h, w).
     """
     if not is_stock_text(text_name):
         raise ValueError(
-            f"text_encoder: the shards' text is of {text_name!r}; the bundle is a stock "
-            "StableDiffusionPipeline, which takes one text encoder's last hidden state: make the "
-            "shards with one --text-encoder and its last state, or train on these with a program "
-            "of another pipeline"
+            f"text_encoder: the shards have text of {text_name!r}; the bundle is a stock "
+            "StableDiffusionPipeline, which uses one text encoder's last hidden state: encode the "
+            "shards with one --text-encoder and its last state"
         )
     require_stock_vae(vae)
     height, width = (side * vae_downscale(vae) for side in latent_size)
     if height % STOCK_MULTIPLE_PX or width % STOCK_MULTIPLE_PX:
         raise ValueError(
-            f"shards: images of {width} x {height} px; a stock StableDiffusionPipeline, which the "
-            f"bundle is, draws multiples of {STOCK_MULTIPLE_PX} px only: make them with another "
-            "--image-size-px"
+            f"shards: the images have {width} x {height} px; the bundle is a stock "
+            f"StableDiffusionPipeline, which needs multiples of {STOCK_MULTIPLE_PX} px: encode the "
+            "shards with another --image-size-px"
         )
 
 
 def fold_shift(vae: Autoencoder) -> Autoencoder:
-    """Returns a VAE whose own latents, times its scaling factor, are what the denoiser works on.
+    """Returns a VAE that has only a scaling factor, for a stock pipeline.
 
-    A stock pipeline knows one scaling factor; a shift, and means and deviations of channels, go
-    into the 1x1 convolutions on both sides of the latents, which a VAE without them (SD3's, Flux's)
-    is given. The map is affine, so this is exact. A VAE that has none of these is returned as it
-    is, and else left alone.
+    A shift and per-channel statistics of the latents are folded into the 1x1 convolutions on both
+    sides of the latents, which are added if missing (SD3's and Flux's VAEs). This is exact, because
+    the map is affine. `vae` is not changed; it is returned itself if there is nothing to fold.
     """
     mean, std = latent_statistics(vae)
     if _is_standard(mean, std):
@@ -175,12 +155,9 @@ def fold_shift(vae: Autoencoder) -> Autoencoder:
     changes = {"shift_factor": None, "latents_mean": None, "latents_std": None}
     with_convs = {"use_quant_conv": True, "use_post_quant_conv": True}
     folded = AutoencoderKL.from_config({**vae.config, **changes, **with_convs})
-    identities = {
-        **_identity("quant_conv", 2 * num),
-        **_identity("post_quant_conv", num),
-    }
+    identities = _identity("quant_conv", 2 * num) | _identity("post_quant_conv", num)
     folded.load_state_dict(identities | vae.state_dict())
-    # The pipeline's latents are (the VAE's - mean) / std; log-variances are only moved.
+    # The new latents are (latents - mean) / std. Log-variances change by -2 log(std).
     encode, decode = folded.quant_conv, folded.post_quant_conv
     both = torch.cat([std, torch.ones_like(std)])
     moved = torch.cat([mean, 2 * std.log()])
@@ -194,24 +171,23 @@ def fold_shift(vae: Autoencoder) -> Autoencoder:
 
 
 def _is_standard(mean: Tensor, std: Tensor) -> bool:
-    """Returns whether one scaling factor is all that the latents need."""
+    """Returns whether the latents need no shift and no per-channel scale."""
     return not mean.any() and bool((std == 1).all())
 
 
 def _identity(name: str, num: int) -> dict[str, Tensor]:
-    """Returns the weights of a 1x1 convolution that changes nothing."""
+    """Returns the weights of a 1x1 convolution that is the identity."""
     weight = torch.eye(num)[:, :, None, None]
     return {f"{name}.weight": weight, f"{name}.bias": torch.zeros(num)}
 
 
 def sampling_scheduler(scheduler: Schedule) -> DDIMScheduler | DPMSolverMultistepScheduler:
-    """Returns the sampler of the schedule trained on: DDIM (Song et al. 2020, 2010.02502).
+    """Returns the sampler of a training schedule: DDIM (Song et al. 2020, 2010.02502).
 
-    Timesteps count back from the last one, where training saw (nearly) pure noise, and the last
-    step gives the predicted clean latent. `steps_offset` has no effect on that spacing, but
-    `StableDiffusionPipeline` warns of any other value. Flow's schedule is a sampler already: DDIM
-    does not know flow, and the pipeline cannot use diffusers' Euler sampler of it.
+    Sampling starts at the last timestep, which is (nearly) pure noise in training, and the last
+    step returns the predicted clean latent. The schedule of flow is already a sampler.
     """
+    # steps_offset has no effect with this spacing, but the pipeline warns about other values.
     if isinstance(scheduler, DPMSolverMultistepScheduler):
         return scheduler
     return DDIMScheduler.from_config(
@@ -220,34 +196,33 @@ def sampling_scheduler(scheduler: Schedule) -> DDIMScheduler | DPMSolverMultiste
 
 
 def _store_float16(path: Path) -> None:
-    """Rewrites a weights file with float32 tensors in half precision."""
-    tensors = load_file(path)
+    """Rewrites a weights file with its float32 tensors as float16."""
     halved = {
         name: tensor.half() if tensor.dtype == torch.float32 else tensor
-        for name, tensor in tensors.items()
+        for name, tensor in load_file(path).items()
     }
     save_file(halved, path, metadata={"format": "pt"})
 
 
 def find_bundle(name: str | Path) -> Path:
-    """Returns the folder of a bundle; raises ValueError where there is none."""
+    """Returns the folder of a bundle; raises ValueError if there is none."""
     folder = find_path(name)
     if folder is None:
         raise ValueError(f"--bundle: no folder {str(name)!r} here or in the project")
     missing = [f for f in ("model_index.json", INFO_FILE) if not (folder / f).is_file()]
     if missing:
-        raise ValueError(f"--bundle: {folder} holds no {missing[0]}, so it is no finished bundle")
+        raise ValueError(f"--bundle: {folder} is not a finished bundle: it has no {missing[0]}")
     return folder
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """Returns what `bundle.json` says of a bundle."""
+    """Returns the content of a bundle's `bundle.json`."""
     info: dict[str, Any] = json.loads((folder / INFO_FILE).read_text())
     return info
 
 
 def digest(folder: Path) -> str:
-    """Returns the sha256 over a bundle's files, by name and content; pictures name it."""
+    """Returns the sha256 of a bundle: of its files' names and contents."""
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         total.update(f"{path.relative_to(folder).as_posix()}\n".encode())

@@ -1,10 +1,7 @@
-"""The frozen networks on both sides of the denoiser: autoencoders and CLIP text encoders.
+"""The frozen networks: autoencoders and CLIP text encoders.
 
-An autoencoder is any of diffusers' that makes 2-D latents of images; text is encoded by one CLIP,
-or by two side by side as in SDXL. Weights are loaded as float32 (an autoencoder in float16
-overflows) and told by their content, so that a folder that was copied, renamed or stored again is
-still recognised and another network never is. With one text encoder, what is precomputed is
-exactly what a stock `StableDiffusionPipeline` computes while sampling.
+Weights are loaded as float32, because autoencoders overflow in float16. Networks are identified by
+a hash of their weights, which is the same for a copied, renamed or re-saved folder.
 """
 
 import hashlib
@@ -43,7 +40,7 @@ AUTOENCODERS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (AutoencoderKL, AsymmetricAutoencoderKL, AutoencoderTiny, AutoencoderDC, VQModel)
 }
-"""Those that can be loaded, by the `_class_name` of their config.json."""
+"""Supported autoencoders, by the `_class_name` in config.json."""
 Autoencoder: TypeAlias = (
     AutoencoderKL | AsymmetricAutoencoderKL | AutoencoderTiny | AutoencoderDC | VQModel
 )
@@ -60,21 +57,17 @@ TEXT_FILES = (
 )
 TEXT_TYPES = ("clip", "clip_text_model")
 BESIDE, PENULTIMATE = " + ", " (penultimate)"
-"""How the name of text that no single stock encoder makes is put together."""
+"""Parts of the name of text that is not from a single stock encoder."""
 LatentKind = Literal["moments", "plain"]
 HiddenState = Literal["last", "penultimate"]
 
 
-def load_vae(
-    name: str, revision: str | None = None, *, dtype: torch.dtype = torch.float32
-) -> Autoencoder:
-    """Loads an autoencoder in evaluation mode from a folder or hub repository.
+def load_vae(name: str, revision: str | None = None) -> Autoencoder:
+    """Loads an autoencoder (float32, evaluation mode) from a folder or hub repository.
 
-    `name` may be a whole pipeline with a `vae` sub-folder. `dtype` is float32 or bfloat16. Raises
-    ValueError, with the remedy, for one that is neither here nor to be had, or is of no use here.
+    `name` may be a whole pipeline with a `vae` sub-folder. Raises ValueError, with instructions, if
+    it is unavailable or not supported.
     """
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"vae dtype: expected float32 or bfloat16, found {dtype}")
     flag = "--vae"
     folder = find_part(
         fetch(name, revision, VAE_FILES, flag=flag, parts=("vae",)), "vae", flag=flag
@@ -93,18 +86,15 @@ def load_vae(
     require_complete(report, folder, f"an {kind}", flag=flag)
     if vae.config.in_channels != 3:
         raise ValueError(
-            f"{flag}: {folder} takes images of {vae.config.in_channels} channels, expected 3"
+            f"{flag}: {folder}: expected images of 3 channels, found {vae.config.in_channels}"
         )
-    vae.register_to_config(_name_or_path="")  # a bundle shall not tell of this machine's folders
-    return _round(vae.eval().requires_grad_(False), dtype)
+    vae.register_to_config(_name_or_path="")  # local paths do not belong in a bundle
+    return vae.eval().requires_grad_(False)
 
 
-def _round(vae: Autoencoder, dtype: torch.dtype) -> Autoencoder:
-    """Rounds the weights to a dtype, in place; `fingerprint` still tells those before."""
-    if dtype != torch.float32:
-        vae.sha256_before_rounding = fingerprint(vae)
-        nn.Module.to(vae, dtype=dtype)  # diffusers' own `to` warns of nothing kept in float32
-    return vae
+def round_to_bfloat16(vae: Autoencoder) -> None:
+    """Rounds the weights to bfloat16, in place."""
+    nn.Module.to(vae, dtype=torch.bfloat16)  # diffusers' own `to` prints a warning
 
 
 def load_text_encoder(
@@ -112,10 +102,9 @@ def load_text_encoder(
 ) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Loads a CLIP tokenizer and text encoder (float32, evaluation mode).
 
-    `name` may hold a CLIPTextModel, a CLIPTextModelWithProjection, whose projection is left out, a
-    whole CLIPModel, whose image tower is left out, or a whole pipeline, of which the first or the
-    second text encoder is taken. Raises ValueError, with the remedy, where it is neither here nor
-    to be had.
+    `name` may contain a CLIPTextModel, a CLIPTextModelWithProjection or CLIPModel, whose other
+    parts are ignored, or a whole pipeline, from which the first or second text encoder is loaded.
+    Raises ValueError, with instructions, if it is unavailable.
     """
     at = "" if number == 1 else f"_{number}"
     parts, flag = (f"text_encoder{at}", f"tokenizer{at}"), f"--text-encoder{at.replace('_', '-')}"
@@ -138,22 +127,23 @@ def load_text_encoder(
 
 
 def _load_tokenizer(folder: Path, encoder: CLIPTextModel, flag: str) -> CLIPTokenizer:
-    """Loads the tokenizer of an encoder; raises ValueError where it is not one."""
+    """Loads the tokenizer of an encoder; raises ValueError if it is missing or does not fit."""
     needed = ("tokenizer.json",), ("vocab.json", "merges.txt")
     if not any(all((folder / name).is_file() for name in names) for names in needed):
-        raise ValueError(  # transformers would make one of two tokens and say nothing
-            f"{flag}: {folder} holds no tokenizer; expected tokenizer.json, or vocab.json and "
-            "merges.txt (of a pipeline, give the whole folder)"
+        raise ValueError(  # transformers would silently create a tokenizer of two tokens
+            f"{flag}: {folder} has no tokenizer; expected tokenizer.json, or vocab.json and "
+            "merges.txt (for a pipeline, give the whole folder)"
         )
     with loading(folder, flag=flag):
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     most = max(tokenizer.get_vocab().values())
     if most >= encoder.config.vocab_size or tokenizer.padding_side != "right":
         raise ValueError(
-            f"{flag}: the tokenizer in {folder} pads on the {tokenizer.padding_side} and has ids "
-            f"up to {most}; expected the right, and fewer than {encoder.config.vocab_size}"
+            f"{flag}: the tokenizer in {folder} does not fit the encoder: expected right padding "
+            f"and ids below {encoder.config.vocab_size}, found {tokenizer.padding_side} padding "
+            f"and ids up to {most}"
         )
-    # A folder with only vocab.json and merges.txt says "no limit" (1e30).
+    # A folder with only vocab.json and merges.txt has the limit 1e30.
     limit = encoder.config.max_position_embeddings
     tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return tokenizer
@@ -161,7 +151,7 @@ def _load_tokenizer(folder: Path, encoder: CLIPTextModel, flag: str) -> CLIPToke
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Holds back transformers' progress bars and both libraries' remarks on what is left out."""
+    """Suppresses warnings of transformers and diffusers, and transformers' progress bars."""
     libraries = (transformers_logging, diffusers_logging)
     before = [library.get_verbosity() for library in libraries]
     bar_was_on = transformers_logging.is_progress_bar_enabled()
@@ -178,23 +168,17 @@ def quiet() -> Iterator[None]:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Returns the sha256 of a network's weights: names, shapes, float32 values, in name order.
-
-    Of an autoencoder that was loaded in bfloat16, of the weights before they were rounded.
-    """
-    noted = getattr(module, "sha256_before_rounding", None)
-    if noted is not None:
-        return str(noted)
+    """Returns the sha256 of a network's weights: names, shapes and float32 values, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        # transformers 5 dropped this prefix of CLIPTextModel's names; the weights are the same.
+        # transformers 5 dropped this prefix of CLIPTextModel's names.
         digest.update(f"{name.removeprefix('text_model.')} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: CLIPTokenizer) -> str:
-    """Returns the sha256 of what decides the ids: vocabulary, merges and special tokens."""
+    """Returns the sha256 of everything the ids depend on: vocabulary, merges, special tokens."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
@@ -206,7 +190,7 @@ def _hash(content: Any) -> str:
 
 
 def vae_downscale(vae: Autoencoder) -> int:
-    """Returns how many pixels one latent cell spans along each axis (8 for Stable Diffusion's)."""
+    """Returns the downscale factor from pixels to latents (8 for Stable Diffusion's VAE)."""
     if isinstance(vae, AutoencoderDC):
         return int(vae.spatial_compression_ratio)
     names = {
@@ -227,26 +211,26 @@ def latent_channels(vae: Autoencoder) -> int:
 def latent_kind(vae: Autoencoder) -> LatentKind:
     """Returns "moments" for an autoencoder with a posterior, "plain" for one without.
 
-    Those of a VQModel are plain, from before the quantisation, which is the decoder's first step.
+    A VQModel has plain latents, from before the quantisation.
     """
     has_posterior = isinstance(vae, AutoencoderKL | AsymmetricAutoencoderKL)
     return "moments" if has_posterior else "plain"
 
 
 def scaling_factor(vae: Autoencoder) -> float:
-    """Returns what latents are multiplied by, after the shift, to be of about unit variance."""
+    """Returns the factor that scales shifted latents to about unit variance."""
     return float(vae.config.scaling_factor)
 
 
 def shift_factor(vae: Autoencoder) -> float:
-    """Returns what is subtracted from latents first: 0 for most, not for SD3's and Flux's."""
+    """Returns the value subtracted from latents before scaling; not 0 for SD3's and Flux's VAEs."""
     return float(vae.config.get("shift_factor") or 0.0)
 
 
 def latent_statistics(vae: Autoencoder) -> tuple[Tensor, Tensor]:
-    """Returns the mean and deviation (C,) float64 that a VAE's config gives beside its scale.
+    """Returns the latents' mean and standard deviation (C,) float64 from the VAE's config.
 
-    A shift factor is a mean for all channels; 0 and 1 where the config gives none.
+    A shift factor is the mean of all channels. The defaults are 0 and 1.
     """
     num = latent_channels(vae)
     mean, std = (vae.config.get(name) for name in ("latents_mean", "latents_std"))
@@ -258,7 +242,7 @@ def latent_statistics(vae: Autoencoder) -> tuple[Tensor, Tensor]:
 
 
 def latent_affine(vae: Autoencoder) -> tuple[Tensor, Tensor]:
-    """Returns shift and scale (C, 1, 1) float32: a denoiser works on (latent - shift) * scale."""
+    """Returns shift and scale (C, 1, 1) float32: the denoiser sees (latent - shift) * scale."""
     mean, std = latent_statistics(vae)
     scale = scaling_factor(vae) / std
     return mean.float().reshape(-1, 1, 1), scale.float().reshape(-1, 1, 1)
@@ -266,12 +250,12 @@ def latent_affine(vae: Autoencoder) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def encode_images(vae: Autoencoder, images: Tensor) -> Tensor:
-    """Encodes pixels, unscaled, to the moments of the posterior or to plain latents.
+    """Encodes images (B, 3, H, W) in [-1, 1] to unscaled moments or plain latents, in float32.
 
-    Takes images (B, 3, H, W) in [-1, 1] and returns float32: means, then log-variances
-    (B, 2C, h, w), or latents (B, C, h, w) where there is no posterior. It computes in the weights'
-    dtype: autocast, which would run even a float32 VAE in half precision, is off inside.
+    Moments are means and log-variances (B, 2C, h, w); plain latents are (B, C, h, w). The
+    computation is in the weights' dtype.
     """
+    # Autocast would run even a float32 VAE in half precision.
     with torch.autocast(images.device.type, enabled=False):
         encoded = vae.encode(images.to(vae.dtype))
     if "latent_dist" in encoded:
@@ -284,13 +268,13 @@ def encode_images(vae: Autoencoder, images: Tensor) -> Tensor:
 def tokenize(
     tokenizer: CLIPTokenizer, captions: Sequence[str], max_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Returns token ids (N, T) int64, padded on the right, and which captions were cut (N,)."""
+    """Returns token ids (N, T) int64, padded on the right, and whether each was truncated (N,)."""
     whole = tokenizer(list(captions), verbose=False)["input_ids"] if captions else []
     return _fit(whole, max_tokens, tokenizer.pad_token_id)
 
 
 def _fit(whole: Sequence[Sequence[int]], max_tokens: int, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Cuts or pads ids to (N, T), the end token kept, and tells which were cut (N,)."""
+    """Truncates (keeping the end token) or pads ids to (N, T); returns which were cut (N,)."""
     fitted = [
         [*ids[: max_tokens - 1], ids[-1]]
         if len(ids) > max_tokens
@@ -303,7 +287,7 @@ def _fit(whole: Sequence[Sequence[int]], max_tokens: int, pad_id: int) -> tuple[
 
 @torch.no_grad()
 def encode_text(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
-    """Returns the last hidden state (N, T, D) of ids (N, T), unmasked, as Stable Diffusion does."""
+    """Returns the last hidden state (N, T, D) of ids (N, T), unmasked, as Stable Diffusion."""
     with torch.autocast(ids.device.type, enabled=False):
         hidden: Tensor = text_encoder(ids, attention_mask=None)[0]
     return hidden

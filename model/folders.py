@@ -1,9 +1,9 @@
-"""Where a network's files are: a local folder, the Hugging Face cache, or the hub.
+"""Finds a network's files: in a local folder, the Hugging Face cache, or on the hub.
 
-A name may mean a network's own folder or a whole pipeline, of which only the sub-folders that are
-needed are read or downloaded. Weights are read as safetensors only: a pickle (.bin, .ckpt) can run
-any code when it is read, so it is refused with a way to convert it. What is not to be had is told
-with what to download and how.
+A name may refer to a network's own folder or to a whole pipeline; of a pipeline, only the required
+sub-folders are read or downloaded. Weights are loaded from safetensors only, because loading a
+pickle (.bin, .ckpt) can run arbitrary code. If files are unavailable, the error says what to
+download and where to put it.
 """
 
 import json
@@ -31,15 +31,14 @@ def fetch(
     flag: str,
     parts: Sequence[str] = (),
 ) -> Path:
-    """Returns the local folder of `name`: a path, a cached hub repository or a fresh download.
+    """Returns the local folder of `name`: a path, a cached hub repository or a new download.
 
-    `files` are patterns of the files' own names; `parts` are the sub-folders that hold them where
-    `name` is a whole pipeline, the network's first. Raises ValueError, with the remedy, where the
-    folder is not to be had.
+    `files` are patterns of file names. `parts` are the sub-folders that contain them in a whole
+    pipeline, the network's first. Raises ValueError, with instructions, if nothing is found.
     """
     local = find_path(name)
     if local is not None and local.is_file():
-        raise ValueError(f"{flag}: {_no_folder(local)}")
+        raise ValueError(f"{flag}: {_describe_file(local)}")
     if local is not None:
         return local
     try:
@@ -47,31 +46,31 @@ def fetch(
         if _is_complete(folder, parts):
             return folder
     except LocalEntryNotFoundError:
-        pass  # not in the cache: ask the hub below
+        pass  # not in the cache: try the hub below
     except HFValidationError:
         raise ValueError(
-            f"{flag}: no folder {name!r} here or in the project (and it is no hub name)"
+            f"{flag}: no folder {name!r} here or in the project, and not a valid hub name"
         ) from None
     return _download(name, revision, files, flag, parts)
 
 
 def find_part(folder: Path, part: str, *, flag: str) -> Path:
-    """Returns the folder that holds a network: `folder` itself, or its `part` in a pipeline.
+    """Returns a network's folder: `folder` itself, or its sub-folder `part` in a pipeline.
 
-    Raises ValueError where neither holds a config.json.
+    Raises ValueError if neither has a config.json.
     """
     if (folder / "config.json").is_file():
         return folder
     if (folder / part / "config.json").is_file():
         return folder / part
     raise ValueError(
-        f"{flag}: {folder} holds no config.json; expected one there, or a whole pipeline with one "
+        f"{flag}: {folder} has no config.json; expected one there, or a whole pipeline with one "
         f"in {part}/"
     )
 
 
 def read_config(folder: Path, field: str, expected: Sequence[str], *, flag: str) -> str:
-    """Returns what config.json says of `field`; raises ValueError if that is none of `expected`."""
+    """Returns `field` of config.json; raises ValueError unless it is one of `expected`."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -80,13 +79,13 @@ def read_config(folder: Path, field: str, expected: Sequence[str], *, flag: str)
     found = str(config.get(field)) if isinstance(config, dict) else "None"
     if found not in expected:
         raise ValueError(
-            f"{flag}: {path} says {field} {found!r}, expected {' or '.join(map(repr, expected))}"
+            f"{flag}: {path}: expected {field} {' or '.join(map(repr, expected))}, found {found!r}"
         )
     return found
 
 
 def require_weights(folder: Path, stem: str, *, flag: str) -> None:
-    """Raises ValueError, with the remedy, where the weights are no safetensors (or in several)."""
+    """Raises ValueError, with instructions, if there is no safetensors file (or index of them)."""
     names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
     if any((folder / name).is_file() for name in names):
         return
@@ -94,18 +93,18 @@ def require_weights(folder: Path, stem: str, *, flag: str) -> None:
     pickles = [name for name in found if Path(name).suffix in PICKLES]
     if pickles:
         raise ValueError(
-            f"{flag}: {folder} holds {pickles[0]}, a pickle, which can run any code when it is "
-            f"read, and no {names[0]}: where you trust it, load the folder and save it again "
-            f"(save_pretrained writes safetensors), or look for a revision that has them"
+            f"{flag}: {folder} has no {names[0]}, only {pickles[0]}, a pickle, which can run "
+            "arbitrary code when it is loaded: if you trust it, load the folder and save it again "
+            "(save_pretrained writes safetensors), or use a revision that has safetensors"
         )
     others = [name for name in found if name.endswith(".safetensors")]
-    hint = f", but {others[0]}: rename it if these are the weights that you mean" if others else ""
-    raise ValueError(f"{flag}: {folder} holds no {names[0]}{hint}")
+    hint = f", only {others[0]}: rename it if it contains the weights you want" if others else ""
+    raise ValueError(f"{flag}: {folder} has no {names[0]}{hint}")
 
 
 @contextmanager
 def loading(folder: Path, *, flag: str) -> Iterator[None]:
-    """Turns what the libraries raise for broken files into a ValueError that names the folder."""
+    """Turns the libraries' errors for broken files into a ValueError that names the folder."""
     try:
         yield
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -114,29 +113,27 @@ def loading(folder: Path, *, flag: str) -> Iterator[None]:
 
 
 def require_complete(report: Any, folder: Path, what: str, *, flag: str) -> None:
-    """Raises ValueError where a loading report tells of weights that the files lack."""
+    """Raises ValueError if a loading report lists weights that are missing in the files."""
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
-            f"{flag}: {folder} lacks {len(missing)} weights of {what}, {missing[0]} first"
+            f"{flag}: {folder} is missing {len(missing)} weights of {what}, first {missing[0]}"
         )
 
 
-def _no_folder(path: Path) -> str:
-    """Says what to do with a single file of weights."""
+def _describe_file(path: Path) -> str:
+    """Returns the error text for a single file of weights."""
+    expected = "expected a folder with config.json and safetensors"
     if path.suffix in PICKLES:
-        return (
-            f"{path} is a pickle, which can run any code when it is read; expected a folder with "
-            "config.json and safetensors"
-        )
+        return f"{path} is a pickle, which can run arbitrary code when it is loaded; {expected}"
     return (
-        f"{path} is a file; expected a folder with config.json and safetensors, as diffusers' "
-        "from_single_file(FILE).save_pretrained(FOLDER) makes it"
+        f"{path} is a file; {expected}: convert it with diffusers' "
+        "from_single_file(FILE).save_pretrained(FOLDER)"
     )
 
 
 def _is_complete(folder: Path, parts: Sequence[str]) -> bool:
-    """Returns whether a cached repository holds a network, and the parts that go with it."""
+    """Returns whether a cached repository has the network and all other parts."""
     if (folder / "config.json").is_file():
         return any(folder.glob("*.safetensors"))
     return bool(parts) and all(
@@ -148,20 +145,20 @@ def _is_complete(folder: Path, parts: Sequence[str]) -> bool:
 def _download(
     name: str, revision: str | None, files: Sequence[str], flag: str, parts: Sequence[str]
 ) -> Path:
-    """Downloads the named files of a hub repository; asks first whether the hub can be reached."""
+    """Downloads files of a hub repository."""
     found = f"{name!r} at revision {revision!r}" if revision else repr(name)
     at = f" --revision {revision}" if revision else ""
-    of_parts = f" (of a whole pipeline, those in {' and '.join(parts)})" if parts else ""
+    of_parts = f" (in a whole pipeline, from {' and '.join(parts)})" if parts else ""
     remedy = (
         f"download {', '.join(files)} of https://huggingface.co/{name}{of_parts} on a machine "
-        f"with a network (hf download {name}{at} --local-dir FOLDER takes all there is) and point "
+        f"with a network (hf download {name}{at} --local-dir FOLDER gets all files) and point "
         f"{flag} to that folder"
     )
-    try:  # one short question: a download alone would retry for half a minute per file
+    try:  # fails quickly without a network, where a download retries half a minute per file
         info = HfApi().model_info(name, revision=revision, timeout=CONNECT_TIMEOUT_S)
     except HfHubHTTPError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{flag}: the hub refuses {found}: {reason}; {remedy}") from error
+        raise ValueError(f"{flag}: the hub rejected {found}: {reason}; {remedy}") from error
     except _connection_errors() as error:
         raise ValueError(
             f"{flag}: no folder {found}, not in the cache, no network; {remedy}"
@@ -170,13 +167,13 @@ def _download(
     chosen = _choose(names, files, parts)
     if not any(file.endswith(".safetensors") for file in chosen):
         pickles = [other for other in names if Path(other).suffix in PICKLES]
-        held = f"; {pickles[0]} is a pickle, which can run any code when read" if pickles else ""
-        raise ValueError(f"{flag}: {found} on the hub holds none of {', '.join(files[1:])}{held}")
+        hint = f", only {pickles[0]}, a pickle, which can run arbitrary code" if pickles else ""
+        raise ValueError(f"{flag}: {found} on the hub has none of {', '.join(files[1:])}{hint}")
     return Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
 
 
 def _choose(names: Sequence[str], files: Sequence[str], parts: Sequence[str]) -> list[str]:
-    """Returns which of a repository's files are wanted: never a whole pipeline for its VAE."""
+    """Returns the repository's files to download; of a pipeline, only those in `parts`."""
     folders = [""] if "config.json" in names or not parts else [f"{part}/" for part in parts]
     wanted = [f"{folder}{pattern}" for folder in folders for pattern in files]
     return [
@@ -187,5 +184,6 @@ def _choose(names: Sequence[str], files: Sequence[str], parts: Sequence[str]) ->
 
 
 def _connection_errors() -> tuple[type[BaseException], ...]:
-    """Returns what the hub's client raises without a network, whatever library it is built on."""
+    """Returns the exceptions of the hub's client without a network."""
+    # huggingface_hub 1 is based on httpx, earlier versions on requests.
     return (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))

@@ -1,9 +1,8 @@
-"""Where things are: the project root, inputs given by name, the default place of outputs, and room.
+"""Input and output paths, free disk space, and folders that are written completely or not at all.
 
-An input path counts from the current directory first and from the project root second, so a
-preset's `scenes/encoders/vae` is found from anywhere. An output path that a user gives counts from
-the current directory only; default outputs go to the checkout, or to the current directory once
-installed.
+A relative input path is looked up in the current directory, then in the project root, so a preset's
+`scenes/encoders/vae` is found from any directory. An output path given by the user is relative to
+the current directory. Default outputs go to the checkout, or to the current directory if installed.
 """
 
 import errno
@@ -15,43 +14,44 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says where a disk, a quota or a file's limit leaves no room."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a full disk, an exceeded quota and an exceeded file size limit."""
 ROOT = Path(__file__).resolve().parent.parent
-"""The folder that holds the packages: the checkout, or site-packages once installed."""
+"""The folder that contains the packages: the checkout, or the installed latent_t2i."""
 
 
 def find_path(name: str | Path) -> Path | None:
-    """Returns `name` as given if it exists, else under the project root if it exists there."""
+    """Returns `name` if it exists, else the same path under the project root, else None."""
     given = Path(name).expanduser()
     candidates = (given,) if given.is_absolute() else (given, ROOT / given)
     return next((path for path in candidates if path.exists()), None)
 
 
 def output_root() -> Path:
-    """Returns the folder under which default outputs (`shards/data`, `runs`) are made."""
+    """Returns the folder under which default outputs (`shards/data`, `runs`) are created."""
     return ROOT if (ROOT / "pyproject.toml").is_file() else Path.cwd()
 
 
 def free_bytes(folder: Path) -> int:
-    """Returns the room on the disk that a folder lies on, or would."""
-    here = folder.absolute()
-    return shutil.disk_usage(next(path for path in (here, *here.parents) if path.exists())).free
+    """Returns the free space on the disk of a folder that need not exist yet."""
+    folder = folder.absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free
 
 
-def size(num_bytes: float) -> str:
-    """Returns a size as people read it."""
+def format_bytes(num_bytes: float) -> str:
+    """Returns a size in MB or GB."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
 
 
 @contextmanager
 def complete_or_absent(final: Path, num_bytes: int | None = None) -> Iterator[Path]:
-    """Yields a temporary folder beside `final` that takes its name and place once it is whole.
+    """Yields a temporary folder that is renamed to `final` when the block ends without an error.
 
     The files are flushed to disk before the rename, so neither a killed process nor a power cut
-    leaves a half-written folder under the final name. What an earlier kill left under a temporary
-    name goes. Raises OSError with the folder, the `num_bytes` that it takes and those that were
-    free where there is no room: `final` is then as it was, and nothing else is left.
+    leaves a partial folder under the final name. An existing `final` is replaced. Leftovers of an
+    earlier killed attempt are deleted. If the disk is full, raises OSError with the folder, the
+    required `num_bytes` and the free bytes; `final` is then unchanged.
     """
     temporary = final.with_name(f".{final.name}.partial")
     old = final.with_name(f".{final.name}.old")
@@ -64,11 +64,11 @@ def complete_or_absent(final: Path, num_bytes: int | None = None) -> Iterator[Pa
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk, make room
-        if number := _no_room(error):
+        shutil.rmtree(temporary, ignore_errors=True)
+        if number := _no_space_errno(error):
             needed = "more" if num_bytes is None else f"{num_bytes:,} bytes"
             text = f"not written, {os.strerror(number)}: needs {needed}, {num_free:,} bytes free"
-            text += "; make room and give the same command again"
+            text += "; make room on the disk and run the same command again"
             raise OSError(number, text, str(final)) from error
         raise
     if final.exists():
@@ -78,17 +78,17 @@ def complete_or_absent(final: Path, num_bytes: int | None = None) -> Iterator[Pa
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _no_room(error: BaseException) -> int | None:
-    """Returns the system's number of an error that tells of a full disk, also of safetensors'."""
-    if isinstance(error, OSError) and error.errno in FULL:
+def _no_space_errno(error: BaseException) -> int | None:
+    """Returns the error number if `error` reports a full disk, else None."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return error.errno
-    if isinstance(error, SafetensorError):
-        return next((number for number in FULL if f"(os error {number})" in str(error)), None)
+    if isinstance(error, SafetensorError):  # carries the number in its text only
+        return next((number for number in NO_SPACE if f"(os error {number})" in str(error)), None)
     return None
 
 
 def _flush(path: Path) -> None:
-    """Forces a file or folder to disk."""
+    """Flushes a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from latent_t2i.model.encoders import (
     TextEncoders,
     encode_images,
+    fingerprint,
     latent_channels,
     latent_kind,
     load_text_encoders,
     load_vae,
+    round_to_bfloat16,
     vae_downscale,
 )
 from latent_t2i.pipeline.config import PipelineConfig
@@ -37,6 +39,8 @@ class Encoders:
     """The frozen networks on their device, and how to use them."""
 
     vae: nn.Module
+    vae_sha256: str
+    """Of the float32 weights, before any rounding to bfloat16."""
     text: TextEncoders
     device: torch.device
     views: int
@@ -62,8 +66,10 @@ class Encoders:
 
 def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
     """Loads the encoders. Raises ValueError for one that is not to be had or does not fit."""
-    dtype = torch.bfloat16 if config.vae_dtype == "bfloat16" else torch.float32
-    vae = load_vae(config.vae, revision=config.vae_revision, dtype=dtype)
+    vae = load_vae(config.vae, revision=config.vae_revision)
+    vae_sha256 = fingerprint(vae)
+    if config.vae_dtype == "bfloat16":
+        round_to_bfloat16(vae)
     downscale = vae_downscale(vae)
     if config.image_size_px % downscale:
         raise ValueError(
@@ -83,6 +89,7 @@ def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
         vae.encoder.compile()
     return Encoders(
         vae=vae,
+        vae_sha256=vae_sha256,
         text=text.to(device),
         device=device,
         views=config.views,

@@ -1,6 +1,5 @@
 """Says what decides the content of the shards, so that another set is never taken for this one."""
 
-from latent_t2i.model.encoders import fingerprint
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.encode import Encoders
 from latent_t2i.pipeline.images import describe
@@ -19,9 +18,7 @@ def make_provenance(
     """
     text = encoders.text
     return Provenance(
-        vae=Identity(
-            name=config.vae, revision=config.vae_revision, sha256=fingerprint(encoders.vae)
-        ),
+        vae=Identity(name=config.vae, revision=config.vae_revision, sha256=encoders.vae_sha256),
         text_encoder=Identity(name=text.name, revision=text.revision, sha256=text.fingerprint),
         tokenizer=Identity(
             name=text.name, revision=text.revision, sha256=text.tokenizer_fingerprint

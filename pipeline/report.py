@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from latent_t2i.model.paths import size
+from latent_t2i.model.paths import format_bytes
 from latent_t2i.pipeline.index import Index
 from latent_t2i.pipeline.plan import SetPlan, bytes_by_member
 from latent_t2i.shards.schema import Manifest
@@ -46,7 +46,7 @@ class Meter:
     def add(self, num: int, num_skipped: int, *, num_bytes: int, num_shards: int) -> None:
         """Counts images done, some of them left out; bytes and shards are those written so far."""
         self._num_skipped += num_skipped
-        text = f"{size(num_bytes)}, {self._num_skipped} left out"
+        text = f"{format_bytes(num_bytes)}, {self._num_skipped} left out"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(num)
         if num_shards and not self._is_told and not self._bar.disable:
@@ -69,8 +69,8 @@ def plan_lines(index: Index, sets: Sequence[SetPlan], out: Path, free_bytes: int
         "captions": f"{index.num_captions}, {index.num_cut} of them will be cut",
         "shards": f"{len(shards)} in {show(out)}",
         **({"buckets": _buckets(sets)} if sets[0].bucket else {}),
-        "bytes": ", ".join(f"{name} {size(num)}" for name, num in sizes.items()),
-        "in all": f"{size(sum(sizes.values()))}, free there {size(free_bytes)}",
+        "bytes": ", ".join(f"{name} {format_bytes(num)}" for name, num in sizes.items()),
+        "in all": f"{format_bytes(sum(sizes.values()))}, free there {format_bytes(free_bytes)}",
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
@@ -90,7 +90,8 @@ def summary(manifests: Mapping[str, Manifest], lost: Mapping[str, str], out: Pat
     cut = sum(manifest.num_truncated for manifest in manifests.values())
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
     lines = {
-        "shards": f"{len(shards)}, {size(sum(shard.bytes for shard in shards))}, in {show(out)}",
+        "shards": f"{len(shards)}, {format_bytes(sum(shard.bytes for shard in shards))}, "
+        f"in {show(out)}",
         "captions": f"{num_captions}, {cut} cut at {some.max_tokens} tokens",
         "text": _describe_text(some),
         "latents": _describe_latents(manifests),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from latent_t2i.model.encoders import vae_downscale
-from latent_t2i.model.paths import free_bytes, size
+from latent_t2i.model.paths import format_bytes, free_bytes
 from latent_t2i.pipeline import report
 from latent_t2i.pipeline.buckets import make_buckets, nearest_bucket
 from latent_t2i.pipeline.config import PipelineConfig
@@ -122,7 +122,7 @@ def require_room(sets: Sequence[SetPlan], out: Path) -> None:
     free = free_bytes(out)
     if needed > free:
         raise ValueError(
-            f"{report.show(out)}: the shards need {size(needed)}, the disk has "
-            f"{size(free)} free: choose another --out, fewer --max-tokens or --text-dtype "
+            f"{report.show(out)}: the shards need {format_bytes(needed)}, the disk has "
+            f"{format_bytes(free)} free: choose another --out, fewer --max-tokens or --text-dtype "
             "int8; --force starts all the same"
         )

@@ -1,5 +1,5 @@
 """Draws pictures with the stock `StableDiffusionPipeline`, so that what is seen here is what any
-diffusers program gives for the same bundle. One seed is one picture (model/drawing.py).
+diffusers program gives for the same bundle. One seed is one picture (model/generate.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,9 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 
-from latent_t2i.model import drawing
 from latent_t2i.model.bundle import find_bundle
 from latent_t2i.model.encoders import quiet
+from latent_t2i.model.generate import generate_images
 from latent_t2i.sample.config import DtypeName, SchedulerName
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
     "euler": (DPMSolverMultistepScheduler, {"solver_order": 1}),
 }
-OWN_SCHEDULER = "bundle_scheduler"
-"""The pipeline's attribute that keeps what its bundle named, whatever it draws with."""
 
 
 def load(
@@ -78,28 +76,30 @@ def draw(
     batch_size: int = 16,
     title: str = "draw",
 ) -> list[Image.Image]:
-    """Gives the pipeline the scheduler that was asked for, and draws with it as `drawing.draw`."""
-    use_scheduler(pipeline, scheduler)
-    return drawing.draw(
-        pipeline,
-        prompts,
-        seeds,
-        guidance_scale=guidance_scale,
-        num_steps=num_steps,
-        batch_size=batch_size,
-        title=title,
-    )
+    """Returns images made with the named scheduler; the pipeline keeps its own."""
+    own = pipeline.scheduler
+    pipeline.scheduler = choose_scheduler(own, scheduler)
+    try:
+        return generate_images(
+            pipeline,
+            prompts,
+            seeds,
+            guidance_scale=guidance_scale,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            title=title,
+        )
+    finally:
+        pipeline.scheduler = own
 
 
-def use_scheduler(pipeline: "StableDiffusionPipeline", name: SchedulerName) -> None:
-    """Gives the pipeline a sampler on the schedule that its bundle was trained on.
+def choose_scheduler(own: Any, name: SchedulerName) -> Any:
+    """Returns the named sampler for the noise schedule of `own`, the bundle's scheduler.
 
     DDIM: Song et al. 2020 (2010.02502). DPM-Solver++ (2M): Lu et al. 2022 (2211.01095); of first
     order it is DDIM, and Euler's method on rectified flow. UniPC: Zhao et al.
     2023 (2302.04867). Raises ValueError for DDIM on a bundle of flow.
     """
-    own = getattr(pipeline, OWN_SCHEDULER, pipeline.scheduler)
-    setattr(pipeline, OWN_SCHEDULER, own)
     is_flow = own.config.prediction_type == "flow_prediction"
     if name == "ddim" and is_flow:
         raise ValueError(
@@ -107,7 +107,6 @@ def use_scheduler(pipeline: "StableDiffusionPipeline", name: SchedulerName) -> N
             "expected dpmpp, unipc, euler (DDIM's counterpart) or bundle, found ddim"
         )
     if name == "bundle":
-        pipeline.scheduler = own
-        return
+        return own
     kind, settings = SAMPLERS[name]
-    pipeline.scheduler = kind.from_config(own.config, **settings)
+    return kind.from_config(own.config, **settings)

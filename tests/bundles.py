@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from latent_t2i.model import denoiser
-from latent_t2i.model.bundle import save_bundle
+from latent_t2i.model.bundle import make_pipeline, save_bundle
 from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
 from latent_t2i.model.encoders import load_text_encoder, load_vae
 from tests import tiny
@@ -30,12 +30,14 @@ def make_bundle(folder: Path, objective: ObjectiveConfig = VELOCITY) -> Path:
         )
     save_bundle(
         folder,
-        unet=unet,
-        vae=load_vae(folders.vae),
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        scheduler=make_scheduler(objective),
-        max_tokens=MAX_TOKENS,
+        make_pipeline(
+            unet=unet,
+            vae=load_vae(folders.vae),
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            scheduler=make_scheduler(objective),
+            max_tokens=MAX_TOKENS,
+        ),
         info={
             "name": "tiny",
             "step": 3,

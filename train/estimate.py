@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from latent_t2i.model import denoiser
 from latent_t2i.model.denoiser import DenoiserConfig
-from latent_t2i.model.paths import free_bytes, size
+from latent_t2i.model.paths import format_bytes, free_bytes
 from latent_t2i.train.config import Precision, TrainConfig
 from latent_t2i.train.preflight import Plan
 
@@ -212,9 +212,10 @@ def require_memory(memory: Memory, available: int | None, config: TrainConfig) -
     share = SURE_SHARE_COMPILED if config.compile else SURE_SHARE
     if available is not None and memory.state_bytes + share * memory.peak_bytes > available:
         raise ValueError(
-            f"memory: the run needs about {size(memory.total_bytes)} a process "
-            f"({size(memory.state_bytes)} for weights, AdamW and averages, "
-            f"{size(memory.peak_bytes)} for the passes), {size(available)} are free: a smaller "
+            f"memory: the run needs about {format_bytes(memory.total_bytes)} a process "
+            f"({format_bytes(memory.state_bytes)} for weights, AdamW and averages, "
+            f"{format_bytes(memory.peak_bytes)} for the passes), {format_bytes(available)} are "
+            "free: a smaller "
             "--micro-batch-size (the result stays the same), --gradient-checkpointing, "
             "--mixed-precision bf16, --optim.kind adamw8bit, --fsdp over several processes, fewer "
             "--ema.sigma-rels, or a smaller --model.channels"
@@ -254,9 +255,10 @@ def require_room(folder: Path, parts: Mapping[str, int]) -> None:
     needed = sum(max(0, num_bytes - there[name]) for name, num_bytes in parts.items())
     free = free_bytes(folder)
     if needed > free:
-        told = ", ".join(f"{name} {size(num)}" for name, num in parts.items() if num)
+        told = ", ".join(f"{name} {format_bytes(num)}" for name, num in parts.items() if num)
         raise ValueError(
-            f"{folder}: the run needs {size(needed)} more ({told}), the disk has {size(free)} "
+            f"{folder}: the run needs {format_bytes(needed)} more ({told}), the disk has "
+            f"{format_bytes(free)} "
             "free: choose another --out, fewer --keep-checkpoints, or a larger "
             "--ema.snapshot-every-steps"
         )
@@ -299,7 +301,7 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
     require_room(plan.folder, parts)
     batch = f"{config.batch_size} = {num_processes} x {plan.micro_batch_size} x {num_pieces}"
     flop = TRAINING_FLOP * passes.forward_flop * config.batch_size
-    disk = ", ".join(f"{name} {size(num)}" for name, num in parts.items() if num)
+    disk = ", ".join(f"{name} {format_bytes(num)}" for name, num in parts.items() if num)
     return layout(
         {
             "data": f"{len(plan.shards)} records, {plan.num_steps} steps, "
@@ -308,10 +310,10 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
             "network": f"{passes.num_parameters / 1e6:.1f} M weights, "
             f"{passes.forward_flop / 1e9:.4g} GFLOP an image and forward pass",
             "step": f"about {flop / 1e9:.4g} GFLOP; the bar tells the time once it is measured",
-            "memory": f"about {size(memory.total_bytes)}"
-            + (f" of {size(available)}" if available is not None else "")
-            + f" a process ({size(memory.state_bytes)} for weights, AdamW and averages)",
-            "disk": f"{disk}; {size(free_bytes(plan.folder))} free",
+            "memory": f"about {format_bytes(memory.total_bytes)}"
+            + (f" of {format_bytes(available)}" if available is not None else "")
+            + f" a process ({format_bytes(memory.state_bytes)} for weights, AdamW and averages)",
+            "disk": f"{disk}; {format_bytes(free_bytes(plan.folder))} free",
         }
     )
 

@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from latent_t2i.model.bundle import INFO_FILE, read_info, save_bundle
+from latent_t2i.model.bundle import INFO_FILE, make_pipeline, read_info, save_bundle
 from latent_t2i.model.diffusion import make_scheduler
 from latent_t2i.model.posthoc import folder_of, save_snapshot
 from latent_t2i.shards.order import mixed_seed
@@ -249,7 +249,7 @@ def watch(run: Run, *, end: bool) -> bool:
 
 
 def snapshot(run: Run, *, again: bool = True) -> None:
-    """Keeps the averages for `python -m model.ema`, from the main process; the others wait.
+    """Keeps the averages for `python -m model.posthoc`, from the main process; the others wait.
 
     Before a checkpoint of the same step, so that no kill between the two can lose it. Unless
     `again`, one that is there stays.
@@ -316,12 +316,14 @@ def write_bundle(run: Run, folder: Path, average: Mapping[str, Tensor]) -> None:
     unet.load_state_dict(average)
     save_bundle(
         folder,
-        unet=unet,
-        vae=plan.vae,
-        tokenizer=plan.tokenizer,
-        text_encoder=plan.text_encoder,
-        scheduler=make_scheduler(run.config.objective),
-        max_tokens=plan.shards.manifest.max_tokens,
+        make_pipeline(
+            unet=unet,
+            vae=plan.vae,
+            tokenizer=plan.tokenizer,
+            text_encoder=plan.text_encoder,
+            scheduler=make_scheduler(run.config.objective),
+            max_tokens=plan.shards.manifest.max_tokens,
+        ),
         dtype=run.config.bundle_dtype,
         info={
             "name": run.config.name,

@@ -10,7 +10,6 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from latent_t2i.model.bundle import require_stock_shards, sampling_scheduler
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.diffusion import make_scheduler
-from latent_t2i.model.drawing import check_steps
 from latent_t2i.model.encoders import (
     Autoencoder,
     fingerprint,
@@ -20,6 +19,7 @@ from latent_t2i.model.encoders import (
     tokenizer_fingerprint,
     vae_downscale,
 )
+from latent_t2i.model.generate import check_num_steps
 from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.shards.access import Access, check_order, choose_kind, open_set
 from latent_t2i.shards.bucket_order import BucketOrder
@@ -100,7 +100,7 @@ def validate(config: TrainConfig, num_processes: int) -> Plan:
     check_order(shards, order, access, num_processes)
     if config.preview.every_steps is not None:
         sampler = sampling_scheduler(make_scheduler(config.objective))
-        check_steps(sampler, config.preview.num_steps, "preview.num_steps")
+        check_num_steps(sampler, config.preview.num_steps, "preview.num_steps")
     check_graph(config.cuda_graph, num_processes, shards)
     vae = load_vae(*choose(config.vae, manifest.vae))
     for shape in shards.latent_shapes:

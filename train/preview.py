@@ -11,7 +11,7 @@ from PIL import Image
 
 from latent_t2i.model.bundle import make_pipeline
 from latent_t2i.model.diffusion import make_scheduler
-from latent_t2i.model.drawing import draw
+from latent_t2i.model.generate import generate_images
 from latent_t2i.model.grid import labelled_grid, save_png
 from latent_t2i.train import trackers
 from latent_t2i.train.fsdp import is_shared
@@ -54,7 +54,7 @@ def draw_images(run: Run) -> list[Image.Image]:
         try:
             for network in visitors:
                 network.to(run.accelerator.device)
-            return draw(
+            return generate_images(
                 pipeline,
                 config.prompts,
                 seeds,

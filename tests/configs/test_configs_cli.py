@@ -1,4 +1,4 @@
-"""The config loader on a config of its own: every way to say a setting, and every way to err."""
+"""The config loader: flags, presets, dumps and error messages, on a config of its own."""
 
 import io
 import subprocess
@@ -33,7 +33,7 @@ class Data:
     verify: bool = False
     """A switch."""
     num_workers: int | None = None
-    """May be absent."""
+    """Optional."""
 
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 0:
@@ -42,25 +42,25 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of a command that is not there.
+    """Settings of an imaginary command.
 
-    This paragraph is for the code's reader and not in the help.
+    This paragraph is not shown in the help.
     """
 
     name: str
     """The only setting without a default."""
     vae: str | None = None
-    """May be absent."""
+    """Optional."""
     seed: int = 0
     """A whole number."""
     rate: float = 1e-4
     """A number."""
     compile: bool = True
-    """A switch that is on."""
+    """A switch with the default on."""
     prompts: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["--prompt"])
     ] = ()
-    """Texts, any number of them."""
+    """Any number of texts."""
     data: Data = field(default_factory=Data)
     """The nested settings."""
 
@@ -74,7 +74,7 @@ WritePreset = Callable[[object], str]
 
 @pytest.fixture
 def write_preset(tmp_path: Path) -> WritePreset:
-    """Writes a preset, given as YAML text or as a document, and returns its path."""
+    """Writes a preset from YAML text or a document; returns its path."""
 
     def write(document: object) -> str:
         path = tmp_path / "preset.yaml"
@@ -89,7 +89,7 @@ def parse_flags(*flags: str) -> Settings:
     return parse(Settings, "train", flags)
 
 
-def refusal(*flags: str) -> str:
+def error_of(*flags: str) -> str:
     with pytest.raises(ConfigError) as caught:
         parse_flags(*flags)
     message = str(caught.value)
@@ -123,7 +123,7 @@ def test_flags_of_every_kind() -> None:
     )
 
 
-def test_underscores_are_hyphens() -> None:
+def test_underscores_equal_hyphens() -> None:
     assert parse_flags("--name", "x", "--data.num_workers", "2").data.num_workers == 2
     assert not parse_flags("--name", "x", "--data.no_verify").data.verify
 
@@ -144,7 +144,7 @@ def test_later_flags_win() -> None:
     "flags",
     [("--prompt", "a", "--prompt", "b"), ("--prompts", "a", "b"), ("--prompts=a", "--prompt", "b")],
 )
-def test_repeatable_flag_adds_up(flags: tuple[str, ...]) -> None:
+def test_repeatable_flags_are_appended(flags: tuple[str, ...]) -> None:
     assert parse_flags("--name", "x", *flags).prompts == ("a", "b")
 
 
@@ -162,18 +162,13 @@ def test_preset_shared_keys_section_and_flags(write_preset: WritePreset) -> None
     assert parse_flags(f"--config={path}").prompts == ("a", "b")
 
 
-def test_flags_before_the_preset_win_as_well(write_preset: WritePreset) -> None:
+def test_flags_before_the_preset_win_too(write_preset: WritePreset) -> None:
     path = write_preset("name: preset")
     assert parse_flags("--name", "mine", "--config", path).name == "mine"
 
 
 def test_empty_preset(write_preset: WritePreset) -> None:
     assert parse_flags("--config", write_preset("train:\n"), "--name", "x") == Settings(name="x")
-
-
-def test_argv_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["run.py", "--name", "mine"])
-    assert parse(Settings, "train").name == "mine"
 
 
 def test_preset_is_found_from_anywhere(elsewhere: Path) -> None:
@@ -183,7 +178,7 @@ def test_preset_is_found_from_anywhere(elsewhere: Path) -> None:
     assert cli.find_preset("demo") == cli.PRESETS_DIR / "demo.yaml"
 
 
-def test_folder_does_not_hide_a_preset(elsewhere: Path) -> None:
+def test_a_folder_does_not_hide_a_preset(elsewhere: Path) -> None:
     (elsewhere / "scenes").mkdir()
     assert cli.find_preset("scenes") == cli.PRESETS_DIR / "scenes.yaml"
 
@@ -213,7 +208,7 @@ configs = st.builds(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(config=configs)
-def test_dump_parses_to_the_same(config: Settings, write_preset: WritePreset) -> None:
+def test_a_dump_parses_to_an_equal_config(config: Settings, write_preset: WritePreset) -> None:
     document = {"train": dump(config)}
     assert parse_flags("--config", write_preset(document)) == config
     assert yaml.safe_load(yaml.safe_dump(document)) == document
@@ -222,17 +217,17 @@ def test_dump_parses_to_the_same(config: Settings, write_preset: WritePreset) ->
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "missing --name: give it, or a preset with --config (see --help)"),
+        ([], "missing --name: set it, or choose a preset with --config (see --help)"),
         (["--nam", "x"], "unknown flag --nam, did you mean --name? (see --help)"),
         (["--verify"], "unknown flag --verify, did you mean --data.verify? (see --help)"),
         (["--quaxle"], "unknown flag --quaxle (see --help)"),
-        (["x"], "unexpected argument 'x': settings begin with -- (see --help)"),
-        (["--name"], "--name takes one value, found none (see --help)"),
-        (["--name", "x", "y"], "--name takes one value, found 'x' 'y' (see --help)"),
-        (["--config"], "--config takes one value, found none (see --help)"),
+        (["x"], "unexpected argument 'x': flags start with -- (see --help)"),
+        (["--name"], "--name: expected one value, found none (see --help)"),
+        (["--name", "x", "y"], "--name: expected one value, found 'x' 'y' (see --help)"),
+        (["--config"], "--config: expected one value, found none (see --help)"),
         (
             ["--name", "x", "--data.verify", "True"],
-            "--data.verify takes no value, found 'True': write --data.verify or --data.no-verify",
+            "--data.verify: expected no value, found 'True': use --data.verify or --data.no-verify",
         ),
         (
             ["--name", "x", "--rate", "fast"],
@@ -240,7 +235,7 @@ def test_dump_parses_to_the_same(config: Settings, write_preset: WritePreset) ->
         ),
         (
             ["--name", "x", "--data.betas", "1"],
-            "--data.betas takes 2 values, found 1 (see --help)",
+            "--data.betas: expected 2 values, found 1 (see --help)",
         ),
         (
             ["--name", "x", "--rate", "0"],
@@ -252,19 +247,19 @@ def test_dump_parses_to_the_same(config: Settings, write_preset: WritePreset) ->
         ),
     ],
 )
-def test_refused_flags(flags: list[str], message: str) -> None:
-    assert refusal(*flags) == message
+def test_invalid_flags_are_refused(flags: list[str], message: str) -> None:
+    assert error_of(*flags) == message
 
 
-def test_refused_choice_names_flag_value_and_choices() -> None:
-    assert refusal("--name", "x", "--data.access", "fetch") == (
+def test_an_invalid_choice_is_refused_with_the_choices() -> None:
+    assert error_of("--name", "x", "--data.access", "fetch") == (
         "invalid choice 'fetch' for argument '--data.access'. Expected one of ('map', 'stream')."
         " (see --help)"
     )
 
 
 class Terminal(io.StringIO):
-    """A terminal that shows every character and colour."""
+    """A terminal with UTF-8 and colours."""
 
     encoding = "utf-8"
 
@@ -274,28 +269,28 @@ class Terminal(io.StringIO):
 
 def test_messages_are_the_same_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--name", "x", "--data.access", "fetch")
-    message = refusal(*flags)
+    message = error_of(*flags)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(sys, "stderr", Terminal())
-    assert refusal(*flags) == message
+    assert error_of(*flags) == message
 
 
-def test_long_values_stay_whole_in_messages() -> None:
+def test_long_values_are_not_wrapped_in_messages() -> None:
     name = "/a/long/path" * 20
-    assert name in refusal(f"--name={name}", "--rate", "-1")
+    assert name in error_of(f"--name={name}", "--rate", "-1")
 
 
-def test_missing_preset_lists_the_presets() -> None:
-    message = refusal("--config", "nowhere.yaml")
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+    message = error_of("--config", "nowhere.yaml")
     assert message.startswith("--config: no preset 'nowhere.yaml'; give a path, or one of coco256,")
 
 
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ("[1, 2]", ": expected keys with values, found [1, 2]"),
-        ("train: 3", ": train: expected keys with values, found 3"),
+        ("[1, 2]", ": expected a mapping, found [1, 2]"),
+        ("train: 3", ": train: expected a mapping, found 3"),
         ("trian: {}", ": unknown key 'trian', did you mean train?"),
         ("train: {nmae: x}", ": train.nmae: unknown key, did you mean name?"),
         ("train: {verify: true}", ": train.verify: unknown key, did you mean data.verify?"),
@@ -303,28 +298,30 @@ def test_missing_preset_lists_the_presets() -> None:
             "train: {data: {acess: map}}",
             ": train.data.acess: unknown key, did you mean data.access?",
         ),
-        ("train: {data: map}", ": train.data: expected keys with values, found 'map'"),
+        ("train: {data: map}", ": train.data: expected a mapping, found 'map'"),
         ("name: null", ": name: expected a value, found null"),
-        ("name: no", ": name: expected a text or number (quote it), found false"),
+        ("name: no", ": name: expected a string or number (quote it), found false"),
         ("name: [x]", ": name: expected one value, found ['x']"),
-        ("name: {x: 1, y: 2}", ": name: expected a value, found the keys x, y"),
+        ("name: {x: 1, y: 2}", ": name: expected a value, found keys x, y"),
         ("train: {compile: maybe}", ": train.compile: expected true or false, found maybe"),
-        ("train: {rate: true}", ": train.rate: expected a text or number (quote it), found true"),
+        ("train: {rate: true}", ": train.rate: expected a string or number (quote it), found true"),
         ("train: {data: {widths: 8}}", ": train.data.widths: expected a list, found 8"),
         ("train: {data: {levels: [1]}}", ": train.data.levels: expected true or false, found 1"),
     ],
 )
-def test_refused_presets(write_preset: WritePreset, document: str, message: str) -> None:
+def test_invalid_presets_are_refused(
+    write_preset: WritePreset, document: str, message: str
+) -> None:
     path = write_preset(document)
-    assert refusal("--config", path, "--name", "x") == path + message
+    assert error_of("--config", path, "--name", "x") == path + message
 
 
 @pytest.mark.parametrize(
     ("document", "part"),
-    [("name: [x", "not YAML: while parsing"), ("name: x\nname: y", "key 'name' stands twice")],
+    [("name: [x", "invalid YAML: while parsing"), ("name: x\nname: y", "duplicate key 'name'")],
 )
-def test_refused_yaml(write_preset: WritePreset, document: str, part: str) -> None:
-    message = refusal("--config", write_preset(document))
+def test_invalid_yaml_is_refused(write_preset: WritePreset, document: str, part: str) -> None:
+    message = error_of("--config", write_preset(document))
     assert "preset.yaml: " in message
     assert part in message
 
@@ -333,14 +330,14 @@ def test_refused_yaml(write_preset: WritePreset, document: str, part: str) -> No
     "section",
     ["rate: fast", "rate: -1", "data: {access: fetch}", "data: {betas: [1]}"],
 )
-def test_errors_name_the_preset_a_value_came_from(write_preset: WritePreset, section: str) -> None:
+def test_errors_name_the_preset_of_the_value(write_preset: WritePreset, section: str) -> None:
     path = write_preset(f"name: x\ntrain: {{{section}}}")
-    assert f" (in {path}) (see --help)" in refusal("--config", path)
+    assert f" (in {path}) (see --help)" in error_of("--config", path)
 
 
 def test_errors_about_flags_do_not_name_the_preset(write_preset: WritePreset) -> None:
     path = write_preset("train: {rate: 0.1}")
-    assert path not in refusal("--config", path, "--name", "x", "--rate", "fast")
+    assert path not in error_of("--config", path, "--name", "x", "--rate", "fast")
 
 
 def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -351,6 +348,13 @@ def test_help_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, lines)) <= 80
     assert any("--data.num-workers" in line for line in lines)
     assert any("--config PRESET" in line for line in lines)
+    assert "usage: python -m train.run" in lines[0]
+
+
+def test_help_shows_the_given_program_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Settings, "train", ["--help"], prog="latent-t2i train")
+    assert capsys.readouterr().out.startswith("usage: latent-t2i train ")
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, run: Callable[[Settings], None], *flags: str) -> int:
@@ -384,7 +388,7 @@ def test_main_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         (OSError("disk full"), "error: disk full"),
     ],
 )  # fmt: skip
-def test_main_turns_user_errors_into_a_line(
+def test_main_prints_user_errors_as_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     error: Exception,
@@ -394,24 +398,24 @@ def test_main_turns_user_errors_into_a_line(
     assert capsys.readouterr().err == f"{line}\n"
 
 
-def test_main_refuses_flags_with_a_line(
+def test_main_prints_invalid_flags_as_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_main(monkeypatch, raise_(AssertionError("not reached")), "--nam", "x") == 2
     assert capsys.readouterr().err.startswith("error: unknown flag --nam")
 
 
-def test_main_leaves_faults_of_the_program_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_does_not_catch_program_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", "--name", "x"])
     with pytest.raises(ZeroDivisionError):
         cli.main(raise_(ZeroDivisionError()), Settings, "train")
 
 
-def test_main_on_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_exits_with_130_after_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_main(monkeypatch, raise_(KeyboardInterrupt()), "--name", "x") == 130
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     code = (
         "from dataclasses import dataclass\n"
         "from configs.cli import main\n"

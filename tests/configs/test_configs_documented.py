@@ -1,5 +1,4 @@
-"""Commands that the pages and presets show are commands that work: their flags parse, their make
-targets and presets exist."""
+"""Documented commands work: their flags parse, and their make targets and presets exist."""
 
 import re
 import shlex
@@ -21,7 +20,7 @@ TARGETS = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(encodin
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every shell command that stands on a line of its own."""
+    """Returns the words of each shell command on a line of its own."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         line = line.removeprefix("#").strip()
@@ -31,16 +30,16 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def settings(words: list[str]) -> tuple[str, list[str]]:
-    """The section and the flags of a command line that starts one of our commands."""
+    """Returns the section and the flags of a command line."""
     for index, word in enumerate(words):
         found = re.fullmatch(r"([a-z]+)(\.run|/run\.py)", word)
         if found:
             return found[1], words[index + 1 :]
-    raise AssertionError(f"none of our commands: {words}")
+    raise AssertionError(f"unknown command: {words}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_documented_commands(page: Path) -> None:
+def test_documented_commands_parse(page: Path) -> None:
     for words in commands(page):
         if words[0] == "make":
             arguments = [word.partition("=") for word in words[1:]]
@@ -49,11 +48,11 @@ def test_documented_commands(page: Path) -> None:
             assert all((ROOT / config).is_file() for config in configs), words
         else:
             section, flags = settings(words)
-            # A run's own settings are a preset too, but only once the run has been made.
+            # A run's config.json is a preset, but exists only after the run.
             flags = [re.sub(r"^runs/(\w+)/config\.json$", r"\1", flag) for flag in flags]
             assert parse(COMMANDS[section], section, flags), words
 
 
-def test_readme_shows_each_command() -> None:
+def test_the_readme_shows_each_command() -> None:
     shown = {settings(words)[0] for words in commands(PAGES[0]) if words[0] != "make"}
     assert shown == set(COMMANDS)

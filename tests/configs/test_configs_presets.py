@@ -1,4 +1,4 @@
-"""Every preset parses against every command, and every command's help can be read."""
+"""Every preset parses for every command, and every command has a readable help text."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from tests.commands import COMMANDS
 PRESETS = sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
 
 
-def test_there_is_a_section_for_each_command() -> None:
+def test_each_command_has_a_section() -> None:
     assert tuple(COMMANDS) == SECTIONS
     assert {"demo", "scenes", "coco64", "coco256", "finetune-sd"} <= set(PRESETS)
 
 
 @pytest.mark.parametrize("section", COMMANDS)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_preset_parses_and_survives_a_dump(preset: str, section: str, tmp_path: Path) -> None:
+def test_presets_parse_to_the_same_after_a_dump(preset: str, section: str, tmp_path: Path) -> None:
     config = parse(COMMANDS[section], section, ["--config", preset])
     assert config.name == preset
     document = {section: dump(config)}
@@ -30,7 +30,7 @@ def test_preset_parses_and_survives_a_dump(preset: str, section: str, tmp_path: 
 
 
 @pytest.mark.parametrize("section", COMMANDS)
-def test_preset_with_a_misspelt_key_is_refused(section: str, tmp_path: Path) -> None:
+def test_a_misspelt_key_is_refused(section: str, tmp_path: Path) -> None:
     document = yaml.safe_load(find_preset("demo").read_bytes())
     document[section]["num_stepz"] = 1
     path = tmp_path / "misspelt.yaml"
@@ -40,7 +40,7 @@ def test_preset_with_a_misspelt_key_is_refused(section: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("section", COMMANDS)
-def test_help_fits_80_columns_and_tells_every_flag(
+def test_help_fits_80_columns_and_lists_flags(
     section: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -58,7 +58,7 @@ def test_prompts_replace_those_of_the_preset(flags: list[str]) -> None:
     assert config.prompts == ("a", "b")
 
 
-def test_coco64_is_the_recipe_it_says() -> None:
+def test_coco64_has_the_documented_settings() -> None:
     pipeline = parse(COMMANDS["pipeline"], "pipeline", ["--config", "coco64"])
     train = parse(COMMANDS["train"], "train", ["--config", "coco64"])
     assert (pipeline.vae, pipeline.text_encoder, pipeline.image_size_px) == (

@@ -1,4 +1,4 @@
-"""The bundle is a stock pipeline folder that loads without a word and says where it comes from."""
+"""The bundle is a stock pipeline folder that loads without warnings and records its origin."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,9 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
 from latent_t2i.model import bundle
-from latent_t2i.model.denoiser import DenoiserConfig, build
-from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
+from latent_t2i.model.config import DenoiserConfig, ObjectiveConfig
+from latent_t2i.model.denoiser import build
+from latent_t2i.model.diffusion import make_scheduler
 from latent_t2i.model.encoders import (
     encode_images,
     encode_text,
@@ -21,7 +22,6 @@ from latent_t2i.model.encoders import (
     latent_channels,
     load_text_encoder,
     load_vae,
-    shift_factor,
     tokenize,
 )
 from tests import tiny
@@ -29,8 +29,10 @@ from tests import tiny
 MAX_TOKENS = 20
 
 
-def save(folder: Path, *, channels: int = 4, **changes: Any) -> Path:
-    """Saves a bundle of fresh weights for latents of so many channels."""
+def save(
+    folder: Path, *, channels: int = 4, dtype: bundle.StorageDtype = "float32", **changes: Any
+) -> Path:
+    """Saves a bundle of random weights for latents with `channels` channels."""
     config = DenoiserConfig(
         channels=(8, 8),
         attention=(True, False),
@@ -47,15 +49,15 @@ def save(folder: Path, *, channels: int = 4, **changes: Any) -> Path:
         "text_encoder": text_encoder,
         "scheduler": make_scheduler(ObjectiveConfig(prediction="v")),
         "max_tokens": MAX_TOKENS,
-        "info": {"step": 7},
     }
-    bundle.save_bundle(folder, **(values | changes))
-    assert tokenizer.model_max_length == tiny.MAX_POSITIONS  # the caller's own is left alone
+    pipeline = bundle.make_pipeline(**(values | changes))
+    bundle.save_bundle(folder, pipeline, info={"step": 7}, dtype=dtype)
+    assert tokenizer.model_max_length == tiny.MAX_POSITIONS  # the caller's tokenizer is unchanged
     return folder
 
 
 def draw(pipeline: StableDiffusionPipeline, output_type: str = "np") -> Any:
-    """Draws one picture of four steps."""
+    """Makes one image in four steps."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     drawn = pipeline("red", num_inference_steps=4, generator=generator, output_type=output_type)
@@ -67,7 +69,7 @@ USABLE = ("sd", *SHIFTED, "asymmetric", "tiny", "tiny_f4")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_the_stock_pipeline_loads_it_without_a_word(
+def test_the_stock_pipeline_loads_it_without_warnings(
     tmp_path: Path, dtype: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = save(tmp_path / "bundle", dtype=dtype)
@@ -82,7 +84,7 @@ def test_the_stock_pipeline_loads_it_without_a_word(
     assert draw(pipeline).shape == (1, 64, 64, 3)
 
 
-def test_the_pipeline_sees_the_text_that_training_saw(tmp_path: Path) -> None:
+def test_the_pipeline_encodes_text_as_in_training(tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(save(tmp_path / "bundle"))
     tokenizer, text_encoder = load_text_encoder(tiny.encoders().clip)
     prompt = "a red circle above a blue square"
@@ -92,7 +94,7 @@ def test_the_pipeline_sees_the_text_that_training_saw(tmp_path: Path) -> None:
     torch.testing.assert_close(seen, encode_text(text_encoder, ids), rtol=0, atol=0)
 
 
-def test_half_the_bytes_give_nearly_the_same_picture(tmp_path: Path) -> None:
+def test_float16_gives_nearly_the_same_image(tmp_path: Path) -> None:
     whole, half = save(tmp_path / "whole"), save(tmp_path / "half", dtype="float16")
     sizes = [
         sum(p.stat().st_size for p in folder.rglob("*.safetensors")) for folder in (whole, half)
@@ -103,7 +105,7 @@ def test_half_the_bytes_give_nearly_the_same_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers'
-def test_sampling_starts_at_the_last_timestep_and_knows_the_target(tmp_path: Path) -> None:
+def test_sampling_starts_at_the_last_timestep_with_the_trained_prediction(tmp_path: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(save(tmp_path / "bundle"))
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     solver = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
@@ -124,7 +126,7 @@ def test_a_perfect_denoiser_ends_at_the_clean_latent() -> None:
     torch.testing.assert_close(latents, clean, rtol=0, atol=1e-4)
 
 
-def test_a_bundle_is_found_read_and_signed(tmp_path: Path) -> None:
+def test_a_bundle_is_found_read_and_hashed(tmp_path: Path) -> None:
     folder = save(tmp_path / "bundle")
     assert bundle.find_bundle(folder) == folder
     assert bundle.read_info(folder) == {"step": 7}
@@ -133,15 +135,15 @@ def test_a_bundle_is_found_read_and_signed(tmp_path: Path) -> None:
     assert bundle.digest(folder) != before
 
 
-def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+def test_other_folders_are_not_bundles(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--bundle: no folder"):
         bundle.find_bundle(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds no model_index.json, so it is no finished bundle"):
+    with pytest.raises(ValueError, match=r"not a finished bundle: it has no model_index.json"):
         bundle.find_bundle(tmp_path)
 
 
 @pytest.mark.parametrize("kind", USABLE)
-def test_the_stock_picture_is_the_vaes_own_decoding(tmp_path: Path, kind: str) -> None:
+def test_the_stock_pipeline_decodes_as_the_vae(tmp_path: Path, kind: str) -> None:
     vae = load_vae(tiny.vae_folder(kind))
     before = fingerprint(vae)
     folder = save(tmp_path / "bundle", vae=vae, channels=latent_channels(vae))
@@ -157,7 +159,7 @@ def test_the_stock_picture_is_the_vaes_own_decoding(tmp_path: Path, kind: str) -
 
 
 @pytest.mark.parametrize("kind", SHIFTED)
-def test_a_folded_vae_is_a_vae_without_a_shift(kind: str) -> None:
+def test_a_folded_vae_has_standard_latents(kind: str) -> None:
     vae = load_vae(tiny.vae_folder(kind))
     folded = bundle.fold_shift(vae)
     images = torch.rand(2, 3, 64, 64) * 2 - 1
@@ -168,26 +170,18 @@ def test_a_folded_vae_is_a_vae_without_a_shift(kind: str) -> None:
     torch.testing.assert_close(encode_images(folded, images), expected, rtol=1e-5, atol=2e-6)
     assert (latent_affine(folded)[0] == 0).all()
     assert (latent_affine(folded)[1] == vae.config.scaling_factor).all()
+    assert not torch.allclose(encode_images(vae, images), expected, atol=1e-3)
     assert not folded.training and not any(p.requires_grad for p in folded.parameters())
 
 
-def test_without_the_fold_the_picture_would_be_another(tmp_path: Path) -> None:
-    vae = load_vae(tiny.vae_folder("flux"))
-    assert shift_factor(vae) == 0.1159
-    latents = torch.randn(1, 16, 8, 8)
-    folded = bundle.fold_shift(vae).decode(latents).sample
-    torch.testing.assert_close(folded, vae.decode(latents + 0.1159).sample, rtol=0, atol=1e-6)
-    assert (folded - vae.decode(latents).sample).abs().max() > 1e-3
-
-
-def test_a_vae_without_a_shift_goes_into_the_bundle_as_it_is() -> None:
+def test_a_vae_with_nothing_to_fold_is_returned_itself() -> None:
     for kind in ("sd", "asymmetric", "tiny"):
         vae = load_vae(tiny.vae_folder(kind))
         assert bundle.fold_shift(vae) is vae
 
 
 @pytest.mark.parametrize("kind", ["dc", "vq"])
-def test_what_is_refused_is_what_a_stock_pipeline_cannot_do(tmp_path: Path, kind: str) -> None:
+def test_vaes_that_a_stock_pipeline_cannot_use_are_refused(tmp_path: Path, kind: str) -> None:
     vae = load_vae(tiny.vae_folder(kind))
     name = type(vae).__name__
     with pytest.raises(ValueError, match=rf"cannot decode with an {name}; expected AutoencoderKL"):
@@ -198,26 +192,26 @@ def test_what_is_refused_is_what_a_stock_pipeline_cannot_do(tmp_path: Path, kind
         draw(StableDiffusionPipeline(**(pipeline.components | {"vae": vae})))
 
 
-def test_autoencoders_that_stock_pipelines_mistake_are_refused(tmp_path: Path) -> None:
+def test_vaes_that_a_stock_pipeline_decodes_incorrectly_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ignores shift_factor, .*AutoencoderTiny.* found 0.5"):
         bundle.require_stock_vae(load_vae(tiny.vae_folder("tiny_shifted")))
     lopsided = load_vae(tiny.vae_folder("tiny_lopsided"))
-    with pytest.raises(ValueError, match=r"scales down by 8, but .* takes 4"):
+    with pytest.raises(ValueError, match=r"scales down by 8, but .* assumes 4"):
         save(tmp_path / "bundle", vae=lopsided)
     assert not (tmp_path / "bundle").exists()
 
 
-def test_shards_that_no_stock_pipeline_draws_from_are_refused() -> None:
+def test_shards_that_do_not_fit_a_stock_pipeline_are_refused() -> None:
     vae = load_vae(tiny.vae_folder("tiny_f4"))
     bundle.require_stock_shards(vae, text_name="some/clip", latent_size=(8, 10))
-    with pytest.raises(ValueError, match=r"images of 32 x 36 px; .* multiples of 8 px only"):
+    with pytest.raises(ValueError, match=r"the images have 32 x 36 px; .* multiples of 8 px"):
         bundle.require_stock_shards(vae, text_name="some/clip", latent_size=(9, 8))
     for name in ("some/clip + other/clip", "some/clip (penultimate)"):
-        with pytest.raises(ValueError, match=r"takes one text encoder's last hidden state: make"):
+        with pytest.raises(ValueError, match=r"uses one text encoder's last hidden state: encode"):
             bundle.require_stock_shards(vae, text_name=name, latent_size=(8, 8))
 
 
-def test_a_folder_may_be_called_like_two_encoders(elsewhere: Path) -> None:
+def test_a_folder_name_may_look_like_two_encoders(elsewhere: Path) -> None:
     (elsewhere / "a + b").mkdir()
     vae = load_vae(tiny.encoders().vae)
     bundle.require_stock_shards(vae, text_name="a + b", latent_size=(8, 8))

@@ -1,4 +1,4 @@
-"""A description in a few numbers becomes the UNet it describes."""
+"""The U-Net matches its config, and the attention kernel is chosen for the device."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-from latent_t2i.model.denoiser import DenoiserConfig, build, choose_attention
+from latent_t2i.model.config import DenoiserConfig
+from latent_t2i.model.denoiser import build, choose_attention
 
 SMALL: dict[str, Any] = {
     "channels": (8, 16),
@@ -18,7 +19,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def test_the_network_has_the_described_shape() -> None:
+def test_the_network_has_the_configured_shape() -> None:
     unet = build(DenoiserConfig(**SMALL), latent_channels=4, sample_size=8, text_width=32)
     assert unet.config.down_block_types == ("DownBlock2D", "CrossAttnDownBlock2D")
     assert unet.config.up_block_types == ("CrossAttnUpBlock2D", "UpBlock2D")
@@ -58,7 +59,7 @@ def test_the_attention_kernel_is_chosen(
         (32, (False, False), "plain"),
     ],
 )
-def test_long_attention_is_sdpa_on_a_cpu_too(
+def test_large_feature_maps_use_sdpa_on_a_cpu(
     sample_size: int | tuple[int, int], attention: tuple[bool, bool], expected: str
 ) -> None:
     config = replace(DenoiserConfig(**SMALL), attention=attention)
@@ -71,11 +72,19 @@ def test_long_attention_is_sdpa_on_a_cpu_too(
     [
         ({"channels": ()}, "model.channels: expected one width per level"),
         ({"attention": (True,)}, r"model.attention: expected one flag per level .*\(2\), found 1"),
-        ({"norm_num_groups": 5}, "model.norm_num_groups: 5 does not divide the width 8"),
-        ({"attention_head_dim": 16}, "model.attention_head_dim: 16 does not divide the width 8"),
-        ({"dropout": 1.0}, "model.dropout: expected 0 <= p < 1, found 1.0"),
+        (
+            {"norm_num_groups": 5},
+            "model.norm_num_groups: expected a divisor of the width 8, found 5",
+        ),
+        (
+            {"attention_head_dim": 16},
+            "model.attention_head_dim: expected a divisor of the width 8, found 16",
+        ),
+        ({"heads": (3, 4)}, "model.heads: expected a divisor of the width 8, found 3"),
+        ({"layers_per_block": 0}, "model.layers_per_block: expected 1 or more, found 0"),
+        ({"dropout": 1.0}, "model.dropout: expected 0 or more and less than 1, found 1.0"),
     ],
 )
-def test_an_impossible_network_is_refused(change: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DenoiserConfig(**(SMALL | change))

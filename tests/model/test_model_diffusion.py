@@ -1,4 +1,4 @@
-"""The objective against diffusers' own arithmetic and against the papers' by hand."""
+"""The objective agrees with diffusers and with the papers' formulas."""
 
 import math
 from typing import Any
@@ -13,19 +13,19 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from latent_t2i.model import diffusion
 from latent_t2i.model.bundle import sampling_scheduler
-from latent_t2i.model.diffusion import BETA_RANGES, ObjectiveConfig, Schedule
+from latent_t2i.model.config import ObjectiveConfig
+from latent_t2i.model.diffusion import BETA_RANGES, Schedule
 
 B = 64
 PREDICTIONS = ["epsilon", "v", "sample", "flow"]
 
 
-class Returns(nn.Module):
-    """A denoiser that answers with a fixed tensor and keeps what it was asked."""
+class FixedDenoiser(nn.Module):
+    """Returns a fixed tensor and records its inputs."""
 
     def __init__(self, answer: Tensor) -> None:
         super().__init__()
@@ -45,10 +45,12 @@ def example() -> dict[str, Tensor]:
     return {"latents": latents, "noise": noise, "timesteps": timesteps, "answer": answer}
 
 
-def losses(example: dict[str, Tensor], config: ObjectiveConfig) -> tuple[Tensor, Returns, Schedule]:
-    """Returns the losses (B,), the denoiser with what it was shown, and the scheduler."""
+def losses(
+    example: dict[str, Tensor], config: ObjectiveConfig
+) -> tuple[Tensor, FixedDenoiser, Schedule]:
+    """Returns the losses (B,), the denoiser with its inputs, and the scheduler."""
     scheduler = diffusion.make_scheduler(config)
-    denoiser = Returns(example["answer"])
+    denoiser = FixedDenoiser(example["answer"])
     loss = diffusion.loss(
         denoiser,
         diffusion.alpha_bar(config),
@@ -64,7 +66,7 @@ def losses(example: dict[str, Tensor], config: ObjectiveConfig) -> tuple[Tensor,
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
 @pytest.mark.parametrize("schedule", BETA_RANGES)
-def test_noise_and_target_are_diffusers(
+def test_noise_and_target_match_diffusers(
     example: dict[str, Tensor], prediction: Any, schedule: Any
 ) -> None:
     config = ObjectiveConfig(prediction=prediction, beta_schedule=schedule)
@@ -83,7 +85,7 @@ def test_noise_and_target_are_diffusers(
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flows_noise_and_target_are_diffusers(example: dict[str, Tensor], shift: float) -> None:
+def test_flow_noise_and_target_match_diffusers(example: dict[str, Tensor], shift: float) -> None:
     sampler = FlowMatchEulerDiscreteScheduler(shift=shift)
     example["timesteps"] = sampler.timesteps[example["timesteps"]].clamp(max=999.99)
     loss, denoiser, _ = losses(example, ObjectiveConfig(prediction="flow", flow_shift=shift))
@@ -97,9 +99,9 @@ def test_flows_noise_and_target_are_diffusers(example: dict[str, Tensor], shift:
     assert torch.equal(denoiser.timesteps, timesteps.floor().long())
 
 
-def test_flows_target_is_the_way_back() -> None:
+def test_the_flow_target_leads_to_the_clean_latent() -> None:
     clean, noise = torch.randn(2, 3, 4, 8, 8)
-    denoiser = Returns(noise - clean)
+    denoiser = FixedDenoiser(noise - clean)
     table = diffusion.alpha_bar(ObjectiveConfig(prediction="flow", num_timesteps=10))
     torch.testing.assert_close(table, torch.linspace(1.0, 0.1, 10).square())
     timesteps = torch.tensor([0.0, 2.5, 9.0])
@@ -113,7 +115,7 @@ def test_flows_target_is_the_way_back() -> None:
 
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("schedule", BETA_RANGES)
-def test_every_schedule_is_diffusers_in_every_sampler(schedule: Any, zero_snr: bool) -> None:
+def test_every_schedule_matches_diffusers_in_every_sampler(schedule: Any, zero_snr: bool) -> None:
     config = ObjectiveConfig(
         prediction="v", beta_schedule=schedule, zero_terminal_snr=zero_snr, num_timesteps=500
     )
@@ -124,25 +126,25 @@ def test_every_schedule_is_diffusers_in_every_sampler(schedule: Any, zero_snr: b
     own = sampling_scheduler(diffusion.make_scheduler(config))
     for kind in (DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler):
         sampler = kind.from_config(own.config)
-        # Solvers in log(snr) take 2^-24 for the last one's zero.
+        # Solvers in log(snr) replace the final zero by 2^-24.
         torch.testing.assert_close(sampler.alphas_cumprod, table, rtol=0, atol=2**-24)
         sampler.set_timesteps(10)
         assert sampler.timesteps[0] == 499
 
 
-def test_the_schedules_are_the_papers() -> None:
+def test_schedules_match_the_papers() -> None:
     def betas(schedule: Any) -> Tensor:
         scheduler = diffusion.make_scheduler(ObjectiveConfig(beta_schedule=schedule))
         return scheduler.betas.double()
 
     steps = torch.linspace(0, 1, 1000, dtype=torch.float64)
     ends = 0.00085**0.5, 0.012**0.5
-    by_hand = {
+    formulas = {
         "linear": 1e-4 + steps * (0.02 - 1e-4),  # Ho et al. 2020, section 4
         "scaled_linear": (ends[0] + steps * (ends[1] - ends[0])) ** 2,
         "sigmoid": 1e-4 + (0.02 - 1e-4) / (1 + torch.exp(6 - 12 * steps)),
     }
-    for schedule, expected in by_hand.items():
+    for schedule, expected in formulas.items():
         torch.testing.assert_close(betas(schedule), expected, rtol=1e-5, atol=1e-9)
     # Nichol & Dhariwal 2021, eq. 17.
     bar = torch.cos((torch.arange(1001) / 1000 + 0.008) / 1.008 * math.pi / 2).double() ** 2
@@ -151,7 +153,7 @@ def test_the_schedules_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("schedule", BETA_RANGES)
-def test_zero_terminal_snr_is_the_papers(schedule: Any) -> None:
+def test_zero_terminal_snr_matches_the_paper(schedule: Any) -> None:
     tables = [
         diffusion.alpha_bar(
             ObjectiveConfig(prediction="v", beta_schedule=schedule, zero_terminal_snr=zero)
@@ -159,24 +161,13 @@ def test_zero_terminal_snr_is_the_papers(schedule: Any) -> None:
         for zero in (False, True)
     ]
     before, after = (table.double().sqrt() for table in tables)
-    # Lin et al. 2023, algorithm 1: the root is moved to end at 0 and scaled to begin as before.
+    # Lin et al. 2023, algorithm 1: shift sqrt(alpha_bar) to end at 0, scale it to start unchanged.
     expected = (before - before[-1]) * before[0] / (before[0] - before[-1])
     torch.testing.assert_close(after, expected, rtol=0, atol=2e-5)
     assert after[-1] == 0
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
-def test_min_snr_weights_are_the_papers(example: dict[str, Tensor], prediction: Any) -> None:
-    plain, _, scheduler = losses(example, ObjectiveConfig(prediction=prediction))
-    weighted, _, _ = losses(example, ObjectiveConfig(prediction=prediction, snr_gamma=5.0))
-    assert isinstance(scheduler, DDPMScheduler)
-    snr = compute_snr(scheduler, example["timesteps"])
-    by_hand = {"epsilon": snr, "v": snr + 1, "sample": torch.ones(B)}[prediction]
-    weight = snr.clamp(max=5.0) / by_hand
-    torch.testing.assert_close(weighted, plain * weight, rtol=2e-4, atol=1e-7)
-
-
-def test_min_snr_weights_by_hand() -> None:
+def test_min_snr_weights_at_known_values() -> None:
     snr = torch.tensor([0.0, 0.25, 1.0, 4.0, 24.0, math.inf])
     a = torch.tensor([0.0, 0.2, 0.5, 0.8, 0.96, 1.0])  # a + b = 1
     expected = {
@@ -194,7 +185,7 @@ def test_min_snr_weights_by_hand() -> None:
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weighs_the_error_of_the_picture(
+def test_min_snr_weights_apply_to_the_error_in_x0(
     example: dict[str, Tensor], prediction: Any
 ) -> None:
     example["timesteps"] = torch.arange(B) * 10 + 100
@@ -204,13 +195,13 @@ def test_min_snr_weighs_the_error_of_the_picture(
     t = example["timesteps"].double()[:, None, None, None]
     a = diffusion.alpha_bar(config).double()[example["timesteps"]][:, None, None, None]
     signal, spread = (1 - t / 1000, t / 1000) if prediction == "flow" else (a**0.5, (1 - a) ** 0.5)
-    picture = {
+    x0 = {
         "epsilon": (x - spread * answer) / signal,
         "v": signal * x - spread * answer,
         "sample": answer,
         "flow": x - spread * answer,
     }[prediction]
-    error = (picture - example["latents"]).square().mean(dim=(1, 2, 3))
+    error = (x0 - example["latents"]).square().mean(dim=(1, 2, 3))
     weight = (signal / spread).square().flatten().clamp(max=5.0)
     torch.testing.assert_close(loss.double(), weight * error, rtol=2e-3, atol=0)
 
@@ -224,13 +215,13 @@ def test_losses_are_finite_at_zero_snr(example: dict[str, Tensor], prediction: A
     assert loss.isfinite().all()
 
 
-def test_uniform_timesteps_come_alike() -> None:
+def test_uniform_timesteps_are_equally_frequent() -> None:
     u = torch.arange(4000, dtype=torch.float64) / 4000
     timesteps = diffusion.sample_timesteps(u, ObjectiveConfig(num_timesteps=10))
     assert torch.bincount(timesteps).tolist() == [400] * 10
 
 
-def test_logit_normal_timesteps_are_the_papers() -> None:
+def test_logit_normal_timesteps_match_the_paper() -> None:
     config = ObjectiveConfig(timestep_sampling="logit_normal", logit_mean=0.4, logit_std=0.7)
     u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
     times = (diffusion.sample_timesteps(u, config).double() + 0.5) / 1000
@@ -242,8 +233,8 @@ def test_logit_normal_timesteps_are_the_papers() -> None:
     torch.testing.assert_close(counts, density, atol=0.02, rtol=0.02)
 
 
-def test_logit_normal_quantiles_by_hand() -> None:
-    # The normal distribution's quantiles at -2, -1, 0, 1 and 2 deviations.
+def test_logit_normal_quantiles_at_known_values() -> None:
+    # The normal CDF at -2, -1, 0, 1 and 2 standard deviations.
     u = torch.tensor([0.0227501319, 0.1586552539, 0.5, 0.8413447461, 0.9772498681]).double()
     logits = 0.3 + 0.5 * torch.arange(-2.0, 3.0).double()
     expected = 1000 / (1 + torch.exp(-logits))
@@ -258,7 +249,7 @@ def test_logit_normal_quantiles_by_hand() -> None:
     torch.testing.assert_close(exact, expected.float())
 
 
-def test_flows_shift_by_hand() -> None:
+def test_flow_shift_at_known_values() -> None:
     u = torch.tensor([0.0, 0.25, 0.5, 0.75, 0.9]).double()
     config = ObjectiveConfig(prediction="flow", flow_shift=3.0)
     # Esser et al. 2024, eq. 23: 3 u / (1 + 2 u).
@@ -272,22 +263,24 @@ def test_flows_shift_by_hand() -> None:
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 10, 1000, 1025])
-@pytest.mark.parametrize("shift", [0.2, 1.0, 6.0])
-def test_flows_times_end_within_the_last_timestep(num_timesteps: int, shift: float) -> None:
-    config = ObjectiveConfig(prediction="flow", num_timesteps=num_timesteps, flow_shift=shift)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"timestep_sampling": "logit_normal"},
+        *({"prediction": "flow", "flow_shift": shift} for shift in (0.2, 1.0, 6.0)),
+    ],
+)
+def test_extreme_random_numbers_give_the_first_and_last_timestep(
+    num_timesteps: int, settings: dict[str, Any]
+) -> None:
+    config = ObjectiveConfig(num_timesteps=num_timesteps, **settings)
     u = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    times = diffusion.sample_timesteps(u, config)
-    assert times.long().tolist() == [0, num_timesteps - 1]
+    timesteps = diffusion.sample_timesteps(u, config).long()
+    assert timesteps.tolist() == [0, num_timesteps - 1]
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
-def test_the_ends_of_chance_are_timesteps(sampling: Any) -> None:
-    u = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
-    timesteps = diffusion.sample_timesteps(u, ObjectiveConfig(timestep_sampling=sampling))
-    assert timesteps.tolist() == [0, 999]
-
-
-def test_the_posterior_is_diffusers() -> None:
+def test_the_posterior_matches_diffusers() -> None:
     moments, noise = torch.randn(2, 8, 8, 8) * 30, torch.randn(2, 4, 8, 8)
     posterior = DiagonalGaussianDistribution(moments.half().float())
     drawn = diffusion.sample_posterior(moments.half(), noise)
@@ -306,7 +299,7 @@ def test_the_posterior_is_diffusers() -> None:
             {"timestep_sampling": "logit_normal", "logit_std": 0.0},
             "logit_std: expected more than 0",
         ),
-        ({"logit_mean": 0.5}, "only logit_normal sampling reads them"),
+        ({"logit_mean": 0.5}, "have no effect with .* uniform; .* found 0.5 and 1.0"),
         ({"zero_terminal_snr": True}, "needs objective.prediction v or sample, found epsilon"),
         (
             {"prediction": "flow", "beta_schedule": "sigmoid"},
@@ -316,11 +309,11 @@ def test_the_posterior_is_diffusers() -> None:
             {"prediction": "flow", "zero_terminal_snr": True},
             "zero_terminal_snr: has no effect with objective.prediction flow",
         ),
-        ({"flow_shift": 3.0}, "flow_shift: only .* expected 1, found 3.0 with epsilon"),
+        ({"flow_shift": 3.0}, "flow_shift: has no effect .* expected 1, found 3.0 with epsilon"),
         ({"prediction": "flow", "flow_shift": 0.0}, "flow_shift: expected more than 0, found 0.0"),
         ({"offset_noise": -0.1}, "offset_noise: expected 0 or more, found -0.1"),
     ],
 )
-def test_an_impossible_objective_is_refused(change: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ObjectiveConfig(**change)

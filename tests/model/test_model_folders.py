@@ -1,4 +1,4 @@
-"""What is asked of the hub: a pipeline's wanted parts only, and no weights in a pickle."""
+"""Only the required files are downloaded from the hub, and never pickles."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ ALONE = (
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A hub of one repository; notes what is downloaded from it."""
+    """A fake hub with one repository; records downloads."""
     hub = SimpleNamespace(names=PIPELINE, downloads=[], cached=None)
 
     def snapshot(name: str, *, revision: str | None, **options: Any) -> str:
@@ -68,7 +68,7 @@ def make(folder: Path, names: Sequence[str]) -> Path:
     return folder
 
 
-def test_of_a_pipeline_only_the_wanted_parts_are_downloaded(hub: Any) -> None:
+def test_only_the_required_parts_of_a_pipeline_are_downloaded(hub: Any) -> None:
     fetch_vae()
     parts = ("text_encoder", "tokenizer")
     folders.fetch("some/pipeline", None, encoders.TEXT_FILES, flag="--text-encoder", parts=parts)
@@ -77,7 +77,7 @@ def test_of_a_pipeline_only_the_wanted_parts_are_downloaded(hub: Any) -> None:
     assert text == ("some/pipeline", None, [*PIPELINE[7:11], *PIPELINE[12:15]])
 
 
-def test_of_a_networks_own_repository_only_its_files_are_downloaded(hub: Any) -> None:
+def test_only_the_network_of_its_own_repository_is_downloaded(hub: Any) -> None:
     hub.names = ALONE
     fetch_vae()
     assert hub.downloads == [("some/vae", "v1", ["config.json", ALONE[2]])]
@@ -86,17 +86,17 @@ def test_of_a_networks_own_repository_only_its_files_are_downloaded(hub: Any) ->
     assert hub.downloads[1] == ("some/clip", None, ["model.safetensors", "tokenizer.json"])
 
 
-def test_a_repository_of_pickles_is_refused(hub: Any) -> None:
+def test_pickles_on_the_hub_are_refused(hub: Any) -> None:
     hub.names = ("config.json", "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"--vae: .*holds none of .*pytorch_model.bin is a pickle"):
+    with pytest.raises(ValueError, match=r"--vae: .*has none of .*pytorch_model.bin, a pickle"):
         fetch_vae()
     hub.names = ("README.md",)
-    with pytest.raises(ValueError, match=r"'some/vae' at revision 'v1' on the hub holds none of"):
+    with pytest.raises(ValueError, match=r"'some/vae' at revision 'v1' on the hub has none of"):
         fetch_vae()
     assert hub.downloads == []
 
 
-def test_what_is_cached_whole_is_not_asked_for_again(hub: Any, tmp_path: Path) -> None:
+def test_a_complete_cache_is_not_downloaded_again(hub: Any, tmp_path: Path) -> None:
     for number, names in enumerate((ALONE, PIPELINE)):
         hub.cached = make(tmp_path / str(number), names)
         assert fetch_vae() == hub.cached
@@ -107,8 +107,8 @@ def test_what_is_cached_whole_is_not_asked_for_again(hub: Any, tmp_path: Path) -
         assert len(hub.downloads) == number
 
 
-def test_the_remedy_names_files_parts_and_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_files_parts_and_command() -> None:
     with pytest.raises(ValueError, match=r"no network; download config.json, .*safetensors") as e:
         fetch_vae()
-    assert "(of a whole pipeline, those in vae)" in str(e.value)
+    assert "(in a whole pipeline, from vae)" in str(e.value)
     assert "hf download some/vae --revision v1 --local-dir FOLDER" in str(e.value)

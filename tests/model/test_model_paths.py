@@ -1,4 +1,4 @@
-"""Names are found from anywhere, and a folder is whole or not there."""
+"""Paths are found from any directory, and folders are written completely or not at all."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import pytest
 from latent_t2i.model import paths
 
 
-def test_a_path_counts_from_the_current_directory_first(elsewhere: Path) -> None:
+def test_find_path_prefers_the_current_directory(elsewhere: Path) -> None:
     assert paths.find_path("pyproject.toml") == paths.ROOT / "pyproject.toml"
     (elsewhere / "pyproject.toml").touch()
     assert paths.find_path("pyproject.toml") == Path("pyproject.toml")
@@ -23,7 +23,7 @@ def test_outputs_go_to_the_checkout_or_the_current_directory(
     assert paths.output_root() == elsewhere
 
 
-def test_a_folder_replaces_its_elder_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
     final = tmp_path / "final"
     with paths.complete_or_absent(final) as folder:
         (folder / "a").write_text("old")

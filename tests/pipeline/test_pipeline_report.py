@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from latent_t2i.model.paths import size
+from latent_t2i.model.paths import format_bytes
 from latent_t2i.pipeline import report
 
 
@@ -15,7 +15,7 @@ from latent_t2i.pipeline import report
     [(0, "0.0 MB"), (1_250_000, "1.2 MB"), (999_900_000, "999.9 MB"), (49_000_000_000, "49.0 GB")],
 )
 def test_sizes(num_bytes: int, text: str) -> None:
-    assert size(num_bytes) == text
+    assert format_bytes(num_bytes) == text
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,21 @@ def encoders() -> Encoders:
     return load_encoders(config, CPU)
 
 
+def test_the_hash_of_a_bfloat16_vae_is_that_of_its_float32_weights(encoders: Encoders) -> None:
+    folders = tiny.encoders()
+    config = PipelineConfig(
+        name="n",
+        vae=folders.vae,
+        vae_dtype="bfloat16",
+        text_encoder=folders.clip,
+        source=SourceConfig(images="i", captions="c"),
+        max_tokens=16,
+    )
+    rounded = load_encoders(config, CPU)
+    assert {p.dtype for p in rounded.vae.parameters()} == {torch.bfloat16}
+    assert rounded.vae_sha256 == encoders.vae_sha256 == networks.fingerprint(encoders.vae)
+
+
 @pytest.fixture
 def records(tmp_path: Path) -> list[Record]:
     folder = make_coco(tmp_path, [3] * 6)

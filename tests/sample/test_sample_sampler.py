@@ -76,17 +76,17 @@ def test_ddim_and_dpmpp_agree_on_a_smooth_model_given_many_steps(bundle: Path) -
 
 def test_the_bundle_can_choose_the_sampler(bundle: Path) -> None:
     pipeline = sampler.load(bundle)
-    sampler.use_scheduler(pipeline, "bundle")
-    assert type(pipeline.scheduler).__name__ == "DDIMScheduler"
-    sampler.use_scheduler(pipeline, "dpmpp")
-    assert type(pipeline.scheduler).__name__ == "DPMSolverMultistepScheduler"
-    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    own = sampler.choose_scheduler(pipeline.scheduler, "bundle")
+    assert type(own).__name__ == "DDIMScheduler"
+    other = sampler.choose_scheduler(pipeline.scheduler, "dpmpp")
+    assert type(other).__name__ == "DPMSolverMultistepScheduler"
+    assert other.config.prediction_type == "v_prediction"
 
 
 def test_a_missing_or_broken_bundle_is_named(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--bundle: no folder 'nowhere'"):
         sampler.load("nowhere")
-    with pytest.raises(ValueError, match=r"--bundle: .* holds no model_index.json"):
+    with pytest.raises(ValueError, match=r"--bundle: .* has no model_index.json"):
         sampler.load(tmp_path)
     broken = make_bundle(tmp_path / "broken")
     (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()

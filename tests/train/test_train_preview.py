@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from latent_t2i.model.drawing import draw
+from latent_t2i.model.generate import generate_images
 from latent_t2i.model.grid import labelled_grid, read_settings
 from latent_t2i.train import loop
 from latent_t2i.train.config import PreviewConfig, TrainConfig
@@ -42,7 +42,7 @@ def test_previews_are_those_of_the_bundle_at_the_interval_and_the_end(previewed:
     assert sorted(path.name for path in folder.iterdir()) == names
     pipeline = StableDiffusionPipeline.from_pretrained(bundle)
     pipeline.set_progress_bar_config(disable=True)
-    drawn = draw(pipeline, PROMPTS, [5, 6, 7], guidance_scale=4.0, num_steps=2)
+    drawn = generate_images(pipeline, PROMPTS, [5, 6, 7], guidance_scale=4.0, num_steps=2)
     expected = np.asarray(labelled_grid(drawn, PROMPTS), np.int16)
     found = np.asarray(Image.open(folder / names[-1]), np.int16)
     assert found.shape == expected.shape

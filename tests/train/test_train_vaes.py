@@ -86,5 +86,5 @@ def test_text_of_two_encoders_is_refused_whichever_is_asked_for(
 ) -> None:
     shards = make_shards(tmp_path / "shards", "tiny", text_name="a/clip + b/clip (penultimate)")
     for asked in (None, tiny.encoders().clip):
-        with pytest.raises(ValueError, match=r"text_encoder: the shards' text is of 'a/clip \+ b"):
+        with pytest.raises(ValueError, match=r"text_encoder: the shards have text of 'a/clip \+ b"):
             validate(make_config(shards=shards, text_encoder=asked), num_processes=1)
