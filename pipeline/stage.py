@@ -27,7 +27,7 @@ from latent_t2i.pipeline.processes import ProcessInfo, find_processes, folder_lo
 from latent_t2i.pipeline.provenance import make_provenance
 from latent_t2i.pipeline.quantise import NUM_PASSES, NUM_SAMPLE, Quantiser, find_scale
 from latent_t2i.pipeline.sets import all_targets, examiner, is_done, make_sets, require_room
-from latent_t2i.pipeline.sources.open import open_source
+from latent_t2i.pipeline.sources.open import SceneSettings, open_source
 from latent_t2i.pipeline.workers import Batch, EncoderPool, Skipped, cut_batches
 from latent_t2i.pipeline.writing import WriterThread
 from latent_t2i.shards.schema import Manifest
@@ -87,13 +87,15 @@ def list_source(
 ) -> Index:
     """Lists the records; scenes are drawn first, by one process."""
     is_drawn = config.source.kind == "scenes"
+    drawn = out.with_name(f"{out.name}-source")
+    scenes = SceneSettings(drawn, config.split, config.image_size_px, config.seed)
     make_bar = report.bar if processes.is_first else report.no_bar
     with (
-        folder_lock(out.with_name(f"{out.name}-source")) if is_drawn else nullcontext(),
+        folder_lock(drawn) if is_drawn else nullcontext(),
         examiner(config, encoders) as examine,
         make_bar(None, "image", "list") as bar,
     ):
-        return build_index(open_source(config, out), examine, bar.update)
+        return build_index(open_source(config.source, scenes), examine, bar.update)
 
 
 def begin(

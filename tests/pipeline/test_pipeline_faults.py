@@ -359,7 +359,7 @@ def test_what_is_stored_is_what_one_image_at_a_time_gives(
     build(config)
     encoders = load_encoders(config, torch.device("cpu"))
     how = make_preprocessing(config, (image_size_px, image_size_px))
-    records = {record.key: record for record in open_source(config, tmp_path)}
+    records = {record.key: record for record in open_source(source)}
     shards = open_shards(tmp_path / "out")
     places = np.arange(len(shards))
     stored = shards.gather(places, np.zeros(len(places)), np.zeros(len(places)))
