@@ -27,8 +27,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_t2i.model.diffusion import Schedule
 from latent_t2i.model.encoders import (
+    PENULTIMATE,
     Autoencoder,
-    is_stock_text,
     latent_channels,
     latent_statistics,
     quiet,
@@ -143,12 +143,11 @@ def require_stock_shards(vae: Autoencoder, *, text_name: str, latent_size: tuple
 
     Takes the name of their text encoder and the latents' (h, w).
     """
-    if not is_stock_text(text_name):
+    if text_name.endswith(PENULTIMATE) and find_path(text_name) is None:
         raise ValueError(
             f"text_encoder: the shards' text is of {text_name!r}; the bundle is a stock "
-            "StableDiffusionPipeline, which takes one text encoder's last hidden state: make the "
-            "shards with one --text-encoder and its last state, or train on these with a program "
-            "of another pipeline"
+            "StableDiffusionPipeline, which uses the text encoder's last hidden state: make the "
+            "shards with --text-hidden-state last, or train on these with another program"
         )
     require_stock_vae(vae)
     height, width = (side * vae_downscale(vae) for side in latent_size)

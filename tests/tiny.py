@@ -1,7 +1,7 @@
 """Tiny random encoders in the stock formats, and shards of noise that name them, for tests.
 
 64 px pictures become 4 x 8 x 8 latents; text is up to 77 positions of 32 numbers
-(7 in the shards). Autoencoders of every other kind, and a second text encoder, are made on demand.
+(7 in the shards). Other kinds of autoencoders and text encoders are made on demand.
 
     from tests import tiny
     folders = tiny.encoders()                     # .vae, .clip: what --vae and --text-encoder take
@@ -51,8 +51,6 @@ from tests import shard_sets
 
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 32
-SECOND_TEXT_WIDTH = 48
-SECOND_MAX_POSITIONS = 60
 MAX_POSITIONS = 77
 SCALING_FACTOR = 0.7
 
@@ -82,17 +80,12 @@ def vae_folder(kind: str) -> str:
 
 
 @functools.cache
-def second_clip() -> str:
-    """Returns a folder of a CLIP with a projection.
-
-    Its width, length, padding token and a merge ("re" is a token) are its own.
-    """
-    folder = _root() / "clip-2"
+def clip_with_projection() -> str:
+    """Returns a folder of a CLIPTextModelWithProjection with a tokenizer of its own."""
+    folder = _root() / "clip-with-projection"
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(2)
-        text = _text_settings(_make_tokenizer(folder, "re", pad_token="!"))
-        sizes = {"hidden_size": SECOND_TEXT_WIDTH, "max_position_embeddings": SECOND_MAX_POSITIONS}
-        config = CLIPTextConfig(**(text | sizes))
+        config = CLIPTextConfig(**_text_settings(_make_tokenizer(folder, "re")))
         CLIPTextModelWithProjection(config).save_pretrained(folder)
     return str(folder)
 

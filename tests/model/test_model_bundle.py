@@ -212,12 +212,11 @@ def test_shards_that_no_stock_pipeline_draws_from_are_refused() -> None:
     bundle.require_stock_shards(vae, text_name="some/clip", latent_size=(8, 10))
     with pytest.raises(ValueError, match=r"images of 32 x 36 px; .* multiples of 8 px only"):
         bundle.require_stock_shards(vae, text_name="some/clip", latent_size=(9, 8))
-    for name in ("some/clip + other/clip", "some/clip (penultimate)"):
-        with pytest.raises(ValueError, match=r"takes one text encoder's last hidden state: make"):
-            bundle.require_stock_shards(vae, text_name=name, latent_size=(8, 8))
+    with pytest.raises(ValueError, match=r"uses the text encoder's last hidden state: make"):
+        bundle.require_stock_shards(vae, text_name="some/clip (penultimate)", latent_size=(8, 8))
 
 
-def test_a_folder_may_be_called_like_two_encoders(elsewhere: Path) -> None:
-    (elsewhere / "a + b").mkdir()
+def test_a_folder_may_be_named_like_a_penultimate_state(elsewhere: Path) -> None:
+    (elsewhere / "a (penultimate)").mkdir()
     vae = load_vae(tiny.encoders().vae)
-    bundle.require_stock_shards(vae, text_name="a + b", latent_size=(8, 8))
+    bundle.require_stock_shards(vae, text_name="a (penultimate)", latent_size=(8, 8))
