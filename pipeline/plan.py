@@ -7,11 +7,11 @@ every run. An unreadable image makes its shard shorter and moves no other record
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from latent_t2i.pipeline.images import Preprocessing, describe
+from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Index
 from latent_t2i.shards.schema import BLOCK_BYTES, Layout, Provenance, make_layout, round_up
 
@@ -50,15 +50,6 @@ class SetPlan:
     def num_records(self) -> int:
         """Number of images to read."""
         return sum(shard.num_records for shard in self.shards)
-
-
-def of_bucket(provenance: Provenance, preprocessing: Preprocessing, bucket: str) -> Provenance:
-    """Returns the provenance of one set: `provenance` with its preprocessing and bucket."""
-    return replace(
-        provenance,
-        preprocessing=describe(preprocessing) | provenance.preprocessing,
-        source=provenance.source | ({"bucket": bucket} if bucket else {}),
-    )
 
 
 def plan_shards(

@@ -4,19 +4,18 @@ The output is one set, or with `buckets` one set per aspect ratio in a folder of
 records of a set have one size, and so have the batches drawn from it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from latent_t2i.model.paths import free_bytes, size
 from latent_t2i.pipeline import report
 from latent_t2i.pipeline.buckets import Size, nearest_bucket
-from latent_t2i.pipeline.encode import num_cores
-from latent_t2i.pipeline.images import Preprocessing, UnreadableImageError, read_size
-from latent_t2i.pipeline.index import CheckRecords, Index, RecordCheck
-from latent_t2i.pipeline.plan import SetPlan, ShardPlan, of_bucket, plan_shards
+from latent_t2i.pipeline.images import Preprocessing, UnreadableImageError, describe, read_size
+from latent_t2i.pipeline.index import Index, RecordCheck
+from latent_t2i.pipeline.plan import SetPlan, ShardPlan, plan_shards
 from latent_t2i.pipeline.sources.locators import LocatorError, read_image_bytes
 from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.shards.buckets import Buckets, parse_size
@@ -42,24 +41,26 @@ def make_sets(
     for bucket in dict.fromkeys(bucket for bucket, _ in index.groups()):
         size_px = parse_size("buckets", bucket) if bucket else preprocessing.size_px
         of_size = replace(preprocessing, size_px=size_px)
-        part = of_bucket(provenance, of_size, bucket)
         shards = plan_shards(
             index,
             bucket,
             out / bucket,
             latent_shape=latent_shape(size_px),
             text_shape=text_shape,
-            provenance=part,
+            provenance=provenance,
         )
-        sets.append(
-            SetPlan(
-                bucket=bucket,
-                folder=out / bucket,
-                preprocessing=of_size,
-                provenance=part,
-                shards=shards,
-            )
+        part = SetPlan(
+            bucket=bucket,
+            folder=out / bucket,
+            preprocessing=of_size,
+            provenance=replace(
+                provenance,
+                preprocessing=describe(of_size) | provenance.preprocessing,
+                source=provenance.source | ({"bucket": bucket} if bucket else {}),
+            ),
+            shards=shards,
         )
+        sets.append(part)
     if sets and sets[0].bucket and (out / BUCKETS_NAME).exists():
         # A finished set has no folder for a bucket whose images were all quarantined.
         listed = {bucket.name for bucket in Buckets.load(out).buckets}
@@ -70,32 +71,28 @@ def make_sets(
     return sets
 
 
-@contextmanager
-def record_checker(
+def check_records(
+    records: Sequence[Record],
+    *,
     tokenize: Callable[[Sequence[str]], list[list[int]]],
     max_tokens: int,
     buckets: Sequence[Size],
-) -> Iterator[CheckRecords]:
-    """Yields the check of records during listing: tokens, and with `buckets` the image's size."""
-    with ThreadPoolExecutor(num_cores()) as pool:
-
-        def check(records: Sequence[Record]) -> list[RecordCheck]:
-            token_ids = iter(tokenize([c for record in records for c in record.captions]))
-            found = pool.map(lambda record: find_bucket(record, buckets), records)
-            checks = []
-            for record, (bucket, problem) in zip(records, found, strict=True):
-                of_record = [next(token_ids) for _ in record.captions]
-                checks.append(
-                    RecordCheck(
-                        token_ids=of_record,
-                        num_cut=sum(len(ids) > max_tokens for ids in of_record),
-                        bucket=bucket,
-                        problem=record.problem or problem,
-                    )
-                )
-            return checks
-
-        yield check
+    pool: Executor,
+) -> list[RecordCheck]:
+    """Tokenises the captions of listed records and, with `buckets`, reads the images' sizes."""
+    found = pool.map(lambda record: find_bucket(record, buckets), records)
+    token_ids = iter(tokenize([caption for record in records for caption in record.captions]))
+    checks = []
+    for record, (bucket, problem) in zip(records, found, strict=True):
+        of_record = list(islice(token_ids, len(record.captions)))
+        check = RecordCheck(
+            token_ids=of_record,
+            num_cut=sum(len(ids) > max_tokens for ids in of_record),
+            bucket=bucket,
+            problem=record.problem or problem,
+        )
+        checks.append(check)
+    return checks
 
 
 def find_bucket(record: Record, buckets: Sequence[Size]) -> tuple[str, str | None]:

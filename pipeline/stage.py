@@ -8,7 +8,9 @@ image of the source is written or quarantined with a reason; the last line print
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ from latent_t2i.pipeline.index import Index, build_index
 from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.processes import ProcessInfo, find_processes, folder_lock
 from latent_t2i.pipeline.quantise import NUM_PASSES, NUM_SAMPLE, Quantiser, find_scale
-from latent_t2i.pipeline.sets import all_shards, is_done, make_sets, record_checker, require_room
+from latent_t2i.pipeline.sets import all_shards, check_records, is_done, make_sets, require_room
 from latent_t2i.pipeline.sources.open import SceneSettings, open_source
 from latent_t2i.pipeline.workers import Batch, EncoderPool, Skipped, cut_batches
 from latent_t2i.pipeline.writing import WriterThread
@@ -140,9 +142,16 @@ def list_source(config: PipelineConfig, encoders: Encoders, out: Path, *, is_fir
     make_bar = report.bar if is_first else report.no_bar
     with (
         folder_lock(drawn) if config.source.kind == "scenes" else nullcontext(),
-        record_checker(encoders.text.tokenize, config.max_tokens, buckets) as check,
+        ThreadPoolExecutor(num_cores()) as pool,
         make_bar(None, "image", "list") as bar,
     ):
+        check = partial(
+            check_records,
+            tokenize=encoders.text.tokenize,
+            max_tokens=config.max_tokens,
+            buckets=buckets,
+            pool=pool,
+        )
         return build_index(open_source(config.source, scenes), check, bar.update)
 
 
@@ -236,11 +245,11 @@ def encode_missing(
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
-        for outcome in pool.outcomes(read_batches(own, index, encoders.batch_size)):
-            writing.put(outcome)
+        for batch, items in pool.encode(read_batches(own, index, encoders.batch_size)):
+            writing.put(batch, items)
             meter.add(
-                len(outcome.items),
-                sum(isinstance(item, Skipped) for item in outcome.items),
+                len(items),
+                sum(isinstance(item, Skipped) for item in items),
                 num_bytes=writing.num_bytes,
                 num_shards=writing.num_shards,
             )

@@ -79,15 +79,6 @@ class EncodedImage(NamedTuple):
 Encoded = tuple[dict[str, EncodedCaption], list[EncodedImage]]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """The results of a batch, in the order of its records."""
-
-    shard: ShardPlan
-    items: list[Example | Skipped]
-    is_last: bool
-
-
 class EncoderPool:
     """The threads of a process that decode and encode."""
 
@@ -114,17 +105,16 @@ class EncoderPool:
         for pool in filter(None, (self._decoding, self._encoding)):
             pool.shutdown(cancel_futures=True)
 
-    def outcomes(self, batches: Iterable[Batch]) -> Iterator[Outcome]:
-        """Yields the outcome of each batch, in order."""
+    def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[Example | Skipped]]]:
+        """Yields each batch with the results of its records, in order."""
         captions: dict[str, EncodedCaption] = {}
-        for batch, (new_captions, images) in self._results(batches):
+        for batch, (new_captions, images) in self._encoded(batches):
             captions |= new_captions
-            items = [_finish(image, captions) for image in images]
-            yield Outcome(shard=batch.shard, items=items, is_last=batch.is_last)
+            yield batch, [_finish(image, captions) for image in images]
             for caption in batch.last_uses:
                 del captions[caption]
 
-    def _results(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Encoded]]:
+    def _encoded(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Encoded]]:
         running: deque[tuple[Batch, Future[Encoded]]] = deque()
         for batch in batches:
             running.append((batch, self._submit(batch)))
@@ -140,9 +130,9 @@ class EncoderPool:
         loads = [partial(load_record, record, batch.preprocessing) for record in batch.records]
         if self._decoding is not None:
             loads = [self._decoding.submit(load).result for load in loads]
-        return self._encoding.submit(self._encode, batch, loads)
+        return self._encoding.submit(self._encode_batch, batch, loads)
 
-    def _encode(self, batch: Batch, loads: Sequence[Callable[[], LoadResult]]) -> Encoded:
+    def _encode_batch(self, batch: Batch, loads: Sequence[Callable[[], LoadResult]]) -> Encoded:
         pictures = [load() for load in loads]
         pixels = [picture.pixels for picture in pictures if isinstance(picture, Picture)]
         with self._stream():

@@ -2,13 +2,14 @@
 
 import sys
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from latent_t2i.pipeline.workers import Outcome, Skipped
-from latent_t2i.shards.schema import LatentKind
+from latent_t2i.pipeline.workers import Batch, Skipped
+from latent_t2i.shards.schema import Example, LatentKind
 from latent_t2i.shards.writer import ShardWriter
 
 MAX_PENDING_BATCHES = 4
@@ -16,7 +17,7 @@ MAX_PENDING_BATCHES = 4
 
 
 class WriterThread:
-    """Writes outcomes in the order of `put`; a shard gets its name after its last outcome.
+    """Writes batches in the order of `put`; a shard gets its name after its last batch.
 
     Leaving the `with` block waits until everything is written, or, after an error, discards the
     unfinished shard.
@@ -50,27 +51,27 @@ class WriterThread:
             self._pool.shutdown()
             self._open.__exit__(kind, error, trace)
 
-    def put(self, outcome: Outcome) -> None:
-        """Schedules an outcome for writing. Raises the error of an earlier one."""
-        self._pending.append(self._pool.submit(self._write, outcome))
+    def put(self, batch: Batch, items: Sequence[Example | Skipped]) -> None:
+        """Schedules the results of a batch for writing. Raises the error of an earlier one."""
+        self._pending.append(self._pool.submit(self._write, batch, items))
         self._wait(MAX_PENDING_BATCHES)
 
     def _wait(self, max_pending: int) -> None:
         while len(self._pending) > max_pending:
             self._pending.popleft().result()
 
-    def _write(self, outcome: Outcome) -> None:
-        shard = outcome.shard
+    def _write(self, batch: Batch, items: Sequence[Example | Skipped]) -> None:
+        shard = batch.shard
         try:
             if self._writer is None:
                 writer = ShardWriter(shard.folder, shard.index, shard.layout, self._kind)
                 self._writer = self._open.enter_context(writer)
-            for item in outcome.items:
+            for item in items:
                 if isinstance(item, Skipped):
                     self._writer.quarantine(item.key, item.reason)
                 else:
                     self._writer.write(item)
-            if outcome.is_last:
+            if batch.is_last:
                 self._writer = None
                 self._open.close()
                 self.num_bytes += shard.num_bytes

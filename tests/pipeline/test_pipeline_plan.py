@@ -15,7 +15,6 @@ from latent_t2i.pipeline.plan import (
     SetPlan,
     ShardPlan,
     bytes_by_member,
-    of_bucket,
     plan_shards,
 )
 from latent_t2i.pipeline.sources.locators import FileLocator
@@ -138,7 +137,7 @@ def test_bytes_by_member_add_up_to_the_files(num_records: int) -> None:
         bucket="",
         folder=Path(),
         preprocessing=preprocessing,
-        provenance=of_bucket(shard_sets.make_provenance("moments"), preprocessing, ""),
+        provenance=shard_sets.make_provenance("moments"),
         shards=shards,
     )
     sizes = bytes_by_member([part, replace(part, bucket="other")])

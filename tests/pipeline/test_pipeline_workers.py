@@ -21,7 +21,7 @@ from latent_t2i.pipeline.sources import coco
 from latent_t2i.pipeline.sources.locators import FileLocator, read_image_bytes
 from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.pipeline.stage import load_encoders
-from latent_t2i.pipeline.workers import Batch, EncoderPool, Outcome, Skipped, cut_batches
+from latent_t2i.pipeline.workers import Batch, EncoderPool, Skipped, cut_batches
 from latent_t2i.shards.schema import Example
 from tests import tiny
 from tests.coco_folders import make_coco
@@ -49,19 +49,19 @@ def batches_of(records: Sequence[Record], encoders: Encoders, shard: Any = None)
 
 def run(
     encoders: Encoders, *shards: Sequence[Record], num_threads: int = 2, quantise: Any = None
-) -> list[Outcome]:
+) -> list[tuple[Batch, list[Example | Skipped]]]:
     with (
         single_threaded(),
         EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
     ):
         parts = (batches_of(records, encoders, number) for number, records in enumerate(shards))
-        return list(pool.outcomes(batch for part in parts for batch in part))
+        return list(pool.encode(batch for part in parts for batch in part))
 
 
 def encode_all(
     records: Sequence[Record], encoders: Encoders, **changes: Any
 ) -> tuple[list[Example], dict[str, str]]:
-    items = [item for outcome in run(encoders, records, **changes) for item in outcome.items]
+    items = [item for _, items in run(encoders, records, **changes) for item in items]
     skipped = {item.key: item.reason for item in items if isinstance(item, Skipped)}
     return [item for item in items if isinstance(item, Example)], skipped
 
@@ -110,18 +110,18 @@ def test_bits_of_a_shard_do_not_depend_on_other_shards(
     records: list[Record], encoders: Encoders
 ) -> None:
     alone, _ = encode_all(records[3:], encoders)
-    outcomes = run(encoders, records[:3], records[3:])
-    assert [outcome.shard for outcome in outcomes] == [0, 1]
-    for a, b in zip(alone, outcomes[1].items, strict=True):
+    results = run(encoders, records[:3], records[3:])
+    assert [batch.shard for batch, _ in results] == [0, 1]
+    for a, b in zip(alone, results[1][1], strict=True):
         assert isinstance(b, Example) and a.key == b.key
         assert a.latent.tobytes() == b.latent.tobytes() and a.text.tobytes() == b.text.tobytes()
 
 
-def test_outcomes_are_in_order_and_the_last_of_a_shard_is_marked(
+def test_results_are_in_order_and_the_last_of_a_shard_is_marked(
     records: list[Record], encoders: Encoders
 ) -> None:
-    outcomes = run(encoders, records, records[:5], records[:1])
-    assert [(o.shard, len(o.items), o.is_last) for o in outcomes] == [
+    results = run(encoders, records, records[:5], records[:1])
+    assert [(batch.shard, len(items), batch.is_last) for batch, items in results] == [
         (0, 4, False),
         (0, 2, True),
         (1, 4, False),
