@@ -41,14 +41,14 @@ from latent_t2i.pipeline.encode import (
     encode_captions,
     encode_views,
     find_device,
-    load_encoders,
     num_cores,
     single_threaded,
 )
 from latent_t2i.pipeline.images import Picture, Preprocessing
+from latent_t2i.pipeline.index import TokenizedRecord
 from latent_t2i.pipeline.processes import ProcessInfo
 from latent_t2i.pipeline.sources import coco
-from latent_t2i.pipeline.stage import make_shards
+from latent_t2i.pipeline.stage import load_encoders, make_shards
 from latent_t2i.pipeline.workers import GPU_STREAMS, Batch, cut_batches, load_record
 
 ENCODERS = Path(__file__).resolve().parent.parent / "scenes/encoders"
@@ -117,7 +117,8 @@ def of_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, A
     )
     encoders = load_encoders(config, find_device(args.device, 0))
     records = list(coco.records(args.images, args.captions))
-    batches = list(cut_batches(None, records, Preprocessing(size_px=(size_px, size_px)), 32))
+    tokenized = [TokenizedRecord(r, encoders.text.tokenize(r.captions)) for r in records]
+    batches = list(cut_batches(None, tokenized, Preprocessing(size_px=(size_px, size_px)), 32))
     turns = {
         "decode": lambda: decode(batches),
         "encode": lambda: encode(batches, encoders),
@@ -134,11 +135,11 @@ def of_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, A
 
 def decode(batches: Sequence[Batch]) -> float:
     """Returns the seconds that decoding takes, on all cores."""
-    how = batches[0].how
+    preprocessing = batches[0].preprocessing
     began = time.perf_counter()
     with ThreadPoolExecutor(num_cores()) as pool:
         records = (record for batch in batches for record in batch.records)
-        for picture in pool.map(lambda record: load_record(record, how), records):
+        for picture in pool.map(lambda record: load_record(record, preprocessing), records):
             assert isinstance(picture, Picture)
     return time.perf_counter() - began
 
@@ -146,7 +147,7 @@ def decode(batches: Sequence[Batch]) -> float:
 def encode(batches: Sequence[Batch], encoders: Encoders) -> float:
     """Returns the seconds that the encoders take for decoded pictures and all captions."""
     rng = np.random.default_rng(0)
-    width, height = batches[0].how.size_px
+    width, height = batches[0].preprocessing.size_px
     pixels = rng.integers(0, 256, (len(batches[0].records), height, width, 3), np.uint8)
     on_gpu = encoders.device.type == "cuda"
 
@@ -155,7 +156,7 @@ def encode(batches: Sequence[Batch], encoders: Encoders) -> float:
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
             encode_views(encoders, pixels[: len(batch.records)])
             for captions in batch.captions:
-                encode_captions(encoders, captions)
+                encode_captions(encoders, list(captions.values()))
 
     with (
         single_threaded(),

@@ -34,9 +34,9 @@ from bench.steps import changes, contenders
 from bench.steps.networks import DEMO, EMBEDDED, make_unet, num_parameters, write_sd_encoders
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
-from latent_t2i.pipeline.encode import find_device, load_encoders, num_cores
+from latent_t2i.pipeline.encode import find_device, num_cores
 from latent_t2i.pipeline.processes import ProcessInfo
-from latent_t2i.pipeline.stage import make_shards
+from latent_t2i.pipeline.stage import load_encoders, make_shards
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.optim import make_optimizer
 from latent_t2i.train.setup import Run, start

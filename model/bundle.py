@@ -26,8 +26,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_t2i.model.diffusion import Schedule
 from latent_t2i.model.encoders import (
+    PENULTIMATE,
     Autoencoder,
-    is_stock_text,
     latent_channels,
     latent_statistics,
     quiet,
@@ -125,11 +125,11 @@ def require_stock_shards(vae: Autoencoder, *, text_name: str, latent_size: tuple
 
     `latent_size` is (h, w).
     """
-    if not is_stock_text(text_name):
+    if text_name.endswith(PENULTIMATE) and find_path(text_name) is None:
         raise ValueError(
-            f"text_encoder: the shards have text of {text_name!r}; the bundle is a stock "
-            "StableDiffusionPipeline, which uses one text encoder's last hidden state: encode the "
-            "shards with one --text-encoder and its last state"
+            f"text_encoder: the shards' text is of {text_name!r}; the bundle is a stock "
+            "StableDiffusionPipeline, which uses the text encoder's last hidden state: make the "
+            "shards with --text-hidden-state last, or train on these with another program"
         )
     require_stock_vae(vae)
     height, width = (side * vae_downscale(vae) for side in latent_size)

@@ -1,14 +1,15 @@
 """The frozen networks: autoencoders and CLIP text encoders.
 
-Weights are loaded as float32, because autoencoders overflow in float16. Networks are identified by
-a hash of their weights, which is the same for a copied, renamed or re-saved folder.
+An autoencoder is any of diffusers' that makes 2-D latents of images; text is encoded by one CLIP.
+Weights are loaded as float32 (an autoencoder in float16 overflows) and identified by the hash of
+their content, so a copied or renamed folder is the same network. With the last hidden state, the
+precomputed text is exactly what a stock `StableDiffusionPipeline` computes while sampling.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
@@ -34,7 +35,6 @@ from latent_t2i.model.folders import (
     require_complete,
     require_weights,
 )
-from latent_t2i.model.paths import find_path
 
 AUTOENCODERS: dict[str, Any] = {
     kind.__name__: kind
@@ -56,8 +56,8 @@ TEXT_FILES = (
     "merges.txt",
 )
 TEXT_TYPES = ("clip", "clip_text_model")
-BESIDE, PENULTIMATE = " + ", " (penultimate)"
-"""Parts of the name of text that is not from a single stock encoder."""
+PENULTIMATE = " (penultimate)"
+"""Ends the name of a text encoder whose penultimate hidden state is used."""
 LatentKind = Literal["moments", "plain"]
 HiddenState = Literal["last", "penultimate"]
 
@@ -98,16 +98,15 @@ def round_to_bfloat16(vae: Autoencoder) -> None:
 
 
 def load_text_encoder(
-    name: str, revision: str | None = None, *, number: Literal[1, 2] = 1
+    name: str, revision: str | None = None
 ) -> tuple[CLIPTokenizer, CLIPTextModel]:
     """Loads a CLIP tokenizer and text encoder (float32, evaluation mode).
 
-    `name` may contain a CLIPTextModel, a CLIPTextModelWithProjection or CLIPModel, whose other
-    parts are ignored, or a whole pipeline, from which the first or second text encoder is loaded.
-    Raises ValueError, with instructions, if it is unavailable.
+    `name` may hold a CLIPTextModel, a CLIPTextModelWithProjection (the projection is ignored), a
+    whole CLIPModel (the image tower is ignored) or a whole pipeline. Raises ValueError, with the
+    remedy, if it cannot be found or downloaded.
     """
-    at = "" if number == 1 else f"_{number}"
-    parts, flag = (f"text_encoder{at}", f"tokenizer{at}"), f"--text-encoder{at.replace('_', '-')}"
+    parts, flag = ("text_encoder", "tokenizer"), "--text-encoder"
     root = fetch(name, revision, TEXT_FILES, flag=flag, parts=parts)
     folder = find_part(root, parts[0], flag=flag)
     read_config(folder, "model_type", TEXT_TYPES, flag=flag)
@@ -293,132 +292,78 @@ def encode_text(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
     return hidden
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class TextEncoder:
-    """A text encoder with its tokenizer."""
+    """A CLIP text encoder with its tokenizer: captions to token ids to hidden states.
 
-    name: str
-    revision: str | None
-    tokenizer: CLIPTokenizer
-    network: CLIPTextModel
-
-
-class TextEncoders:
-    """One text encoder, or two side by side: captions in, hidden states out.
-
-    The states of two stand beside each other along the width, as SDXL has them; "penultimate" takes
-    the state before the last layer, without the final norm, and the networks lose both. Any number
-    of threads may call it at once: captions are tokenised, once each, by copies of the tokenizers
-    that nothing alters.
+    Any number of threads may use it at once. "penultimate" selects the state before the last layer
+    and the final norm, as SDXL does; both are removed from `network`.
     """
 
-    def __init__(self, parts: Sequence[TextEncoder], hidden_state: HiddenState = "last") -> None:
-        assert parts
-        self.parts = tuple(parts)
-        self.hidden_state = hidden_state
-        is_stock = len(self.parts) == 1 and hidden_state == "last"
-        weights = [fingerprint(part.network) for part in self.parts]
-        self.fingerprint = weights[0] if is_stock else _hash([*weights, hidden_state])
-        """Of one encoder's last state, that of its weights."""
-        words = [tokenizer_fingerprint(part.tokenizer) for part in self.parts]
-        self.tokenizer_fingerprint = words[0] if len(words) == 1 else _hash(words)
-        self._tokenizers = [_alone(p.tokenizer) for p in parts]
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        network: CLIPTextModel,
+        *,
+        name: str,
+        revision: str | None = None,
+        hidden_state: HiddenState = "last",
+    ) -> None:
+        weights = fingerprint(network)
+        self.network = network
+        self.revision = revision
+        self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+        self.max_length = int(tokenizer.model_max_length)
+        self._pad_id = int(tokenizer.pad_token_id)
+        # A copy: truncation and padding are mutable state of the tokenizer, shared by its callers.
+        self._tokenizer = _without_truncation(tokenizer)
         if hidden_state == "penultimate":
-            for part in self.parts:
-                _end_at_penultimate(part.network)
-
-    @property
-    def name(self) -> str:
-        """The encoder's name; with two, or the penultimate state, one that says so."""
-        if len(self.parts) == 1:
-            name = self.parts[0].name
+            self.name = name + PENULTIMATE
+            self.fingerprint = _hash([weights, hidden_state])
+            network.encoder.layers = network.encoder.layers[:-1]
+            network.add_module("final_layer_norm", nn.Identity())
         else:
-            name = BESIDE.join(
-                f"{p.name}@{p.revision}" if p.revision else p.name for p in self.parts
-            )
-        return name + (PENULTIMATE if self.hidden_state == "penultimate" else "")
+            self.name = name
+            self.fingerprint = weights
 
-    @property
-    def revision(self) -> str | None:
-        """The encoder's revision; None with two, whose name tells theirs."""
-        return self.parts[0].revision if len(self.parts) == 1 else None
+    @classmethod
+    def load(
+        cls, name: str, revision: str | None = None, hidden_state: HiddenState = "last"
+    ) -> Self:
+        """Loads a text encoder. Raises ValueError as `load_text_encoder` does."""
+        tokenizer, network = load_text_encoder(name, revision)
+        return cls(tokenizer, network, name=name, revision=revision, hidden_state=hidden_state)
 
     @property
     def width(self) -> int:
-        """D, the size of a token's hidden state, over all encoders."""
-        return sum(int(part.network.config.hidden_size) for part in self.parts)
-
-    @property
-    def max_length(self) -> int:
-        """The most tokens that every encoder can take."""
-        return min(int(part.tokenizer.model_max_length) for part in self.parts)
+        """D, the size of a token's hidden state."""
+        return int(self.network.config.hidden_size)
 
     def to(self, device: torch.device) -> Self:
-        """Moves the networks to a device."""
-        for part in self.parts:
-            part.network.to(device)  # type: ignore[arg-type]  # transformers' own annotation
+        """Moves the network to a device."""
+        self.network.to(device)  # type: ignore[arg-type]  # transformers' own annotation
         return self
 
-    def count_tokens(self, captions: Sequence[str]) -> list[int]:
-        """Returns how many tokens each caption has uncut, start and end included.
+    def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
+        """Returns each caption's token ids, start and end included, neither cut nor padded."""
+        return [found.ids for found in self._tokenizer.encode_batch_fast(list(captions))]
 
-        With two encoders, by the one that has more.
-        """
-        counts = [
-            [len(found) for found in tokenizer.encode_batch_fast(list(captions))]
-            for tokenizer in self._tokenizers
-        ]
-        return [max(of_caption) for of_caption in zip(*counts, strict=True)]
+    def encode(
+        self, token_ids: Sequence[Sequence[int]], max_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encodes the token ids that `tokenize` returns, cut or padded to T = `max_tokens`.
 
-    def encode(self, captions: Sequence[str], max_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Encodes captions, cut or padded to `max_tokens`.
-
-        Returns hidden states (N, T, D) float32 on the networks' device, the first encoder's token
-        ids (N, T) int64 and whether any encoder's were cut (N,), both on the CPU.
+        Returns hidden states (N, T, D) float32 on the network's device, and on the CPU the ids
+        (N, T) int64 and which captions were cut (N,).
         """
         assert max_tokens <= self.max_length, (max_tokens, self.max_length)
-        hidden, ids, is_cut = [], [], []
-        for part, tokenizer in zip(self.parts, self._tokenizers, strict=True):
-            whole = [found.ids for found in tokenizer.encode_batch_fast(list(captions))]
-            own_ids, own_cut = _fit(whole, max_tokens, part.tokenizer.pad_token_id)
-            hidden.append(encode_text(part.network, own_ids.to(part.network.device)).float())
-            ids.append(own_ids)
-            is_cut.append(own_cut)
-        return torch.cat(hidden, dim=-1), ids[0], torch.stack(is_cut).any(dim=0)
+        ids, is_cut = _fit(token_ids, max_tokens, self._pad_id)
+        hidden = encode_text(self.network, ids.to(self.network.device))
+        return hidden.float(), ids, is_cut
 
 
-def load_text_encoders(
-    *sources: tuple[str, str | None], hidden_state: HiddenState = "last"
-) -> TextEncoders:
-    """Loads one or two text encoders, each of a name and a revision.
-
-    Raises ValueError, with the remedy, for one that is neither here nor to be had.
-    """
-    if len(sources) not in (1, 2):
-        raise ValueError(f"text encoders: expected one or two, found {len(sources)}")
-    parts = []
-    for number, (name, revision) in enumerate(sources, start=1):
-        tokenizer, network = load_text_encoder(name, revision, number=1 if number == 1 else 2)
-        parts.append(
-            TextEncoder(name=name, revision=revision, tokenizer=tokenizer, network=network)
-        )
-    return TextEncoders(parts, hidden_state)
-
-
-def is_stock_text(name: str) -> bool:
-    """Returns whether `TextEncoders.name` is one encoder's whose last state was taken."""
-    return find_path(name) is not None or (BESIDE not in name and not name.endswith(PENULTIMATE))
-
-
-def _alone(tokenizer: CLIPTokenizer) -> Tokenizer:
+def _without_truncation(tokenizer: CLIPTokenizer) -> Tokenizer:
     """Returns a copy of the tokenizer's core that neither cuts nor pads."""
     copied = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copied.no_truncation()
     copied.no_padding()
     return copied
-
-
-def _end_at_penultimate(network: CLIPTextModel) -> None:
-    """Takes off the last layer and the final norm, so that nothing is computed in vain."""
-    network.encoder.layers = network.encoder.layers[:-1]
-    network.add_module("final_layer_norm", nn.Identity())

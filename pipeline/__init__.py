@@ -2,5 +2,5 @@
 
     python -m pipeline.run --config demo
 
-A datum goes one way: `sources.records()` -> `images.load()` -> `encode.examples()` -> the shards.
+An image's path: `sources.open_source()` -> `images.load()` -> `EncoderPool` -> `ShardWriter`.
 """

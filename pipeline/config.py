@@ -1,5 +1,6 @@
 """The settings of stage one."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,44 +15,47 @@ class SourceConfig:
     kind: Literal["coco", "folder", "webdataset", "parquet", "scenes"] = "coco"
     """coco: a folder of images with a COCO captions file; folder: images with metadata.jsonl,
     metadata.csv or a .txt beside each; webdataset: img2dataset's tars; parquet: images and captions
-    in columns; scenes: drawn here, laid out as COCO."""
+    in columns; scenes: drawn by stage one itself, in COCO's layout."""
     images: str = ""
     """coco, folder: the folder of images, such as data/coco/train2014; webdataset, parquet: a
     folder of files, a file, a pattern, braces or a URL: 's3://bucket/{00000..00099}.tar'."""
     captions: str = ""
     """coco: the captions file, such as data/coco/annotations/captions_train2014.json."""
     instances: str | None = None
-    """coco: the instances file; boxes and categories then go into each record's JSON."""
+    """coco: the instances file; its boxes and categories are added to each record's JSON."""
     caption_column: str | None = None
     """folder (with metadata), webdataset (in the JSON), parquet: the field that holds the caption
-    or a list of them; else the first there is of text, caption, captions, prompt."""
+    or a list of captions; default: the first of text, caption, captions, prompt that exists."""
     image_column: str | None = None
-    """parquet: the column that holds the images; else image, img, jpg, jpeg, png or webp."""
+    """parquet: the column that holds the images; default: image, img, jpg, jpeg, png or webp."""
     caption_per: Literal["line", "file"] = "line"
-    """folder: whether each line of a .txt is a caption, or all of it is one."""
+    """folder: line: each line of a .txt is a caption; file: the whole .txt is one caption."""
     world: Literal["easy", "full"] = "easy"
-    """scenes: how much can be in a picture."""
+    """scenes: which world to draw: easy has fewer shapes, colours and relations."""
     num_images: int | None = None
-    """scenes: how many to draw; others: only the first so many."""
+    """scenes: how many images to draw; other kinds: read only the first num_images."""
 
     def __post_init__(self) -> None:
         if self.num_images is not None and self.num_images < 1:
             raise ValueError(f"--source.num-images: expected at least 1, found {self.num_images}")
         if self.kind == "scenes" and self.num_images is None:
-            raise ValueError("--source.num-images: a scenes source needs it: how many to draw")
-        needed = {"coco": ("images", "captions"), "scenes": ()}.get(self.kind, ("images",))
-        for name in needed:
+            raise ValueError(
+                "--source.num-images: required for a scenes source: how many images to draw"
+            )
+        required = {"coco": ("images", "captions"), "scenes": ()}.get(self.kind, ("images",))
+        for name in required:
             if not getattr(self, name):
-                raise ValueError(f"--source.{name}: a {self.kind} source needs it")
-        for name, kinds in _SOURCES_OF.items():
-            if self.kind in kinds or getattr(self, name) in ("", None, "line"):
-                continue
-            of = "scenes, which are drawn" if self.kind == "scenes" else f"a {self.kind} source"
-            flag = name.replace("_", "-")
-            raise ValueError(f"--source.{flag}: has no effect on {of}; it is for {_or(kinds)}")
+                raise ValueError(f"--source.{name}: required for a {self.kind} source")
+        for name, kinds in _KINDS_OF_SETTING.items():
+            if self.kind not in kinds and getattr(self, name) not in ("", None, "line"):
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"--source.{flag}: has no effect on a {self.kind} source; "
+                    f"it is for {', '.join(kinds)}"
+                )
 
 
-_SOURCES_OF = {
+_KINDS_OF_SETTING = {
     "images": ("coco", "folder", "webdataset", "parquet"),
     "captions": ("coco",),
     "instances": ("coco",),
@@ -61,18 +65,14 @@ _SOURCES_OF = {
 }
 
 
-def _or(words: tuple[str, ...]) -> str:
-    return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
     """Encodes captioned images once, into shards that training streams."""
 
     name: str
-    """Names the data set; shards go to shards/data/NAME/SPLIT."""
+    """Name of the data set; shards go to shards/data/NAME/SPLIT."""
     split: str = "train"
-    """Which part of the data set this is; for scenes: train, val or held_out."""
+    """Name of this part of the data set; for scenes: train, val or held_out."""
     vae: str
     """Folder or hub name of an autoencoder."""
     text_encoder: str
@@ -80,85 +80,74 @@ class PipelineConfig:
     vae_revision: str | None = None
     """Branch, tag or commit, for a VAE from the hub."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the VAE's computations; float16 is not offered, as it overflows in many."""
+    """Dtype of the VAE's computations; float16 is not offered because many VAEs overflow in it."""
     text_encoder_revision: str | None = None
     """Branch, tag or commit, for a text encoder from the hub."""
-    text_encoder_2: str | None = None
-    """A second text encoder, whose states stand beside the first's, as in SDXL."""
-    text_encoder_2_revision: str | None = None
-    """Branch, tag or commit, for a second text encoder from the hub."""
     text_hidden_state: Literal["last", "penultimate"] = "last"
-    """last: after the final norm, as Stable Diffusion 1 has it; penultimate: as SDXL has it."""
+    """last: after the final norm, as in Stable Diffusion 1; penultimate: as in SDXL."""
     source: SourceConfig
     """Where the captioned images come from."""
     image_size_px: int = 64
     """Images are resized by their shorter side and cropped to a square of this size."""
     crop: Literal["centre", "random"] = "centre"
-    """random: drawn once for each image, from the seed and its key."""
+    """random: one position per image, derived from the seed and the image's key."""
     buckets: bool = False
-    """Keep aspect ratios: a set for each of several sizes of about the square's area."""
+    """Keep aspect ratios: one set for each of several sizes with about the square's area."""
     max_aspect: float = 2.0
-    """buckets: the longest side ratio; longer images are cropped to it."""
+    """buckets: the largest ratio of the sides; longer images are cropped to it."""
     bucket_multiple_px: int = 64
-    """buckets: sides are multiples of this, and of what the VAE scales down by."""
+    """buckets: sides are multiples of this and of the VAE's downscaling factor."""
     min_image_size_px: int = 1
-    """Images with a shorter side are left out."""
+    """Images whose shorter side is smaller are quarantined."""
     fast_jpeg: bool = True
     """Decode JPEG files at a fraction of their size where the target is much smaller."""
     views: Literal[1, 2] = 1
-    """2: the flipped image is encoded too (flipping a latent is not the same)."""
+    """2: also encode the flipped image (a flipped latent is not a flipped image's latent)."""
     max_tokens: int = 77
     """Tokens kept of a caption, start and end included."""
     out: str | None = None
-    """Folder for the shards, in place of shards/data/NAME/SPLIT."""
+    """Folder for the shards, instead of shards/data/NAME/SPLIT."""
     records_per_shard: int = 1000
-    """Most images per shard: what a killed run may have to do again."""
+    """Maximum number of images per shard; a killed run repeats at most one shard."""
     max_shard_bytes: int = 1_000_000_000
-    """Most bytes per shard, though at least one image; the lesser of the two limits holds."""
+    """Maximum size of a shard, which holds at least one image; the smaller limit applies."""
     text_dtype: TextDtype = "float16"
-    """int8 halves the text, with one scale per channel; the error is measured and noted."""
+    """int8 halves the text, with one scale per channel; the error is measured and recorded."""
     batch_size: int = 32
-    """Images per run of the VAE; the text encoder takes four times as many captions."""
+    """Images per batch of the VAE; the text encoder's batches have four times as many captions."""
     seed: int = 0
-    """Of the drawn scenes and of random crops."""
+    """Seed of the drawn scenes and of random crops."""
     device: str = "auto"
-    """auto (the GPU if there is one), cpu, cuda, cuda:1 ..."""
+    """auto (a GPU if there is one), cpu, cuda, cuda:1 ..."""
     num_threads: int | None = None
     """Threads that decode, and on a CPU encode; default: this process's share of the cores."""
     compile: bool = False
-    """Compile the VAE's encoder: minutes first, faster then."""
+    """Compile the VAE's encoder: takes minutes at the start, then runs faster."""
     max_quarantined: float = 0.01
-    """Share of images that may be left out, with reasons, before the run counts as failed."""
+    """Largest share of images that may be quarantined before the run counts as failed."""
     dry_run: bool = False
-    """Stop after the plan: what will be written, and how large it is."""
+    """Print the plan (what will be written, and its size) and stop."""
     force: bool = False
-    """Start although the disk seems too small."""
-
-    @property
-    def text_encoders(self) -> list[tuple[str, str | None]]:
-        """The name and revision of each text encoder."""
-        first = (self.text_encoder, self.text_encoder_revision)
-        second = self.text_encoder_2
-        return [first, (second, self.text_encoder_2_revision)] if second is not None else [first]
+    """Start even if the disk seems too small."""
 
     def __post_init__(self) -> None:
         for flag, text in (("--name", self.name), ("--split", self.split)):
             if not text or text in {".", ".."} or {"/", "\\"} & set(text):
                 raise ValueError(f"{flag}: expected the name of a folder, found {text!r}")
-        for flag, value, least in (
+        for flag, value, minimum in (
             ("--image-size-px", self.image_size_px, 1),
             ("--max-tokens", self.max_tokens, 3),
             ("--records-per-shard", self.records_per_shard, 1),
             ("--max-shard-bytes", self.max_shard_bytes, 1),
             ("--batch-size", self.batch_size, 1),
             ("--seed", self.seed, 0),
-            ("--num-threads", self.num_threads or 1, 1),
+            ("--num-threads", 1 if self.num_threads is None else self.num_threads, 1),
             ("--min-image-size-px", self.min_image_size_px, 1),
             ("--max-aspect", self.max_aspect, 1),
             ("--bucket-multiple-px", self.bucket_multiple_px, 1),
         ):
-            if value < least:
-                raise ValueError(f"{flag}: expected at least {least}, found {value}")
+            if not minimum <= value < math.inf:  # false for NaN too
+                raise ValueError(f"{flag}: expected at least {minimum}, found {value}")
         if not 0 <= self.max_quarantined <= 1:
             raise ValueError(
                 f"--max-quarantined: expected a share from 0 to 1, found {self.max_quarantined}"

@@ -1,18 +1,20 @@
-"""The source's records, listed once into a private file on disk, so that memory stays flat.
+"""The source's records, listed once into a temporary SQLite file, so that memory stays flat.
 
-A record takes some hundred bytes there and none in memory; SQLite finds those of a shard again.
-The file has no name: it is gone with the process, however that ends, and a rerun lists anew. What
-decides the content of the shards is hashed on the way. The price is listing twice as slowly as
-into a list in memory: some 30,000 records a second.
+The file is unnamed: it disappears with the process, and a rerun lists the source again. Listing
+also computes the hash of everything that decides the content of the shards. The trade-off is
+listing twice as slowly as into a list in memory: some 30,000 records a second.
 """
 
 import hashlib
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,16 +26,16 @@ from latent_t2i.pipeline.sources.locators import (
     locator_to_json,
 )
 from latent_t2i.pipeline.sources.record import Record, make_meta
-from latent_t2i.shards.schema import encode_meta, hash_json
+from latent_t2i.shards.schema import encode_meta
 
-HUGE = Picture(
+LARGEST_PICTURE = Picture(
     pixels=np.zeros((0, 0, 3), np.uint8),
     source_size_px=(2**31, 2**31),
     crop_px=(2**31, 2**31, 2**31, 2**31),
 )
-"""Stands for any image when room for its JSON is reserved."""
+"""The picture whose sizes take the most characters in a record's JSON."""
 CHUNK_RECORDS = 1024
-"""Records are examined so many at a time."""
+"""Records are checked and inserted in chunks of this size."""
 TABLES = """
     PRAGMA journal_mode = OFF;
     PRAGMA synchronous = OFF;
@@ -41,25 +43,34 @@ TABLES = """
     CREATE TABLE keys (key TEXT PRIMARY KEY) WITHOUT ROWID;
     CREATE TABLE records (
         number INTEGER PRIMARY KEY, bucket TEXT, num_captions INTEGER, meta_bytes INTEGER,
-        key TEXT, place TEXT, captions TEXT, extra TEXT
+        key TEXT, locator TEXT, captions TEXT, extra TEXT, token_ids TEXT
     );
     CREATE INDEX groups ON records (bucket, num_captions, number);
 """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examined:
-    """What is known of a record beside what the source tells."""
+class RecordCheck:
+    """What a check found out about a record."""
 
+    token_ids: Sequence[Sequence[int]]
+    """Of each caption, uncut."""
     num_cut: int
     """Captions with more tokens than are kept."""
     bucket: str
-    """The set that it goes into; empty where there is one only."""
+    """The bucket of the image; empty without buckets."""
     problem: str | None
-    """Why it cannot be used."""
+    """Why the record cannot be used."""
 
 
-Examine = Callable[[Sequence[Record]], Sequence[Examined]]
+class TokenizedRecord(NamedTuple):
+    """A record with the token ids of each caption."""
+
+    record: Record
+    token_ids: Sequence[Sequence[int]]
+
+
+CheckRecords = Callable[[Sequence[Record]], Sequence[RecordCheck]]
 
 
 class Index:
@@ -73,127 +84,147 @@ class Index:
         self.num_captions = 0
         self.num_cut = 0
         self.quarantined: dict[str, str] = {}
-        """Those that are in no group, by key, with the reason."""
+        """Records that are in no group, by key, with the reason."""
         self.missing: dict[str, str] = {}
-        """Those whose file is not there now: each stays in its group, as it may come yet."""
+        """Records whose file is missing. Each stays in its group: the file may be restored."""
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Deletes the file."""
         self._db.close()
 
     @property
     def sha256(self) -> str:
-        """The hash of all that the source tells; the images' content is not read for it."""
+        """Hash of keys, file names, captions, extra fields and buckets; not of the images."""
         return self._digest.hexdigest()
 
-    def add(self, records: Sequence[Record], examined: Sequence[Examined]) -> None:
-        """Lists records after those that are there."""
+    def add(self, records: Sequence[Record], checks: Sequence[RecordCheck]) -> None:
+        """Appends records."""
         self._db.execute("BEGIN")
-        for record, found in zip(records, examined, strict=True):
-            self._add(record, found)
+        for record, check in zip(records, checks, strict=True):
+            self._add(record, check)
         self._db.execute("COMMIT")
 
     def groups(self) -> list[tuple[str, int]]:
-        """Returns each bucket and number of captions that there are, sorted."""
+        """Returns each combination of bucket and number of captions, sorted."""
         query = "SELECT DISTINCT bucket, num_captions FROM records ORDER BY bucket, num_captions"
         return list(self._db.execute(query))
 
     def sizes(self, bucket: str, num_captions: int) -> Iterator[tuple[int, int]]:
-        """Yields the number and the most JSON bytes of each record of a group, in order."""
+        """Yields the number and the maximum JSON bytes of each record of a group, in order."""
         query = (
             "SELECT number, meta_bytes FROM records "
             "WHERE bucket = ? AND num_captions = ? ORDER BY number"
         )
         yield from self._db.execute(query, (bucket, num_captions))
 
-    def records(self, bucket: str, num_captions: int, first: int, last: int) -> list[Record]:
-        """Returns a group's records of the numbers `first` to `last`, both included, in order."""
+    def records(
+        self, bucket: str, num_captions: int, first: int, last: int
+    ) -> list[TokenizedRecord]:
+        """Returns a group's records with numbers from `first` to `last` inclusive, in order."""
         query = (
-            "SELECT key, place, captions, extra FROM records "
+            "SELECT key, locator, captions, extra, token_ids FROM records "
             "WHERE bucket = ? AND num_captions = ? AND number BETWEEN ? AND ? ORDER BY number"
         )
         return list(map(_record, self._db.execute(query, (bucket, num_captions, first, last))))
 
-    def captions(self, most: int) -> list[str]:
-        """Returns at most so many distinct captions, of records evenly spaced in the order."""
+    def sample_captions(self, num: int) -> dict[str, list[int]]:
+        """Returns the token ids of up to `num` distinct captions, evenly spaced in the order."""
         (total,) = self._db.execute("SELECT count(*) FROM records").fetchone()
-        step = max(total // most, 1)
-        query = "SELECT captions FROM (SELECT captions, row_number() OVER (ORDER BY number) - 1 AS "
-        query += "place FROM records) WHERE place % ? = 0"
-        per_record = 1 if step > 1 else most
-        found = dict.fromkeys(
-            caption
-            for (text,) in self._db.execute(query, (step,))
-            for caption in json.loads(text)[:per_record]
+        step = max(total // num, 1)
+        query = (
+            "SELECT captions, token_ids FROM (SELECT captions, token_ids, "
+            "row_number() OVER (ORDER BY number) - 1 AS position FROM records) "
+            "WHERE position % ? = 0"
         )
-        return _spaced(list(found), most)
+        per_record = 1 if step > 1 else num
+        found: dict[str, list[int]] = {}
+        for captions, token_ids in self._db.execute(query, (step,)):
+            pairs = zip(json.loads(captions), json.loads(token_ids), strict=True)
+            found |= dict(islice(pairs, per_record))
+        items = list(found.items())
+        num = min(num, len(items))
+        return dict(items[index * len(items) // num] for index in range(num))
 
-    def _add(self, record: Record, found: Examined) -> None:
+    def _add(self, record: Record, check: RecordCheck) -> None:
         number = self.num_source
         self.num_source += 1
-        told = [
-            record.key,
-            locator_name(record.locator),
-            record.captions,
-            record.extra,
-            found.bucket,
-        ]
-        self._digest.update(bytes.fromhex(hash_json(told)))
+        captions, extra = _dump(record.captions), _dump(record.extra)
+        self._hash(record, captions, check.bucket)
         is_new = self._db.execute("INSERT OR IGNORE INTO keys VALUES (?)", (record.key,)).rowcount
         if not is_new:
             self.quarantined[f"{record.key}#{number}"] = f"another record has the key {record.key}"
             return
-        problem = found.problem or (None if record.captions else "no caption")
+        problem = check.problem or (None if record.captions else "no caption")
         if problem:
             self.quarantined[record.key] = problem
             return
         if isinstance(record.locator, FileLocator) and not Path(record.locator.path).exists():
             self.missing[record.key] = "missing file"
         self.num_captions += len(record.captions)
-        self.num_cut += found.num_cut
+        self.num_cut += check.num_cut
         row = (
             number,
-            found.bucket,
+            check.bucket,
             len(record.captions),
-            most_meta_bytes(record),
+            _max_meta_bytes(len(record.captions), captions, extra),
             record.key,
-            json.dumps(locator_to_json(record.locator)),
-            json.dumps(record.captions),
-            json.dumps(record.extra),
+            _dump(locator_to_json(record.locator)),
+            captions,
+            extra,
+            _dump(check.token_ids),
         )
-        self._db.execute("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+        self._db.execute(f"INSERT INTO records VALUES ({', '.join('?' * len(row))})", row)
+
+    def _hash(self, record: Record, captions: str, bucket: str) -> None:
+        """Updates the hash with what decides the record's content in the shard."""
+        before = _dump([record.key, locator_name(record.locator)])[:-1]
+        extra = json.dumps(record.extra, sort_keys=True, separators=(",", ":"))
+        content = f"{before},{captions},{extra},{_dump(bucket)}]"
+        # ASCII, as `hash_json` writes it.
+        ascii_only = re.sub(r"[^ -~]", lambda found: json.dumps(found[0])[1:-1], content)
+        self._digest.update(hashlib.sha256(ascii_only.encode()).digest())
 
 
 def build_index(
-    records: Iterable[Record], examine: Examine, progress: Callable[[int], object]
+    records: Iterable[Record], check: CheckRecords, progress: Callable[[int], object]
 ) -> Index:
-    """Lists a source. Raises ValueError if it is empty, and what the source raises."""
+    """Lists a source. Raises ValueError if it is empty, and whatever the source raises."""
     index = Index()
     remaining = iter(records)
     while chunk := list(islice(remaining, CHUNK_RECORDS)):
-        index.add(chunk, examine(chunk))
+        index.add(chunk, check(chunk))
         progress(len(chunk))
     if not index.num_source:
         raise ValueError("the source has no images")
     return index
 
 
-def most_meta_bytes(record: Record) -> int:
-    """Returns the size of a record's JSON if all captions were cut and the image were huge."""
-    everything = range(len(record.captions))
-    return len(encode_meta(make_meta(record, truncated=everything, picture=HUGE)))
+def _dump(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-def _record(row: tuple[str, str, str, str]) -> Record:
-    key, locator, captions, extra = row
-    return Record(
+def _max_meta_bytes(num_captions: int, captions: str, extra: str) -> int:
+    """Returns the size of a record's JSON with all captions cut and the largest picture.
+
+    `captions` and `extra` are JSON already: only the rest is added up here.
+    """
+    inner = f"{captions[1:-1]}{extra[1:-1]}" + ("," if extra != "{}" else "")
+    return _bytes_without_captions(num_captions) + len(inner.encode())
+
+
+@cache
+def _bytes_without_captions(num_captions: int) -> int:
+    record = Record(key="", locator=FileLocator(""), captions=(), extra={})
+    truncated = range(num_captions)
+    return len(encode_meta(make_meta(record, truncated=truncated, picture=LARGEST_PICTURE)))
+
+
+def _record(row: tuple[str, str, str, str, str]) -> TokenizedRecord:
+    key, locator, captions, extra, token_ids = row
+    record = Record(
         key=key,
         locator=locator_from_json(json.loads(locator)),
         captions=tuple(json.loads(captions)),
         extra=json.loads(extra),
     )
-
-
-def _spaced(items: list[str], most: int) -> list[str]:
-    num = min(most, len(items))
-    return [items[index * len(items) // num] for index in range(num)]
+    return TokenizedRecord(record, json.loads(token_ids))

@@ -1,10 +1,8 @@
-"""What will be written, decided from the source alone before anything is encoded.
+"""Divides the listed records into shards, before anything is encoded.
 
-Images with equally many captions come together, in the source's order, and are cut into shards of
-at most `records_per_shard` and `max_shard_bytes`: every record of a shard then has the same byte
-layout without a single empty caption slot, and shard `i` means the same records on every run. An
-image that turns out to be unreadable leaves its shard shorter and moves nothing. With buckets of
-aspect ratios, each bucket is a set of its own.
+Images with the same number of captions come together, in the source's order: all records of a shard
+then have the same byte layout without empty caption slots, and shard `i` holds the same records on
+every run. An unreadable image makes its shard shorter and moves no other record.
 """
 
 from collections import Counter
@@ -15,13 +13,14 @@ from pathlib import Path
 
 from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Index
-from latent_t2i.shards.schema import BLOCK_BYTES, Layout, TextDtype, make_layout, round_up
+from latent_t2i.shards.schema import BLOCK_BYTES, Layout, Provenance, make_layout, round_up
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
-    """The records of one shard: those of its group from one number in the source to another."""
+    """The records of one shard: a range of numbers within a bucket and number of captions."""
 
+    folder: Path
     index: int
     bucket: str
     num_captions: int
@@ -32,54 +31,40 @@ class ShardPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Its size, if no record is left out."""
+        """Size of the shard if no record is quarantined."""
         return self.layout.shard_bytes(self.num_records)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetPlan:
-    """The shards of one set: of the source, or of a bucket."""
+    """The shards of one set: all of the source, or one bucket."""
 
     bucket: str
-    """Its name; empty where there are none."""
+    """Name of the bucket; empty without buckets."""
     folder: Path
-    how: Preprocessing
+    preprocessing: Preprocessing
+    provenance: Provenance
     shards: tuple[ShardPlan, ...]
 
     @property
     def num_records(self) -> int:
-        """The images that will be read."""
+        """Number of images to read."""
         return sum(shard.num_records for shard in self.shards)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """Where a shard goes."""
-
-    folder: Path
-    plan: ShardPlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """When a shard ends: at whichever comes first."""
-
-    num_records: int
-    num_bytes: int
 
 
 def plan_shards(
     index: Index,
     bucket: str,
+    folder: Path,
     *,
     latent_shape: tuple[int, int, int, int],
     text_shape: tuple[int, int],
-    text_dtype: TextDtype,
-    limits: Limits,
+    provenance: Provenance,
 ) -> tuple[ShardPlan, ...]:
     """Divides a bucket's records into shards of latents (views, C, h, w) and text (T, D) each.
 
-    A shard that one record alone takes past the limit of bytes has that one.
+    A shard ends at the provenance's `records_per_shard` or `max_shard_bytes`, whichever comes
+    first, but holds at least one record.
     """
 
     def lay_out(num_captions: int, json_bytes: int) -> Layout:
@@ -87,46 +72,52 @@ def plan_shards(
             latent=latent_shape,
             text=(num_captions, *text_shape),
             json_bytes=json_bytes,
-            text_dtype=text_dtype,
+            text_dtype=provenance.text_dtype,
         )
 
     shards: list[ShardPlan] = []
-    for name, num_captions in index.groups():
-        if name != bucket:
-            continue
-        sizes = index.sizes(bucket, num_captions)
-        for first, last, num_records, layout in cut(sizes, partial(lay_out, num_captions), limits):
-            shards.append(
-                ShardPlan(
-                    index=len(shards),
-                    bucket=bucket,
-                    num_captions=num_captions,
-                    first=first,
-                    last=last,
-                    num_records=num_records,
-                    layout=layout,
-                )
+    for num_captions in [number for name, number in index.groups() if name == bucket]:
+        for first, last, num_records, layout in cut(
+            index.sizes(bucket, num_captions),
+            partial(lay_out, num_captions),
+            max_records=provenance.records_per_shard,
+            max_bytes=provenance.max_shard_bytes,
+        ):
+            shard = ShardPlan(
+                folder=folder,
+                index=len(shards),
+                bucket=bucket,
+                num_captions=num_captions,
+                first=first,
+                last=last,
+                num_records=num_records,
+                layout=layout,
             )
+            shards.append(shard)
     return tuple(shards)
 
 
 def cut(
-    sizes: Iterable[tuple[int, int]], lay_out: Callable[[int], Layout], limits: Limits
+    sizes: Iterable[tuple[int, int]],
+    lay_out: Callable[[int], Layout],
+    *,
+    max_records: int,
+    max_bytes: int,
 ) -> Iterator[tuple[int, int, int, Layout]]:
-    """Cuts records (number, JSON bytes) of equally many captions into shards, as long as they may.
+    """Cuts records (number, JSON bytes) with the same number of captions into shards.
 
-    Yields the first and the last record's number, how many there are, and the layout. The largest
-    JSON decides it: one record with a large one makes all of its shard larger.
+    Yields each shard's first and last record number, its number of records, and its layout. The
+    largest JSON decides the layout of all records of the shard.
     """
     layout = lay_out(0)
     first = last = num = 0
     for number, meta_bytes in sizes:
-        room = round_up(meta_bytes, BLOCK_BYTES)
-        wider = layout if room <= _room(layout) else lay_out(room)
-        too_large = wider.shard_bytes(num + 1) > limits.num_bytes
-        if num and (num == limits.num_records or too_large):
+        json_bytes = round_up(meta_bytes, BLOCK_BYTES)
+        fits = json_bytes <= layout.fields["json"].shape[0]
+        wider = layout if fits else lay_out(json_bytes)
+        if num and (num == max_records or wider.shard_bytes(num + 1) > max_bytes):
             yield first, last, num, layout
-            num, wider = 0, lay_out(room)
+            num, wider = 0, lay_out(json_bytes)
         first = number if not num else first
         last, num, layout = number, num + 1, wider
     if num:
@@ -134,7 +125,7 @@ def cut(
 
 
 def bytes_by_member(sets: Iterable[SetPlan]) -> dict[str, int]:
-    """Returns the data of each member over all shards, then what the format adds to it."""
+    """Returns the data bytes of each member over all shards, and the overhead as `tar`."""
     sizes: Counter[str] = Counter()
     for shard in (shard for part in sets for shard in part.shards):
         data = {name: field.num_bytes for name, field in shard.layout.fields.items()}
@@ -142,7 +133,3 @@ def bytes_by_member(sets: Iterable[SetPlan]) -> dict[str, int]:
             sizes[name] += shard.num_records * num_bytes
         sizes["tar"] += shard.num_bytes - shard.num_records * sum(data.values())
     return dict(sizes)
-
-
-def _room(layout: Layout) -> int:
-    return layout.fields["json"].shape[0]

@@ -1,9 +1,9 @@
-"""Several processes on one set: each writes the shards of its own numbers, the last one ends it.
+"""Several processes on one set: each writes its share of the shards, the last one merges them.
 
-They need no connection, only the folder: started by `accelerate launch`, by Slurm or by hand with
-RANK and WORLD_SIZE, on one machine or on many. What must happen once (the provenance, the scale of
-int8 text, the manifest) happens under a lock, which the system takes from a process that dies. The
-price is that each of them lists the source for itself.
+They share only the output folder, no connection: start them with `accelerate launch`, with Slurm,
+or by hand with RANK and WORLD_SIZE, on one machine or several. The provenance, the scale of int8
+text and the manifest are written under a file lock, which the system releases if a process dies.
+The trade-off is that each process lists the source for itself.
 """
 
 import errno
@@ -28,22 +28,22 @@ class ProcessInfo:
     num_processes: int = 1
     local_rank: int = 0
     num_local: int = 1
-    """Processes on this machine."""
+    """Number of processes on this machine."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this one speaks for all."""
+        """Whether this process prints the plan and the progress."""
         return self.rank == 0
 
-    def has(self, number: int) -> bool:
-        """Whether work of this number is this process's."""
+    def owns(self, number: int) -> bool:
+        """Returns whether this process writes the shard with this number."""
         return number % self.num_processes == self.rank
 
 
 def find_processes(environment: Mapping[str, str] = os.environ) -> ProcessInfo:
-    """Returns this process's place, as `accelerate launch` and torchrun tell it.
+    """Returns this process's rank, from the variables that `accelerate launch` and torchrun set.
 
-    Raises ValueError for a place that there is not.
+    Raises ValueError for a rank outside 0 to WORLD_SIZE - 1.
     """
     rank = _number(environment, "RANK", 0)
     num_processes = _number(environment, "WORLD_SIZE", 1)
@@ -59,20 +59,21 @@ def find_processes(environment: Mapping[str, str] = os.environ) -> ProcessInfo:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Waits until no other process works on a set's folder; leaves nothing behind that was not.
+    """Waits for and holds the exclusive lock of a set's folder.
 
-    The lock lies among what a set has while it is unfinished, which goes when the set is finished:
-    whoever waited for a lock that is gone takes the next one.
+    The lock file is in the set's progress folder, which is deleted when the set is finished: a
+    process that waited for a deleted file locks the new one instead. Folders that the lock created
+    and nothing else used are removed again.
     """
-    progress, was_there = folder / PROGRESS_DIR, folder.exists()
+    progress, existed = folder / PROGRESS_DIR, folder.exists()
     while True:
         try:
             progress.mkdir(parents=True, exist_ok=True)
             file = (progress / LOCK_NAME).open("a")
         except (FileExistsError, FileNotFoundError):
-            if _is_in_the_way(progress):
+            if _is_no_folder(progress):
                 raise
-            continue  # finished by another process in this moment
+            continue  # another process has just finished the set
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file.fileno(), progress / LOCK_NAME):
@@ -80,23 +81,23 @@ def folder_lock(folder: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                _tidy(progress, was_there=was_there)
+                _remove_if_unused(progress, existed=existed)
             return
 
 
-def _tidy(progress: Path, *, was_there: bool) -> None:
-    """Removes the lock where it is all there is: in a set that is finished, or was refused."""
-    with suppress(FileNotFoundError), _if_empty():
+def _remove_if_unused(progress: Path, *, existed: bool) -> None:
+    """Removes the progress folder if it holds only the lock: the set is finished or was refused."""
+    with suppress(FileNotFoundError), _ignore_not_empty():
         if [path.name for path in progress.iterdir()] == [LOCK_NAME]:
             (progress / LOCK_NAME).unlink()
             progress.rmdir()
-            if not was_there:
+            if not existed:
                 progress.parent.rmdir()
 
 
 @contextmanager
-def _if_empty() -> Iterator[None]:
-    """Ends where a folder to be removed is not empty, as by one who waited for the lock."""
+def _ignore_not_empty() -> Iterator[None]:
+    """Ignores that a folder is not empty: another process has just created its lock file there."""
     try:
         yield
     except OSError as error:
@@ -104,8 +105,8 @@ def _if_empty() -> Iterator[None]:
             raise
 
 
-def _is_in_the_way(path: Path) -> bool:
-    """Whether something is there and no folder; looked up once, since folders come and go."""
+def _is_no_folder(path: Path) -> bool:
+    """Returns whether `path` exists and is no folder, from one look-up: folders come and go."""
     try:
         return not stat.S_ISDIR(path.lstat().st_mode)
     except FileNotFoundError:

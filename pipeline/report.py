@@ -1,4 +1,4 @@
-"""What stage one tells people: the plan before, a bar meanwhile, the sum at the end; 80 columns."""
+"""What stage one prints: the plan, a progress bar, and the summary; 80 columns wide."""
 
 import sys
 import time
@@ -14,113 +14,116 @@ from latent_t2i.pipeline.plan import SetPlan, bytes_by_member
 from latent_t2i.shards.schema import Manifest
 
 NUM_LISTED = 10
-"""How many of the images left out are named."""
-SOON_S = 10.0
-"""Less is not worth a line."""
+"""How many of the quarantined images are named."""
+MIN_ESTIMATE_S = 10.0
+"""A shorter remaining time is not printed."""
+
+Bar = Callable[[int | None, str, str], Any]
 
 
 def bar(total: int | None, unit: str, task: str) -> Any:
-    """Returns a progress bar, which does not show for what is done at once."""
+    """Returns a progress bar, which stays hidden for tasks shorter than half a second."""
     interval_s = 0.2 if sys.stderr.isatty() else 30.0  # a log needs fewer lines than a terminal
     return tqdm(total=total, unit=unit, desc=task, mininterval=interval_s, ncols=80, delay=0.5)
 
 
 def no_bar(total: int | None, unit: str, task: str) -> Any:
-    """Returns a bar that shows nothing: another process's does."""
+    """Returns a disabled bar: only the first process shows one."""
     return tqdm(total=total, disable=True)
 
 
-Bar = Callable[[int | None, str, str], Any]
-
-
 class Meter:
-    """Counts images on a bar, and tells once, after the first shard, how long the rest takes."""
+    """Counts images on a bar and prints, after the first shard, how long the rest will take."""
 
     def __init__(self, shown: Any, total: int) -> None:
         self._bar = shown
         self._total = total
-        self._began = time.perf_counter()
+        self._start_s = time.perf_counter()
         self._num_skipped = 0
-        self._is_told = False
+        self._has_estimated = False
 
     def add(self, num: int, num_skipped: int, *, num_bytes: int, num_shards: int) -> None:
-        """Counts images done, some of them left out; bytes and shards are those written so far."""
+        """Adds `num` images, of them `num_skipped` quarantined; bytes and shards are totals."""
         self._num_skipped += num_skipped
-        text = f"{format_bytes(num_bytes)}, {self._num_skipped} left out"
+        text = f"{format_bytes(num_bytes)}, {self._num_skipped} quarantined"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(num)
-        if num_shards and not self._is_told and not self._bar.disable:
-            self._is_told = True
-            seconds = time.perf_counter() - self._began
+        if num_shards and not self._has_estimated and not self._bar.disable:
+            self._has_estimated = True
+            seconds = time.perf_counter() - self._start_s
             rate = self._bar.n / seconds
-            left_s = (self._total - self._bar.n) / rate
-            if left_s > SOON_S:
-                told = f"first shard after {duration(seconds)}: {rate:.0f} images/s, about "
-                self._bar.write(f"{told}{duration(left_s)} to go", file=sys.stderr)
+            remaining_s = (self._total - self._bar.n) / rate
+            if remaining_s > MIN_ESTIMATE_S:
+                text = f"first shard after {duration(seconds)}: {rate:.0f} images/s, about "
+                self._bar.write(f"{text}{duration(remaining_s)} remaining", file=sys.stderr)
 
 
 def plan_lines(index: Index, sets: Sequence[SetPlan], out: Path, free_bytes: int) -> str:
-    """Says what will be written, before anything is encoded."""
+    """Returns the plan: what will be written, and its size."""
     sizes = bytes_by_member(sets)
-    shards = [shard for part in sets for shard in part.shards]
-    waiting = len(index.quarantined)
+    num_shards = sum(len(part.shards) for part in sets)
+    num_quarantined = len(index.quarantined)
+    unusable = f", {num_quarantined} cannot be used" if num_quarantined else ""
     lines = {
-        "images": f"{index.num_source} in" + (f", {waiting} cannot be used" if waiting else ""),
+        "images": f"{index.num_source} in{unusable}",
         "captions": f"{index.num_captions}, {index.num_cut} of them will be cut",
-        "shards": f"{len(shards)} in {show(out)}",
+        "shards": f"{num_shards} in {show(out)}",
         **({"buckets": _buckets(sets)} if sets[0].bucket else {}),
         "bytes": ", ".join(f"{name} {format_bytes(num)}" for name, num in sizes.items()),
-        "in all": f"{format_bytes(sum(sizes.values()))}, free there {format_bytes(free_bytes)}",
+        "total": f"{format_bytes(sum(sizes.values()))}, "
+        f"free on this disk {format_bytes(free_bytes)}",
     }
-    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+    return _lines(lines)
 
 
-def summary(manifests: Mapping[str, Manifest], lost: Mapping[str, str], out: Path) -> str:
-    """Says what there is, in lines; the last accounts for each image.
+def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], out: Path) -> str:
+    """Returns a summary of the finished sets, by bucket; its last line accounts for each image.
 
-    `manifests` are those of the buckets, or that of the one set; `lost` are the images that reached
-    no bucket.
+    `quarantined` are the images that reached no bucket.
     """
-    some = next(iter(manifests.values()))
-    quarantined = dict(lost)
+    first = next(iter(manifests.values()))
     for manifest in manifests.values():
-        quarantined |= manifest.quarantined
+        quarantined = {**quarantined, **manifest.quarantined}
     written = sum(manifest.num_records for manifest in manifests.values())
     num_captions = sum(manifest.num_captions for manifest in manifests.values())
-    cut = sum(manifest.num_truncated for manifest in manifests.values())
+    num_cut = sum(manifest.num_truncated for manifest in manifests.values())
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
     lines = {
         "shards": f"{len(shards)}, {format_bytes(sum(shard.bytes for shard in shards))}, "
         f"in {show(out)}",
-        "captions": f"{num_captions}, {cut} cut at {some.max_tokens} tokens",
-        "text": _describe_text(some),
+        "captions": f"{num_captions}, {num_cut} cut at {first.max_tokens} tokens",
+        "text": _describe_text(first),
         "latents": _describe_latents(manifests),
         "images": f"{written + len(quarantined)} in = {written} written"
         f" + {len(quarantined)} quarantined",
     }
-    skipped = [f"left out    {line}" for line in first_of(quarantined)]
-    return "\n".join([*skipped, *(f"{name:<12}{text}" for name, text in lines.items())])
+    skipped = [f"quarantined {line}" for line in first_of(quarantined)]
+    return "\n".join([*skipped, _lines(lines)])
 
 
-def first_of(skipped: Mapping[str, str]) -> list[str]:
-    """Returns the first images left out, each with its reason."""
-    lines = [f"{key}: {reason}" for key, reason in list(skipped.items())[:NUM_LISTED]]
-    more = len(skipped) - len(lines)
-    return lines + ([f"and {more} more"] if more else [])
+def first_of(reasons: Mapping[str, str]) -> list[str]:
+    """Returns the first quarantined images, each with its reason."""
+    lines = [f"{key}: {reason}" for key, reason in list(reasons.items())[:NUM_LISTED]]
+    num_more = len(reasons) - len(lines)
+    return lines + ([f"and {num_more} more"] if num_more else [])
 
 
 def show(path: Path) -> str:
-    """Returns a path as short as it can be told from here."""
+    """Returns a path relative to the current directory if it is below it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def duration(seconds: float) -> str:
-    """Returns a time as people read it."""
+    """Returns a duration in seconds, minutes or hours."""
     minutes = seconds / 60
     if minutes < 1:
         return f"{seconds:.0f} s"
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _lines(lines: Mapping[str, str]) -> str:
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 
 
 def _buckets(sets: Iterable[SetPlan]) -> str:
@@ -136,10 +139,10 @@ def _describe_text(manifest: Manifest) -> str:
 
 
 def _describe_latents(manifests: Mapping[str, Manifest]) -> str:
-    some = next(iter(manifests.values()))
-    views = " of 2 views" if some.num_views == 2 else ""
+    first = next(iter(manifests.values()))
+    views = " of 2 views" if first.num_views == 2 else ""
     if len(manifests) > 1:
-        return f"{some.latent_kind} of {len(manifests)} sizes{views}"
-    latent = "x".join(map(str, some.latent_shape))
-    factor = some.latent_statistics.scaling_factor
-    return f"{some.latent_kind} {latent}{views}, suggested scaling factor {factor:.4f}"
+        return f"{first.latent_kind} of {len(manifests)} sizes{views}"
+    latent = "x".join(map(str, first.latent_shape))
+    factor = first.latent_statistics.scaling_factor
+    return f"{first.latent_kind} {latent}{views}, suggested scaling factor {factor:.4f}"

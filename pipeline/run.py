@@ -1,4 +1,4 @@
-"""Stage one: captioned images to shards of latents and text. Killed, it goes on where it was.
+"""Stage one: captioned images to shards of latents and text. The same command again resumes.
 
 python -m pipeline.run --config scenes
 python -m pipeline.run --config coco64 --source.images DIR --source.captions FILE

@@ -1,56 +1,68 @@
-"""Which sets a source becomes, and whether there is room for them.
+"""Which sets a source becomes, and whether they fit on the disk.
 
-One set, or with `buckets` one for each aspect ratio that the source has, in a folder of its own:
-all records of a set are of one size, and so are the batches that are drawn from it.
+The output is one set, or with `buckets` one set per aspect ratio in a folder of its own: all
+records of a set have one size, and so have the batches drawn from it.
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
-from latent_t2i.model.encoders import vae_downscale
 from latent_t2i.model.paths import format_bytes, free_bytes
 from latent_t2i.pipeline import report
-from latent_t2i.pipeline.buckets import make_buckets, nearest_bucket
-from latent_t2i.pipeline.config import PipelineConfig
-from latent_t2i.pipeline.encode import Encoders, num_cores
-from latent_t2i.pipeline.images import Preprocessing, UnreadableImageError, read_size
-from latent_t2i.pipeline.index import Examine, Examined, Index
-from latent_t2i.pipeline.plan import Limits, SetPlan, Target, plan_shards
+from latent_t2i.pipeline.buckets import Size, nearest_bucket
+from latent_t2i.pipeline.images import Preprocessing, UnreadableImageError, describe, read_size
+from latent_t2i.pipeline.index import Index, RecordCheck
+from latent_t2i.pipeline.plan import SetPlan, ShardPlan, plan_shards
 from latent_t2i.pipeline.sources.locators import LocatorError, read_image_bytes
 from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.shards.buckets import Buckets, parse_size
-from latent_t2i.shards.schema import BUCKETS_NAME, MANIFEST_NAME
+from latent_t2i.shards.schema import BUCKETS_NAME, MANIFEST_NAME, Provenance
 from latent_t2i.shards.writer import read_report
 
-Size = tuple[int, int]
 
+def make_sets(
+    index: Index,
+    out: Path,
+    preprocessing: Preprocessing,
+    provenance: Provenance,
+    *,
+    latent_shape: Callable[[Size], tuple[int, int, int, int]],
+    text_shape: tuple[int, int],
+) -> list[SetPlan]:
+    """Divides the listed records into sets, and these into shards.
 
-def make_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Path) -> list[SetPlan]:
-    """Divides the listed records into sets and these into shards.
-
-    Raises ValueError if no record can be used.
+    `preprocessing` is for the square; `provenance` lacks what differs between buckets. Raises
+    ValueError if no record can be used.
     """
-    limits = Limits(num_records=config.records_per_shard, num_bytes=config.max_shard_bytes)
     sets = []
     for bucket in dict.fromkeys(bucket for bucket, _ in index.groups()):
-        size_px = (
-            parse_size("buckets", bucket)
-            if bucket
-            else (config.image_size_px, config.image_size_px)
-        )
+        size_px = parse_size("buckets", bucket) if bucket else preprocessing.size_px
+        of_size = replace(preprocessing, size_px=size_px)
         shards = plan_shards(
             index,
             bucket,
-            latent_shape=encoders.latent_shape(size_px),
-            text_shape=encoders.text_shape,
-            text_dtype=config.text_dtype,
-            limits=limits,
+            out / bucket,
+            latent_shape=latent_shape(size_px),
+            text_shape=text_shape,
+            provenance=provenance,
         )
-        how = make_preprocessing(config, size_px)
-        sets.append(SetPlan(bucket=bucket, folder=out / bucket, how=how, shards=shards))
-    if (out / BUCKETS_NAME).exists() and config.buckets:  # those without a record are not listed
+        part = SetPlan(
+            bucket=bucket,
+            folder=out / bucket,
+            preprocessing=of_size,
+            provenance=replace(
+                provenance,
+                preprocessing=describe(of_size) | provenance.preprocessing,
+                source=provenance.source | ({"bucket": bucket} if bucket else {}),
+            ),
+            shards=shards,
+        )
+        sets.append(part)
+    if sets and sets[0].bucket and (out / BUCKETS_NAME).exists():
+        # A finished set has no folder for a bucket whose images were all quarantined.
         listed = {bucket.name for bucket in Buckets.load(out).buckets}
         sets = [part for part in sets if part.bucket in listed]
     if not sets:
@@ -59,39 +71,28 @@ def make_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Pat
     return sets
 
 
-def make_preprocessing(config: PipelineConfig, size_px: Size) -> Preprocessing:
-    """Returns how images become squares, or rectangles, of pixels."""
-    return Preprocessing(
-        size_px=size_px,
-        crop=config.crop,
-        seed=config.seed,
-        min_size_px=config.min_image_size_px,
-        fast_jpeg=config.fast_jpeg,
-    )
-
-
-@contextmanager
-def examiner(config: PipelineConfig, encoders: Encoders) -> Iterator[Examine]:
-    """Gives what looks at records while they are listed: at captions, and with buckets at sizes."""
-    sizes: Sequence[Size] = ()
-    if config.buckets:
-        multiple = max(vae_downscale(encoders.vae), config.bucket_multiple_px)
-        sizes = make_buckets(config.image_size_px, multiple, config.max_aspect)
-    with ThreadPoolExecutor(num_cores()) as pool:
-
-        def examine(records: Sequence[Record]) -> list[Examined]:
-            lengths = iter(encoders.text.count_tokens([c for r in records for c in r.captions]))
-            found = pool.map(lambda record: find_bucket(record, sizes), records)
-            return [
-                Examined(
-                    num_cut=sum(next(lengths) > config.max_tokens for _ in record.captions),
-                    bucket=bucket,
-                    problem=record.problem or problem,
-                )
-                for record, (bucket, problem) in zip(records, found, strict=True)
-            ]
-
-        yield examine
+def check_records(
+    records: Sequence[Record],
+    *,
+    tokenize: Callable[[Sequence[str]], list[list[int]]],
+    max_tokens: int,
+    buckets: Sequence[Size],
+    pool: Executor,
+) -> list[RecordCheck]:
+    """Tokenises the captions of listed records and, with `buckets`, reads the images' sizes."""
+    found = pool.map(lambda record: find_bucket(record, buckets), records)
+    token_ids = iter(tokenize([caption for record in records for caption in record.captions]))
+    checks = []
+    for record, (bucket, problem) in zip(records, found, strict=True):
+        of_record = list(islice(token_ids, len(record.captions)))
+        check = RecordCheck(
+            token_ids=of_record,
+            num_cut=sum(len(ids) > max_tokens for ids in of_record),
+            bucket=bucket,
+            problem=record.problem or problem,
+        )
+        checks.append(check)
+    return checks
 
 
 def find_bucket(record: Record, buckets: Sequence[Size]) -> tuple[str, str | None]:
@@ -105,24 +106,24 @@ def find_bucket(record: Record, buckets: Sequence[Size]) -> tuple[str, str | Non
     return f"{width}x{height}", None
 
 
-def is_done(target: Target) -> bool:
+def is_done(shard: ShardPlan) -> bool:
     """Returns whether a shard, or its whole set, is finished."""
-    is_finished = (target.folder / MANIFEST_NAME).exists()
-    return is_finished or read_report(target.folder, target.plan.index) is not None
+    is_finished = (shard.folder / MANIFEST_NAME).exists()
+    return is_finished or read_report(shard.folder, shard.index) is not None
 
 
-def all_targets(sets: Sequence[SetPlan]) -> list[Target]:
-    """Returns the shards of all sets, in order."""
-    return [Target(folder=part.folder, plan=shard) for part in sets for shard in part.shards]
+def all_shards(sets: Sequence[SetPlan]) -> list[tuple[SetPlan, ShardPlan]]:
+    """Returns the shards of all sets in order, each with its set."""
+    return [(part, shard) for part in sets for shard in part.shards]
 
 
 def require_room(sets: Sequence[SetPlan], out: Path) -> None:
-    """Raises ValueError if the shards that are not finished will not fit."""
-    needed = sum(target.plan.num_bytes for target in all_targets(sets) if not is_done(target))
+    """Raises ValueError if the unfinished shards do not fit on the disk."""
+    needed = sum(shard.num_bytes for _, shard in all_shards(sets) if not is_done(shard))
     free = free_bytes(out)
     if needed > free:
         raise ValueError(
-            f"{report.show(out)}: the shards need {format_bytes(needed)}, the disk has "
-            f"{format_bytes(free)} free: choose another --out, fewer --max-tokens or --text-dtype "
-            "int8; --force starts all the same"
+            f"{report.show(out)}: the shards need {format_bytes(needed)}, but the disk has "
+            f"{format_bytes(free)} free: choose another --out, fewer --max-tokens or "
+            "--text-dtype int8, or pass --force to start anyway"
         )

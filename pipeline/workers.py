@@ -1,16 +1,15 @@
-"""Decoding and encoding side by side, with the results in order and the memory bounded.
+"""Decodes and encodes in parallel, with the results in order and the memory bounded.
 
-A shard's records are cut into batches, each with the captions that none before it had, so that
-every distinct caption of a shard is encoded once. On a CPU each core takes whole batches, decoding
-included, so that no core waits for another; on a GPU all cores decode, and two streams keep the GPU
-at work. Results come in order, at most a few batches ahead of use, over the ends of shards too. No
-batch crosses from one shard into the next and none depends on the timing: a shard's bytes are a
-function of its own records. The price is that a caption of two shards is encoded twice.
+A shard's records are cut into batches, each with the captions that no earlier batch of the shard
+has, so every distinct caption of a shard is encoded once. On a CPU each core processes whole
+batches, decoding included; on a GPU all cores decode and two streams encode. No batch spans two
+shards and none depends on timing: a shard's bytes are a function of its own records. The trade-off
+is that a caption of two shards is encoded twice.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -25,28 +24,30 @@ from numpy.typing import NDArray
 
 from latent_t2i.pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions, encode_views
 from latent_t2i.pipeline.images import Picture, Preprocessing, UnreadableImageError, load
+from latent_t2i.pipeline.index import TokenizedRecord
+from latent_t2i.pipeline.plan import ShardPlan
 from latent_t2i.pipeline.sources.locators import LocatorError, read_image_bytes
 from latent_t2i.pipeline.sources.record import Record, make_meta
 from latent_t2i.shards.schema import Example
 
 GPU_STREAMS = 2
 JOBS_AHEAD = 2
-"""For each thread that encodes."""
+"""Batches in progress per encoding thread, beyond the one whose result is awaited."""
 Quantise = Callable[[NDArray[np.float16]], NDArray[np.int8]]
-Loaded = Picture | UnreadableImageError
+LoadResult = Picture | UnreadableImageError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """The records that are to be encoded together, of a shard that `tag` names."""
+    """The records that are encoded together, all of one shard."""
 
-    tag: Any
+    shard: ShardPlan
     records: Sequence[Record]
-    captions: Sequence[Sequence[str]]
-    """Those that no batch of the shard had before, in batches of their own."""
-    done_with: Sequence[str]
+    captions: Sequence[Mapping[str, Sequence[int]]]
+    """Token ids by caption that no earlier batch has, in batches of the text encoder."""
+    last_uses: Sequence[str]
     """Captions that no later batch of the shard needs."""
-    how: Preprocessing
+    preprocessing: Preprocessing
     is_last: bool
 
 
@@ -58,8 +59,8 @@ class Skipped:
     reason: str
 
 
-class Text(NamedTuple):
-    """An encoded caption."""
+class EncodedCaption(NamedTuple):
+    """A caption's arrays, and whether it was cut and is finite."""
 
     hidden: NDArray[np.float16] | NDArray[np.int8]  # (T, D)
     tokens: NDArray[np.int32]  # (T,)
@@ -67,21 +68,15 @@ class Text(NamedTuple):
     is_finite: bool
 
 
-class Seen(NamedTuple):
-    """A record's encoded picture, or why there is none."""
+class EncodedImage(NamedTuple):
+    """A record with its latent, or with the error that its image raised."""
 
     record: Record
-    picture: Loaded
+    picture: LoadResult
     latent: NDArray[np.float16] | None  # (views, C', h, w)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
-    """What became of a batch's records, in order."""
-
-    tag: Any
-    items: list[Example | Skipped]
-    is_last: bool
+Encoded = tuple[dict[str, EncodedCaption], list[EncodedImage]]
 
 
 class EncoderPool:
@@ -110,18 +105,16 @@ class EncoderPool:
         for pool in filter(None, (self._decoding, self._encoding)):
             pool.shutdown(cancel_futures=True)
 
-    def outcomes(self, batches: Iterable[Batch]) -> Iterator[Outcome]:
-        """Yields what becomes of each batch, in order."""
-        texts: dict[str, Text] = {}
-        for batch, (fresh, seen) in self._results(batches):
-            texts |= fresh
-            yield Outcome(
-                tag=batch.tag, items=[_item(found, texts) for found in seen], is_last=batch.is_last
-            )
-            for caption in batch.done_with:
-                del texts[caption]
+    def encode(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[Example | Skipped]]]:
+        """Yields each batch with the results of its records, in order."""
+        captions: dict[str, EncodedCaption] = {}
+        for batch, (new_captions, images) in self._encoded(batches):
+            captions |= new_captions
+            yield batch, [_finish(image, captions) for image in images]
+            for caption in batch.last_uses:
+                del captions[caption]
 
-    def _results(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, "Encoded"]]:
+    def _encoded(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Encoded]]:
         running: deque[tuple[Batch, Future[Encoded]]] = deque()
         for batch in batches:
             running.append((batch, self._submit(batch)))
@@ -132,36 +125,39 @@ class EncoderPool:
             first, future = running.popleft()
             yield first, future.result()
 
-    def _submit(self, batch: Batch) -> "Future[Encoded]":
-        loads: list[Callable[[], Loaded]]
-        loads = [partial(load_record, record, batch.how) for record in batch.records]
+    def _submit(self, batch: Batch) -> Future[Encoded]:
+        loads: list[Callable[[], LoadResult]]
+        loads = [partial(load_record, record, batch.preprocessing) for record in batch.records]
         if self._decoding is not None:
             loads = [self._decoding.submit(load).result for load in loads]
-        return self._encoding.submit(self._encode, batch, loads)
+        return self._encoding.submit(self._encode_batch, batch, loads)
 
-    def _encode(self, batch: Batch, loads: Sequence[Callable[[], Loaded]]) -> "Encoded":
+    def _encode_batch(self, batch: Batch, loads: Sequence[Callable[[], LoadResult]]) -> Encoded:
         pictures = [load() for load in loads]
         pixels = [picture.pixels for picture in pictures if isinstance(picture, Picture)]
         with self._stream():
             latents = iter(encode_views(self._encoders, np.stack(pixels)) if pixels else ())
-            texts: dict[str, Text] = {}
-            for captions in batch.captions:
-                texts |= self._encode_captions(captions)
-        seen = [
-            Seen(record, picture, next(latents) if isinstance(picture, Picture) else None)
+            captions: dict[str, EncodedCaption] = {}
+            for group in batch.captions:
+                captions |= self._encode_captions(group)
+        images = [
+            EncodedImage(record, picture, next(latents) if isinstance(picture, Picture) else None)
             for record, picture in zip(batch.records, pictures, strict=True)
         ]
-        return texts, seen
+        return captions, images
 
-    def _encode_captions(self, captions: Sequence[str]) -> dict[str, Text]:
-        texts = {}
-        hidden, tokens, is_cut = encode_captions(self._encoders, captions)
-        for index, caption in enumerate(captions):  # copies, so that the batch can go earlier
+    def _encode_captions(self, group: Mapping[str, Sequence[int]]) -> dict[str, EncodedCaption]:
+        found = {}
+        hidden, tokens, is_cut = encode_captions(self._encoders, list(group.values()))
+        for index, caption in enumerate(group):
             text = hidden[index]
             is_finite = bool(np.isfinite(text).all())
+            # Copies, so that the batch's arrays are freed before the last of its captions.
             stored = self._quantise(text) if self._quantise and is_finite else text.copy()
-            texts[caption] = Text(stored, tokens[index].copy(), bool(is_cut[index]), is_finite)
-        return texts
+            found[caption] = EncodedCaption(
+                stored, tokens[index].copy(), bool(is_cut[index]), is_finite
+            )
+        return found
 
     def _begin_thread(self) -> None:
         torch.set_num_threads(1)
@@ -172,13 +168,10 @@ class EncoderPool:
         return torch.cuda.stream(self._local.stream) if self._on_gpu else nullcontext()
 
 
-Encoded = tuple[dict[str, Text], list[Seen]]
-
-
-def load_record(record: Record, how: Preprocessing) -> Loaded:
-    """Returns a record's picture, or why there is none."""
+def load_record(record: Record, preprocessing: Preprocessing) -> LoadResult:
+    """Returns a record's picture, or the error that says why there is none."""
     try:
-        return load(read_image_bytes(record.locator), how, key=record.key)
+        return load(read_image_bytes(record.locator), preprocessing, key=record.key)
     except (FileNotFoundError, LocatorError) as error:
         return UnreadableImageError(str(error))
     except UnreadableImageError as error:
@@ -186,46 +179,49 @@ def load_record(record: Record, how: Preprocessing) -> Loaded:
 
 
 def cut_batches(
-    tag: Any, records: Sequence[Record], how: Preprocessing, batch_size: int
+    shard: ShardPlan,
+    records: Sequence[TokenizedRecord],
+    preprocessing: Preprocessing,
+    batch_size: int,
 ) -> Iterator[Batch]:
-    """Yields a shard's batches, each with the captions that are to be encoded for it."""
-    last_use = {
-        caption: number // batch_size
-        for number, record in enumerate(records)
-        for caption in record.captions
-    }
-    waiting, asked = iter(last_use), set[str]()  # distinct, in order of first appearance
-    parts = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
-    for number, part in enumerate(parts):
-        mine = dict.fromkeys(caption for record in part for caption in record.captions)
+    """Yields a shard's batches, each with the captions to encode for it."""
+    token_ids: dict[str, Sequence[int]] = {}  # by distinct caption, in order of first appearance
+    last_use: dict[str, int] = {}
+    for position, (record, ids) in enumerate(records):
+        token_ids |= zip(record.captions, ids, strict=True)
+        last_use |= dict.fromkeys(record.captions, position // batch_size)
+    remaining, batched = iter(token_ids.items()), set[str]()
+    for start in range(0, len(records), batch_size):
+        part = [record for record, _ in records[start : start + batch_size]]
+        own = dict.fromkeys(caption for record in part for caption in record.captions)
         captions = []
-        while not mine.keys() <= asked:
-            captions.append(list(islice(waiting, CAPTIONS_PER_IMAGE * batch_size)))
-            asked.update(captions[-1])
+        while not own.keys() <= batched:
+            captions.append(dict(islice(remaining, CAPTIONS_PER_IMAGE * batch_size)))
+            batched.update(captions[-1])
         yield Batch(
-            tag=tag,
+            shard=shard,
             records=part,
             captions=captions,
-            done_with=[caption for caption in mine if last_use[caption] == number],
-            how=how,
-            is_last=number == len(parts) - 1,
+            last_uses=[caption for caption in own if last_use[caption] == start // batch_size],
+            preprocessing=preprocessing,
+            is_last=start + batch_size >= len(records),
         )
 
 
-def _item(seen: Seen, texts: dict[str, Text]) -> Example | Skipped:
-    record, picture, latent = seen
-    found = [texts[caption] for caption in record.captions]
+def _finish(image: EncodedImage, captions: Mapping[str, EncodedCaption]) -> Example | Skipped:
+    record, picture, latent = image
+    found = [captions[caption] for caption in record.captions]
     if isinstance(picture, UnreadableImageError):
         return Skipped(key=record.key, reason=str(picture))
     if latent is None or not np.isfinite(latent).all():
         return Skipped(key=record.key, reason="latent is not finite in float16")
-    if not all(text.is_finite for text in found):
+    if not all(caption.is_finite for caption in found):
         return Skipped(key=record.key, reason="text is not finite in float16")
-    truncated = [index for index, text in enumerate(found) if text.is_cut]
+    truncated = [index for index, caption in enumerate(found) if caption.is_cut]
     return Example(
         key=record.key,
         latent=latent,
-        text=np.stack([text.hidden for text in found]),
-        tokens=np.stack([text.tokens for text in found]),
+        text=np.stack([caption.hidden for caption in found]),
+        tokens=np.stack([caption.tokens for caption in found]),
         meta=make_meta(record, truncated=truncated, picture=picture),
     )

@@ -1,36 +1,36 @@
-"""Shards written in a thread of their own, so that encoding does not wait for the disk."""
+"""Writes shards in a thread of their own, so that encoding does not wait for the disk."""
 
 import sys
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from latent_t2i.pipeline.plan import Target
-from latent_t2i.pipeline.workers import Outcome, Skipped
-from latent_t2i.shards.schema import LatentKind
+from latent_t2i.pipeline.workers import Batch, Skipped
+from latent_t2i.shards.schema import Example, LatentKind
 from latent_t2i.shards.writer import ShardWriter
 
-MOST_WAITING = 4
-"""Batches; more wait to be encoded, which bounds the memory."""
+MAX_PENDING_BATCHES = 4
+"""`put` blocks while more than this many batches are unwritten, which bounds the memory."""
 
 
 class WriterThread:
-    """Writes outcomes in the order in which they are given; the shard that each is of is its tag.
+    """Writes batches in the order of `put`; a shard gets its name after its last batch.
 
-    A shard has its name once its last outcome is written. Leaving the `with` block waits for all,
-    or, after an error, discards the shard that is not finished.
+    Leaving the `with` block waits until everything is written, or, after an error, discards the
+    unfinished shard.
     """
 
     def __init__(self, kind: LatentKind) -> None:
         self._kind: LatentKind = kind
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writing")
-        self._waiting: deque[Future[None]] = deque()
+        self._pending: deque[Future[None]] = deque()
         self._open = ExitStack()
-        self._shard: ShardWriter | None = None
+        self._writer: ShardWriter | None = None
         self.num_bytes = 0
-        """Of the shards that have their names."""
+        """Size of the finished shards."""
         self.num_shards = 0
 
     def __enter__(self) -> Self:
@@ -44,39 +44,38 @@ class WriterThread:
     ) -> None:
         try:
             if error is None:
-                self._wait(0)
+                self._wait(max_pending=0)
         finally:
-            for future in self._waiting:
+            for future in self._pending:
                 future.cancel()
             self._pool.shutdown()
             self._open.__exit__(kind, error, trace)
 
-    def put(self, outcome: Outcome) -> None:
-        """Has an outcome written, soon. Raises what went wrong with an earlier one."""
-        self._waiting.append(self._pool.submit(self._write, outcome))
-        self._wait(MOST_WAITING)
+    def put(self, batch: Batch, items: Sequence[Example | Skipped]) -> None:
+        """Schedules the results of a batch for writing. Raises the error of an earlier one."""
+        self._pending.append(self._pool.submit(self._write, batch, items))
+        self._wait(MAX_PENDING_BATCHES)
 
-    def _wait(self, most: int) -> None:
-        while len(self._waiting) > most:
-            self._waiting.popleft().result()
+    def _wait(self, max_pending: int) -> None:
+        while len(self._pending) > max_pending:
+            self._pending.popleft().result()
 
-    def _write(self, outcome: Outcome) -> None:
-        target: Target = outcome.tag
+    def _write(self, batch: Batch, items: Sequence[Example | Skipped]) -> None:
+        shard = batch.shard
         try:
-            if self._shard is None:
-                plan = target.plan
-                writer = ShardWriter(target.folder, plan.index, plan.layout, self._kind)
-                self._shard = self._open.enter_context(writer)
-            for item in outcome.items:
+            if self._writer is None:
+                writer = ShardWriter(shard.folder, shard.index, shard.layout, self._kind)
+                self._writer = self._open.enter_context(writer)
+            for item in items:
                 if isinstance(item, Skipped):
-                    self._shard.quarantine(item.key, item.reason)
+                    self._writer.quarantine(item.key, item.reason)
                 else:
-                    self._shard.write(item)
-            if outcome.is_last:
-                self._shard = None
+                    self._writer.write(item)
+            if batch.is_last:
+                self._writer = None
                 self._open.close()
-                self.num_bytes += target.plan.num_bytes
+                self.num_bytes += shard.num_bytes
                 self.num_shards += 1
         except BaseException:
-            self._open.__exit__(*sys.exc_info())  # discards it
+            self._open.__exit__(*sys.exc_info())  # discards the shard
             raise

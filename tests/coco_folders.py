@@ -1,4 +1,4 @@
-"""Small folders in COCO's layout, with pictures of noise."""
+"""Small data sets in COCO's layout, with images of noise."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class CocoFolder:
-    """Where a small COCO lies, as `--source.*` takes it."""
+    """The paths of a small COCO data set, for `--source.*`."""
 
     images: Path
     captions: Path
@@ -24,7 +24,7 @@ class CocoFolder:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
     def read(self, kind: str) -> dict[str, Any]:
-        """An annotation file's content."""
+        """Returns an annotation file's content."""
         document: dict[str, Any] = json.loads(getattr(self, kind).read_text())
         return document
 
@@ -32,7 +32,7 @@ class CocoFolder:
 def make_coco(
     root: Path, num_captions: Sequence[int] = (2, 2, 2, 2, 2, 2), size_px: int = 72
 ) -> CocoFolder:
-    """Writes a COCO with one image for each number of captions, ids 1, 2 ..."""
+    """Writes a data set with one image per entry of `num_captions`, with ids 1, 2 ..."""
     folder = CocoFolder(root / "images", root / "captions.json", root / "instances.json")
     folder.images.mkdir(parents=True)
     images, captions, instances = [], [], []
@@ -42,7 +42,7 @@ def make_coco(
         Image.fromarray(noise.astype(np.uint8)).save(folder.images / name)
         images.append({"id": image_id, "file_name": name})
         for index in range(number):
-            text = f"picture {image_id}" if index else "a picture"  # the first is everyone's
+            text = f"picture {image_id}" if index else "a picture"  # all images share the first
             captions.append({"id": len(captions), "image_id": image_id, "caption": text})
         box = {"bbox": [1.5, 2.0, 3.0, 4.0], "category_id": 1, "iscrowd": 0}
         instances.append({"id": image_id, "image_id": image_id} | box)

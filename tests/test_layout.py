@@ -145,6 +145,24 @@ def test_dependency_rule_sees(package: str, file: str, source: str, forbidden: s
     assert forbidden_imports(package, file, source) == forbidden
 
 
+def functions_with_parameter(annotation: str, source: str) -> list[str]:
+    """The functions with a parameter of this annotation, also inside another, as in `X | None`."""
+    return [
+        node.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef)
+        and annotation in {part.id for part in ast.walk(node.args) if isinstance(part, ast.Name)}
+    ]
+
+
+def test_only_stage_one_s_top_takes_its_whole_config() -> None:
+    for path in sorted((ROOT / "pipeline").rglob("*.py")):
+        found = functions_with_parameter("PipelineConfig", path.read_text(encoding="utf-8"))
+        assert not found or path.name == "stage.py", f"{path.relative_to(ROOT)}: {found}"
+    source = "def f(*, c: PipelineConfig | None = None): ...\ndef g(c: SourceConfig): ...\n"
+    assert functions_with_parameter("PipelineConfig", source) == ["f"]
+
+
 @pytest.mark.parametrize("package", ["pipeline", "train", "sample", "evaluation"])
 def test_run_files_only_wire(package: str) -> None:
     source = (ROOT / package / "run.py").read_text(encoding="utf-8")

@@ -1,10 +1,10 @@
-"""Tiny random encoders in the stock formats, and shards of noise that name them, for tests.
+"""Tiny random encoders in the stock formats, and shards of noise made with them, for tests.
 
-64 px pictures become 4 x 8 x 8 latents; text is up to 77 positions of 32 numbers
-(7 in the shards). Autoencoders of every other kind, and a second text encoder, are made on demand.
+Images of 64 px become latents of 4 x 8 x 8; text is up to 77 tokens of width 32
+(7 tokens in the shards). Other kinds of autoencoders and text encoders are made on demand.
 
     from tests import tiny
-    folders = tiny.encoders()                     # .vae, .clip: what --vae and --text-encoder take
+    folders = tiny.encoders()                     # .vae, .clip: for --vae and --text-encoder
     tiny.vae_folder("flux")                       # one of tiny.VAES
     tiny.make_shards(tmp_path / "train")
 """
@@ -51,15 +51,13 @@ from tests import shard_sets
 
 LATENT_CHANNELS = 4
 TEXT_WIDTH = 32
-SECOND_TEXT_WIDTH = 48
-SECOND_MAX_POSITIONS = 60
 MAX_POSITIONS = 77
 SCALING_FACTOR = 0.7
 
 
 @dataclass(frozen=True)
 class TinyEncoders:
-    """Folders as the commands take them: `--vae` and `--text-encoder`."""
+    """Folders for `--vae` and `--text-encoder`."""
 
     vae: str
     clip: str
@@ -67,13 +65,13 @@ class TinyEncoders:
 
 @functools.cache
 def encoders() -> TinyEncoders:
-    """Returns the encoders of this test process, made on the first call."""
+    """Returns the encoders of this test process; the first call makes them."""
     return make_encoders(_root())
 
 
 @functools.cache
 def vae_folder(kind: str) -> str:
-    """Returns a folder of an autoencoder of this test process, made on the first call."""
+    """Returns the folder of an autoencoder of this test process; the first call makes it."""
     folder = _root() / kind
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(1)
@@ -82,17 +80,12 @@ def vae_folder(kind: str) -> str:
 
 
 @functools.cache
-def second_clip() -> str:
-    """Returns a folder of a CLIP with a projection.
-
-    Its width, length, padding token and a merge ("re" is a token) are its own.
-    """
-    folder = _root() / "clip-2"
+def clip_with_projection() -> str:
+    """Returns a folder of a CLIPTextModelWithProjection with a tokenizer of its own."""
+    folder = _root() / "clip-with-projection"
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(2)
-        text = _text_settings(_make_tokenizer(folder, "re", pad_token="!"))
-        sizes = {"hidden_size": SECOND_TEXT_WIDTH, "max_position_embeddings": SECOND_MAX_POSITIONS}
-        config = CLIPTextConfig(**(text | sizes))
+        config = CLIPTextConfig(**_text_settings(_make_tokenizer(folder, "re")))
         CLIPTextModelWithProjection(config).save_pretrained(folder)
     return str(folder)
 
@@ -208,8 +201,8 @@ VAES: dict[str, Callable[[], Any]] = {
     "tiny_lopsided": partial(_make_tiny, decoder_stages=3),
     "four_bands": partial(_make_kl, in_channels=4),
 }
-"""One for every class and way to tell scale and shift; the last three are of no use for a bundle,
-the very last of none at all."""
+"""One per class and per way to state scale and shift. The last three do not fit into a bundle, and
+`four_bands` is not supported at all."""
 
 
 def _make_clip(folder: Path) -> None:
@@ -238,8 +231,8 @@ def _text_settings(tokenizer: CLIPTokenizer) -> dict[str, Any]:
 _SPECIAL = ("bos", "eos", "pad")
 
 
-def _make_tokenizer(folder: Path, *pairs: str, **settings: Any) -> CLIPTokenizer:
-    """Writes a byte-level tokenizer: a character is a token, and so is a pair of them given."""
+def _make_tokenizer(folder: Path, *pairs: str) -> CLIPTokenizer:
+    """Writes a byte-level tokenizer whose tokens are characters and the given pairs of them."""
     characters = string.ascii_lowercase + string.digits + string.punctuation
     tokens = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     tokens += pairs
@@ -247,7 +240,6 @@ def _make_tokenizer(folder: Path, *pairs: str, **settings: Any) -> CLIPTokenizer
         vocab={token: index for index, token in enumerate(tokens)},
         merges=[(pair[0], pair[1]) for pair in pairs],
         model_max_length=MAX_POSITIONS,
-        **settings,
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -263,10 +255,11 @@ def make_shards(
     latent_side: int = shard_sets.SIDE,
     first_seed: int = 0,
 ) -> Path:
-    """Writes a finished set of shards of `sizes` records: noise that names the tiny encoders.
+    """Writes a finished set of noise with the identities of the tiny encoders.
 
-    `vae` is another autoencoder's folder; `text_name` is what the set calls its text encoder.
-    `first_seed` is the first shard's; another one gives other records under other keys.
+    `sizes` are the shards' numbers of records, `vae` the folder of another autoencoder, and
+    `text_name` the text encoder's name in the manifest. Another `first_seed` gives other records
+    with other keys.
     """
     folders = encoders()
     vae = vae or folders.vae
@@ -293,7 +286,7 @@ def make_shards(
         )
         for seed, size in enumerate(sizes, start=first_seed)
     ]
-    times = latent_channels(network) // LATENT_CHANNELS  # the examples' noise, said again
+    times = latent_channels(network) // LATENT_CHANNELS  # repeats the examples' noise
     shards = [
         [replace(example, latent=np.tile(example.latent, (1, times, 1, 1))) for example in shard]
         for shard in shards
@@ -303,7 +296,7 @@ def make_shards(
 
 
 def plant_nan(folder: Path, *, shard: int, records: Sequence[int]) -> None:
-    """Overwrites the first latents of some of a shard's records."""
+    """Overwrites the first latent values of some of a shard's records with NaN."""
     manifest = Manifest.load(folder)
     entry = manifest.shards[shard]
     layout = manifest.layouts[entry.layout]

@@ -21,9 +21,9 @@ from PIL import Image
 from bench.loaders.serve import memory
 from latent_t2i.pipeline import writing
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
-from latent_t2i.pipeline.encode import find_device, load_encoders
+from latent_t2i.pipeline.encode import find_device
 from latent_t2i.pipeline.processes import ProcessInfo
-from latent_t2i.pipeline.stage import make_shards
+from latent_t2i.pipeline.stage import load_encoders, make_shards
 from latent_t2i.shards.writer import ShardWriter
 
 ENCODERS = Path(__file__).resolve().parents[2] / "scenes/encoders"

@@ -1,6 +1,6 @@
 """Where records come from: one module per kind of source, all giving the same type.
 
-    for record in open_source(config, out): ...
+    for record in open_source(config.source): ...
 
 To add a source, write a module beside `folder.py` whose `records` yields a `Record` for each image,
 name its kind in `SourceConfig.kind`, and call it here. The order it yields is the order of the
@@ -12,11 +12,12 @@ import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from braceexpand import braceexpand
 
 from latent_t2i.model.paths import ROOT, find_path
-from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.sources import coco, folder, img2dataset, parquet
 from latent_t2i.pipeline.sources.locators import import_parquet, with_retries, without_query
 from latent_t2i.pipeline.sources.record import Record
@@ -26,16 +27,26 @@ from latent_t2i.shards.remote.transport import PIPE, find_filesystem, is_remote
 FLAG = "--source.images"
 
 
-def open_source(config: PipelineConfig, out: Path) -> Iterator[Record]:
+class SceneSettings(NamedTuple):
+    """What a source of kind `scenes` needs beside its `SourceConfig`."""
+
+    folder: Path
+    """Where the scenes are drawn, unless they are there already."""
+    split: str
+    image_size_px: int
+    seed: int
+
+
+def open_source(source: SourceConfig, scenes: SceneSettings | None = None) -> Iterator[Record]:
     """Returns every record of the source, or the first `num_images`, in the source's order.
 
-    Scenes are drawn first, into a folder beside `out`, unless they lie there already.
+    `scenes` is needed for the kind `scenes` only.
     Raises ValueError naming the flag for a missing folder or file, or one of another kind; what is
     wrong within them is raised on the way.
     """
-    source = config.source
     if source.kind == "scenes":
-        return _scenes(config, out)
+        assert scenes is not None
+        return _scenes(source, scenes)
     if source.kind == "coco":
         found = _coco(source)
     elif source.kind == "folder":
@@ -95,15 +106,15 @@ def with_short_names(files: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _scenes(config: PipelineConfig, out: Path) -> Iterator[Record]:
-    assert config.source.num_images is not None
+def _scenes(source: SourceConfig, scenes: SceneSettings) -> Iterator[Record]:
+    assert source.num_images is not None
     drawn = write_coco(
-        out.with_name(f"{out.name}-source"),
-        config.source.world,
-        config.split,
-        config.source.num_images,
-        config.image_size_px,
-        config.seed,
+        scenes.folder,
+        source.world,
+        scenes.split,
+        source.num_images,
+        scenes.image_size_px,
+        scenes.seed,
     )
     return coco.records(drawn.images, drawn.captions, drawn.instances)
 

@@ -62,16 +62,14 @@ def copy_clip(folder: Path) -> Path:
 
 
 def make_pipeline(folder: Path) -> Path:
-    """Copies the tiny encoders into a pipeline with two text encoders."""
-    parts = (tiny.encoders().vae, "vae"), (tiny.encoders().clip, ""), (tiny.second_clip(), "_2")
-    shutil.copytree(parts[0][0], folder / "vae")
-    for source, at in parts[1:]:
-        shutil.copytree(
-            source, folder / f"text_encoder{at}", ignore=shutil.ignore_patterns("tokenizer*")
-        )
-        (folder / f"tokenizer{at}").mkdir()
-        for path in Path(source).glob("tokenizer*"):
-            shutil.copy(path, folder / f"tokenizer{at}")
+    """Puts the tiny encoders into the folders of a pipeline."""
+    clip = tiny.encoders().clip
+    without_tokenizer = shutil.ignore_patterns("tokenizer*")
+    shutil.copytree(tiny.encoders().vae, folder / "vae")
+    shutil.copytree(clip, folder / "text_encoder", ignore=without_tokenizer)
+    (folder / "tokenizer").mkdir()
+    for path in Path(clip).glob("tokenizer*"):
+        shutil.copy(path, folder / "tokenizer")
     (folder / "model_index.json").write_text("{}")
     return folder
 
@@ -253,13 +251,13 @@ def test_parts_of_a_whole_pipeline_load(tmp_path: Path) -> None:
     folder = str(make_pipeline(tmp_path / "pipeline"))
     vae = encoders.load_vae(folder)
     assert encoders.fingerprint(vae) == encoders.fingerprint(encoders.load_vae(tiny.encoders().vae))
-    both = encoders.load_text_encoders((folder, None), (folder, None))
-    apart = encoders.load_text_encoders((tiny.encoders().clip, None), (tiny.second_clip(), None))
-    assert both.fingerprint == apart.fingerprint
-    assert both.tokenizer_fingerprint == apart.tokenizer_fingerprint
-    shutil.rmtree(Path(folder) / "text_encoder_2")
-    with pytest.raises(ValueError, match=r"--text-encoder-2: .* whole pipeline .* text_encoder_2/"):
-        encoders.load_text_encoders((folder, None), (folder, None))
+    tokenizer, network = encoders.load_text_encoder(folder)
+    alone = encoders.TextEncoder.load(tiny.encoders().clip)
+    assert encoders.fingerprint(network) == alone.fingerprint
+    assert encoders.tokenizer_fingerprint(tokenizer) == alone.tokenizer_fingerprint
+    shutil.rmtree(Path(folder) / "text_encoder")
+    with pytest.raises(ValueError, match=r"--text-encoder: .* whole pipeline .* text_encoder/"):
+        encoders.load_text_encoder(folder)
 
 
 def test_pickles_and_single_files_are_refused(tmp_path: Path) -> None:
@@ -356,104 +354,71 @@ def test_ids_match_transformers(max_tokens: int) -> None:
         return_tensors="pt",
     )["input_ids"]
     assert torch.equal(encoders.tokenize(tokenizer, CAPTIONS, max_tokens)[0], expected)
-    text = encoders.load_text_encoders((tiny.encoders().clip, None))
-    hidden, ids, is_cut = text.encode(CAPTIONS, max_tokens)
+    text = encoders.TextEncoder.load(tiny.encoders().clip)
+    token_ids = text.tokenize(CAPTIONS)
+    hidden, ids, is_cut = text.encode(token_ids, max_tokens)
     assert torch.equal(ids, expected)
     torch.testing.assert_close(hidden, encoders.encode_text(network, expected), rtol=0, atol=0)
-    whole = [len(tokenizer(caption, verbose=False)["input_ids"]) for caption in CAPTIONS]
-    assert text.count_tokens(CAPTIONS) == whole
-    assert is_cut.tolist() == [count > max_tokens for count in whole]
-    assert text.count_tokens([]) == []
+    assert token_ids == [tokenizer(caption, verbose=False)["input_ids"] for caption in CAPTIONS]
+    assert is_cut.tolist() == [len(ids) > max_tokens for ids in token_ids]
+    assert text.tokenize([]) == []
 
 
-def test_what_a_tokenizer_did_before_does_not_matter() -> None:
-    source = (tiny.encoders().clip, None)
-    tokenizer, network = encoders.load_text_encoder(source[0])
-    tokenizer(
-        "red", padding="max_length", truncation=True, max_length=5
-    )  # which it then goes on to
-    used = encoders.TextEncoder(name=source[0], revision=None, tokenizer=tokenizer, network=network)
-    counts = encoders.TextEncoders([used]).count_tokens(CAPTIONS)
-    assert counts == encoders.load_text_encoders(source).count_tokens(CAPTIONS)
-    assert min(counts) == 2 and max(counts) > 400
-
-
-def test_one_encoder_is_told_as_it_always_was() -> None:
+def test_earlier_use_of_a_tokenizer_has_no_effect() -> None:
     tokenizer, network = encoders.load_text_encoder(tiny.encoders().clip)
-    text = encoders.load_text_encoders((tiny.encoders().clip, "main"))
+    tokenizer("red", padding="max_length", truncation=True, max_length=5)  # kept as its state
+    used = encoders.TextEncoder(tokenizer, network, name="n").tokenize(CAPTIONS)
+    assert used == encoders.TextEncoder.load(tiny.encoders().clip).tokenize(CAPTIONS)
+    assert min(map(len, used)) == 2 and max(map(len, used)) > 400
+
+
+def test_a_text_encoder_is_identified_by_its_weights_and_tokenizer() -> None:
+    tokenizer, network = encoders.load_text_encoder(tiny.encoders().clip)
+    text = encoders.TextEncoder.load(tiny.encoders().clip, "main")
     assert text.fingerprint == encoders.fingerprint(network)
     assert text.tokenizer_fingerprint == encoders.tokenizer_fingerprint(tokenizer)
     assert (text.name, text.revision) == (tiny.encoders().clip, "main")
     assert (text.width, text.max_length) == (tiny.TEXT_WIDTH, 77)
-    assert encoders.is_stock_text(text.name) and encoders.is_stock_text("openai/clip")
 
 
-def test_a_projection_is_left_out_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
-    folder = tiny.second_clip()
+def test_a_projection_is_ignored_without_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.clip_with_projection()
     capfd.readouterr()
-    text = encoders.load_text_encoders((folder, None))
+    text = encoders.TextEncoder.load(folder)
     assert capfd.readouterr() == ("", "")
     with encoders.quiet():
         whole = CLIPTextModelWithProjection.from_pretrained(folder).eval()
-    _, ids, _ = text.encode(CAPTIONS, 20)
-    expected = whole(ids).last_hidden_state
-    torch.testing.assert_close(text.encode(CAPTIONS, 20)[0], expected, rtol=0, atol=0)
-
-
-def test_two_encoders_stand_side_by_side_each_with_its_own_padding() -> None:
-    sources = ((tiny.encoders().clip, None), (tiny.second_clip(), "v2"))
-    both, turned = (encoders.load_text_encoders(*order) for order in (sources, sources[::-1]))
-    first, second = (encoders.load_text_encoders(source) for source in sources)
-    assert both.width == first.width + second.width == tiny.TEXT_WIDTH + tiny.SECOND_TEXT_WIDTH
-    hidden, ids, is_cut = both.encode(CAPTIONS, 20)
-    assert hidden.shape == (len(CAPTIONS), 20, both.width)
-    parts = [text.encode(CAPTIONS, 20) for text in (first, second)]
-    torch.testing.assert_close(hidden, torch.cat([part[0] for part in parts], 2), rtol=0, atol=0)
-    assert torch.equal(ids, parts[0][1])
-    assert not torch.equal(ids, parts[1][1])  # they pad with other tokens
-    assert torch.equal(is_cut, parts[0][2])  # the second has fewer tokens
-    assert torch.equal(is_cut, turned.encode(CAPTIONS, 20)[2])
-    assert not torch.equal(is_cut, parts[1][2])
-    for text in (both, turned):
-        assert text.count_tokens(CAPTIONS) == first.count_tokens(CAPTIONS)
-        assert text.max_length == tiny.SECOND_MAX_POSITIONS
-    assert second.count_tokens(CAPTIONS) != first.count_tokens(CAPTIONS)
-    assert both.name == f"{sources[0][0]} + {sources[1][0]}@v2" and both.revision is None
-    assert not encoders.is_stock_text(both.name)
+    hidden, ids, _ = text.encode(text.tokenize(CAPTIONS), 20)
+    torch.testing.assert_close(hidden, whole(ids).last_hidden_state, rtol=0, atol=0)
 
 
 def test_the_penultimate_state_is_that_before_the_last_layer_and_norm() -> None:
-    source = (tiny.encoders().clip, None)
-    text = encoders.load_text_encoders(source, hidden_state="penultimate")
-    network = encoders.load_text_encoder(source[0])[1]
-    hidden, ids, _ = text.encode(CAPTIONS, 20)
+    folder = tiny.encoders().clip
+    text = encoders.TextEncoder.load(folder, hidden_state="penultimate")
+    network = encoders.load_text_encoder(folder)[1]
+    hidden, ids, _ = text.encode(text.tokenize(CAPTIONS), 20)
     states = network(ids, output_hidden_states=True).hidden_states
     assert len(states) == 3
     torch.testing.assert_close(hidden, states[-2], rtol=0, atol=0)
-    assert text.name == f"{source[0]} (penultimate)" and not encoders.is_stock_text(text.name)
+    assert text.name == f"{folder} (penultimate)"
 
 
-def test_text_that_differs_is_never_taken_for_the_same() -> None:
-    one, two = (tiny.encoders().clip, None), (tiny.second_clip(), None)
-    made = [
-        encoders.load_text_encoders(*sources, hidden_state=state)
-        for sources in ((one,), (two,), (one, two), (two, one))
-        for state in ("last", "penultimate")
-    ]
-    assert len({text.fingerprint for text in made}) == len(made)
-    assert len({text.tokenizer_fingerprint for text in made}) == 4
-    with pytest.raises(ValueError, match="text encoders: expected one or two, found 3"):
-        encoders.load_text_encoders(one, two, one)
+def test_different_text_has_different_fingerprints() -> None:
+    folders = (tiny.encoders().clip, tiny.clip_with_projection())
+    states: tuple[encoders.HiddenState, ...] = ("last", "penultimate")
+    loaded = [encoders.TextEncoder.load(f, hidden_state=state) for f in folders for state in states]
+    assert len({text.fingerprint for text in loaded}) == 4
+    assert len({text.tokenizer_fingerprint for text in loaded}) == 2
 
 
 def test_many_threads_may_encode_at_once() -> None:
-    text = encoders.load_text_encoders((tiny.encoders().clip, None), (tiny.second_clip(), None))
+    text = encoders.TextEncoder.load(tiny.encoders().clip)
     lengths = [9, 20, 60] * 8
-    expected = {length: text.encode(CAPTIONS, length) for length in set(lengths)}
-    counts = text.count_tokens(CAPTIONS)
+    token_ids = text.tokenize(CAPTIONS)
+    expected = {length: text.encode(token_ids, length) for length in set(lengths)}
     with ThreadPoolExecutor(8) as pool:
-        counted = [pool.submit(text.count_tokens, CAPTIONS) for _ in lengths]
-        encoded = list(pool.map(lambda length: text.encode(CAPTIONS, length), lengths))
+        tokenized = [pool.submit(text.tokenize, CAPTIONS) for _ in lengths]
+        encoded = list(pool.map(lambda length: text.encode(token_ids, length), lengths))
     for length, found in zip(lengths, encoded, strict=True):
         torch.testing.assert_close(found, expected[length])
-    assert all(future.result() == counts for future in counted)
+    assert all(future.result() == token_ids for future in tokenized)

@@ -1,4 +1,4 @@
-"""Settings of stage one that cannot be meant are refused, with the flag's name."""
+"""Invalid settings of stage one are refused, and the error names the flag."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ def test_flags_make_a_config() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "--source.images: a coco source needs it"),
-        (("--source.images", "i"), "--source.captions: a coco source needs it"),
-        (("--source.kind", "scenes"), "--source.num-images: a scenes source needs it"),
+        ((), "--source.images: required for a coco source"),
+        (("--source.images", "i"), "--source.captions: required for a coco source"),
+        (("--source.kind", "scenes"), "--source.num-images: required for a scenes source"),
         (
             ("--source.kind", "scenes", "--source.num-images", "5", "--source.images", "i"),
-            "--source.images: has no effect on scenes",
+            "--source.images: has no effect on a scenes source",
         ),
         (
             ("--source.kind", "scenes", "--source.num-images", "5", "--split", "test"),
@@ -40,6 +40,11 @@ def test_flags_make_a_config() -> None:
         ((*COCO, "--text-dtype", "int4"), "invalid choice 'int4' for argument '--text-dtype'"),
         ((*COCO, "--image-size-px", "-8"), "--image-size-px: expected at least 1, found -8"),
         ((*COCO, "--max-quarantined", "2"), "--max-quarantined: expected a share from 0 to 1"),
+        ((*COCO, "--num-threads", "0"), "--num-threads: expected at least 1, found 0"),
+        ((*COCO, "--seed", "-1"), "--seed: expected at least 0, found -1"),
+        ((*COCO, "--max-aspect", "nan"), "--max-aspect: expected at least 1, found nan"),
+        ((*COCO, "--max-aspect", "inf"), "--max-aspect: expected at least 1, found inf"),
+        ((*COCO, "--max-quarantined", "nan"), "--max-quarantined: expected a share from 0 to 1"),
         ((*COCO, "--views", "3"), "invalid choice '3' for argument '--views'"),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 import webdataset
 from webdataset import tariterators
 
-from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.sources import coco, img2dataset, locators
 from latent_t2i.pipeline.sources.locators import TarLocator, read_image_bytes
 from latent_t2i.pipeline.sources.open import open_source
@@ -77,8 +77,7 @@ def folder(tmp_path: Path) -> Path:
 
 def source_of(location: str) -> list[Record]:
     source = SourceConfig(kind="webdataset", images=location)
-    config = PipelineConfig(name="n", vae="v", text_encoder="t", source=source)
-    return list(open_source(config, Path("out")))
+    return list(open_source(source))
 
 
 def test_samples(folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""The list on disk gives back what the source told, in order, and accounts for each record."""
+"""The index returns the source's records unchanged and in order, and accounts for each."""
 
-import json
+import hashlib
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,15 +10,16 @@ import pytest
 
 from latent_t2i.pipeline.index import (
     CHUNK_RECORDS,
-    HUGE,
-    Examined,
+    LARGEST_PICTURE,
     Index,
+    RecordCheck,
     build_index,
-    most_meta_bytes,
 )
 from latent_t2i.pipeline.sources.locators import FileLocator
 from latent_t2i.pipeline.sources.record import Record, make_meta
-from latent_t2i.shards.schema import encode_meta
+from latent_t2i.shards.schema import encode_meta, hash_json
+
+ODD = ('\x7f \n\t " \\', "é 漢字 🐕", "\u2028</w>")
 
 
 def make_record(number: int, num_captions: int = 2, **changes: object) -> Record:
@@ -31,18 +32,28 @@ def make_record(number: int, num_captions: int = 2, **changes: object) -> Record
     return replace(record, **changes)
 
 
-def examine(records: Sequence[Record]) -> list[Examined]:
+def check(records: Sequence[Record]) -> list[RecordCheck]:
     return [
-        Examined(num_cut=1, bucket="", problem=record.problem and f"so: {record.problem}")
+        RecordCheck(
+            token_ids=[[len(caption)] for caption in record.captions],
+            num_cut=1,
+            bucket="",
+            problem=record.problem,
+        )
         for record in records
     ]
 
 
+def max_meta_bytes(record: Record) -> int:
+    everything = range(len(record.captions))
+    return len(encode_meta(make_meta(record, truncated=everything, picture=LARGEST_PICTURE)))
+
+
 def list_all(records: Sequence[Record]) -> Index:
-    return build_index(iter(records), examine, lambda number: None)
+    return build_index(iter(records), check, lambda number: None)
 
 
-def test_records_come_back_as_they_were() -> None:
+def test_records_are_returned_unchanged() -> None:
     records = [make_record(number, 1 + number % 3) for number in range(CHUNK_RECORDS + 7)]
     index = list_all(records)
     assert index.groups() == [("", 1), ("", 2), ("", 3)]
@@ -54,12 +65,15 @@ def test_records_come_back_as_they_were() -> None:
         sizes = list(index.sizes("", count))
         numbers = [number for number, _ in sizes]
         assert [records[number] for number in numbers] == group
-        assert [size for _, size in sizes] == [most_meta_bytes(record) for record in group]
-        assert index.records("", count, numbers[3], numbers[8]) == group[3:9]
+        assert [size for _, size in sizes] == [max_meta_bytes(record) for record in group]
+        found = index.records("", count, numbers[3], numbers[8])
+        assert [item.record for item in found] == group[3:9]
+        lengths = [[[len(caption)] for caption in record.captions] for record in group[3:9]]
+        assert [item.token_ids for item in found] == lengths
     index.close()
 
 
-def test_each_record_is_listed_or_left_out_with_its_reason(tmp_path: Path) -> None:
+def test_each_record_is_listed_or_quarantined_with_its_reason(tmp_path: Path) -> None:
     there = tmp_path / "there.jpg"
     there.touch()
     index = list_all(
@@ -73,10 +87,10 @@ def test_each_record_is_listed_or_left_out_with_its_reason(tmp_path: Path) -> No
     )
     assert index.quarantined == {
         "000001": "no caption",
-        "000002": "so: caption is not UTF-8",
+        "000002": "caption is not UTF-8",
         "000000#3": "another record has the key 000000",
     }
-    assert index.missing == {"000004": "missing file"}  # it may come yet
+    assert index.missing == {"000004": "missing file"}  # but listed: it may be restored
     assert index.groups() == [("", 2)]
     assert index.num_source == 5
 
@@ -86,8 +100,19 @@ def test_an_empty_source_is_refused() -> None:
         list_all([])
 
 
-def test_the_hash_sees_every_change_and_no_folder() -> None:
-    records = [make_record(number) for number in range(3)]
+def hash_of(records: Sequence[Record]) -> str:
+    digest = hashlib.sha256()
+    for record in records:
+        assert isinstance(record.locator, FileLocator)
+        name = Path(record.locator.path).name
+        document = [record.key, name, record.captions, record.extra, ""]
+        digest.update(bytes.fromhex(hash_json(document)))
+    return digest.hexdigest()
+
+
+def test_the_hash_depends_on_everything_but_the_folder() -> None:
+    records = [make_record(0, captions=ODD), make_record(1, extra={"b": 1, "a": [ODD]})]
+    records.append(make_record(2))
     first = records[0]
     variants = [
         records,
@@ -98,6 +123,7 @@ def test_the_hash_sees_every_change_and_no_folder() -> None:
         [replace(first, locator=FileLocator("other.png")), *records[1:]],
     ]
     assert len({list_all(variant).sha256 for variant in variants}) == len(variants)
+    assert list_all(records).sha256 == hash_of(records)
     moved = [
         replace(record, locator=FileLocator(f"/moved/{Path(record.locator.path).name}"))
         for record in records
@@ -108,25 +134,27 @@ def test_the_hash_sees_every_change_and_no_folder() -> None:
 
 def test_a_sample_of_captions_is_spread_over_the_source() -> None:
     index = list_all([make_record(number) for number in range(3000)])
-    sample = index.captions(100)
+    sample = list(index.sample_captions(100))
     assert len(sample) == len(set(sample)) == 100
     numbers = [int(caption.split()[1]) for caption in sample]
     assert numbers == sorted(numbers)
     assert numbers[0] < 60 and numbers[-1] > 2900
-    assert len(index.captions(10**6)) == 6000
+    assert len(index.sample_captions(10**6)) == 6000
     same = list_all([make_record(number, captions=("one",)) for number in range(5)])
-    assert same.captions(3) == ["one"]
+    assert same.sample_captions(3) == {"one": [3]}
 
 
-def test_room_is_reserved_for_any_outcome() -> None:
-    record = make_record(0, captions=("é" * 300, "🐕"))
-    meta = make_meta(record, truncated=[0, 1], picture=HUGE)
-    assert len(encode_meta(meta)) == most_meta_bytes(record)
-    assert json.loads(encode_meta(meta))["captions"] == list(record.captions)
+@pytest.mark.parametrize("extra", [{}, {"a": ODD[1]}])
+def test_space_is_reserved_for_any_outcome(extra: dict[str, str]) -> None:
+    record = make_record(0, captions=ODD, extra=extra)
+    index = list_all([record])
+    assert list(index.sizes("", 3)) == [(0, max_meta_bytes(record))]
+    (found,) = index.records("", 3, 0, 0)
+    assert found.record == record
 
 
 def test_memory_stays_flat() -> None:
-    """So many records would take 100 MB as a list."""
+    """This many records would take 100 MB as a list."""
 
     def many() -> Iterator[Record]:
         for number in range(60_000):
@@ -134,7 +162,7 @@ def test_memory_stays_flat() -> None:
 
     list_all([make_record(0)]).close()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    index = build_index(many(), examine, lambda number: None)
+    index = build_index(many(), check, lambda number: None)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     index.missing.clear()
     assert grown < 90_000  # kB, of which SQLite's cache may take 64,000

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.sources import coco, locators, parquet
 from latent_t2i.pipeline.sources.locators import ParquetLocator, read_image_bytes
 from latent_t2i.pipeline.sources.open import open_source
@@ -47,8 +47,7 @@ def read(path: Path | str, **options: Any) -> list[Record]:
 
 def source_of(location: str, **options: Any) -> list[Record]:
     source = SourceConfig(kind="parquet", images=location, **options)
-    config = PipelineConfig(name="n", vae="v", text_encoder="t", source=source)
-    return list(open_source(config, Path("out")))
+    return list(open_source(source))
 
 
 @pytest.fixture

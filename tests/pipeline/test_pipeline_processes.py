@@ -1,4 +1,4 @@
-"""Processes share the shards by number, one at a time does what must happen once."""
+"""Processes divide the shards by number, and one at a time holds the lock of a folder."""
 
 import multiprocessing
 import os
@@ -15,13 +15,13 @@ SPAWN = multiprocessing.get_context("fork")
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 8])
-def test_every_number_is_one_process_s(num_processes: int) -> None:
+def test_every_number_belongs_to_one_process(num_processes: int) -> None:
     groups = [ProcessInfo(rank=rank, num_processes=num_processes) for rank in range(num_processes)]
     for number in range(30):
-        assert sum(processes.has(number) for processes in groups) == 1
+        assert sum(processes.owns(number) for processes in groups) == 1
 
 
-def test_the_place_is_the_launcher_s() -> None:
+def test_the_rank_is_read_from_the_environment() -> None:
     assert find_processes({}) == ProcessInfo()
     found = find_processes(
         {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -42,7 +42,7 @@ def count_up(folder: Path, times: int) -> None:
             path.write_text(str(number + 1))
 
 
-def test_only_one_is_in_at_a_time(tmp_path: Path) -> None:
+def test_the_lock_is_exclusive(tmp_path: Path) -> None:
     workers = [SPAWN.Process(target=count_up, args=(tmp_path, 300)) for _ in range(4)]
     for worker in workers:
         worker.start()
@@ -53,10 +53,10 @@ def test_only_one_is_in_at_a_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [FileExistsError, FileNotFoundError])
-def test_a_folder_that_goes_while_it_is_made_is_made_again(
+def test_a_folder_deleted_while_it_is_created_is_created_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[OSError]
 ) -> None:
-    make, faults = os.mkdir, iter([error("by another process"), error("once more")])
+    make, faults = os.mkdir, iter([error("deleted"), error("deleted again")])
 
     def mkdir(*args: Any, **kwargs: Any) -> None:
         if fault := next(faults, None):
@@ -69,7 +69,7 @@ def test_a_folder_that_goes_while_it_is_made_is_made_again(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "progress").touch()
     with pytest.raises(FileExistsError, match="progress"), folder_lock(tmp_path):
         pass
@@ -85,7 +85,7 @@ def hold(folder: Path) -> None:
         time.sleep(60)
 
 
-def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:
     holder = SPAWN.Process(target=hold, args=(tmp_path,))
     holder.start()
     while not (tmp_path / "held").exists():
@@ -97,7 +97,7 @@ def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
         pass
 
 
-def test_nothing_is_left_of_a_folder_that_was_not_there(tmp_path: Path) -> None:
+def test_a_folder_that_the_lock_created_is_removed(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), folder_lock(tmp_path / "new"):
         raise ZeroDivisionError
     assert not (tmp_path / "new").exists()

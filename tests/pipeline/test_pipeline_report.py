@@ -1,4 +1,4 @@
-"""What people read: sizes, times, and an estimate after the first shard."""
+"""What stage one prints: sizes, durations, and an estimate after the first shard."""
 
 import io
 from typing import Any
@@ -32,7 +32,7 @@ def test_first_reasons() -> None:
 
 
 class Clock:
-    """A clock that is put forward by hand."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -42,7 +42,7 @@ class Clock:
 
 
 @pytest.mark.parametrize("total", [1000, 20])
-def test_the_rest_is_estimated_once_after_the_first_shard(
+def test_the_remaining_time_is_printed_once_after_the_first_shard(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], total: int
 ) -> None:
     clock: Any = Clock()
@@ -52,9 +52,9 @@ def test_the_rest_is_estimated_once_after_the_first_shard(
     for num_shards in (0, 1, 2):
         clock.now += 1
         meter.add(5, 1, num_bytes=2_000_000 * num_shards, num_shards=num_shards)
-    told = capsys.readouterr().err
-    expected = "first shard after 2 s: 5 images/s, about 3 min to go\n"
-    assert told == (expected if total == 1000 else "")  # what is done soon is not worth a line
-    assert bar.postfix == "4.0 MB, 3 left out"
+    printed = capsys.readouterr().err
+    expected = "first shard after 2 s: 5 images/s, about 3 min remaining\n"
+    assert printed == (expected if total == 1000 else "")
+    assert bar.postfix == "4.0 MB, 3 quarantined"
     assert bar.n == 15
     bar.close()

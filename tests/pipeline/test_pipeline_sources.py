@@ -10,9 +10,14 @@ import fsspec
 import pytest
 
 from latent_t2i.model.paths import ROOT
-from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.sources.locators import FileLocator, read_image_bytes
-from latent_t2i.pipeline.sources.open import find_files, open_source, with_short_names
+from latent_t2i.pipeline.sources.open import (
+    SceneSettings,
+    find_files,
+    open_source,
+    with_short_names,
+)
 from latent_t2i.pipeline.sources.record import (
     Record,
     make_extra,
@@ -46,14 +51,8 @@ def memory() -> Iterator[Any]:
     system.rm("/", recursive=True)
 
 
-def config_of(**source: Any) -> PipelineConfig:
-    return PipelineConfig(
-        name="n", split="val", vae="v", text_encoder="t", source=SourceConfig(**source)
-    )
-
-
 def read(**source: Any) -> list[Record]:
-    return list(open_source(config_of(**source), Path("out")))
+    return list(open_source(SourceConfig(**source)))
 
 
 @pytest.mark.parametrize(
@@ -67,14 +66,14 @@ def read(**source: Any) -> list[Record]:
 def test_missing_paths_name_the_flag(folder: CocoFolder, part: str, message: str) -> None:
     paths = {"images": str(folder.images), "captions": str(folder.captions)} | {part: "nowhere"}
     with pytest.raises(ValueError, match=message):
-        open_source(config_of(**paths), Path("out"))
+        open_source(SourceConfig(**paths))
 
 
 @pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
 def test_missing_places_name_the_flag(kind: str) -> None:
     message = "--source.images: nothing at 'nowhere', here or in the project"
     with pytest.raises(ValueError, match=message):
-        open_source(config_of(kind=kind, images="nowhere"), Path("out"))
+        open_source(SourceConfig(kind=kind, images="nowhere"))
 
 
 def test_files_and_folders_mixed_up(folder: CocoFolder) -> None:
@@ -94,16 +93,17 @@ def test_only_the_first_so_many(folder: CocoFolder) -> None:
     assert [record.locator for record in same] == [record.locator for record in coco]
 
 
-def test_scenes_are_drawn_beside_the_shards_and_kept(tmp_path: Path) -> None:
-    config = config_of(kind="scenes", num_images=3)
-    first = list(open_source(config, tmp_path / "val"))
+def test_scenes_are_drawn_once_and_kept(tmp_path: Path) -> None:
+    source = SourceConfig(kind="scenes", num_images=3)
+    scenes = SceneSettings(folder=tmp_path, split="val", image_size_px=64, seed=0)
+    first = list(open_source(source, scenes))
     paths = [
         Path(record.locator.path) for record in first if isinstance(record.locator, FileLocator)
     ]
     times = [path.stat().st_mtime_ns for path in paths]
-    assert [path.parent for path in paths] == [tmp_path / "val-source" / "val"] * 3
+    assert [path.parent for path in paths] == [tmp_path / "val"] * 3
     assert all(len(record.captions) == 5 and record.extra["objects"] for record in first)
-    assert list(open_source(config, tmp_path / "val")) == first
+    assert list(open_source(source, scenes)) == first
     assert times == [path.stat().st_mtime_ns for path in paths]
 
 

@@ -1,7 +1,5 @@
-"""What goes into the shards is what the networks give for one image and caption at a time."""
+"""Parallel encoding gives what the networks give for one image and one caption at a time."""
 
-import threading
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,48 +12,34 @@ from numpy.typing import NDArray
 
 from latent_t2i.model import encoders as networks
 from latent_t2i.pipeline import encode, workers
-from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
-from latent_t2i.pipeline.encode import Encoders, load_encoders, single_threaded
+from latent_t2i.pipeline.config import SourceConfig
+from latent_t2i.pipeline.encode import Encoders, single_threaded
 from latent_t2i.pipeline.images import Preprocessing, load
+from latent_t2i.pipeline.index import TokenizedRecord
 from latent_t2i.pipeline.quantise import Quantiser
 from latent_t2i.pipeline.sources import coco
 from latent_t2i.pipeline.sources.locators import FileLocator, read_image_bytes
 from latent_t2i.pipeline.sources.record import Record
-from latent_t2i.pipeline.workers import EncoderPool, Outcome, Skipped, cut_batches
+from latent_t2i.pipeline.stage import load_encoders
+from latent_t2i.pipeline.workers import Batch, EncoderPool, Skipped, cut_batches
 from latent_t2i.shards.schema import Example
 from tests import tiny
 from tests.coco_folders import make_coco
+from tests.stage_one import make_config
 
-HOW = Preprocessing(size_px=(64, 64))
-CPU = torch.device("cpu")
+PREPROCESSING = Preprocessing(size_px=(64, 64))
 
 
 @pytest.fixture(scope="module")
 def encoders() -> Encoders:
-    folders = tiny.encoders()
-    config = PipelineConfig(
-        name="n",
-        vae=folders.vae,
-        text_encoder=folders.clip,
-        source=SourceConfig(images="i", captions="c"),
-        max_tokens=16,
-        views=2,
-        batch_size=4,
-    )
-    return load_encoders(config, CPU)
+    config = make_config(SourceConfig(images="i", captions="c"), Path("out"), views=2)
+    return load_encoders(config, torch.device("cpu"))
 
 
 def test_the_hash_of_a_bfloat16_vae_is_that_of_its_float32_weights(encoders: Encoders) -> None:
-    folders = tiny.encoders()
-    config = PipelineConfig(
-        name="n",
-        vae=folders.vae,
-        vae_dtype="bfloat16",
-        text_encoder=folders.clip,
-        source=SourceConfig(images="i", captions="c"),
-        max_tokens=16,
-    )
-    rounded = load_encoders(config, CPU)
+    source = SourceConfig(images="i", captions="c")
+    config = make_config(source, Path("out"), vae_dtype="bfloat16")
+    rounded = load_encoders(config, torch.device("cpu"))
     assert {p.dtype for p in rounded.vae.parameters()} == {torch.bfloat16}
     assert rounded.vae_sha256 == encoders.vae_sha256 == networks.fingerprint(encoders.vae)
 
@@ -66,35 +50,36 @@ def records(tmp_path: Path) -> list[Record]:
     return list(coco.records(folder.images, folder.captions))
 
 
+def batches_of(records: Sequence[Record], encoders: Encoders, shard: Any = None) -> list[Batch]:
+    tokenized = [TokenizedRecord(r, encoders.text.tokenize(r.captions)) for r in records]
+    return list(cut_batches(shard, tokenized, PREPROCESSING, encoders.batch_size))
+
+
 def run(
     encoders: Encoders, *shards: Sequence[Record], num_threads: int = 2, quantise: Any = None
-) -> list[Outcome]:
+) -> list[tuple[Batch, list[Example | Skipped]]]:
     with (
         single_threaded(),
         EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
     ):
-        batches = [
-            batch
-            for number, records in enumerate(shards)
-            for batch in cut_batches(number, records, HOW, encoders.batch_size)
-        ]
-        return list(pool.outcomes(batches))
+        parts = (batches_of(records, encoders, number) for number, records in enumerate(shards))
+        return list(pool.encode(batch for part in parts for batch in part))
 
 
 def encode_all(
     records: Sequence[Record], encoders: Encoders, **changes: Any
 ) -> tuple[list[Example], dict[str, str]]:
-    items = [item for outcome in run(encoders, records, **changes) for item in outcome.items]
+    items = [item for _, items in run(encoders, records, **changes) for item in items]
     skipped = {item.key: item.reason for item in items if isinstance(item, Skipped)}
     return [item for item in items if isinstance(item, Example)], skipped
 
 
 def test_parity_with_one_at_a_time(records: list[Record], encoders: Encoders) -> None:
-    """Also of the flip: the second view is the flipped image's latent, not the latent flipped."""
+    """The second view is the flipped image's latent, not the flipped latent."""
     found, skipped = encode_all(records, encoders)
     assert not skipped
     for record, example in zip(records, found, strict=True):
-        pixels = load(read_image_bytes(record.locator), HOW, key=record.key).pixels
+        pixels = load(read_image_bytes(record.locator), PREPROCESSING, key=record.key).pixels
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         for view, one in enumerate((image, image.flip(3))):
             with torch.no_grad():
@@ -104,7 +89,7 @@ def test_parity_with_one_at_a_time(records: list[Record], encoders: Encoders) ->
             )
         for index, caption in enumerate(record.captions):
             with torch.no_grad():
-                hidden, ids, cut = encoders.text.encode([caption], 16)
+                hidden, ids, cut = encoders.text.encode(encoders.text.tokenize([caption]), 16)
             text = torch.from_numpy(example.text[index]).float()
             torch.testing.assert_close(text, hidden[0], rtol=1e-3, atol=1e-3)
             assert example.tokens[index].tolist() == ids[0].tolist()
@@ -133,18 +118,18 @@ def test_bits_of_a_shard_do_not_depend_on_other_shards(
     records: list[Record], encoders: Encoders
 ) -> None:
     alone, _ = encode_all(records[3:], encoders)
-    outcomes = run(encoders, records[:3], records[3:])
-    assert [outcome.tag for outcome in outcomes] == [0, 1]
-    for a, b in zip(alone, outcomes[1].items, strict=True):
+    results = run(encoders, records[:3], records[3:])
+    assert [batch.shard for batch, _ in results] == [0, 1]
+    for a, b in zip(alone, results[1][1], strict=True):
         assert isinstance(b, Example) and a.key == b.key
         assert a.latent.tobytes() == b.latent.tobytes() and a.text.tobytes() == b.text.tobytes()
 
 
-def test_outcomes_come_in_order_and_the_last_of_a_shard_is_marked(
+def test_results_are_in_order_and_the_last_of_a_shard_is_marked(
     records: list[Record], encoders: Encoders
 ) -> None:
-    outcomes = run(encoders, records, records[:5], records[:1])
-    assert [(o.tag, len(o.items), o.is_last) for o in outcomes] == [
+    results = run(encoders, records, records[:5], records[:1])
+    assert [(batch.shard, len(items), batch.is_last) for batch, items in results] == [
         (0, 4, False),
         (0, 2, True),
         (1, 4, False),
@@ -153,29 +138,28 @@ def test_outcomes_come_in_order_and_the_last_of_a_shard_is_marked(
     ]
 
 
-def test_each_distinct_caption_of_a_shard_is_encoded_once_and_let_go(
+def test_each_distinct_caption_of_a_shard_is_encoded_once_and_released(
     records: list[Record], encoders: Encoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded: Counter[str] = Counter()
-    lock, original = threading.Lock(), encode.encode_captions
+    encoded: list[Sequence[int]] = []
+    original = encode.encode_captions
 
-    def counting(encoders: Encoders, captions: Sequence[str]) -> Any:
-        with lock:
-            encoded.update(captions)
-        return original(encoders, captions)
+    def recording(encoders: Encoders, token_ids: Sequence[Sequence[int]]) -> Any:
+        encoded.extend(token_ids)
+        return original(encoders, token_ids)
 
-    monkeypatch.setattr(workers, "encode_captions", counting)
+    monkeypatch.setattr(workers, "encode_captions", recording)
     encode_all(records, encoders)
-    assert set(encoded) == {caption for record in records for caption in record.captions}
-    assert set(encoded.values()) == {1}
-    batches = list(cut_batches(None, records, HOW, 4))
-    asked = [caption for batch in batches for part in batch.captions for caption in part]
-    let_go = [caption for batch in batches for caption in batch.done_with]
-    assert sorted(asked) == sorted(let_go) == sorted(encoded)
-    assert "a picture" in batches[0].captions[0] and "a picture" in batches[-1].done_with
+    distinct = sorted({caption for record in records for caption in record.captions})
+    assert sorted(encoded) == sorted(encoders.text.tokenize(distinct))
+    batches = batches_of(records, encoders)
+    batched = [caption for batch in batches for part in batch.captions for caption in part]
+    released = [caption for batch in batches for caption in batch.last_uses]
+    assert sorted(batched) == sorted(released) == distinct
+    assert "a picture" in batches[0].captions[0] and "a picture" in batches[-1].last_uses
 
 
-def test_captions_come_in_batches_of_their_own(encoders: Encoders) -> None:
+def test_captions_have_batches_of_their_own(encoders: Encoders) -> None:
     records = [
         Record(
             key=f"{number}",
@@ -185,32 +169,31 @@ def test_captions_come_in_batches_of_their_own(encoders: Encoders) -> None:
         )
         for number in range(8)
     ]
-    batches = list(cut_batches(None, records, HOW, 4))
+    batches = batches_of(records, encoders)
     assert [[len(part) for part in batch.captions] for batch in batches] == [[16, 16, 16], [16, 8]]
 
 
-def test_unreadable_images_are_left_out_with_the_reason(
+def test_unreadable_images_are_skipped_with_the_reason(
     records: list[Record], encoders: Encoders
 ) -> None:
-    broken, gone = records[1].locator, records[4].locator
-    assert isinstance(broken, FileLocator) and isinstance(gone, FileLocator)
+    broken, missing = records[1].locator, records[4].locator
+    assert isinstance(broken, FileLocator) and isinstance(missing, FileLocator)
     Path(broken.path).write_text("no picture")
-    Path(gone.path).unlink()
+    Path(missing.path).unlink()
     found, skipped = encode_all(records, encoders)
     assert skipped == {records[1].key: "not an image", records[4].key: "missing file"}
     assert [example.key for example in found] == [records[n].key for n in (0, 2, 3, 5)]
-    none_left, _ = encode_all([records[1], records[4]], encoders)
-    assert none_left == []
+    assert encode_all([records[1], records[4]], encoders)[0] == []
 
 
-def test_truncated_captions_are_told(records: list[Record], encoders: Encoders) -> None:
+def test_truncated_captions_are_marked(records: list[Record], encoders: Encoders) -> None:
     long = "a very long caption"
     (example,), _ = encode_all([replace(records[0], captions=("a dog", long))], encoders)
     assert example.meta["truncated"] == [1]
     assert example.meta["captions"] == ["a dog", long]
 
 
-def test_values_that_are_not_finite_are_left_out(
+def test_a_latent_that_is_not_finite_is_skipped(
     records: list[Record], encoders: Encoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = networks.encode_images
@@ -226,13 +209,13 @@ def test_values_that_are_not_finite_are_left_out(
     assert skipped == {records[1].key: "latent is not finite in float16"}
 
 
-def test_text_that_is_not_finite_is_left_out(
+def test_text_that_is_not_finite_is_skipped(
     records: list[Record], encoders: Encoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = encode.encode_captions
 
-    def broken(encoders: Encoders, captions: Sequence[str]) -> Any:
-        text, tokens, cut = original(encoders, captions)
+    def broken(encoders: Encoders, token_ids: Sequence[Sequence[int]]) -> Any:
+        text, tokens, cut = original(encoders, token_ids)
         return np.full_like(text, np.nan), tokens, cut
 
     monkeypatch.setattr(workers, "encode_captions", broken)
@@ -256,10 +239,10 @@ def test_int8_text_is_the_float16_text_quantised(records: list[Record], encoders
         assert b.text.dtype == np.int8
 
 
-def test_errors_of_the_machine_end_the_run(
+def test_an_error_of_the_system_ends_the_run(
     records: list[Record], encoders: Encoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(place: Any) -> bytes:
+    def fail(locator: Any) -> bytes:
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(workers, "read_image_bytes", fail)

@@ -1,0 +1,112 @@
+"""Settings of stage one with tiny encoders, and its runs in processes of their own, for tests."""
+
+import os
+import signal
+import sys
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any, cast
+
+from latent_t2i.pipeline import stage
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.shards import writer
+from latent_t2i.shards.schema import Manifest
+from tests import tiny
+from tests.coco_folders import CocoFolder
+
+
+def make_config(source: SourceConfig | CocoFolder, out: Path, **changes: Any) -> PipelineConfig:
+    if isinstance(source, CocoFolder):
+        source = SourceConfig(
+            images=str(source.images),
+            captions=str(source.captions),
+            instances=str(source.instances),
+        )
+    values: dict[str, Any] = {
+        "name": "noise",
+        "vae": tiny.encoders().vae,
+        "text_encoder": tiny.encoders().clip,
+        "source": source,
+        "max_tokens": 16,
+        "records_per_shard": 2,
+        "batch_size": 4,
+        "out": str(out),
+        "device": "cpu",
+    }
+    return PipelineConfig(**(values | changes))
+
+
+def build_one(config: PipelineConfig) -> Manifest:
+    """Builds the one set of a configuration without buckets."""
+    return stage.build(config)[""]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Returns every file's bytes, by its path in the folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def start(
+    forks: ForkServerContext, config: PipelineConfig, *, rank: int = 0, num_processes: int = 1,
+    kill_at: tuple[str, int] | None = None, log: Path | None = None,
+) -> ForkServerProcess:  # fmt: skip
+    """Starts the stage in a process; it ends with exit code 2 for an error of the user.
+
+    `kill_at` is a function, and the number of its call at which the process kills itself; `log`
+    receives the output and a line for each shard that the process begins.
+    """
+    process = forks.Process(target=_run, args=(config, rank, num_processes, kill_at, log))
+    process.start()
+    return process
+
+
+def run(forks: ForkServerContext, config: PipelineConfig, **changes: Any) -> int:
+    """Runs the stage in a process and returns its exit code."""
+    process = start(forks, config, **changes)
+    process.join()
+    return cast(int, process.exitcode)
+
+
+def begun(log: Path) -> list[str]:
+    """Returns the shards that a process with this log began."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [line.removeprefix("begun ") for line in lines if line.startswith("begun ")]
+
+
+def _run(
+    config: PipelineConfig,
+    rank: int,
+    num_processes: int,
+    kill_at: tuple[str, int] | None,
+    log: Path | None,
+) -> None:
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(num_processes)})
+    if kill_at is not None:
+        _kill_at(*kill_at)
+    with (log or Path(os.devnull)).open("a", buffering=1) as sys.stdout:
+        original = stage.cut_batches
+
+        def logging(shard: Any, *rest: Any) -> Any:
+            print(f"begun shard-{shard.index:06d}")
+            return original(shard, *rest)
+
+        stage.cut_batches = logging
+        try:
+            stage.build(config)
+        except ValueError as error:
+            print(f"error: {error}")
+            sys.exit(2)
+
+
+def _kill_at(name: str, count: int) -> None:
+    """Makes this process kill itself at a certain call of a function."""
+    owners = {"write": writer.ShardWriter, "fsync": os, "replace": Path, "rmtree": writer.shutil}
+    original, calls = getattr(owners[name], name), iter(range(1, count + 1))
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owners[name], name, counting)
