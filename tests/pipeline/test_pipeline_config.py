@@ -19,12 +19,12 @@ def test_flags_make_a_config() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "--source.images: a coco source needs it"),
-        (("--source.images", "i"), "--source.captions: a coco source needs it"),
-        (("--source.kind", "scenes"), "--source.num-images: a scenes source needs it"),
+        ((), "--source.images: required for a coco"),
+        (("--source.images", "i"), "--source.captions: required for a coco"),
+        (("--source.kind", "scenes"), "--source.num-images: required for a"),
         (
             ("--source.kind", "scenes", "--source.num-images", "5", "--source.images", "i"),
-            "--source.images: has no effect on scenes",
+            "--source.images: has no effect on a scenes",
         ),
         (
             ("--source.kind", "scenes", "--source.num-images", "5", "--split", "test"),
