@@ -14,8 +14,8 @@ class SourceConfig:
 
     kind: Literal["coco", "folder", "webdataset", "parquet", "scenes"] = "coco"
     """coco: a folder of images with a COCO captions file; folder: images with metadata.jsonl,
-    metadata.csv or a .txt beside each; webdataset: img2dataset's tars; parquet: images and captions
-    in columns; scenes: drawn by stage one itself, in COCO's layout."""
+    metadata.csv or a .txt beside each; webdataset: tars of img2dataset; parquet: images and
+    captions in columns; scenes: drawn images in COCO's layout."""
     images: str = ""
     """coco, folder: the folder of images, such as data/coco/train2014; webdataset, parquet: a
     folder of files, a file, a pattern, braces or a URL: 's3://bucket/{00000..00099}.tar'."""
@@ -24,38 +24,36 @@ class SourceConfig:
     instances: str | None = None
     """coco: the instances file; its boxes and categories are added to each record's JSON."""
     caption_column: str | None = None
-    """folder (with metadata), webdataset (in the JSON), parquet: the field that holds the caption
-    or a list of captions; default: the first of text, caption, captions, prompt that exists."""
+    """folder (with metadata), webdataset (in the JSON), parquet: field with the caption or a list
+    of captions; default: the first of text, caption, captions and prompt."""
     image_column: str | None = None
-    """parquet: the column that holds the images; default: image, img, jpg, jpeg, png or webp."""
+    """parquet: column with the images; default: image, img, jpg, jpeg, png or webp."""
     caption_per: Literal["line", "file"] = "line"
-    """folder: line: each line of a .txt is a caption; file: the whole .txt is one caption."""
+    """folder: whether each line of a .txt is a caption, or the whole file is one."""
     world: Literal["easy", "full"] = "easy"
-    """scenes: which world to draw: easy has fewer shapes, colours and relations."""
+    """scenes: which shapes, colours, sizes and numbers of objects there are."""
     num_images: int | None = None
-    """scenes: how many images to draw; other kinds: read only the first num_images."""
+    """scenes: number of images to draw; others: use only the first images."""
 
     def __post_init__(self) -> None:
         if self.num_images is not None and self.num_images < 1:
             raise ValueError(f"--source.num-images: expected at least 1, found {self.num_images}")
         if self.kind == "scenes" and self.num_images is None:
-            raise ValueError(
-                "--source.num-images: required for a scenes source: how many images to draw"
-            )
+            raise ValueError("--source.num-images: required for a scenes source")
         required = {"coco": ("images", "captions"), "scenes": ()}.get(self.kind, ("images",))
         for name in required:
             if not getattr(self, name):
                 raise ValueError(f"--source.{name}: required for a {self.kind} source")
-        for name, kinds in _KINDS_OF_SETTING.items():
-            if self.kind not in kinds and getattr(self, name) not in ("", None, "line"):
-                flag = name.replace("_", "-")
-                raise ValueError(
-                    f"--source.{flag}: has no effect on a {self.kind} source; "
-                    f"it is for {', '.join(kinds)}"
-                )
+        for name, kinds in _KINDS_OF.items():
+            if self.kind in kinds or getattr(self, name) in ("", None, "line"):
+                continue
+            flag = f"--source.{name.replace('_', '-')}"
+            *first, last = kinds
+            allowed = f"{', '.join(first)} or {last}" if first else last
+            raise ValueError(f"{flag}: has no effect on a {self.kind} source, only on {allowed}")
 
 
-_KINDS_OF_SETTING = {
+_KINDS_OF = {
     "images": ("coco", "folder", "webdataset", "parquet"),
     "captions": ("coco",),
     "instances": ("coco",),

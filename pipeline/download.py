@@ -1,397 +1,154 @@
-"""Fetches COCO 2014 or 2017 and unpacks it as the presets expect it: `make coco2014`, or
+"""Downloads and unpacks COCO: `python -m pipeline.download coco2014 --images train val`.
 
-    python -m pipeline.download coco2014 --images train val --to data/coco
-
-The plan comes first, and a disk that is too small for it is refused. One zip after another is
-fetched, checked (size, SHA-256), unpacked (each file's CRC-32) and deleted, so that there need
-never be room for all of them. Killed, it goes on with the same command; when all is there it does
-nothing. A folder counts as complete by its number of images, so that this takes no time; a file
-damaged later is found by stage one.
+Each zip is downloaded, checked by SHA-256, unpacked and deleted before the next one. The same
+command resumes a download. A folder that has all its files counts as complete, damaged or not.
 """
 
-import argparse
-import os
+import hashlib
+import http.client
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+import urllib.request
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
+import tyro
 from tqdm import tqdm
 
-from latent_t2i.model.paths import output_root
-from latent_t2i.pipeline import fetch
-from latent_t2i.pipeline.fetch import RemoteFile
+from latent_t2i.model.paths import complete_or_absent, format_bytes, free_bytes, output_root
 from latent_t2i.pipeline.processes import folder_lock
-from latent_t2i.pipeline.unpack import BLOCK_BYTES, Contents, open_zip, tidy, unpack
-from latent_t2i.shards.remote.transport import Retry, join
 
-BASE_URL = "http://images.cocodataset.org"
-"""Its https is that of Amazon's storage, whose certificate has another name."""
-MAX_THREADS = 8
-GB = 1e9
-FORCE = "--force starts all the same"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Archive:
-    """One of COCO's zips, and what there is once it is unpacked."""
-
-    path: str
-    """Below the base URL."""
-    num_bytes: int
-    sha256: str
-    folder: str
-    num_images: int = 0
-    names: tuple[str, ...] = ()
-    """Files that must be there."""
-    unpacked_bytes: int
-    """About; the zip itself tells it exactly."""
-
-    @property
-    def name(self) -> str:
-        """The zip's file name."""
-        return self.path.rpartition("/")[2]
-
-    def lacks(self, names: Iterable[str]) -> str:
-        """Returns what is missing among a folder's names; nothing if all is there."""
-        there = set(names)
-        missing = [name for name in self.names if name not in there]
-        num_images = sum(name.endswith(".jpg") for name in there)
-        if num_images < self.num_images:
-            missing.append(f"{self.num_images - num_images} of {self.num_images} images")
-        return ", ".join(missing)
-
-
-def _images(part: str, num_images: int, num_bytes: int, sha256: str) -> Archive:
-    return Archive(
-        path=f"zips/{part}.zip",
-        num_bytes=num_bytes,
-        sha256=sha256,
-        folder=part,
-        num_images=num_images,
-        unpacked_bytes=round(num_bytes * 1.01) + num_images * BLOCK_BYTES,  # JPEGs hardly shrink
-    )
-
-
-def _annotations(year: int, num_bytes: int, sha256: str) -> Archive:
-    kinds, parts = ("captions", "instances", "person_keypoints"), ("train", "val")
-    return Archive(
-        path=f"annotations/annotations_trainval{year}.zip",
-        num_bytes=num_bytes,
-        sha256=sha256,
-        folder="annotations",
-        names=tuple(f"{kind}_{part}{year}.json" for kind in kinds for part in parts),
-        unpacked_bytes=10**9,
-    )
-
-
-# COCO publishes no checksums; these are those of TensorFlow Datasets (url_checksums/coco.txt).
-RELEASES = {
-    "coco2014": {
-        "train": _images(
-            "train2014",
-            82_783,
-            13_510_573_713,
-            "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
-        ),
-        "val": _images(
-            "val2014",
-            40_504,
-            6_645_013_297,
-            "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
-        ),
-        "annotations": _annotations(
-            2014,
-            252_872_794,
-            "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
-        ),
-    },
-    "coco2017": {
-        "train": _images(
-            "train2017",
-            118_287,
-            19_336_861_798,
-            "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-        ),
-        "val": _images(
-            "val2017",
-            5_000,
-            815_585_330,
-            "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-        ),
-        "annotations": _annotations(
-            2017,
-            252_907_541,
-            "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-        ),
-    },
+BASE_URL = "http://images.cocodataset.org"  # its https certificate is for another name
+DEFAULT_FOLDER = output_root() / "data" / "coco"
+CURL = "curl --fail --location --progress-bar --retry 8 --speed-time 60 --continue-at - --output"
+# Unpacked files, bytes and SHA-256 of each zip. The hashes are those of TensorFlow Datasets.
+TABLE = """
+train2014 82783 13510573713 ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775
+val2014 40504 6645013297 fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0
+annotations_trainval2014 6 252872794 031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009
+train2017 118287 19336861798 69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929
+val2017 5000 815585330 4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05
+annotations_trainval2017 6 252907541 113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268
+"""  # noqa: E501
+ARCHIVES = {
+    name: (int(num_files), int(num_bytes), sha256)
+    for name, num_files, num_bytes, sha256 in map(str.split, TABLE.strip().splitlines())
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is left to do for a zip."""
-
-    archive: Archive
-    zip_path: Path
-    here_bytes: int
-    """Of the zip, or of the part of it that has come."""
-    keep: bool
-    """The zip stays once it is unpacked."""
-
-    @property
-    def fetch_bytes(self) -> int:
-        """What has yet to come."""
-        return max(self.archive.num_bytes - self.here_bytes, 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Room:
-    """What a disk has to have free, and what it has."""
-
-    fetched: int
-    unpacked: int
-    most: int
-    """At one time."""
-    free: int
-
-    @property
-    def arithmetic(self) -> str:
-        """Says how the figure comes about."""
-        deleted = self.fetched + self.unpacked - self.most
-        off = f" - {_gb(deleted)} as zips are deleted in turn" if deleted else ""
-        return f"{_gb(self.fetched)} to fetch + {_gb(self.unpacked)} unpacked{off}"
-
-    @property
-    def verdict(self) -> str:
-        """Says what is needed, and what there is."""
-        return f"{_gb(self.most)} needed at one time, {_gb(self.free)} free"
-
-
 def download(
-    release: str,
-    parts: Sequence[str],
-    to: Path,
-    *,
+    release: tyro.conf.Positional[Literal["coco2014", "coco2017"]],
+    images: tuple[Literal["train", "val"], ...] = ("train", "val"),
+    to: Path = DEFAULT_FOLDER,
     base_url: str = BASE_URL,
-    keep_zips: bool = False,
     force: bool = False,
     dry_run: bool = False,
-    retry: Retry | None = None,
 ) -> None:
-    """Brings the images of `parts` and the annotations into `to`, or what is missing of them.
+    """Downloads COCO's annotations and images, where they are not complete.
 
-    Waits while another process does so. Raises ValueError for a disk too small and for a zip that
-    is not COCO's or is damaged, RemoteError (an OSError) for a server that does not give it.
+    Args:
+        images: splits to download; empty for the annotations only.
+        to: folder for the unpacked files; zips that a user puts there are used and kept.
+        base_url: mirror with zips/ and annotations/ below it.
+        force: start although the disk seems too small.
+        dry_run: print what is missing and the disk space it needs, then stop.
     """
-    archives = [RELEASES[release][part] for part in (*parts, "annotations")]
-    with nullcontext() if dry_run else folder_lock(to):
-        jobs = [_job(archive, to, keep_zips) for archive in archives if _lack(archive, to)]
-        if not dry_run:
-            _tidy_all([archive for archive in archives if not _lack(archive, to)], to, keep_zips)
-        if not jobs:
-            print(f"{to}: {', '.join(map(_describe, archives))}: all there, nothing to do")
-            return
-        room = _find_room(jobs, to)
-        print(plan_lines(release, archives, jobs, to, room))
-        if dry_run:
-            return
-        if room.most > room.free and not force:
-            raise ValueError(f"--to {to}: {room.arithmetic} = {room.verdict}: too little. {FORCE}")
-        for job in jobs:
-            _bring(job, to, join(base_url, job.archive.path), force, retry or Retry())
-        print(f"{to}: {', '.join(map(_describe, archives))}: all there")
-
-
-def plan_lines(
-    release: str, archives: Sequence[Archive], jobs: Sequence[Job], to: Path, room: Room
-) -> str:
-    """Says what will be fetched and what room it takes, before anything is."""
-    waiting = {job.archive.name: job for job in jobs}
-    lines = [f"{release} to {to}"]
-    for archive in archives:
-        job = waiting.get(archive.name)
-        if job is None:
-            lines.append(f"  {archive.folder:<12}is there")
-            continue
-        here = f", {_gb(job.here_bytes)} are here" if job.here_bytes else ""
-        sizes = (
-            f"{_gb(archive.num_bytes)} zipped{here}, about {_gb(archive.unpacked_bytes)} unpacked"
+    names = [f"{part}{release.removeprefix('coco')}" for part in (*images, "annotations_trainval")]
+    missing = [name for name in names if not _is_complete(to, name)]
+    for name in names:
+        print(
+            f"{name}: {format_bytes(ARCHIVES[name][1]) if name in missing else 'complete, no'} download"
         )
-        lines.append(f"  {archive.folder:<12}{sizes}")
-    return "\n".join([*lines, room.arithmetic, f"= {room.verdict}"])
-
-
-def _find_room(jobs: Sequence[Job], to: Path) -> Room:
-    """Adds up, zip after zip, what will lie on the disk beyond what does now."""
-    most = held = 0
-    for job in jobs:
-        held += job.fetch_bytes + job.archive.unpacked_bytes
-        most = max(most, held)
-        held -= 0 if job.keep else job.fetch_bytes + job.here_bytes
-    return Room(
-        fetched=sum(job.fetch_bytes for job in jobs),
-        unpacked=sum(job.archive.unpacked_bytes for job in jobs),
-        most=most,
-        free=_free_bytes(to),
+    needed, free = _bytes_needed(to, missing), free_bytes(to)
+    print(
+        room
+        := f"{release} needs {format_bytes(needed)} of disk space, found {format_bytes(free)} free in {to}"
     )
+    if needed > free and not force and not dry_run:
+        raise ValueError(f"--to: {room}; choose another disk, or try with --force")
+    for name in () if dry_run else names:
+        with folder_lock(to):
+            _download_and_unpack(to, name, base_url)
 
 
-def _free_bytes(folder: Path) -> int:
-    """The room on the disk where a folder is, or will be."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
+def _is_complete(to: Path, name: str) -> bool:
+    pattern = f"annotations/*{name[-4:]}.json" if "_" in name else f"{name}/*.jpg"
+    return len(list(to.glob(pattern))) >= ARCHIVES[name][0]
 
 
-def _job(archive: Archive, to: Path, keep_zips: bool) -> Job:
-    path = to / archive.name
-    part = fetch.part_of(path)
-    brought = not path.exists() or fetch.version_of(path).exists()
-    return Job(
-        archive=archive,
-        zip_path=path,
-        here_bytes=fetch.size_of(path) or fetch.size_of(part),
-        keep=keep_zips or not brought,
-    )
+def _bytes_needed(to: Path, names: list[str]) -> int:
+    """Returns how much disk usage grows at most. JPEGs do not compress further, but JSON does."""
+    used = most = 0
+    for name in names:
+        num_files, num_bytes, _ = ARCHIVES[name]
+        used += num_bytes - sum(path.stat().st_size for path in to.glob(f"{name}.zip*"))
+        used += num_bytes * 4 if "_" in name else num_bytes + 4096 * num_files  # whole disk blocks
+        most = max(most, used)
+        used -= 0 if (to / f"{name}.zip").exists() else num_bytes
+    return most
 
 
-def _lack(archive: Archive, to: Path) -> str:
-    folder = to / archive.folder
-    return archive.lacks(path.name for path in folder.iterdir()) if folder.is_dir() else "all"
+def _download_and_unpack(to: Path, name: str, base_url: str) -> None:
+    given, part = to / f"{name}.zip", to / f"{name}.zip.part"
+    if not _is_complete(to, name):  # another process may have completed it by now
+        url = f"{base_url.rstrip('/')}/{'annotations' if '_' in name else 'zips'}/{name}.zip"
+        path = given if given.exists() else _fetch(url, part, ARCHIVES[name][1])
+        with path.open("rb") as file:
+            found = path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        if found != ARCHIVES[name][1:]:
+            part.unlink(missing_ok=True)  # else the next run would resume a wrong file
+            raise ValueError(f"{path}: size, sha256: expected {ARCHIVES[name][1:]}, found {found}")
+        _unpack(path, to / name.partition("_")[0])
+    part.unlink(missing_ok=True)
 
 
-def _tidy_all(archives: Sequence[Archive], to: Path, keep_zips: bool) -> None:
-    """Removes what a kill left between a folder's completion and the end of the run."""
-    for archive in archives:
-        tidy(to / archive.folder)
-        _let_go(to / archive.name, keep=keep_zips)
+def _fetch(url: str, part: Path, num_bytes: int) -> Path:
+    """Downloads the rest of a file over as many connections as make progress."""
+    part.touch()
+    while (start := part.stat().st_size) < num_bytes:
+        if shutil.which("curl"):
+            code = subprocess.run([*CURL.split(), part, url], check=False).returncode
+            error = f"curl failed with exit code {code}"
+        else:
+            error = _urllib(url, part, start)
+        if part.stat().st_size <= start:
+            raise OSError(f"{url}: {error} at byte {start}; the same command resumes from there")
+    return part
 
 
-def _bring(job: Job, to: Path, url: str, force: bool, retry: Retry) -> None:
-    """Fetches a zip, unpacks it and lets it go."""
-    archive, path = job.archive, job.zip_path
-    file = RemoteFile(url=url, num_bytes=archive.num_bytes, sha256=archive.sha256)
-    if path.exists():
-        fetch.check(file, path, make_bar=_make_bar)
-    else:
-        fetch.fetch(file, path, retry=retry, make_bar=_make_bar)
-    with open_zip(path, archive.folder) as contents:
-        _require(archive, contents, path)
-        if not force:
-            _require_room(contents, to, archive)
-        unpack(
-            contents,
-            to / archive.folder,
-            num_threads=min(os.cpu_count() or 1, MAX_THREADS),
-            make_bar=_make_bar,
-        )
-    _let_go(path, keep=job.keep)
-
-
-def _require(archive: Archive, contents: Contents, path: Path) -> None:
-    """Raises ValueError for a zip that lacks files, before it is unpacked."""
-    if lack := archive.lacks(contents.members):
-        raise ValueError(f"{path}: {archive.folder}/ in it lacks {lack}")
-    if contents.num_outside:
-        print(f"{path.name}: {contents.num_outside} files outside {archive.folder}/ left out")
-
-
-def _require_room(contents: Contents, to: Path, archive: Archive) -> None:
-    free = _free_bytes(to)
-    if contents.num_bytes > free:
-        raise ValueError(
-            f"--to {to}: {archive.folder} is {_gb(contents.num_bytes)} unpacked, "
-            f"free there {_gb(free)}: too little. {FORCE}"
-        )
-
-
-def _let_go(path: Path, *, keep: bool) -> None:
-    """Deletes a zip that was fetched here; with `keep`, it is the user's from now on."""
-    version = fetch.version_of(path)
-    if version.exists() and not keep:
-        path.unlink(missing_ok=True)
-        fetch.part_of(path).unlink(missing_ok=True)
-    version.unlink(missing_ok=True)
-
-
-def _describe(archive: Archive) -> str:
-    return f"{archive.folder} ({archive.num_images or len(archive.names)} files)"
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / GB:.1f} GB"
-
-
-def _make_bar(task: str, total: int, done: int) -> Any:
-    interval_s = 0.2 if sys.stderr.isatty() else 30.0  # a log needs fewer lines than a terminal
-    return tqdm(
-        total=total,
-        initial=done,
-        desc=task.removesuffix(".zip"),
-        unit="B",
-        unit_scale=True,
-        ncols=80,
-        mininterval=interval_s,
-        delay=0.5,
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Downloads for the command line; returns the exit code."""
-    args = _parse_arguments(argv)
-    parts = [part for part in args.images if part != "none"]
+def _urllib(url: str, part: Path, start: int) -> str:
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"})
     try:
-        download(
-            args.release,
-            parts,
-            args.to.expanduser(),
-            base_url=args.base_url,
-            keep_zips=args.keep_zips,
-            force=args.force,
-            dry_run=args.dry_run,
-        )
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        print(f"error: {error}", file=sys.stderr)
+        with urllib.request.urlopen(request, timeout=60) as response, part.open("ab") as file:
+            if not start or response.status == http.HTTPStatus.PARTIAL_CONTENT:
+                shutil.copyfileobj(response, file)
+            return f"HTTP status {response.status} without new data"
+    except (OSError, http.client.HTTPException) as error:
+        return str(error)
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Unpacks a zip under a temporary name, then renames its folder, or each file in it."""
+    unpacked = folder.with_name(f".{path.name}.unpacked")
+    with zipfile.ZipFile(path) as file, complete_or_absent(unpacked) as temporary:
+        for member in tqdm(file.namelist(), f"unpacking {folder.name}", unit=" files"):
+            file.extract(member, temporary)
+    is_new = not folder.exists()
+    for source in [unpacked / folder.name] if is_new else (unpacked / folder.name).iterdir():
+        source.replace(folder if is_new else folder / source.name)
+    shutil.rmtree(unpacked)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    try:
+        tyro.cli(download, args=argv, config=(tyro.conf.FlagCreatePairsOff,), description=__doc__)
+    except (ValueError, OSError, zipfile.BadZipFile, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'interrupted; the same command resumes'}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
     return 0
-
-
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.download",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("release", choices=RELEASES)
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        choices=["train", "val", "none"],
-        default=["train", "val"],
-        help="which images; none: the annotations only (default: train val)",
-    )
-    parser.add_argument(
-        "--to", type=Path, default=output_root() / "data" / "coco", help="default: data/coco"
-    )
-    parser.add_argument("--base-url", default=BASE_URL, help=f"a mirror; default: {BASE_URL}")
-    parser.add_argument("--keep-zips", action="store_true", help="do not delete them once unpacked")
-    parser.add_argument("--force", action="store_true", help="even if the disk seems too small")
-    parser.add_argument("--dry-run", action="store_true", help="stop after the plan")
-    args = parser.parse_args(argv)
-    if "none" in args.images and len(set(args.images)) > 1:
-        parser.error(f"--images: none goes with nothing else, found {' '.join(args.images)}")
-    if not args.base_url.startswith(("http://", "https://")):
-        parser.error(f"--base-url: expected http:// or https://, found {args.base_url!r}")
-    args.images = list(dict.fromkeys(args.images))
-    return args
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A folder of image files as people have them: broken, huge, odd, and odd but good.
+"""Image files as users have them: broken, huge, unusual but valid.
 
-Small files, made on the fly. For each the reason is told with which it has to be left out, or None
-if it has to be read. Stems are unique and, but for one, of plain letters, digits and dashes.
+All are small and made on the fly. Each comes with the reason for its quarantine, or None if it must
+be read. Stems are unique and, except for one, have ASCII letters, digits and dashes only.
 """
 
 import io
@@ -19,9 +19,9 @@ ORIENTATION = 0x0112
 
 
 def write_hostile(folder: Path, *, min_size_px: int = 1) -> dict[str, str | None]:
-    """Writes the files into `folder`; returns each one's reason or None, by its name.
+    """Writes the files and returns each one's reason or None, by its name.
 
-    A reason that ends in a colon and a space is only the beginning: the rest is Pillow's.
+    A reason that ends with a colon and a space continues with Pillow's message.
     """
     expected: dict[str, str | None] = {}
     for name, (content, reason) in (BROKEN | GOOD).items():
@@ -35,7 +35,7 @@ def write_hostile(folder: Path, *, min_size_px: int = 1) -> dict[str, str | None
 
 
 def photograph(size_px: tuple[int, int] = (96, 64)) -> Image.Image:
-    """Smooth colours with some noise, the same each time."""
+    """Returns smooth colours with some noise, always the same."""
     width, height = size_px
     across = np.linspace(0, 200, width)[None, :, None]
     down = np.linspace(0, 55, height)[:, None, None] * np.array([1, 0.5, 0.2])
@@ -44,63 +44,63 @@ def photograph(size_px: tuple[int, int] = (96, 64)) -> Image.Image:
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    """An image as a file's content."""
+    """Returns an image as the content of a file."""
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
-    """A chunk of a PNG."""
+    """Returns a chunk of a PNG."""
     checksum = zlib.crc32(name + content)
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
 def png(size_px: tuple[int, int], *chunks: bytes) -> bytes:
-    """A grey PNG that says it is of a size, whatever it holds."""
+    """Returns a grey PNG whose header has this size, whatever its chunks hold."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size_px, 8, 0, 0, 0, 0))
     return PNG_START + header + b"".join(chunks) + chunk(b"IEND", b"")
 
 
 def exif(content: bytes) -> bytes:
-    """A JPEG with `content` as its EXIF."""
+    """Returns a JPEG with `content` as its EXIF."""
     return saved(photograph(), "JPEG", exif=b"Exif\0\0" + content)
 
 
 def oriented(orientation: int) -> bytes:
-    """A JPEG with an EXIF orientation, whether or not there is such a one."""
+    """Returns a JPEG with an EXIF orientation, valid or not."""
     tags = Image.Exif()
     tags[ORIENTATION] = orientation
     return saved(photograph(), "JPEG", exif=tags)
 
 
 def film(kind: str) -> bytes:
-    """Three frames."""
+    """Returns an animation of three frames."""
     frames = [photograph().rotate(90 * turn) for turn in range(3)]
     return saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=100)
 
 
 def deep(kind: str, order: str = "<u2") -> bytes:
-    """Grey of 16 bits."""
+    """Returns a grey image of 16 bits."""
     grey = np.asarray(photograph().convert("L"))
     values = (grey.astype(np.uint16) * 257).astype(order)
     return saved(Image.fromarray(values), kind)
 
 
 def malformed_mpo() -> bytes:
-    """A JPEG with an index of further pictures that cannot be read."""
+    """Returns a JPEG with a broken index of further pictures."""
     content = saved(photograph(), "JPEG")
     index = b"MPF\0II*\0\x08\0\0\0" + b"\0\0" + bytes(4)
     return content[:2] + b"\xff\xe2" + struct.pack(">H", len(index) + 2) + index + content[2:]
 
 
 def zeros(num_bytes: int) -> bytes:
-    """Zeros, compressed a thousand times."""
+    """Returns compressed zeros, about a thousandth of `num_bytes`."""
     return zlib.compress(bytes(num_bytes), 9)
 
 
 def half(content: bytes) -> bytes:
-    """The first half of a file, as a broken download leaves it."""
+    """Returns the first half of a file, as an interrupted download leaves it."""
     return content[: len(content) // 2]
 
 
@@ -146,7 +146,7 @@ BROKEN: Files = {
         "undecodable: pixels of mode F have no known range",
     ),
 }
-"""Files that have to be left out."""
+"""Files that must be quarantined, with the reason."""
 
 GOOD: Files = {
     "plain.jpg": (lambda: saved(photograph(), "JPEG"), None),
@@ -178,7 +178,7 @@ GOOD: Files = {
     "png-named.jpg": (lambda: saved(photograph(), "PNG"), None),
     UNICODE_NAME: (lambda: saved(photograph(), "PNG"), None),
 }
-"""Files that have to be read."""
+"""Files that must be read."""
 
 SMALL = {"one-pixel.png": (1, 1), "very-wide.png": (2000, 3), "very-tall.png": (2, 1500)}
-"""Sizes of files that have to be left out only if they are too small."""
+"""Sizes of files that must be quarantined only below --min-image-size-px."""

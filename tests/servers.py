@@ -34,9 +34,6 @@ class Server:
         """By file name, for one request after the other: "503", "drop", "short", "hang up"."""
         self.before: Callable[[str], Any] = lambda name: None
         """Called with the name before each answer."""
-        self.version: Callable[[bytes], dict[str, str]] = lambda content: {}
-        """From a file's content to the headers that tell its version, such as its ETag."""
-        self.heeds_if_range = True
 
     @property
     def counts(self) -> Counter[str]:
@@ -65,7 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Says nothing."""
 
     def do_GET(self) -> None:
-        name = self.path.lstrip("/")
+        name = self.path.lstrip("/").partition("?")[0]
         self.told.asked.append(name)
         self.told.before(name)
         fault = self.told.next_fault(name)
@@ -79,20 +76,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, content: bytes, fault: str) -> None:
         wanted = self.headers.get("Range") if self.told.ranges else None
-        version = self.told.version(content)
-        only_of = self.headers.get("If-Range")
-        if only_of and self.told.heeds_if_range and only_of not in version.values():
-            wanted = None
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
-        body = content[start:]
+        first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
+        start, end = int(first), int(last) + 1 if last else len(content)
+        body = content[start:end]
         if wanted and not body:
             self.send_error(416)
             return
         self.send_response(206 if wanted else 200)
         if wanted:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        for name, text in version.items():
-            self.send_header(name, text)
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         if fault != "short":  # without a length, the end of the connection is the end of the file
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()

@@ -1,1 +1,1 @@
-"""Where captioned images come from: one module per kind of source, all yielding `Record`s."""
+"""Sources of captioned images: one module per kind, all of which yield `Record`s."""

@@ -1,53 +1,57 @@
-"""The COCO source: a folder of images and COCO's captions file, read through pycocotools.
+"""COCO: a folder of images and a captions file, in the layout of 2014 or of 2017.
 
-Both layouts work, 2014 (COCO_train2014_000000000009.jpg) and 2017 (000000000009.jpg), since the
-annotations name the files. With an instances file too, each record's `objects` tell the boxes in
-pixels of the source image, the right way up. The key is the image id in twelve digits.
+With an instances file, `objects` in each record's JSON has boxes in pixels of the upright source
+image. The key is the image id in twelve digits. The annotation files are held in memory while the
+records are listed.
 """
 
-import contextlib
-import io
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pycocotools.coco import COCO
+from latent_t2i.pipeline.sources.locators import FileLocator, replace_surrogates
+from latent_t2i.pipeline.sources.record import Record, to_json
 
-from latent_t2i.pipeline.sources.locators import FileLocator, clean
-from latent_t2i.pipeline.sources.record import Record, clean_json
+Entry = Mapping[str, Any]
 
 
 def records(images: Path, captions: Path, instances: Path | None = None) -> Iterator[Record]:
-    """Yields a record for each image of the captions file, in its order, with all its captions.
+    """Yields a record with all its captions for each image, in the captions file's order.
 
-    An image without a caption has none here; blank captions do not count. The files are held while
-    the records are listed, and no longer. Raises ValueError for a file that is not JSON, not
-    COCO's, of the other kind, or at odds with itself, and for a folder without most of the images.
+    Raises ValueError if an annotation file is not JSON, not COCO's, of the other kind, or
+    inconsistent, and if most of the images are missing in the folder.
     """
-    index = _read_index(captions, "captions", {"caption"})
-    objects = _read_objects(instances, index.imgs.keys()) if instances else {}
-    _require_files(images, [image["file_name"] for image in index.imgs.values()])
-    for image_id, image in index.imgs.items():
-        name = image["file_name"]
+    document = _read_document(captions, "captions", "caption")
+    objects = _read_objects(instances, document["images"]) if instances else {}
+    _require_files(images, [image["file_name"] for image in document["images"]])
+    annotations = _by_image(document)
+    for image in document["images"]:
+        image_id, name = image["id"], image["file_name"]
         yield Record(
             key=f"{image_id:012d}",
             locator=FileLocator(str(images / name)),
-            captions=_captions_of(index.imgToAnns.get(image_id, ())),
-            extra={"image_id": image_id, "file_name": clean(name)}
+            captions=_captions(annotations[image_id]),
+            extra={"image_id": image_id, "file_name": replace_surrogates(name)}
             | ({"objects": objects.get(image_id, [])} if instances else {}),
         )
 
 
-def _captions_of(annotations: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Returns the captions as they are; half a surrogate pair, which no UTF-8 can hold, goes."""
+def _captions(annotations: list[Entry]) -> tuple[str, ...]:
     texts = (str(annotation["caption"]) for annotation in annotations)
-    return tuple(clean(text) for text in texts if text.strip())
+    return tuple(replace_surrogates(text) for text in texts if text.strip())
+
+
+def _by_image(document: Entry) -> dict[int, list[Entry]]:
+    found: dict[int, list[Entry]] = defaultdict(list)
+    for annotation in document["annotations"]:
+        found[annotation["image_id"]].append(annotation)
+    return found
 
 
 def _require_files(folder: Path, names: list[str]) -> None:
-    """Refuses a folder without most of the images: single ones are left out later, with reason.
+    """Raises ValueError if most images are missing. Single ones are quarantined later.
 
     Lists each folder once and opens no file.
     """
@@ -62,54 +66,38 @@ def _require_files(folder: Path, names: list[str]) -> None:
             missing.append(name)
     if len(missing) > len(names) / 2:
         raise ValueError(
-            f"--source.images: {len(missing)} of the {len(names)} files that the captions name are "
-            f"not in {folder}, {missing[0]} first: is it the folder of another split?"
+            f"--source.images: {len(missing)} of the {len(names)} images in the captions file are "
+            f"not in {folder}, such as {missing[0]}: is it the folder of another split?"
         )
 
 
-def _read_objects(path: Path, image_ids: Iterable[int]) -> dict[int, list[dict[str, Any]]]:
-    index = _read_index(path, "instances", {"bbox", "category_id"})
-    if not index.imgs.keys() & set(image_ids):
-        raise ValueError(f"{path}: has none of the captions file's images: of another split?")
-    names = {category["id"]: category["name"] for category in index.dataset.get("categories", [])}
-    for annotation in index.dataset["annotations"]:
+def _read_objects(path: Path, images: list[Entry]) -> dict[int, list[dict[str, Any]]]:
+    document = _read_document(path, "instances", "bbox", "category_id")
+    expected = {image["id"] for image in images}
+    if not any(image["id"] in expected for image in document["images"]):
+        raise ValueError(f"{path}: has no image of the captions file: is it of another split?")
+    names = {category["id"]: to_json(category["name"]) for category in document["categories"]}
+    for number, annotation in enumerate(document["annotations"]):
         if annotation["category_id"] not in names:
             raise ValueError(
-                f"{path}: annotation {annotation['id']} has category {annotation['category_id']}, "
-                'which is not under "categories"'
+                f"{path}: annotations[{number}] has category_id {annotation['category_id']}, "
+                'which is not in "categories"'
             )
-    found: dict[int, list[dict[str, Any]]] = {}
-    for image_id, annotations in index.imgToAnns.items():
-        found[image_id] = [
+    return {
+        image_id: [
             {
-                "category": clean_json(names[annotation["category_id"]]),
+                "category": names[annotation["category_id"]],
                 "box_px": annotation["bbox"],
                 "crowd": annotation.get("iscrowd", 0),
             }
             for annotation in annotations
         ]
-    return found
+        for image_id, annotations in _by_image(document).items()
+    }
 
 
-def _read_index(path: Path, kind: str, fields: set[str]) -> COCO:
-    """Reads an annotation file and checks it; pycocotools would fail without saying where."""
-    document = _read_json(path)
-    for name in ("images", "annotations"):
-        if not isinstance(document.get(name), list):
-            raise ValueError(f'{path}: not a COCO {kind} file: it has no list "{name}"')
-    _require_fields(path, kind, document["images"], "images", {"id", "file_name"})
-    _require_fields(path, kind, document["annotations"], "annotations", {"id", "image_id"} | fields)
-    if kind == "instances":
-        _require_fields(path, kind, document.get("categories", []), "categories", {"id", "name"})
-    _require_consistent(path, document)
-    index = COCO()
-    index.dataset = document
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
-        index.createIndex()
-    return index
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_document(path: Path, kind: str, *fields: str) -> dict[str, Any]:
+    """Returns an annotation file whose annotations have the fields."""
     if not path.is_file():
         raise ValueError(f"{path}: a folder, expected a COCO annotation file (JSON)")
     try:
@@ -117,37 +105,44 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON, expected a COCO annotation file: {error}") from error
     if not isinstance(document, dict):
-        raise ValueError(f"{path}: not a COCO annotation file: it holds no JSON object")
+        raise ValueError(f"{path}: not a COCO annotation file: expected a JSON object")
+    needed = {"images": ("id", "file_name"), "annotations": ("image_id", *fields)}
+    if kind == "instances":
+        needed["categories"] = ("id", "name")
+    for name, names in needed.items():
+        if not isinstance(document.get(name), list):
+            raise ValueError(f'{path}: not a COCO {kind} file: it has no list "{name}"')
+        for number, entry in enumerate(document[name]):
+            _require_fields(f"{path}: not a COCO {kind} file: {name}[{number}]", entry, names)
+    _require_consistent(path, document)
     return document
 
 
-def _require_fields(path: Path, kind: str, items: list[Any], name: str, fields: set[str]) -> None:
-    for number, item in enumerate(items):
-        missing = sorted(fields - item.keys() if isinstance(item, dict) else fields)
-        if missing:
-            found = sorted(item) if isinstance(item, dict) else item
-            raise ValueError(
-                f"{path}: not a COCO {kind} file: {name}[{number}] has no {missing[0]!r}, "
-                f"only {found}"
-            )
+def _require_fields(place: str, entry: Any, names: tuple[str, ...]) -> None:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{place} is {entry!r}, expected an object with {', '.join(names)}")
+    for name in names:
+        if name not in entry:
+            raise ValueError(f"{place} has no {name!r}, only {sorted(entry)}")
 
 
-def _require_consistent(path: Path, document: Mapping[str, Any]) -> None:
-    """Holds ids to each other: what is not found would be a caption lost without a word."""
+def _require_consistent(path: Path, document: Entry) -> None:
+    """Raises ValueError for ids that would lose captions without a message."""
     counts = Counter(image["id"] for image in document["images"])
     for image_id, count in counts.items():
         if not isinstance(image_id, int) or image_id < 0:
             raise ValueError(f"{path}: image id {image_id!r}: expected a whole number")
         if count > 1:
-            raise ValueError(f"{path}: image id {image_id} stands {count} times")
+            raise ValueError(f"{path}: image id {image_id} is used {count} times, expected once")
     for image in document["images"]:
         if not isinstance(image["file_name"], str):
             raise ValueError(
                 f"{path}: image {image['id']} has file_name {image['file_name']!r}, expected text"
             )
-    strays = [a for a in document["annotations"] if a["image_id"] not in counts]
+    ids = [annotation["image_id"] for annotation in document["annotations"]]
+    strays = [number for number, image_id in enumerate(ids) if image_id not in counts]
     if strays:
         raise ValueError(
-            f'{path}: {len(strays)} annotations name images that are not under "images": '
-            f"annotation {strays[0]['id']} names {strays[0]['image_id']!r}"
+            f'{path}: {len(strays)} annotations name images that are not in "images", '
+            f"such as annotations[{strays[0]}] with image_id {ids[strays[0]]!r}"
         )

@@ -1,13 +1,11 @@
-"""A folder of images with its captions beside them, in either of two conventions.
+"""A folder of images, with captions in metadata or in a text file beside each image.
 
-metadata.jsonl or metadata.csv with a `file_name` (Hugging Face's imagefolder): it tells of all
-images below its folder, and its other columns go into the shards. Several lines for one image are
-several captions. Else a .txt beside each image (kohya's): each line of it that is not blank is a
-caption, or, with `caption_per="file"`, all of it is one.
+metadata.jsonl or metadata.csv with a `file_name` (Hugging Face's imagefolder) covers all images
+below its folder. Further columns go into the shards, and several lines for one image are several
+captions. Without metadata, each line of the .txt beside an image is a caption (kohya's layout).
 
-Images come sorted by their path below the folder. What lies about that is neither an image, a .txt
-nor metadata, and what begins with a dot, is no part of the data. Held in memory are the names in
-the folders on the way down and, where there is one, the metadata's text.
+Images are sorted by their path below the folder. Other files and names with a leading dot are
+ignored. Memory holds the names in one folder per level and the text of one metadata file.
 """
 
 import csv
@@ -27,24 +25,26 @@ from PIL import Image
 from latent_t2i.pipeline.sources.locators import FileLocator
 from latent_t2i.pipeline.sources.record import (
     Record,
-    find_column,
-    make_extra,
+    extra_fields,
+    find_caption_column,
     make_key,
-    read_captions,
+    parse_captions,
 )
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 NEVER_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}
-"""Pillow knows these formats by name only."""
-MOST_TEXT_BYTES = 2**24
-csv.field_size_limit(2**31 - 1)  # captions may be longer than the 128 kB it would allow
+"""Formats that Pillow identifies but cannot decode."""
+MAX_TEXT_BYTES = 2**24
+csv.field_size_limit(2**31 - 1)  # the default of 128 kB is too little for some captions
 
 CaptionPer = Literal["line", "file"]
+Inodes = tuple[tuple[int, int], ...]
+"""Device and inode of each folder on the way down."""
 
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """Which folder was asked for, and how its captions are told."""
+    """The folder and how its captions are stored."""
 
     root: Path
     caption_column: str | None
@@ -59,69 +59,65 @@ def records(
     A .txt without an image and an image that metadata does not name are records with a problem.
     Raises ValueError, with file and line, for metadata that cannot be read.
     """
-    return _visit(FolderOptions(folder, caption_column, caption_per), "", ())
+    return _walk(FolderOptions(folder, caption_column, caption_per), "", ())
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Returns the file name extensions that Pillow can read, in lower case and with their dot."""
+    """Returns the file name extensions that Pillow can read, in lower case with their dot."""
     known = Image.registered_extensions().items()
     return frozenset(s for s, kind in known if kind in Image.OPEN and kind not in NEVER_DECODED)
 
 
 def is_image(name: str) -> bool:
-    """Returns whether a file is an image by its name."""
+    """Returns whether a file has the extension of an image."""
     return _suffix(name) in image_suffixes()
 
 
 def decode_text(content: bytes) -> tuple[str, str | None]:
-    """Returns the text of a caption's file, or what is wrong with it."""
-    if len(content) > MOST_TEXT_BYTES:
-        return "", f"caption of more than {MOST_TEXT_BYTES} bytes"
+    """Returns the text of a caption file, and what is wrong with it."""
+    if len(content) > MAX_TEXT_BYTES:
+        return "", f"caption of more than {MAX_TEXT_BYTES} bytes"
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return "", "caption is not UTF-8"
-    if "\0" in text:  # UTF-16 without its mark passes for UTF-8
+    if "\0" in text:  # UTF-16 without a byte order mark is valid UTF-8
         return "", "caption is not UTF-8: it has NUL bytes"
     return text, None
 
 
-def _visit(
-    asked: FolderOptions, prefix: str, above: tuple[tuple[int, int], ...]
-) -> Iterator[Record]:
-    """Yields the records of a folder and those below; `prefix` is empty or ends with a slash."""
-    names, above = _list(asked.root / prefix, above)
-    metadata = _find_metadata(asked.root / prefix, names)
+def _walk(options: FolderOptions, prefix: str, parents: Inodes) -> Iterator[Record]:
+    """Yields the records below a folder. `prefix` is empty or ends with a slash."""
+    names, parents = _list(options.root / prefix, parents)
+    metadata = _find_metadata(options.root / prefix, names)
     if metadata is not None:
-        yield from _with_metadata(asked, prefix, metadata)
+        yield from _with_metadata(options, prefix, metadata)
         return
     texts = {_stem(name): name for name in names if _suffix(name) == ".txt"}
-    pictured = {_stem(name) for name in names if is_image(name)}
+    image_stems = {_stem(name) for name in names if is_image(name)}
     for name in names:
         if name.endswith("/"):
-            yield from _visit(asked, prefix + name, above)
+            yield from _walk(options, prefix + name, parents)
         elif is_image(name):
-            yield _with_text(asked, prefix, name, texts.get(_stem(name)))
-        elif _suffix(name) == ".txt" and _stem(name) not in pictured:
-            yield _record(asked, prefix + name, problem="a .txt without an image beside it")
+            yield _with_text(options, prefix, name, texts.get(_stem(name)))
+        elif _suffix(name) == ".txt" and _stem(name) not in image_stems:
+            yield _record(options, prefix + name, problem="a .txt without an image beside it")
 
 
-def _list(
-    folder: Path, above: tuple[tuple[int, int], ...]
-) -> tuple[list[str], tuple[tuple[int, int], ...]]:
-    """Returns a folder's names, those of folders with a slash so that paths sort as names do.
+def _list(folder: Path, parents: Inodes) -> tuple[list[str], Inodes]:
+    """Returns a folder's names, sorted, and its parents with the folder itself.
 
-    `above` are the folders on the way here, as device and inode. Raises ValueError for a folder
-    within itself, which a link can make.
+    A subfolder's name ends with a slash, so that paths sort as names do. Raises ValueError for a
+    link to a parent.
     """
     status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        raise ValueError(f"{folder}: a link to a folder that holds it")
+    inode = (status.st_dev, status.st_ino)
+    if inode in parents:
+        raise ValueError(f"{folder}: a link to a folder that contains it")
     with os.scandir(folder) as entries:
         names = [e.name + "/" * e.is_dir() for e in entries if not e.name.startswith(".")]
-    return sorted(names), (*above, here)
+    return sorted(names), (*parents, inode)
 
 
 def _find_metadata(folder: Path, names: list[str]) -> Path | None:
@@ -129,81 +125,82 @@ def _find_metadata(folder: Path, names: list[str]) -> Path | None:
         raise ValueError(f"{folder / 'metadata.parquet'}: expected {' or '.join(METADATA)}")
     found = [name for name in METADATA if name in names]
     if len(found) > 1:
-        raise ValueError(f"{folder}: has both {' and '.join(found)}: which is it?")
+        raise ValueError(f"{folder}: found {' and '.join(found)}, expected only one of them")
     return folder / found[0] if found else None
 
 
-def _with_text(asked: FolderOptions, prefix: str, name: str, text_name: str | None) -> Record:
-    """Returns the record of an image, with the captions of the .txt beside it, if there is one."""
+def _with_text(options: FolderOptions, prefix: str, name: str, text_name: str | None) -> Record:
+    """Returns the record of an image, with the captions of its text file if it has one."""
     if text_name is None:
-        return _record(asked, prefix + name)
+        return _record(options, prefix + name)
     try:
-        with (asked.root / prefix / text_name).open("rb") as file:
-            text, problem = decode_text(file.read(MOST_TEXT_BYTES + 1))
+        with (options.root / prefix / text_name).open("rb") as file:
+            text, problem = decode_text(file.read(MAX_TEXT_BYTES + 1))
     except OSError as error:
         text, problem = "", f"caption cannot be read: {error.strerror}"
-    parts = re.split(r"\r\n|\r|\n", text) if asked.caption_per == "line" else [text]
-    captions, _ = read_captions([part.strip() for part in parts])
-    return _record(asked, prefix + name, captions=captions, problem=problem)
+    parts = re.split(r"\r\n|\r|\n", text) if options.caption_per == "line" else [text]
+    captions, _ = parse_captions([part.strip() for part in parts])
+    return _record(options, prefix + name, captions=captions, problem=problem)
 
 
-def _with_metadata(asked: FolderOptions, prefix: str, path: Path) -> Iterator[Record]:
-    """Yields the records of a folder that has metadata: of what it names, and of what is there."""
-    lines, columns = _read_metadata(path)
-    if not lines:
+def _with_metadata(options: FolderOptions, prefix: str, path: Path) -> Iterator[Record]:
+    """Yields the records of all images below a folder and of all files that its metadata names."""
+    rows, columns = _read_metadata(path)
+    if not rows:
         raise ValueError(f"{path}: names no image")
-    column = find_column(columns, asked.caption_column, str(path))
-    on_disk = _images_below(asked.root / prefix, "", ())
-    for name, _ in groupby(heapq.merge(on_disk, sorted(lines))):
-        if name not in lines:
-            yield _record(asked, prefix + name, problem=f"not in {path.name}")
+    column = find_caption_column(columns, options.caption_column, str(path))
+    on_disk = _images_below(options.root / prefix, "", ())
+    for name, _ in groupby(heapq.merge(on_disk, sorted(rows))):
+        if name not in rows:
+            yield _record(options, prefix + name, problem=f"not in {path.name}")
             continue
-        rows = [json.loads(line) for line in lines.pop(name)]
-        told = [read_captions(row.get(column)) for row in rows]
-        problem = next((problem for _, problem in told if problem), _problem_of(name))
+        fields = [json.loads(row) for row in rows.pop(name)]
+        parsed = [parse_captions(row.get(column)) for row in fields]
+        problems = (problem for _, problem in parsed if problem)
         yield _record(
-            asked,
+            options,
             prefix + name,
-            captions=tuple(chain.from_iterable(captions for captions, _ in told)),
-            problem=problem,
-            extra={key: value for key, value in rows[0].items() if key != column},
+            captions=tuple(chain.from_iterable(captions for captions, _ in parsed)),
+            problem=next(problems, _problem_of_name(name)),
+            extra={key: value for key, value in fields[0].items() if key != column},
         )
 
 
-def _problem_of(name: str) -> str | None:
+def _problem_of_name(name: str) -> str | None:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         return "file name leads out of the folder"
     return "file name has a NUL byte" if "\0" in name else None
 
 
-def _images_below(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    names, above = _list(folder / prefix, above)
+def _images_below(folder: Path, prefix: str, parents: Inodes) -> Iterator[str]:
+    names, parents = _list(folder / prefix, parents)
     if prefix and _find_metadata(folder / prefix, names):
-        raise ValueError(f"{folder / prefix}: has metadata, and so has {folder}: expected only one")
+        raise ValueError(f"{folder / prefix}: has metadata and so has {folder}, expected only one")
     for name in names:
         if name.endswith("/"):
-            yield from _images_below(folder, prefix + name, above)
+            yield from _images_below(folder, prefix + name, parents)
         elif is_image(name):
             yield prefix + name
 
 
 def _read_metadata(path: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """Returns the lines of each file name, as JSON, and all columns in order of appearance."""
-    lines: dict[str, list[str]] = {}
+    """Returns the rows of each file name, as JSON, and all columns in order of appearance."""
+    found: dict[str, list[str]] = {}
     columns: dict[str, None] = {}
-    rows = _read_csv(path) if path.suffix == ".csv" else _read_jsonl(path)
-    for number, row in rows:
-        name = row.get("file_name")
-        if not isinstance(name, str) or not name:
+    for number, row in _read_csv(path) if path.suffix == ".csv" else _read_jsonl(path):
+        if "file_name" not in row:
             raise ValueError(
                 f"{path}: line {number}: expected a file_name, found only {sorted(row)}"
-                if "file_name" not in row
-                else f"{path}: line {number}: file_name is {name!r}, expected the name of a file"
+            )
+        name = row["file_name"]
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"{path}: line {number}: file_name is {name!r}, expected the name of a file"
             )
         columns |= dict.fromkeys(row)
-        lines.setdefault(str(PurePosixPath(name)), []).append(json.dumps(row))
-    return lines, list(columns)
+        found.setdefault(str(PurePosixPath(name)), []).append(json.dumps(row))
+    return found, list(columns)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -230,7 +227,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 )
             yield reader.line_num, row
     except csv.Error as error:
-        first = reader.line_num + 1  # of the row, which quotes may make longer
+        first = reader.line_num + 1  # the row's first line: a quoted field may have several
         raise ValueError(f"{path}: line {first}: not CSV: {error}") from None
 
 
@@ -245,7 +242,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _record(
-    asked: FolderOptions,
+    options: FolderOptions,
     name: str,
     *,
     captions: tuple[str, ...] = (),
@@ -254,15 +251,15 @@ def _record(
 ) -> Record:
     return Record(
         key=make_key(str(PurePosixPath(name).with_suffix(""))),
-        locator=FileLocator(str(asked.root / name)),
+        locator=FileLocator(str(options.root / name)),
         captions=captions,
-        extra=make_extra(extra or {}, name),
+        extra=extra_fields(extra or {}, name),
         problem=problem,
     )
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - a Path for each name takes longer
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - faster than a Path
 
 
 def _stem(name: str) -> str:

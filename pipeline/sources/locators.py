@@ -1,12 +1,11 @@
-"""Where an image's bytes lie: a file, a stretch of a tar, or a row of a parquet file.
+"""Where an image's bytes are: a file, a byte range of a tar, or a cell of a parquet file.
 
     read_image_bytes(TarLocator("s3://bucket/00000.tar", 1536, 40_960, "00000.tar/000000000.jpg"))
 
-A place is small, so that millions can be kept, and plain values, so that they can be kept on disk.
-Reading is safe from several threads. What is the image's own fault is a LocatorError or "missing
-file"; a network that stays away after all attempts is a RemoteError, and no reason to leave an
-image out. Rows come through a cache of row groups: in order, each group is read once; out of order,
-each image may cost a whole one.
+Locators are small plain values, so that millions can be kept on disk. Errors of one image are
+FileNotFoundError or LocatorError; errors of the network or the machine are RemoteError and other
+OSErrors, which must not quarantine an image. Parquet is read in whole row groups through a cache:
+rows in order read each group once, rows out of order may read a group per image.
 """
 
 import errno
@@ -17,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,12 +32,11 @@ from latent_t2i.shards.remote.transport import (
     refusal,
 )
 
-RETRY = Retry()
-KEPT_BYTES = 512 * 2**20
-"""Row groups are kept up to this size in all, though always the last two."""
-LEAST_KEPT = 2  # threads at work on both sides of a border
+CACHE_BYTES = 512 * 2**20
+"""Upper bound for cached row groups, except that two are always kept."""
+MIN_CACHED = 2  # threads may work on both sides of a border between groups
 
-OWN_FAULTS = (
+ERRORS_OF_ONE_FILE = (
     errno.EACCES,
     errno.EISDIR,
     errno.ELOOP,
@@ -45,25 +44,25 @@ OWN_FAULTS = (
     errno.ENOTDIR,
     errno.EPERM,
 )
-"""Errors of one file; others, such as too many open files, are the machine's."""
+"""Other numbers, such as too many open files, are the machine's fault and not the image's."""
 
 T = TypeVar("T")
 
 
 class LocatorError(OSError):
-    """An image's bytes cannot be had; the text is the reason, without a machine's folders."""
+    """An image's bytes cannot be read; the message is the reason in the quarantine."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileLocator:
-    """A file of its own."""
+    """A file."""
 
     path: str
 
 
 @dataclass(frozen=True, slots=True)
 class TarLocator:
-    """A member of a tar, by where its content begins; `url` may also be a local path."""
+    """The content of a member of a tar, which may also be a local file."""
 
     url: str
     offset: int
@@ -74,7 +73,7 @@ class TarLocator:
 
 @dataclass(frozen=True, slots=True)
 class ParquetLocator:
-    """A row of a row group; the column may be a field of a struct: `image.bytes`."""
+    """A row of a row group. The column may be a field of a struct: `image.bytes`."""
 
     url: str
     row_group: int
@@ -90,76 +89,119 @@ KINDS: dict[str, type[FileLocator] | type[TarLocator] | type[ParquetLocator]] = 
 }
 
 
-def read_image_bytes(place: ImageLocator) -> bytes:
+class LocatorReader:
+    """Reads images and caches parquet row groups. Safe to use from several threads."""
+
+    def __init__(self, *, retry: Retry | None = None, cache_bytes: int = CACHE_BYTES) -> None:
+        self._retry = retry
+        self._row_groups = RowGroupCache(cache_bytes, retry)
+
+    def read(self, locator: ImageLocator) -> bytes:
+        """Returns an image file's content, as `read_image_bytes` does."""
+        try:
+            if isinstance(locator, FileLocator):
+                return Path(locator.path).read_bytes()
+            if isinstance(locator, TarLocator):
+                return self._read_range(locator)
+            return self._read_cell(locator)
+        except FileNotFoundError:
+            raise FileNotFoundError("missing file") from None
+        except ValueError as error:  # a path with a NUL byte, or a file that is not parquet
+            raise LocatorError(f"cannot be read: {error}") from None
+        except (LocatorError, RemoteError):
+            raise
+        except OSError as error:
+            if error.errno is not None and error.errno not in ERRORS_OF_ONE_FILE:
+                raise
+            raise LocatorError(f"cannot be read: {error.strerror or error}") from None
+
+    def _read_range(self, locator: TarLocator) -> bytes:
+        if is_remote(locator.url):
+            return with_retries(locator.url, lambda: _fetch_range(locator), self._retry)
+        with Path(locator.url).open("rb") as file:
+            file.seek(locator.offset)
+            content = file.read(locator.num_bytes)
+        if len(content) < locator.num_bytes:
+            raise LocatorError(f"ended after {len(content)} of its {locator.num_bytes} bytes")
+        return content
+
+    def _read_cell(self, locator: ParquetLocator) -> bytes:
+        values = self._row_groups.get(locator.url, locator.row_group, locator.column)
+        if locator.row >= len(values):
+            raise LocatorError(
+                f"row group {locator.row_group} has {len(values)} rows, no row {locator.row}"
+            )
+        value = values[locator.row].as_py()
+        if isinstance(value, dict):
+            value = value[locator.column.rpartition(".")[2]]
+        if value is None:
+            raise LocatorError("no image in this row")
+        content: bytes = value
+        return content
+
+
+@cache
+def process_reader() -> LocatorReader:
+    """Returns the reader that all threads of this process share, with its cache."""
+    return LocatorReader()
+
+
+def read_image_bytes(locator: ImageLocator) -> bytes:
     """Returns an image file's content.
 
-    Raises FileNotFoundError ("missing file") and LocatorError for what is wrong with this image,
-    RemoteError and other OSErrors for what is wrong with the network or the machine.
+    Raises FileNotFoundError ("missing file") and LocatorError for errors of this image, RemoteError
+    and other OSErrors for errors of the network or the machine.
     """
-    try:
-        if isinstance(place, FileLocator):
-            return Path(place.path).read_bytes()
-        if isinstance(place, TarLocator):
-            return _read_range(place.url, place.offset, place.num_bytes)
-        return _read_cell(place)
-    except FileNotFoundError:
-        raise FileNotFoundError("missing file") from None
-    except ValueError as error:  # a name with a NUL byte, or not a parquet file
-        raise LocatorError(f"cannot be read: {error}") from None
-    except (LocatorError, RemoteError):
-        raise
-    except OSError as error:
-        if error.errno is not None and error.errno not in OWN_FAULTS:
-            raise
-        raise LocatorError(f"cannot be read: {error.strerror or error}") from None
+    return process_reader().read(locator)
 
 
-def locator_name(place: ImageLocator) -> str:
-    """Returns a name that is the same wherever the files lie: for hashes and reasons."""
-    if isinstance(place, FileLocator):
-        return clean(Path(place.path).name)
-    if isinstance(place, TarLocator):
-        return clean(place.name)
-    return clean(f"{last_name(place.url)} row group {place.row_group} row {place.row}")
+def locator_name(locator: ImageLocator) -> str:
+    """Returns a name that does not depend on the folder or host, for hashes and messages."""
+    if isinstance(locator, FileLocator):
+        return replace_surrogates(Path(locator.path).name)
+    if isinstance(locator, TarLocator):
+        return replace_surrogates(locator.name)
+    place = f"row group {locator.row_group} row {locator.row}"
+    return replace_surrogates(f"{file_name_of(locator.url)} {place}")
 
 
-def locator_to_json(place: ImageLocator) -> list[str | int]:
-    """Returns a place as plain values: its kind, then its parts."""
-    kind = next(name for name, cls in KINDS.items() if isinstance(place, cls))
-    return [kind, *(getattr(place, name) for name in place.__slots__)]
+def locator_to_json(locator: ImageLocator) -> list[str | int]:
+    """Returns a locator as plain values: its kind, then its fields."""
+    kind = next(name for name, cls in KINDS.items() if isinstance(locator, cls))
+    return [kind, *(getattr(locator, name) for name in locator.__slots__)]
 
 
 def locator_from_json(values: list[Any]) -> ImageLocator:
-    """Returns the place that `locator_to_json` gave. Raises ValueError for anything else."""
-    kind, *parts = values
+    """Returns the locator that `locator_to_json` was given. Raises ValueError for other kinds."""
+    kind, *fields = values
     if kind not in KINDS:
-        raise ValueError(f"a place of kind {kind!r}, expected one of {', '.join(KINDS)}")
-    return KINDS[kind](*parts)
+        raise ValueError(f"locator of kind {kind!r}, expected one of {', '.join(KINDS)}")
+    return KINDS[kind](*fields)
 
 
-def last_name(url: str) -> str:
-    """Returns a file's name without folders, host and query."""
+def file_name_of(url: str) -> str:
+    """Returns the last part of a path or URL, without a query."""
     return without_query(url).rpartition("/")[2]
 
 
 def without_query(url: str) -> str:
-    """Returns an http URL without what follows `?`, such as a signature; others as they are."""
+    """Returns an http URL without its query, which may be a signature; other URLs unchanged."""
     return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
 
 
-def clean(text: str) -> str:
-    """Returns text as UTF-8 can hold it: half a surrogate pair becomes `?`."""
+def replace_surrogates(text: str) -> str:
+    """Returns text that UTF-8 can encode: half a surrogate pair becomes `?`."""
     return text.encode("utf-8", "replace").decode()
 
 
-def with_retries(url: str, read: Callable[[], T]) -> T:
-    """Returns what `read` does, tried again as `shards.remote` does; a local file is read once.
+def with_retries(url: str, read: Callable[[], T], retry: Retry | None = None) -> T:
+    """Returns `read()`, repeated for a URL while it fails with an error that a retry may change.
 
     Raises FileNotFoundError at once, RemoteError for a refusal or when all attempts failed.
     """
     if not is_remote(url):
         return read()
-    num_failures = 0
+    retry, num_failures = retry or Retry(), 0
     while True:
         try:
             return read()
@@ -170,43 +212,33 @@ def with_retries(url: str, read: Callable[[], T]) -> T:
             shown, reason = without_query(url), refusal(error)
             if reason:
                 raise RemoteError(f"{shown}: {reason}") from error
-            if num_failures >= RETRY.attempts:
+            if num_failures >= retry.attempts:
                 raise RemoteError(
                     f"{shown}: gave up after {num_failures} attempts; the last one: "
                     f"{describe(error)}"
                 ) from error
-        RETRY.wait(num_failures)
+        retry.wait(num_failures)
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What protocol packages raise; they are looked up once a package is loaded."""
+    """Returns what protocol packages raise, of the packages that are imported."""
     modules = ((sys.modules.get(module), name) for module, name in (*LOST, *REFUSED))
     return OSError, *(getattr(module, name) for module, name in modules if hasattr(module, name))
 
 
-def _read_range(url: str, offset: int, num_bytes: int) -> bytes:
-    if is_remote(url):
-        return with_retries(url, lambda: _fetch(url, offset, num_bytes))
-    with Path(url).open("rb") as file:
-        file.seek(offset)
-        content = file.read(num_bytes)
-    if len(content) < num_bytes:
-        raise LocatorError(f"ended after {len(content)} of its {num_bytes} bytes")
-    return content
-
-
-def _fetch(url: str, offset: int, num_bytes: int) -> bytes:
-    if not num_bytes:
+def _fetch_range(locator: TarLocator) -> bytes:
+    if not locator.num_bytes:
         return b""
-    system, path = find_filesystem(url)
-    content: bytes = system.cat_file(path, start=offset, end=offset + num_bytes)
-    if len(content) != num_bytes:
-        raise ShortReadError(f"{len(content)} bytes where {num_bytes} were asked for")
+    system, path = find_filesystem(locator.url)
+    end = locator.offset + locator.num_bytes
+    content: bytes = system.cat_file(path, start=locator.offset, end=end)
+    if len(content) != locator.num_bytes:
+        raise ShortReadError(f"found {len(content)} bytes, expected {locator.num_bytes}")
     return content
 
 
 def import_parquet() -> Any:
-    """Returns pyarrow's parquet module. Raises ValueError if it is not installed."""
+    """Returns the module pyarrow.parquet. Raises ValueError if pyarrow is not installed."""
     try:
         return importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError as error:
@@ -216,7 +248,7 @@ def import_parquet() -> Any:
 
 
 def open_parquet(url: str) -> Any:
-    """Returns a pyarrow ParquetFile of a local path or a URL, to be closed with `force=True`."""
+    """Returns a pyarrow ParquetFile of a path or URL. The caller closes it with `force=True`."""
     parquet = import_parquet()
     if not is_remote(url):
         return parquet.ParquetFile(url)
@@ -224,8 +256,8 @@ def open_parquet(url: str) -> Any:
     return parquet.ParquetFile(system.open(path, "rb"), pre_buffer=True)
 
 
-def read_row_group(url: str, row_group: int, columns: list[str]) -> Any:
-    """Returns some columns of a row group as a pyarrow Table; no other is read."""
+def read_row_group(url: str, row_group: int, columns: list[str], retry: Retry | None = None) -> Any:
+    """Returns columns of a row group as a pyarrow Table, without reading the other columns."""
 
     def read() -> Any:
         file = open_parquet(url)
@@ -234,68 +266,51 @@ def read_row_group(url: str, row_group: int, columns: list[str]) -> Any:
         finally:
             file.close(force=True)
 
-    return with_retries(url, read)
+    return with_retries(url, read, retry)
 
 
-class RowGroups:
-    """The row groups last used, a column each, up to so many bytes; safe from several threads.
+class RowGroupCache:
+    """Least recently used columns of row groups. Safe to use from several threads.
 
-    A group that several threads ask for is read by the first of them, and the others wait.
+    The first thread that needs a group reads it, and the others wait for it.
     """
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, max_bytes: int, retry: Retry | None = None) -> None:
+        self._max_bytes = max_bytes
+        self._retry = retry
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple[str, int, str], Future[Any]] = OrderedDict()
+        self._cached: OrderedDict[tuple[str, int, str], Future[Any]] = OrderedDict()
 
     def get(self, url: str, row_group: int, column: str) -> Any:
-        """Returns a column of a row group, a pyarrow ChunkedArray."""
+        """Returns a column of a row group as a pyarrow ChunkedArray."""
         key = (url, row_group, column)
         with self._lock:
-            future = self._kept.get(key)
-            mine = future is None
+            future = self._cached.get(key)
+            is_first = future is None
             if future is None:
-                future = self._kept[key] = Future()
-            self._kept.move_to_end(key)
-        if mine:
+                future = self._cached[key] = Future()
+            self._cached.move_to_end(key)
+        if is_first:
             self._read(key, future)
         return future.result()
 
     def _read(self, key: tuple[str, int, str], future: Future[Any]) -> None:
         url, row_group, column = key
         try:
-            table = read_row_group(url, row_group, [column])
+            table = read_row_group(url, row_group, [column], self._retry)
         except BaseException as error:
             with self._lock:
-                self._kept.pop(key, None)
+                self._cached.pop(key, None)
             future.set_exception(error)
             raise
         future.set_result(table.column(0))
         with self._lock:
-            self._let_go()
+            self._evict()
 
-    def _let_go(self) -> None:
-        """Lets go of the longest unused while there is too much; one that is being read stays."""
-        sizes = {key: f.result().nbytes for key, f in self._kept.items() if f.done()}
-        for key in list(sizes)[:-LEAST_KEPT]:
-            if sum(sizes.values()) <= self._most_bytes:
+    def _evict(self) -> None:
+        """Removes the least recently used groups above the limit, but none that is being read."""
+        sizes = {key: f.result().nbytes for key, f in self._cached.items() if f.done()}
+        for key in list(sizes)[:-MIN_CACHED]:
+            if sum(sizes.values()) <= self._max_bytes:
                 return
-            del self._kept[key], sizes[key]
-
-
-ROW_GROUPS = RowGroups(KEPT_BYTES)
-
-
-def _read_cell(place: ParquetLocator) -> bytes:
-    values = ROW_GROUPS.get(place.url, place.row_group, place.column)
-    if place.row >= len(values):
-        raise LocatorError(
-            f"row group {place.row_group} has {len(values)} rows, no row {place.row}"
-        )
-    value = values[place.row].as_py()
-    if isinstance(value, dict):
-        value = value[place.column.rpartition(".")[2]]
-    if value is None:
-        raise LocatorError("no image in this row")
-    content: bytes = value
-    return content
+            del self._cached[key], sizes[key]

@@ -1,11 +1,11 @@
-"""Where records come from: one module per kind of source, all giving the same type.
+"""Opens a source of captioned images: one module per kind, all of which yield records.
 
     for record in open_source(config.source): ...
 
 To add a source, write a module beside `folder.py` whose `records` yields a `Record` for each image,
-name its kind in `SourceConfig.kind`, and call it here. The order it yields is the order of the
-shards. What is wrong with one image is that record's `problem`; what is wrong with a whole file is
-a ValueError. Records are made as they are asked for, so that a source may be larger than memory.
+add its kind to `SourceConfig.kind`, and call it here. Its order is the order of the shards. A fault
+of one image becomes that record's `problem`, a fault of a whole file a ValueError. Records are
+yielded one by one, so that a source may be larger than memory.
 """
 
 import os
@@ -40,9 +40,8 @@ class SceneSettings(NamedTuple):
 def open_source(source: SourceConfig, scenes: SceneSettings | None = None) -> Iterator[Record]:
     """Returns every record of the source, or the first `num_images`, in the source's order.
 
-    `scenes` is needed for the kind `scenes` only.
-    Raises ValueError naming the flag for a missing folder or file, or one of another kind; what is
-    wrong within them is raised on the way.
+    `scenes` is needed for the kind `scenes` only; they are drawn first, unless they exist. Raises
+    ValueError with the flag for a missing file or folder; the iterator raises it for broken files.
     """
     if source.kind == "scenes":
         assert scenes is not None
@@ -61,7 +60,7 @@ def open_source(source: SourceConfig, scenes: SceneSettings | None = None) -> It
             caption_column=source.caption_column,
         )
     else:
-        import_parquet()  # says at once that it is not installed
+        import_parquet()  # raises if it is not installed
         found = parquet.records(
             with_short_names(find_files(source.images, ".parquet")),
             image_column=source.image_column,
@@ -71,23 +70,23 @@ def open_source(source: SourceConfig, scenes: SceneSettings | None = None) -> It
 
 
 def find_files(location: str, suffix: str) -> list[str]:
-    """Returns the paths or URLs of a folder's files, a pattern's, or those that braces spell out.
+    """Returns the paths or URLs of the files in a folder, or those that a pattern or braces match.
 
-    Those of a folder or a pattern are sorted, those of braces come as they are listed.
-    Raises ValueError if there are none, one is missing, or one is compressed.
+    They are sorted, except that braces keep their order. Raises ValueError if there are none, one
+    is missing, or one is compressed.
     """
     try:
         parts = [location] if find_path(location) else list(braceexpand(location, escape=False))
     except ValueError:
-        raise ValueError(f"{FLAG}: braces of {location!r} do not close") from None
+        raise ValueError(f"{FLAG}: {location!r} has a brace without its counterpart") from None
     found = []
     for part in parts:
         if part.startswith(PIPE):
-            raise ValueError(f"{FLAG}: {part!r}: a command cannot give a part of a file")
+            raise ValueError(f"{FLAG}: {part!r}: a command cannot read a byte range of a file")
         files = _find_remote(part, suffix) if is_remote(part) else _find_local(part, suffix)
         if not files:
             raise ValueError(
-                f"{FLAG}: no {suffix} at {part!r}; folders below take a pattern, '**/*{suffix}'"
+                f"{FLAG}: no {suffix} file in {part!r}; subfolders need a pattern, '**/*{suffix}'"
             )
         found += files
     for file in found:
@@ -97,7 +96,7 @@ def find_files(location: str, suffix: str) -> list[str]:
 
 
 def with_short_names(files: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs each file with its path below the folder that holds all of them, without suffix."""
+    """Pairs each file with its path below the common folder, without suffix."""
     paths = [PurePosixPath(without_query(file)) for file in files]
     depth = len(os.path.commonprefix([path.parts[:-1] for path in paths]))  # noqa: RUF071 - parts
     return [
@@ -136,7 +135,7 @@ def _find_folder(name: str) -> Path:
 def _find(flag: str, name: str) -> Path:
     path = find_path(name)
     if path is None:
-        raise ValueError(f"{flag}: nothing at {name!r}, here or in the project")
+        raise ValueError(f"{flag}: {name!r} does not exist, here or in the project")
     return path
 
 
@@ -145,10 +144,9 @@ def _find_local(name: str, suffix: str) -> list[str]:
     if path is not None and path.is_file():
         return [str(path)]
     if path is not None:
-        endings = (suffix, *(img2dataset.COMPRESSED if suffix == ".tar" else ()))
-        return sorted(str(file) for file in path.iterdir() if file.name.endswith(endings))
+        return sorted(str(file) for file in path.iterdir() if file.name.endswith(_endings(suffix)))
     if not _is_pattern(name):
-        raise ValueError(f"{FLAG}: nothing at {name!r}, here or in the project")
+        raise ValueError(f"{FLAG}: {name!r} does not exist, here or in the project")
     given = Path(name).expanduser()
     if given.is_absolute():
         root, pattern = Path(given.anchor), str(given.relative_to(given.anchor))
@@ -157,10 +155,10 @@ def _find_local(name: str, suffix: str) -> list[str]:
 
 
 def _find_remote(url: str, suffix: str) -> list[str]:
-    """Returns the URLs behind one; a web server lists nothing, so there it is a single file."""
+    """Returns the URLs of a folder, pattern or file. A web server cannot list its files."""
     if url.startswith(("http://", "https://")):
         if "*" in url:
-            raise ValueError(f"{FLAG}: {url}: a web server lists no files; braces spell them out")
+            raise ValueError(f"{FLAG}: {url}: http has no patterns, name the files with braces")
         return [url]
     system, path = find_filesystem(url)
 
@@ -168,11 +166,16 @@ def _find_remote(url: str, suffix: str) -> list[str]:
         if _is_pattern(path):
             return list(system.glob(path))
         if system.isdir(path):
-            endings = (suffix, *(img2dataset.COMPRESSED if suffix == ".tar" else ()))
-            return [name for name in system.ls(path, detail=False) if name.endswith(endings)]
+            names = system.ls(path, detail=False)
+            return [name for name in names if name.endswith(_endings(suffix))]
         return [path]
 
     return [system.unstrip_protocol(name) for name in sorted(with_retries(url, look))]
+
+
+def _endings(suffix: str) -> tuple[str, ...]:
+    # Compressed tars count as found, for an error that says so.
+    return (suffix, *(img2dataset.COMPRESSED if suffix == ".tar" else ()))
 
 
 def _is_pattern(name: str) -> bool:

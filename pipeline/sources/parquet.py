@@ -1,9 +1,8 @@
-"""Parquet files with images and captions in columns, as the Hugging Face hub holds them.
+"""Parquet files with images and captions in columns, as on the Hugging Face hub.
 
-The image column is a struct of `bytes` and `path`, or plain bytes; captions are text or a list of
-texts. For the listing only the captions and other small columns are read, a row group at a time;
-the images come later through `pipeline.places`, again by row groups. Columns that hold bytes, times
-or anything else that is not JSON are left out of the shards' JSON.
+The image column is a struct of `bytes` and `path`, or plain bytes; a caption is a text or a list of
+texts. Listing reads captions and other small columns only. Images are read later, in whole row
+groups. Columns that JSON cannot hold, such as bytes and times, are left out of the shards' JSON.
 
 Needs pyarrow: pip install 'latent-t2i[parquet]'
 """
@@ -15,8 +14,8 @@ from typing import Any
 
 from latent_t2i.pipeline.sources.locators import (
     ParquetLocator,
+    file_name_of,
     import_parquet,
-    last_name,
     open_parquet,
     read_row_group,
     with_retries,
@@ -24,31 +23,31 @@ from latent_t2i.pipeline.sources.locators import (
 )
 from latent_t2i.pipeline.sources.record import (
     Record,
-    find_column,
-    make_extra,
+    extra_fields,
+    find_caption_column,
     make_key,
-    read_captions,
+    parse_captions,
 )
 from latent_t2i.shards.remote.transport import RemoteError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
-ROWS_AT_ONCE = 1024
+ROWS_PER_BATCH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What is read of a file, by dotted paths."""
+    """The columns that are read, as dotted paths."""
 
     image: str
-    """The bytes."""
+    """The image's bytes."""
     path: str | None
-    """The image's file name, where there is one."""
+    """The image's file name, if there is such a column."""
     caption: str
     others: tuple[str, ...]
 
     @property
     def listed(self) -> list[str]:
-        """All but the image."""
+        """All columns but the image."""
         return [self.caption, *self.others, *([self.path] if self.path else [])]
 
 
@@ -60,46 +59,44 @@ def records(
 ) -> Iterator[Record]:
     """Yields a record for each row of the files, given as (path or URL, short name), in order.
 
-    The key is the short name with the row's number in the file.
-    Raises ValueError for a file that is not parquet or has no such columns, and RemoteError for one
-    that cannot be had.
+    The key is the short name with the row's number in the file. Raises ValueError for a file that
+    is not parquet or lacks a column, and RemoteError for one that cannot be downloaded.
     """
     for url, short_name in files:
-        columns, num_rows = _inspect(url, image_column, caption_column)
+        columns, group_sizes = _inspect(url, image_column, caption_column)
         first = 0
-        for row_group, number in enumerate(num_rows):
+        for row_group, num_rows in enumerate(group_sizes):
             for row, fields in enumerate(_rows(url, row_group, columns)):
                 key = make_key(f"{short_name}_{first + row:07d}")
                 locator = ParquetLocator(url, row_group, row, columns.image)
                 yield _record(key, locator, columns, fields)
-            first += number
+            first += num_rows
 
 
 def _record(key: str, locator: ParquetLocator, columns: Columns, fields: dict[str, Any]) -> Record:
-    captions, problem = read_captions(fields[columns.caption])
+    captions, problem = parse_captions(fields[columns.caption])
     struct, _, name = (columns.path or "").partition(".")
     path = (fields[struct] or {}).get(name) if columns.path else None
+    others = {column: fields[column] for column in columns.others}
     return Record(
         key=key,
         locator=locator,
         captions=captions,
-        extra=make_extra(
-            {column: fields[column] for column in columns.others}, path or last_name(locator.url)
-        ),
+        extra=extra_fields(others, path or file_name_of(locator.url)),
         problem=problem,
     )
 
 
 def _rows(url: str, row_group: int, columns: Columns) -> Iterator[dict[str, Any]]:
     table = _read(url, lambda: read_row_group(url, row_group, columns.listed))
-    for batch in table.to_batches(ROWS_AT_ONCE):
+    for batch in table.to_batches(ROWS_PER_BATCH):
         yield from batch.to_pylist()
 
 
 def _inspect(
     url: str, image_column: str | None, caption_column: str | None
 ) -> tuple[Columns, list[int]]:
-    """Returns which columns of a file are read, and how many rows each of its row groups has."""
+    """Returns which columns of a file to read, and the number of rows of each row group."""
 
     def read() -> tuple[Any, list[int]]:
         file = open_parquet(url)
@@ -110,12 +107,12 @@ def _inspect(
         finally:
             file.close(force=True)
 
-    schema, num_rows = _read(url, lambda: with_retries(url, read))
-    return _find_columns(without_query(url), schema, image_column, caption_column), num_rows
+    schema, group_sizes = _read(url, lambda: with_retries(url, read))
+    return _find_columns(without_query(url), schema, image_column, caption_column), group_sizes
 
 
 def _read(url: str, read: Callable[[], Any]) -> Any:
-    """Calls `read`; what is wrong with the file is then a ValueError that names it."""
+    """Returns `read()`. Raises ValueError with the file's name for a missing or broken file."""
     import_parquet()
     arrow_error: type[Exception] = importlib.import_module("pyarrow").ArrowException
     try:
@@ -129,36 +126,36 @@ def _read(url: str, read: Callable[[], Any]) -> Any:
 
 
 def _find_columns(
-    shown: str, schema: Any, image_column: str | None, caption_column: str | None
+    file: str, schema: Any, image_column: str | None, caption_column: str | None
 ) -> Columns:
     names = (image_column,) if image_column else IMAGE_COLUMNS
     image = next((name for name in names if name in schema.names), None)
     if image is None:
         raise ValueError(
-            f"--source.image-column: {shown} has no {' or '.join(map(repr, names))}, "
+            f"--source.image-column: {file} has no column {' or '.join(map(repr, names))}, "
             f"only {', '.join(map(repr, schema.names))}"
         )
-    caption = find_column(schema.names, caption_column, shown)
-    _require_text(shown, schema.field(caption))
-    inner, path = _find_bytes(shown, schema.field(image))
-    kept = (f.name for f in schema if f.name not in (image, caption) and _is_json(f.type))
-    return Columns(image=inner, path=path, caption=caption, others=tuple(kept))
+    caption = find_caption_column(schema.names, caption_column, file)
+    _require_text(file, schema.field(caption))
+    inner, path = _find_bytes(file, schema.field(image))
+    others = (f.name for f in schema if f.name not in (image, caption) and _is_json(f.type))
+    return Columns(image=inner, path=path, caption=caption, others=tuple(others))
 
 
-def _find_bytes(shown: str, field: Any) -> tuple[str, str | None]:
-    """Returns the dotted paths of an image column's bytes and of its file names."""
+def _find_bytes(file: str, field: Any) -> tuple[str, str | None]:
+    """Returns the dotted paths of an image column's bytes and file names."""
     if _is_bytes(field.type):
         return field.name, None
-    inner = {part.name: part.type for part in _parts(field.type)}
+    inner = {part.name: part.type for part in _struct_fields(field.type)}
     if not _is_bytes(inner.get("bytes")):
         raise ValueError(
-            f"--source.image-column: {shown}: {field.name!r} is {field.type}, expected bytes, or a "
+            f"--source.image-column: {file}: {field.name!r} is {field.type}, expected bytes, or a "
             "struct with a field 'bytes'"
         )
     return f"{field.name}.bytes", f"{field.name}.path" if "path" in inner else None
 
 
-def _require_text(shown: str, field: Any) -> None:
+def _require_text(file: str, field: Any) -> None:
     text = field.type
     if _is_list(text):
         text = text.value_type
@@ -166,24 +163,23 @@ def _require_text(shown: str, field: Any) -> None:
         text = text.value_type
     if str(text) not in ("string", "large_string", "string_view", "null"):
         raise ValueError(
-            f"--source.caption-column: {shown}: {field.name!r} is {field.type}, expected text or a "
+            f"--source.caption-column: {file}: {field.name!r} is {field.type}, expected text or a "
             "list of texts"
         )
 
 
 def _is_json(kind: Any) -> bool:
-    """Returns whether a column's values are text, numbers, truth values, or made of these."""
+    """Returns whether a column's type is text, number, bool, or composed of these."""
     if _is_list(kind) or _is_dictionary(kind):
         return _is_json(kind.value_type)
-    if _parts(kind):
-        return all(_is_json(part.type) for part in _parts(kind))
+    if _struct_fields(kind):
+        return all(_is_json(field.type) for field in _struct_fields(kind))
     name = str(kind)
     plain = ("string", "large_string", "string_view", "bool", "double", "float", "null")
     return name in plain or name.startswith(("int", "uint"))
 
 
-def _parts(kind: Any) -> list[Any]:
-    """Returns a struct's fields, none of any other type."""
+def _struct_fields(kind: Any) -> list[Any]:
     return list(kind) if str(kind).startswith("struct<") else []
 
 

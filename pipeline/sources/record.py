@@ -1,8 +1,7 @@
-"""What a source gives for each image: the type that all sources share, and how its parts are made.
+"""The record that all sources give for an image, and functions that make its parts.
 
-A source never drops an image. What it can tell to be of no use is a record with a `problem`, and
-one without captions is a record all the same, so that stage one can account for each. Text is kept
-as it came, but for half surrogate pairs, which no UTF-8 can hold.
+A source never drops an image. An image that it knows to be unusable becomes a record with a
+`problem`, and one without captions a record without captions, so that stage one can count each.
 """
 
 import hashlib
@@ -10,49 +9,38 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from latent_t2i.pipeline.sources.locators import ImageLocator, clean
+from latent_t2i.pipeline.images import Picture
+from latent_t2i.pipeline.sources.locators import ImageLocator, replace_surrogates
 from latent_t2i.shards.schema import KEY_PATTERN
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
-"""Where captions are looked for, in this order, when no column is named."""
-MOST_KEY_CHARACTERS = 80
+"""Columns to search for captions, in this order, if none is named."""
+MAX_KEY_CHARACTERS = 80
 HASH_DIGITS = 12
 NOT_JSON = (TypeError, ValueError, RecursionError)
-OUR_FIELDS = ("captions", "truncated", "source_size_px", "crop_px")
+RESERVED_FIELDS = ("captions", "truncated", "source_size_px", "crop_px")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """An image that is yet to be read, with its captions."""
+    """An image that is not read yet, with its captions."""
 
     key: str
-    """Letters, digits, `-` and `_`; where two records have one, the second is left out later."""
+    """Letters, digits, `-` and `_`. Of two records with one key the second is quarantined."""
     locator: ImageLocator
     """Where the image's bytes are."""
     captions: tuple[str, ...]
-    """Without blank ones; there may be none."""
+    """Captions that are not blank; may be empty."""
     extra: Mapping[str, Any]
-    """JSON that goes into the shard with the captions."""
+    """Further JSON fields of the record in the shard."""
     problem: str | None = None
-    """Why the image cannot be used, if the source knows it already."""
+    """Why the record cannot be used, if the source knows."""
 
 
-class Measured(Protocol):
-    """What `make_meta` asks of a picture."""
-
-    @property
-    def source_size_px(self) -> tuple[int, int]:
-        """Width and height before anything was cut, the right way up."""
-
-    @property
-    def crop_px(self) -> tuple[float, float, float, float]:
-        """What was kept of it: left, top, right, bottom in the source's pixels."""
-
-
-def make_meta(record: Record, *, truncated: Sequence[int], picture: Measured) -> dict[str, Any]:
-    """Returns a record's JSON in the shard; what the source tells comes last."""
+def make_meta(record: Record, *, truncated: Sequence[int], picture: Picture) -> dict[str, Any]:
+    """Returns a record's JSON in the shard."""
     return {
         "captions": list(record.captions),
         "truncated": list(truncated),
@@ -63,52 +51,56 @@ def make_meta(record: Record, *, truncated: Sequence[int], picture: Measured) ->
 
 
 def make_key(name: str) -> str:
-    """Returns a name as a key: unchanged if it can be one, else readable and with a hash of it."""
+    """Returns the name if it is a valid key, else its valid characters with a hash of it."""
     if KEY_PATTERN.fullmatch(name):
         return name
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:HASH_DIGITS]
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")
-    return f"{readable[: MOST_KEY_CHARACTERS - HASH_DIGITS - 1]}-{digest}".lstrip("-")
+    return f"{readable[: MAX_KEY_CHARACTERS - HASH_DIGITS - 1]}-{digest}".lstrip("-")
 
 
-def read_captions(value: object) -> tuple[tuple[str, ...], str | None]:
-    """Returns the captions of a field, a text or a list of texts, or what is wrong with it."""
+def parse_captions(value: object) -> tuple[tuple[str, ...], str | None]:
+    """Returns the captions in a text or a list of texts, and why there are none if it is neither.
+
+    Null and blank text are no captions.
+    """
     captions = []
     for text in value if isinstance(value, list | tuple) else [value]:
         if not isinstance(text, str | None):
             return (), f"caption is not text but {type(text).__name__}"
         if text is not None and text.strip():
-            captions.append(clean(text))
+            captions.append(replace_surrogates(text))
     return tuple(captions), None
 
 
-def make_extra(values: Mapping[str, Any], file_name: str) -> dict[str, Any]:
-    """Returns what can be JSON of `values`, with the file's name.
+def extra_fields(values: Mapping[str, Any], file_name: str) -> dict[str, Any]:
+    """Returns the values that JSON can hold, with the image's file name.
 
-    A field that stage one writes itself, such as `captions`, is kept as `source_captions`.
+    Fields that stage one writes itself, such as `captions`, are stored as `source_captions`.
     """
-    named = {f"source_{name}" if name in OUR_FIELDS else name: v for name, v in values.items()}
+    named = {f"source_{k}" if k in RESERVED_FIELDS else k: v for k, v in values.items()}
     try:
-        kept = clean_json(named)
+        fields = to_json(named)
     except NOT_JSON:
-        kept = {clean(name): clean_json(value) for name, value in named.items() if _is_json(value)}
-    return kept | {"file_name": clean(file_name)}
+        fields = {replace_surrogates(k): to_json(v) for k, v in named.items() if _is_json(v)}
+    return fields | {"file_name": replace_surrogates(file_name)}
 
 
-def clean_json(value: Any) -> Any:
-    """Returns a copy that any UTF-8 can hold. Raises TypeError or ValueError if it is not JSON."""
-    return json.loads(clean(json.dumps(value, ensure_ascii=False, allow_nan=False)))
+def to_json(value: Any) -> Any:
+    """Returns a copy that UTF-8 can encode. Raises TypeError or ValueError if it is not JSON."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.loads(replace_surrogates(text))
 
 
-def find_column(columns: Iterable[str], wanted: str | None, where: str) -> str:
-    """Returns the column with the captions. Raises ValueError if there is none."""
+def find_caption_column(columns: Iterable[str], wanted: str | None, file: str) -> str:
+    """Returns the name of the caption column. Raises ValueError if there is none."""
     columns = list(columns)
     names = CAPTION_COLUMNS if wanted is None else (wanted,)
     for name in names:
         if name in columns:
             return name
     raise ValueError(
-        f"--source.caption-column: {where} has no {' or '.join(map(repr, names))}, "
+        f"--source.caption-column: {file} has no column {' or '.join(map(repr, names))}, "
         f"only {', '.join(map(repr, columns))}"
     )
 

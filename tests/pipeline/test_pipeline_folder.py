@@ -1,4 +1,4 @@
-"""Folders of images with metadata or texts beside them; each file is accounted for or refused."""
+"""Folders of images with metadata or texts beside them."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from latent_t2i.shards.schema import KEY_PATTERN, encode_meta
 
 
 def write(root: Path, files: dict[str, str | bytes]) -> Path:
-    """Writes files; an image needs no content here."""
+    """Writes files. Listing does not open images, so any content will do."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def read(root: Path, **options: Any) -> list[Record]:
     return list(folder.records(root, **options))
 
 
-def told(records: list[Record]) -> list[tuple[Any, ...]]:
+def summary(records: list[Record]) -> list[tuple[Any, ...]]:
     return [(record.extra["file_name"], record.captions, record.problem) for record in records]
 
 
@@ -46,7 +46,7 @@ def test_a_text_beside_each_image(tmp_path: Path) -> None:
         "d.txt": " \n",
     }
     records = read(write(tmp_path, files))
-    assert told(records) == [
+    assert summary(records) == [
         ("a.webp", ("one", "two"), None),
         ("b.JPG", ("first", "second"), None),
         ("c.png", (), None),
@@ -56,12 +56,12 @@ def test_a_text_beside_each_image(tmp_path: Path) -> None:
     assert [read_image_bytes(record.locator) for record in records] == [b"a", b"b", b"c", b"d"]
 
 
-def test_all_of_a_text_as_one_caption(tmp_path: Path) -> None:
+def test_a_whole_text_as_one_caption(tmp_path: Path) -> None:
     root = write(tmp_path, {"a.jpg": b"", "a.txt": "A dog.\nIt runs.\n"})
     assert read(root, caption_per="file")[0].captions == ("A dog.\nIt runs.",)
 
 
-def test_folders_below_in_the_order_of_their_paths(tmp_path: Path) -> None:
+def test_subfolders_in_the_order_of_their_paths(tmp_path: Path) -> None:
     names = ["a-b.jpg", "a.jpg", "a/1.jpg", "a/b/1.jpg", "a/c.jpg", "a0.jpg", "日本/é 🐕.jpg"]
     assert names == sorted(names)
     records = read(write(tmp_path, {name: name for name in reversed(names)}))
@@ -83,7 +83,7 @@ def test_two_images_of_one_name_are_left_to_stage_one(tmp_path: Path) -> None:
 def test_a_text_without_an_image(tmp_path: Path) -> None:
     records = read(write(tmp_path, {"a.jpg": b"", "a.txt": "t", "README.txt": "t"}))
     problem = "a .txt without an image beside it"
-    assert told(records) == [("README.txt", (), problem), ("a.jpg", ("t",), None)]
+    assert summary(records) == [("README.txt", (), problem), ("a.jpg", ("t",), None)]
 
 
 @pytest.mark.parametrize(
@@ -97,40 +97,42 @@ def test_a_text_without_an_image(tmp_path: Path) -> None:
     ids=["latin-1", "utf-16", "utf-16-le", "huge"],
 )
 def test_texts_that_cannot_be_captions(tmp_path: Path, content: bytes, problem: str) -> None:
-    assert told(read(write(tmp_path, {"a.jpg": b"", "a.txt": content}))) == [("a.jpg", (), problem)]
+    assert summary(read(write(tmp_path, {"a.jpg": b"", "a.txt": content}))) == [
+        ("a.jpg", (), problem)
+    ]
 
 
 def test_a_text_that_cannot_be_read(tmp_path: Path) -> None:
     root = write(tmp_path, {"a.jpg": b""})
     (root / "a.txt").symlink_to("nowhere")
     problem = "caption cannot be read: No such file or directory"
-    assert told(read(root)) == [("a.jpg", (), problem)]
+    assert summary(read(root)) == [("a.jpg", (), problem)]
 
 
-def test_captions_of_any_kind(tmp_path: Path) -> None:
+def test_unusual_captions(tmp_path: Path) -> None:
     long = "very " * 100_000 + "long"
     (record,) = read(write(tmp_path, {"a.jpg": b"", "a.txt": f"🐕👩‍👩‍👧\n{long}\nline\u2028break"}))
     assert record.captions == ("🐕👩‍👩‍👧", long, "line\u2028break")
 
 
-def test_other_files_are_no_part_of_it(tmp_path: Path) -> None:
+def test_other_files_are_ignored(tmp_path: Path) -> None:
     names = ["a.npz", "b.json", ".c.jpg", "._d.jpg", ".e/f.jpg", "g.mpg", "h.h5", "jpg"]
     assert read(write(tmp_path, dict.fromkeys(names, b""))) == []
 
 
-def test_an_image_that_a_link_leads_nowhere(tmp_path: Path) -> None:
+def test_an_image_that_is_a_broken_link(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").symlink_to("nowhere")
     (record,) = read(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing file"):
         read_image_bytes(record.locator)
 
 
-def test_a_linked_folder_counts_and_a_ring_is_refused(tmp_path: Path) -> None:
+def test_links_to_folders_and_a_cycle(tmp_path: Path) -> None:
     root = write(tmp_path / "root", {"a/b.jpg": b""})
     (root / "c").symlink_to("a")
     assert [record.extra["file_name"] for record in read(root)] == ["a/b.jpg", "c/b.jpg"]
     (root / "a" / "ring").symlink_to(root)
-    with pytest.raises(ValueError, match="ring: a link to a folder that holds it"):
+    with pytest.raises(ValueError, match="ring: a link to a folder that contains it"):
         read(root)
 
 
@@ -144,7 +146,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     assert read_image_bytes(record.locator).startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["", "mark"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"], ids=["", "bom"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"], ids=["lf", "crlf"])
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_metadata(tmp_path: Path, kind: str, end: str, bom: str) -> None:
@@ -162,7 +164,7 @@ def test_metadata(tmp_path: Path, kind: str, end: str, bom: str) -> None:
     assert [read_image_bytes(record.locator) for record in (first, second)] == [b"b", b"a"]
 
 
-def test_metadata_has_its_own_ways_of_being_wrong(tmp_path: Path) -> None:
+def test_problems_in_metadata(tmp_path: Path) -> None:
     metadata = jsonl(
         {"file_name": "z.jpg", "text": "missing"},
         {"file_name": "a.jpg", "text": ["one", " ", "two"]},
@@ -177,7 +179,7 @@ def test_metadata_has_its_own_ways_of_being_wrong(tmp_path: Path) -> None:
     names = ["a.jpg", "b.jpg", "c.jpg", "d.heic", "new.jpg", "a.txt"]
     root = write(tmp_path, dict.fromkeys(names, b"") | {"metadata.jsonl": metadata})
     records = read(root)
-    assert told(records) == [
+    assert summary(records) == [
         ("../up.jpg", ("up",), "file name leads out of the folder"),
         ("/etc/passwd", ("etc",), "file name leads out of the folder"),
         ("a.jpg", ("one", "two", "three"), None),
@@ -202,7 +204,7 @@ def test_each_folder_has_its_own_metadata(tmp_path: Path) -> None:
         "c/1.jpg": b"",
         "c/1.txt": "x",
     }
-    assert told(read(write(tmp_path, files))) == [
+    assert summary(read(write(tmp_path, files))) == [
         ("a/1.jpg", ("p",), None),
         ("b/1.jpg", ("t",), None),
         ("c/1.jpg", ("x",), None),
@@ -215,11 +217,13 @@ def test_which_column_is_the_caption(tmp_path: Path) -> None:
     (record,) = read(root)
     assert (record.captions, record.extra["prompt"]) == (("c",), "p")
     assert read(root, caption_column="alt")[0].captions == ("x",)
-    with pytest.raises(ValueError, match=r"--source.caption-column: .*metadata.jsonl has no 'no'"):
+    with pytest.raises(
+        ValueError, match=r"--source.caption-column: .*metadata.jsonl has no column 'no'"
+    ):
         read(root, caption_column="no")
 
 
-def test_a_caption_of_csv_may_be_long_and_of_several_lines(tmp_path: Path) -> None:
+def test_long_captions_and_line_breaks_in_csv(tmp_path: Path) -> None:
     long = "very " * 100_000
     text = f'file_name,text\na.jpg,"{long}"\nb.jpg,"one ""two""\nthree"\n'
     root = write(tmp_path, {"a.jpg": b"", "b.jpg": b"", "metadata.csv": text})
@@ -236,7 +240,7 @@ def test_a_caption_of_csv_may_be_long_and_of_several_lines(tmp_path: Path) -> No
         ("jsonl", '{"file_name": 5}', "jsonl: line 1: file_name is 5, expected the name of a file"),
         ("jsonl", "", "metadata.jsonl: names no image"),
         ("jsonl", b'{"file_name": "\xe9.jpg"}', "jsonl: line 1: not UTF-8: invalid"),
-        ("jsonl", '{"file_name": "a.jpg"}', "caption-column: .* has no 'text' or 'caption' or "),
+        ("jsonl", '{"file_name": "a.jpg"}', "caption-column: .* has no column 'text' or 'cap"),
         ("csv", "file_name,text\na.jpg,t\nb.jpg,t,u\n", "csv: line 3: more fields than the 2 of"),
         ("csv", 'file_name,text\na.jpg,"t\nb.jpg,t\n', "csv: line 2: not CSV: unexpected end of"),
         ("csv", "name,text\na.jpg,t\n", r"csv: line 2: expected a file_name, found only \['name'"),
@@ -245,7 +249,7 @@ def test_a_caption_of_csv_may_be_long_and_of_several_lines(tmp_path: Path) -> No
         ("parquet", b"", "metadata.parquet: expected metadata.jsonl or metadata.csv"),
     ],
 )
-def test_metadata_refused(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+def test_invalid_metadata(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(write(tmp_path, {"a.jpg": b"", f"metadata.{name}": content}))
 
@@ -253,8 +257,8 @@ def test_metadata_refused(tmp_path: Path, name: str, content: str | bytes, messa
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ("metadata.csv", r"has both metadata\.jsonl and metadata\.csv: which is it\?"),
-        ("sub/metadata.jsonl", "sub: has metadata, and so has .*: expected only one"),
+        ("metadata.csv", r"found metadata\.jsonl and metadata\.csv, expected only one of them"),
+        ("sub/metadata.jsonl", "sub: has metadata and so has .*, expected only one"),
     ],
 )
 def test_metadata_twice(tmp_path: Path, other: str, message: str) -> None:
@@ -263,9 +267,9 @@ def test_metadata_twice(tmp_path: Path, other: str, message: str) -> None:
         read(write(tmp_path, {"metadata.jsonl": row, other: row}))
 
 
-def test_records_come_as_they_are_asked_for(tmp_path: Path) -> None:
+def test_records_are_made_one_by_one(tmp_path: Path) -> None:
     root = write(tmp_path, {"a/1.jpg": b"", "a/2.jpg": b"", "b/1.jpg": b""})
     found = folder.records(root)
     assert next(found).locator == FileLocator(str(root / "a/1.jpg"))
-    write(root, {"b/2.jpg": b""})  # b has not been looked into
+    write(root, {"b/2.jpg": b""})  # b is not listed yet
     assert [record.extra["file_name"] for record in found] == ["a/2.jpg", "b/1.jpg", "b/2.jpg"]

@@ -1,4 +1,4 @@
-"""Parquet of the Hugging Face hub: which columns count, and that no image is read for the list."""
+"""Parquet of the Hugging Face hub: which columns are used, and that listing reads no image."""
 
 import io
 import os
@@ -17,14 +17,7 @@ from latent_t2i.pipeline.sources.locators import ParquetLocator, read_image_byte
 from latent_t2i.pipeline.sources.open import open_source
 from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.shards.remote.transport import RemoteError
-from tests.servers import QUICK, serve_s3
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempts without waits, and no row groups of another test."""
-    monkeypatch.setattr(locators, "RETRY", QUICK)
-    monkeypatch.setattr(locators, "ROW_GROUPS", locators.RowGroups(locators.KEPT_BYTES))
+from tests.servers import serve_s3
 
 
 def write(path: Path, columns: dict[str, Any], *, rows_per_group: int = 2) -> Path:
@@ -34,7 +27,7 @@ def write(path: Path, columns: dict[str, Any], *, rows_per_group: int = 2) -> Pa
 
 
 def images(num_images: int, *, num_bytes: int = 10) -> list[dict[str, Any]]:
-    """The hub's image column."""
+    """Returns an image column as the hub has it."""
     return [
         {"bytes": bytes([number]) * num_bytes, "path": f"{number}.jpg"}
         for number in range(num_images)
@@ -63,8 +56,8 @@ def test_rows_in_order(folder: Path) -> None:
     records = source_of(str(folder))
     names = ["train-00000-of-00002", "train-00001-of-00002"]
     assert [record.key for record in records] == [f"{n}_{r:07d}" for n in names for r in range(5)]
-    told = [f"{name} {row}" for name in names for row in range(5)]
-    assert [record.captions for record in records] == [(text,) for text in told]
+    texts = [f"{name} {row}" for name in names for row in range(5)]
+    assert [record.captions for record in records] == [(text,) for text in texts]
     contents = [image["bytes"] for image in images(5)] * 2
     assert [read_image_bytes(record.locator) for record in records] == contents
     assert [record.extra for record in records[:2]] == [{"file_name": f"{n}.jpg"} for n in range(2)]
@@ -73,27 +66,27 @@ def test_rows_in_order(folder: Path) -> None:
     )
 
 
-def test_only_the_first_so_many(folder: Path) -> None:
-    (folder / "train-00001-of-00002.parquet").write_bytes(b"never looked at")
+def test_only_the_first_images(folder: Path) -> None:
+    (folder / "train-00001-of-00002.parquet").write_bytes(b"never read")
     assert len(source_of(str(folder), num_images=5)) == 5
 
 
 @pytest.mark.parametrize("tail", ["", "/train-*.parquet", "/train-0000{0,1}-of-00002.parquet"])
 def test_rows_of_a_bucket(folder: Path, tail: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with serve_s3(folder, monkeypatch) as url:
-        near, far = source_of(str(folder)), source_of(url + tail)
-        assert [(r.key, r.captions) for r in far] == [(r.key, r.captions) for r in near]
-        assert [read_image_bytes(r.locator) for r in far] == [
-            read_image_bytes(r.locator) for r in near
+        local, remote = source_of(str(folder)), source_of(url + tail)
+        assert [(r.key, r.captions) for r in remote] == [(r.key, r.captions) for r in local]
+        assert [read_image_bytes(r.locator) for r in remote] == [
+            read_image_bytes(r.locator) for r in local
         ]
 
 
 def test_rows_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`hf://` is another of fsspec's file systems; here one of the same manners stands for it."""
+    """`hf://` is another file system of fsspec; a memory file system replaces it here."""
 
     class Hub(type(fsspec.filesystem("memory"))):  # type: ignore[misc]
         protocol = "hf"
-        store: dict[str, Any] = {}  # noqa: RUF012 - as the class it is of has it
+        store: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
 
         @classmethod
         def _strip_protocol(cls, path: str) -> Any:
@@ -103,11 +96,13 @@ def test_rows_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = fsspec.filesystem("hf")
     for path in folder.iterdir():
         hub.pipe(f"/datasets/a/b/data/{path.name}", path.read_bytes())
-    far = source_of("hf://datasets/a/b/data/train-*.parquet")
-    assert isinstance(far[0].locator, ParquetLocator)
-    assert far[0].locator.url.startswith("hf://")
-    assert [r.captions for r in far] == [r.captions for r in source_of(str(folder))]
-    assert [read_image_bytes(r.locator) for r in far] == [image["bytes"] for image in images(5)] * 2
+    remote = source_of("hf://datasets/a/b/data/train-*.parquet")
+    assert isinstance(remote[0].locator, ParquetLocator)
+    assert remote[0].locator.url.startswith("hf://")
+    assert [r.captions for r in remote] == [r.captions for r in source_of(str(folder))]
+    assert [read_image_bytes(r.locator) for r in remote] == [
+        image["bytes"] for image in images(5)
+    ] * 2
 
 
 def test_real_photographs(coco_mini: Path, tmp_path: Path) -> None:
@@ -121,16 +116,16 @@ def test_real_photographs(coco_mini: Path, tmp_path: Path) -> None:
     assert [record.extra["file_name"] for record in found] == [row["path"] for row in rows]
 
 
-def test_no_image_is_read_for_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_reads_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"bytes": os.urandom(10**6), "path": None} for _ in range(8)]
     columns = {"image": pa.array(rows, HUB), "text": list("abcdefgh")}
     content = write(tmp_path / "a.parquet", columns).read_bytes()
-    asked: list[int] = []
+    sizes: list[int] = []
 
     class Counted(io.BytesIO):
         def read(self, size: int | None = -1) -> bytes:
             chunk = super().read(size)
-            asked.append(len(chunk))
+            sizes.append(len(chunk))
             return chunk
 
     def open_counted(url: str) -> Any:
@@ -139,9 +134,9 @@ def test_no_image_is_read_for_the_list(tmp_path: Path, monkeypatch: pytest.Monke
     for module in (locators, parquet):
         monkeypatch.setattr(module, "open_parquet", open_counted)
     (record, *_) = read(tmp_path / "a.parquet")
-    assert sum(asked) < 10**6  # five times the end of the file, of up to 64 kB, and the captions
+    assert sum(sizes) < 10**6  # the footer of up to 64 kB five times, and the captions
     assert read_image_bytes(record.locator) == rows[0]["bytes"]
-    assert sum(asked) > 10**6
+    assert sum(sizes) > 10**6
 
 
 def test_plain_bytes_and_other_columns(tmp_path: Path) -> None:
@@ -157,8 +152,8 @@ def test_plain_bytes_and_other_columns(tmp_path: Path) -> None:
     }
     first, second, third = read(write(tmp_path / "a.parquet", columns))
     assert (first.captions, second.captions, third.captions) == (("a",), (), ("c",))
-    told = {"width": 1, "similarity": 0.5, "objects": {"box": [1.5, 2.0]}}
-    assert first.extra == told | {"file_name": "a.parquet"}
+    fields = {"width": 1, "similarity": 0.5, "objects": {"box": [1.5, 2.0]}}
+    assert first.extra == fields | {"file_name": "a.parquet"}
     assert "similarity" not in second.extra
     assert third.extra["similarity"] is None
     assert [read_image_bytes(record.locator) for record in (first, second, third)] == [
@@ -194,7 +189,7 @@ HUB = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     [
         (
             {"photo": [b""], "text": ["t"]},
-            "--source.image-column: .*a.parquet has no 'image' or .*, only 'photo', 'text'",
+            "--source.image-column: .*a.parquet has no column 'image' or .*, only 'photo', 'text'",
         ),
         (
             {"image": ["a.jpg"], "text": ["t"]},
@@ -206,7 +201,7 @@ HUB = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         ),
         (
             {"image": [b""], "alt": ["t"]},
-            "--source.caption-column: .*a.parquet has no 'text' or .*, only 'image', 'alt'",
+            "--source.caption-column: .*a.parquet has no column 'text' or .*, only 'image', 'alt'",
         ),
         (
             {"image": [b""], "text": [5]},
@@ -220,7 +215,7 @@ def test_columns_refused(tmp_path: Path, columns: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize("size", [0, 3, 200])
-def test_no_parquet(folder: Path, size: int) -> None:
+def test_a_file_that_is_cut_short(folder: Path, size: int) -> None:
     path = folder / "train-00000-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(
@@ -239,14 +234,14 @@ def test_a_broken_page(tmp_path: Path) -> None:
         read(path)
 
 
-def test_a_file_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"a\.parquet: no such file"):
         read(tmp_path / "a.parquet")
 
-    def stay_away(url: str) -> Any:
+    def fail(url: str) -> Any:
         raise RemoteError("away")
 
-    monkeypatch.setattr(parquet, "open_parquet", stay_away)
+    monkeypatch.setattr(parquet, "open_parquet", fail)
     with pytest.raises(RemoteError, match="away"):
         read(tmp_path / "a.parquet")
 

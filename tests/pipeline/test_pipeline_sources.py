@@ -1,4 +1,4 @@
-"""One door to all sources: the flag is named for what is missing, files are found in order."""
+"""Opening sources, finding files, and the parts of a record."""
 
 import csv
 import json
@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 
 from latent_t2i.model.paths import ROOT
 from latent_t2i.pipeline.config import SourceConfig
+from latent_t2i.pipeline.images import Picture
 from latent_t2i.pipeline.sources.locators import FileLocator, read_image_bytes
 from latent_t2i.pipeline.sources.open import (
     SceneSettings,
@@ -20,10 +22,10 @@ from latent_t2i.pipeline.sources.open import (
 )
 from latent_t2i.pipeline.sources.record import (
     Record,
-    make_extra,
+    extra_fields,
     make_key,
     make_meta,
-    read_captions,
+    parse_captions,
 )
 from latent_t2i.shards.schema import KEY_PATTERN, encode_meta
 from tests.coco_folders import CocoFolder, make_coco
@@ -36,7 +38,7 @@ def folder(tmp_path: Path) -> CocoFolder:
 
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
-    """A folder of files that have only their names."""
+    """A folder of empty files."""
     for name in ("00001.tar", "00000.tar", "00000_stats.json", "a/00002.tar", "b/00003.tar"):
         (tmp_path / "tars" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tars" / name).touch()
@@ -45,7 +47,7 @@ def tars(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def memory() -> Iterator[Any]:
-    """fsspec's file system in memory, emptied afterwards."""
+    """fsspec's memory file system, emptied afterwards."""
     system = fsspec.filesystem("memory")
     yield system
     system.rm("/", recursive=True)
@@ -55,25 +57,15 @@ def read(**source: Any) -> list[Record]:
     return list(open_source(SourceConfig(**source)))
 
 
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        ("images", "--source.images: nothing at 'nowhere', here or in the project"),
-        ("captions", "--source.captions: nothing at 'nowhere', here or in the project"),
-        ("instances", "--source.instances: nothing at 'nowhere', here or in the project"),
-    ],
-)
-def test_missing_paths_name_the_flag(folder: CocoFolder, part: str, message: str) -> None:
+@pytest.mark.parametrize("part", ["images", "captions", "instances"])
+def test_missing_paths_name_the_flag(folder: CocoFolder, part: str) -> None:
     paths = {"images": str(folder.images), "captions": str(folder.captions)} | {part: "nowhere"}
+    message = f"--source.{part}: 'nowhere' does not exist, here or in the project"
     with pytest.raises(ValueError, match=message):
         open_source(SourceConfig(**paths))
-
-
-@pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
-def test_missing_places_name_the_flag(kind: str) -> None:
-    message = "--source.images: nothing at 'nowhere', here or in the project"
-    with pytest.raises(ValueError, match=message):
-        open_source(SourceConfig(kind=kind, images="nowhere"))
+    for kind in ("folder", "webdataset", "parquet"):
+        with pytest.raises(ValueError, match="'nowhere' does not exist, here"):
+            open_source(SourceConfig(kind=kind, images="nowhere"))
 
 
 def test_files_and_folders_mixed_up(folder: CocoFolder) -> None:
@@ -86,14 +78,14 @@ def test_files_and_folders_mixed_up(folder: CocoFolder) -> None:
         read(images=images, captions=images)
 
 
-def test_only_the_first_so_many(folder: CocoFolder) -> None:
+def test_only_the_first_images(folder: CocoFolder) -> None:
     coco = read(images=str(folder.images), captions=str(folder.captions), num_images=2)
     assert [record.key[-1] for record in coco] == ["1", "2"]
     same = read(kind="folder", images=str(folder.images), num_images=2)
     assert [record.locator for record in same] == [record.locator for record in coco]
 
 
-def test_scenes_are_drawn_once_and_kept(tmp_path: Path) -> None:
+def test_scenes_are_drawn_once_beside_the_shards(tmp_path: Path) -> None:
     source = SourceConfig(kind="scenes", num_images=3)
     scenes = SceneSettings(folder=tmp_path, split="val", image_size_px=64, seed=0)
     first = list(open_source(source, scenes))
@@ -110,32 +102,32 @@ def test_scenes_are_drawn_once_and_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"kind": "folder"}, "--source.images: a folder source needs it"),
-        ({"kind": "webdataset"}, "--source.images: a webdataset source needs it"),
+        ({"kind": "folder"}, "--source.images: required for a folder source"),
+        ({"kind": "webdataset"}, "--source.images: required for a webdataset source"),
         (
             {"kind": "folder", "images": "i", "captions": "c"},
-            "--source.captions: has no effect on a folder source; it is for coco",
+            "--source.captions: has no effect on a folder source, only on coco",
         ),
         (
             {"kind": "coco", "images": "i", "captions": "c", "caption_column": "text"},
-            "--source.caption-column: has no effect on a coco source; it is for folder, webdataset "
+            "--source.caption-column: has no effect on a coco source, only on folder, webdataset "
             "or parquet",
         ),
         (
             {"kind": "webdataset", "images": "i", "image_column": "image"},
-            "--source.image-column: has no effect on a webdataset source; it is for parquet",
+            "--source.image-column: has no effect on a webdataset source, only on parquet",
         ),
         (
             {"kind": "parquet", "images": "i", "caption_per": "file"},
-            "--source.caption-per: has no effect on a parquet source; it is for folder",
+            "--source.caption-per: has no effect on a parquet source, only on folder",
         ),
         (
             {"kind": "scenes", "num_images": 1, "caption_per": "file"},
-            "--source.caption-per: has no effect on scenes, which are drawn",
+            "--source.caption-per: has no effect on a scenes source, only on folder",
         ),
     ],
 )
-def test_settings_that_do_nothing_are_refused(source: dict[str, Any], message: str) -> None:
+def test_settings_without_effect_are_refused(source: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message):
         SourceConfig(**source)
 
@@ -156,13 +148,13 @@ def test_local_files(tars: Path, location: str, expected: list[str]) -> None:
     assert find_files(f"{tars}/{location}", ".tar") == names
 
 
-def test_paths_count_from_here_and_from_the_project(tars: Path, elsewhere: Path) -> None:
+def test_paths_are_relative_to_here_or_to_the_project(tars: Path, elsewhere: Path) -> None:
     here = [str(Path("../tars/00000.tar")), str(Path("../tars/00001.tar"))]
     assert find_files("../tars/0*.tar", ".tar") == here
     assert find_files("pipeline/r*.py", ".py")[0] == str(ROOT / "pipeline" / "report.py")
 
 
-def test_a_name_with_braces_is_a_name(tars: Path) -> None:
+def test_a_file_with_braces_in_its_name(tars: Path) -> None:
     (tars / "{a,b}.tar").touch()
     assert find_files(f"{tars}/{{a,b}}.tar", ".tar") == [f"{tars}/{{a,b}}.tar"]
 
@@ -170,15 +162,15 @@ def test_a_name_with_braces_is_a_name(tars: Path) -> None:
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("{00000..00002}.tar", r"nothing at '.*00002\.tar'"),
-        ("{00000", "braces of .* do not close"),
-        ("*.zip", r"no \.tar at .*\*\.zip"),
-        ("empty", r"no \.tar at .*empty'; folders below take a pattern, '\*\*/\*\.tar'"),
+        ("{00000..00002}.tar", r"'.*00002\.tar' does not exist"),
+        ("{00000", ".* has a brace without its counterpart"),
+        ("*.zip", r"no \.tar file in .*\*\.zip"),
+        ("empty", r"no \.tar file in .*empty'; subfolders need a pattern, '\*\*/\*\.tar'"),
         ("packed", r".*packed/00000\.tar\.gz is compressed: decompress it first"),
         ("packed/00000.tar.gz", r".*packed/00000\.tar\.gz is compressed"),
     ],
 )
-def test_local_files_that_are_not_there(tars: Path, location: str, message: str) -> None:
+def test_local_files_that_cannot_be_used(tars: Path, location: str, message: str) -> None:
     (tars / "empty").mkdir()
     (tars / "packed").mkdir()
     (tars / "packed" / "00000.tar.gz").touch()
@@ -200,18 +192,18 @@ def test_remote_files(memory: Any) -> None:
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("http://host/*.tar", "a web server lists no files; braces spell them out"),
-        ("pipe:cat a.tar", "a command cannot give a part of a file"),
-        ("memory://set/*.tar", "no .tar at"),
+        ("http://host/*.tar", "http has no patterns, name the files with braces"),
+        ("pipe:cat a.tar", "a command cannot read a byte range of a file"),
+        ("memory://set/*.tar", "no .tar file in"),
         ("https://host/0.tar.gz?a=b", "https://host/0.tar.gz is compressed"),
     ],
 )
-def test_remote_files_that_cannot_be(location: str, message: str) -> None:
+def test_remote_files_that_cannot_be_used(location: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_files(location, ".tar")
 
 
-def test_short_names_tell_folders_apart() -> None:
+def test_short_names_have_folders_where_needed() -> None:
     flat, deep = ["s3://b/x/00.tar", "s3://b/x/01.tar"], ["/d/x/00.tar", "/d/xy/00.tar"]
     assert [short for _, short in with_short_names(flat)] == ["00", "01"]
     assert [short for _, short in with_short_names(deep)] == ["x/00", "xy/00"]
@@ -220,7 +212,7 @@ def test_short_names_tell_folders_apart() -> None:
 
 
 @pytest.mark.parametrize("name", ["000000000001", "a-B_9", "x" * 80])
-def test_a_name_that_can_be_a_key_is_the_key(name: str) -> None:
+def test_valid_keys_are_unchanged(name: str) -> None:
     assert make_key(name) == name
 
 
@@ -239,7 +231,7 @@ NAMES = [
 ]
 
 
-def test_other_names_become_keys_that_differ() -> None:
+def test_other_names_get_distinct_keys() -> None:
     keys = [make_key(name) for name in NAMES]
     assert all(KEY_PATTERN.fullmatch(key) for key in keys)
     assert len(set(keys)) == len(NAMES)
@@ -258,16 +250,16 @@ def test_other_names_become_keys_that_differ() -> None:
         (["a", ["b"]], (), "caption is not text but list"),
     ],
 )
-def test_captions_of_a_field(value: Any, captions: tuple[str, ...], problem: str | None) -> None:
-    assert read_captions(value) == (captions, problem)
+def test_parse_captions(value: Any, captions: tuple[str, ...], problem: str | None) -> None:
+    assert parse_captions(value) == (captions, problem)
 
 
-def test_what_is_json_is_kept_beside_the_captions() -> None:
+def test_extra_fields_keep_what_is_json() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
     values = {"url": "u", "similarity": 0.3, "nan": float("nan"), "bytes": b"b", "deep": deep}
-    extra = make_extra(values | {"captions": ["c"], "half": ["\ud83d"]}, "é.jpg")
+    extra = extra_fields(values | {"captions": ["c"], "half": ["\ud83d"]}, "é.jpg")
     assert extra == {
         "url": "u",
         "similarity": 0.3,
@@ -275,20 +267,14 @@ def test_what_is_json_is_kept_beside_the_captions() -> None:
         "half": ["?"],
         "file_name": "é.jpg",
     }
-    assert make_extra({"file_name": "elsewhere"}, "a.jpg") == {"file_name": "a.jpg"}
-
-
-class Picture:
-    """Sizes, and no pixels."""
-
-    source_size_px = (640, 480)
-    crop_px = (80, 0, 560, 480)
+    assert extra_fields({"file_name": "elsewhere"}, "a.jpg") == {"file_name": "a.jpg"}
 
 
 def test_a_record_s_json() -> None:
     extra = {"file_name": "a.jpg", "image_id": 1}
     record = Record(key="a", locator=FileLocator("a.jpg"), captions=("c", "d"), extra=extra)
-    meta = make_meta(record, truncated=[1], picture=Picture())
+    picture = Picture(np.zeros((8, 8, 3), np.uint8), (640, 480), (80, 0, 560, 480))
+    meta = make_meta(record, truncated=[1], picture=picture)
     assert json.loads(encode_meta(meta)) == {
         "captions": ["c", "d"],
         "truncated": [1],
@@ -301,7 +287,7 @@ def test_a_record_s_json() -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "txt"])
 def test_real_photographs_in_a_folder(coco_mini: Path, tmp_path: Path, kind: str) -> None:
-    """The same photographs with the same captions come out of COCO's layout and of a folder."""
+    """A folder gives the same records as COCO's layout."""
     captions = coco_mini / "annotations" / "captions_val2017.json"
     expected = read(images=str(coco_mini / "val2017"), captions=str(captions))
     _write_folder(tmp_path, kind, expected)
@@ -314,7 +300,7 @@ def test_real_photographs_in_a_folder(coco_mini: Path, tmp_path: Path, kind: str
 
 
 def _lines(record: Record) -> list[str]:
-    """The captions, each as one line: some of COCO's have a line break in them."""
+    """Returns each caption as one line, because some of COCO's have line breaks."""
     return [" ".join(text.split()) for text in record.captions]
 
 
