@@ -214,12 +214,12 @@ def make_turns(
             text_width=resident[2].shape[-1],
             device=device,
             precision=precision,
-            channels_last=run.config.channels_last,
+            channels_last=run.plan.config.channels_last,
         )
 
     model = unet()
     bare = contenders.bare_step(
-        model, make_optimizer(run.config.optim, model.parameters()), resident, precision
+        model, make_optimizer(run.plan.config.optim, model.parameters()), resident, precision
     )
     online = contenders.online_step(
         run,

@@ -58,16 +58,13 @@ def download(
     names = [f"{part}{release.removeprefix('coco')}" for part in (*images, "annotations_trainval")]
     missing = [name for name in names if not _is_complete(to, name)]
     for name in names:
-        print(
-            f"{name}: {format_bytes(ARCHIVES[name][1]) if name in missing else 'complete, no'} download"
-        )
+        todo = format_bytes(ARCHIVES[name][1]) if name in missing else "complete, no"
+        print(f"{name}: {todo} download")
     needed, free = _bytes_needed(to, missing), free_bytes(to)
-    print(
-        room
-        := f"{release} needs {format_bytes(needed)} of disk space, found {format_bytes(free)} free in {to}"
-    )
+    room = f"needs {format_bytes(needed)} of disk space, found {format_bytes(free)} free in {to}"
+    print(f"{release} {room}")
     if needed > free and not force and not dry_run:
-        raise ValueError(f"--to: {room}; choose another disk, or try with --force")
+        raise ValueError(f"--to: {release} {room}; choose another disk, or try with --force")
     for name in () if dry_run else names:
         with folder_lock(to):
             _download_and_unpack(to, name, base_url)

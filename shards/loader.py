@@ -14,7 +14,7 @@ then; the thread waits for it before it writes.
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol, TypeVar
 
@@ -28,6 +28,7 @@ from latent_t2i.shards.order import Order, choices, share
 from latent_t2i.shards.reader import RawBatch, ShardSet
 
 NUM_BUFFERS = 2
+B = TypeVar("B", bound=RawBatch)
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -38,7 +39,7 @@ class Loader(Protocol):
     def buffer(self, *, pin_memory: bool = False) -> RawBatch:
         """Returns an empty batch of this process's size, and of the largest shape there is."""
 
-    def fill(self, step: int, out: RawBatch) -> RawBatch:
+    def fill(self, step: int, out: B) -> B:
         """Puts this process's share of a step's global batch into `out`, and returns it.
 
         That is `out` itself, or where batches differ in shape what of it the step's takes up.
@@ -66,12 +67,13 @@ class MapLoader:
             self.order.batch_size // self.num_processes, pin_memory=pin_memory
         )
 
-    def fill(self, step: int, out: RawBatch) -> RawBatch:
+    def fill(self, step: int, out: B) -> B:
         """Puts this process's share of a step's global batch into `out`."""
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = choices(self.order.seed, step, self.order.batch_size)
         records = self.order.records(step)[mine]
-        return self.shards.gather(records, caption_u[mine], view_u[mine], out)
+        self.shards.gather(records, caption_u[mine], view_u[mine], out)
+        return out
 
     def nonfinite_keys(self, step: int) -> list[str]:
         """Returns the keys of a step's records, of all processes, that are not finite; or all."""
@@ -100,12 +102,11 @@ class BucketLoader:
         sizes = [prod(shape) for shape in self.latent_shapes]
         return self.loaders[sizes.index(max(sizes))].buffer(pin_memory=pin_memory)
 
-    def fill(self, step: int, out: RawBatch) -> RawBatch:
+    def fill(self, step: int, out: B) -> B:
         """Puts this process's share of a step's global batch into the start of `out`."""
         bucket, local_step = self.order.place(step)
-        shape = (len(out.latent), *self.latent_shapes[bucket])
-        part = RawBatch(latent=head(out.latent, shape), text=out.text, tokens=out.tokens)
-        return self.loaders[bucket].fill(local_step, part)
+        latent = head(out.latent, (len(out), *self.latent_shapes[bucket]))
+        return self.loaders[bucket].fill(local_step, replace(out, latent=latent))
 
     def nonfinite_keys(self, step: int) -> list[str]:
         """Returns the keys of a step's records that are not finite; or all."""
@@ -127,11 +128,16 @@ def are_finite(batch: RawBatch) -> NDArray[np.bool_]:
 
 
 def batches(
-    loader: Loader, *, start: int, stop: int, pin_memory: bool = False
+    loader: Loader,
+    *,
+    start: int,
+    stop: int,
+    pin_memory: bool = False,
+    stream: torch.cuda.Stream | None = None,
 ) -> Generator[RawBatch]:
     """Yields this process's batches of steps `start` to `stop`; each is good until the next."""
     buffers = [loader.buffer(pin_memory=pin_memory) for _ in range(NUM_BUFFERS)]
-    return prefetch(loader.fill, buffers, start=start, stop=stop)
+    return prefetch(loader.fill, buffers, start=start, stop=stop, stream=stream)
 
 
 def prefetch(
@@ -140,13 +146,15 @@ def prefetch(
     *,
     start: int,
     stop: int,
+    stream: torch.cuda.Stream | None = None,
     one_core: bool = False,
 ) -> Generator[U]:
     """Yields what `fill` makes of the buffers in turn, in a background thread, step after step.
 
     Steps go from `start` to `stop`, in order. What `fill` returns, its buffer or a part of it, is
-    good until the next is asked for; what the caller's GPU stream was told to do with it until then
-    is waited for. An error while filling comes out when its step is asked for.
+    valid until the next one is requested. If `stream` copies from the buffers, a buffer is refilled
+    only after the work that was queued on the stream by then. An error in `fill` is raised at its
+    step.
 
     `one_core` keeps PyTorch from using more than the thread itself: for steps on a CPU, which a
     second team of OpenMP threads slows by a quarter, as both then hand over by system calls.
@@ -171,8 +179,9 @@ def prefetch(
                 buffer, filled = pending.popleft().result()
                 yield filled
                 step = next(steps, None)
+                queued = None if stream is None else stream.record_event()
                 if step is not None:
-                    pending.append(pool.submit(refill, step, buffer, _mark()))
+                    pending.append(pool.submit(refill, step, buffer, queued))
         finally:
             for future in pending:
                 future.cancel()
@@ -182,12 +191,3 @@ def _keep_to_one_core() -> None:
     """Keeps PyTorch's work in this thread from being shared out, and that of threads to come."""
     torch.get_num_threads()  # or the thread's first work would set it anew
     torch.set_num_threads(1)
-
-
-def _mark() -> torch.cuda.Event | None:
-    """Returns an event after all that the current GPU stream was told so far."""
-    if not torch.cuda.is_initialized():
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event

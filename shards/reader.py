@@ -16,9 +16,11 @@ import json
 import math
 import mmap
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -53,6 +55,21 @@ class RawBatch:
     latent: Tensor  # (B, 2C, h, w) moments or (B, C, h, w), float16
     text: Tensor  # (B, T, D) float16, or int8 in units of the set's text_scale
     tokens: Tensor  # (B, T) int32
+
+    def __len__(self) -> int:
+        return len(self.latent)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Returns the batch with `change` applied to each tensor."""
+        return type(self)(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self, device: torch.device) -> Self:
+        """Returns the batch on a device; copies from pinned memory are asynchronous."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def split(self, size: int) -> list[Self]:
+        """Returns the batch in pieces of `size` examples."""
+        return [self.map(itemgetter(slice(i, i + size))) for i in range(0, len(self), size)]
 
 
 def open_shards(

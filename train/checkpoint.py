@@ -1,13 +1,11 @@
-"""Checkpoints: all that the next step depends on, in safetensors and JSON, complete or absent.
+"""Checkpoints: everything that the next step depends on, as safetensors and JSON.
 
     runs/NAME/checkpoints/step-00000500/
         unet.safetensors  ema.safetensors  optimizer.safetensors  state.json
 
-Order and noise are functions of (seed, step), so the step stands for them. Nothing here can run
-code when loaded. To resume is to give the same command again: the newest checkpoint is found by its
-step, and settings that would make the continued run another one are refused. While steps are being
-skipped for values that are not finite, the newest checkpoint from before them is spared, and
-`roll_back` makes it the newest of all.
+A checkpoint is complete or absent. Data order and noise are functions of (seed, step), so it stores
+no loader or generator state. No format that can execute code is read. Running the same command
+again resumes from the newest checkpoint; settings that would change the run are refused.
 """
 
 import json
@@ -28,17 +26,9 @@ from latent_t2i.model.ema import EMA
 from latent_t2i.model.paths import complete_or_absent
 from latent_t2i.train import fsdp
 
-ORDER = (
-    "order of data.access",
-    "data.shuffle",
-    "data.window_shards",
-    "data.last_batch",
-    "data.num_workers",
-    "data.window_records",
-)
-INITIAL = ("init_from", "init_sha256")
-# A run goes on only if these are what they were; all other settings may change, and it is said.
-FIXED = (
+# These settings must match the checkpoint for a run to resume; the part before a dot stands for
+# all settings below it. Changes of other settings are reported.
+MUST_MATCH = (
     "seed",
     "batch_size",
     "model.",
@@ -46,16 +36,23 @@ FIXED = (
     "optim.kind",
     "latent_shape",
     "shards_sha256",
-    *INITIAL,
-    *ORDER,
+    "init_from",
+    "init_sha256",
+    # The data order.
+    "order of data.access",
+    "data.shuffle",
+    "data.window_shards",
+    "data.last_batch",
+    "data.num_workers",
+    "data.window_records",
 )
-FREE = ("model.attention_kernel",)
+MAY_DIFFER = ("model.attention_kernel",)
 STATE_KEYS = {"step", "train_s", "scaler", "metrics", "settings"}
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """What a step changes."""
+    """What a training step changes."""
 
     unet: UNet2DConditionModel
     ema: EMA
@@ -63,7 +60,7 @@ class TrainState:
     step: int = 0
     train_s: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)
-    """The unfinished logging interval (progress.py), as plain JSON."""
+    """The unfinished logging interval (progress.py), as JSON values."""
 
 
 def save(
@@ -75,17 +72,16 @@ def save(
     write: bool = True,
     num_skipped_in_a_row: int = 0,
 ) -> None:
-    """Writes the checkpoint of `state.step` and deletes all but the `keep` newest.
+    """Writes a checkpoint of `state.step` and deletes all but the `keep` newest.
 
-    The newest from before the last `num_skipped_in_a_row` steps stays in any case. All processes
-    call it, to bring a shared-out network together; those without `write` do no more. Raises
-    OSError naming the folder and the bytes it takes where the disk is full; older checkpoints then
-    stay.
+    The newest one from before the last `num_skipped_in_a_row` steps is always kept. Under FSDP this
+    is a collective call, and only the process with `write` writes. Raises OSError, naming the
+    folder and the bytes needed, if the disk is full; older checkpoints then stay.
     """
     parts = {
         "unet": fsdp.full_tensors(state.unet.state_dict(), keep=write),
         "ema": fsdp.full_tensors(state.ema.state_dict(), keep=write),
-        "optimizer": fsdp.full_tensors(_moments(state), keep=write),
+        "optimizer": fsdp.full_tensors(_optimizer_tensors(state), keep=write),
     }
     if not write:
         return
@@ -98,35 +94,40 @@ def save(
         "settings": dict(settings),
     }
     num_bytes = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
-    for leftover in folder.glob(".step-*"):  # of a run killed while it saved
+    for leftover in folder.glob(".step-*"):  # from a process killed while it saved
         shutil.rmtree(leftover)
     with complete_or_absent(folder / f"step-{state.step:08d}", num_bytes) as temporary:
         for name, tensors in parts.items():
             packed = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(packed, temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n")
-    spared = find_good(folder, state.step - num_skipped_in_a_row)
+    finite = find_newest(folder, state.step - num_skipped_in_a_row)
     for old in find_all(folder)[:-keep]:
-        if old != spared:
+        if old != finite:
             _delete(old)
 
 
-def roll_back(folder: Path, step: int) -> list[Path]:
-    """Makes the newest checkpoint of `step` or before the newest of all; returns those deleted.
+def find_all(folder: Path) -> list[Path]:
+    """Returns a run's complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
-    Without one such all stay: the weights in those of skipped steps are the same.
+
+def find_newest(folder: Path, max_step: int) -> Path | None:
+    """Returns the newest checkpoint of `max_step` or an earlier step."""
+    return next((path for path in reversed(find_all(folder)) if _step_of(path) <= max_step), None)
+
+
+def delete_after(folder: Path, step: int) -> list[Path]:
+    """Deletes the checkpoints of later steps and returns them.
+
+    Does nothing if there is no checkpoint of `step` or an earlier step.
     """
-    if find_good(folder, step) is None:
+    if find_newest(folder, step) is None:
         return []
     later = [path for path in find_all(folder) if _step_of(path) > step]
-    for path in reversed(later):  # killed within, it leaves one that is good or the error again
+    for path in reversed(later):  # newest first: a kill in between leaves no gap
         _delete(path)
     return later
-
-
-def find_good(folder: Path, step: int) -> Path | None:
-    """Returns the newest checkpoint of `step` or before."""
-    return next((path for path in reversed(find_all(folder)) if _step_of(path) <= step), None)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -134,49 +135,45 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def _delete(checkpoint: Path) -> None:
-    """Deletes a checkpoint, which is never seen in part: the rename comes first."""
+    # Renamed first, so that a kill in between leaves no incomplete checkpoint.
     hidden = checkpoint.with_name(f".{checkpoint.name}.deleted")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
 
 
-def find_all(folder: Path) -> list[Path]:
-    """Returns the complete checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
-
-
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns state.json of a checkpoint."""
+    """Returns the content of a checkpoint's state.json; raises ValueError if it is damaged."""
     try:
         record: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _damaged(checkpoint, error) from error
+        raise _damaged(checkpoint, f"state.json: {error}") from error
     missing = STATE_KEYS - set(record) if isinstance(record, dict) else STATE_KEYS
     if missing:
-        raise _damaged(checkpoint, f"state.json without {', '.join(sorted(missing))}")
+        raise _damaged(checkpoint, f"state.json has no {', '.join(sorted(missing))}")
     return record
 
 
 def load(checkpoint: Path, state: TrainState) -> None:
     """Restores `state` from a checkpoint, in place.
 
-    Raises ValueError, and leaves `state` as it was, for one that is not as it was written.
+    Raises ValueError, and leaves `state` unchanged, if the checkpoint is damaged.
     """
     record = read_state(checkpoint)
-    shapes = {name: tensor.shape for name, tensor in state.unet.named_parameters()}
+    names = dict(state.unet.named_parameters()).keys()
     unet = _read(checkpoint, "unet")
     ema = _read(checkpoint, "ema")
     moments = _read(checkpoint, "optimizer")
-    held = {name.rpartition("/")[0] for name in moments} or shapes.keys()  # none: only skipped yet
-    for file, found in (("unet", set(unet)), ("optimizer", held)):
-        if odd := found ^ shapes.keys():
-            raise _damaged(checkpoint, f"{file}.safetensors: {min(odd)} is missing or unknown")
+    # There are no moments if all steps so far were skipped.
+    with_moments = {name.rpartition("/")[0] for name in moments} or names
+    for file, found in (("unet", set(unet)), ("optimizer", with_moments)):
+        if different := found ^ names:
+            raise _damaged(checkpoint, f"{file}.safetensors: {min(different)} missing or unknown")
     try:
-        state.ema.load(fsdp.parts_of(ema, state.ema.state_dict()))
+        state.ema.load(fsdp.local_shards(ema, state.ema.state_dict()))
     except KeyError as error:
-        raise _damaged(checkpoint, f"ema.safetensors: {error} is missing or unknown") from error
-    state.unet.load_state_dict(fsdp.parts_of(unet, state.unet.state_dict()))
-    _load_moments(state, moments)
+        raise _damaged(checkpoint, f"ema.safetensors: {error} missing or unknown") from error
+    state.unet.load_state_dict(fsdp.local_shards(unet, state.unet.state_dict()))
+    _load_optimizer(state, moments)
     if state.optimizer.scaler is not None and record["scaler"]:
         state.optimizer.scaler.load_state_dict(record["scaler"])
     state.step, state.train_s = record["step"], record["train_s"]
@@ -190,19 +187,20 @@ def _read(checkpoint: Path, name: str) -> dict[str, Tensor]:
         raise _damaged(checkpoint, f"{name}.safetensors: {error}") from error
 
 
-def _damaged(checkpoint: Path, why: object) -> ValueError:
-    """Returns the error of a checkpoint that something has changed since it was written."""
-    before = find_good(checkpoint.parent, _step_of(checkpoint) - 1)
-    then = "to begin anew, there is none before it" if before is None else f"to go on from {before}"
-    return ValueError(f"{checkpoint}: damaged ({why}); delete this folder {then}")
+def _damaged(checkpoint: Path, reason: str) -> ValueError:
+    """Returns the error for a checkpoint that differs from what was written."""
+    # Falling back to an older checkpoint silently would hide a failing disk.
+    before = find_newest(checkpoint.parent, _step_of(checkpoint) - 1)
+    then = f"resume from {before}" if before else "start again at step 0: no older one exists"
+    return ValueError(
+        f"{checkpoint}: the checkpoint is damaged ({reason}); delete this folder to {then}"
+    )
 
 
-def _moments(state: TrainState) -> dict[str, Tensor]:
-    """Returns AdamW's state by parameter name, `conv_in.weight/exp_avg` and so on.
-
-    8-bit AdamW counts its steps in Python: as an int64 tensor here; and its parameters share maps
-    from 8 bits to numbers, of which each gets a copy, since a file has no shared tensors.
-    """
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Returns AdamW's state by parameter name: `conv_in.weight/exp_avg` and so on."""
+    # 8-bit AdamW has Python integers as step counts (stored as int64), and quantisation maps that
+    # parameters share (cloned, because safetensors refuses shared memory).
     names = {parameter: name for name, parameter in state.unet.named_parameters()}
     return {
         f"{names[parameter]}/{kind}": value.clone() if "map" in kind else torch.as_tensor(value)
@@ -211,19 +209,17 @@ def _moments(state: TrainState) -> dict[str, Tensor]:
     }
 
 
-def _load_moments(state: TrainState, moments: Mapping[str, Tensor]) -> None:
-    """Restores AdamW's state as its kernels want it.
-
-    A step count lies on the device, a moment in its parameter's memory format, which files lose.
-    """
+def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
+    """Restores AdamW's state in the form that its kernels expect."""
     parameters = dict(state.unet.named_parameters())
     entries = state.optimizer.optimizer.state
-    for key, tensor in moments.items():
+    for key, tensor in tensors.items():
         name, _, kind = key.rpartition("/")
         parameter = parameters[name]
         if tensor.shape == parameter.shape:
-            mine = fsdp.part_of(tensor, parameter)
-            entries[parameter][kind] = torch.empty_like(parameter, dtype=mine.dtype).copy_(mine)
+            # In the parameter's memory format, which files do not keep.
+            local = fsdp.local_shard(tensor, parameter)
+            entries[parameter][kind] = torch.empty_like(parameter, dtype=local.dtype).copy_(local)
         elif tensor.dtype == torch.int64:
             entries[parameter][kind] = int(tensor)
         else:
@@ -231,7 +227,7 @@ def _load_moments(state: TrainState, moments: Mapping[str, Tensor]) -> None:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested settings as one level of dotted names; tuples as lists, as JSON has them."""
+    """Returns nested settings as one level of dotted names; tuples become lists, as in JSON."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
@@ -242,9 +238,9 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
-    """Returns what changed since the checkpoint, a line each.
+    """Returns one line for each setting that differs from the checkpoint's.
 
-    Raises ValueError, naming both values, for what cannot change within a run.
+    Raises ValueError, naming both values, for a setting that must match.
     """
     old, new = flatten(before), flatten(now)
     changes = []
@@ -252,13 +248,13 @@ def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: 
         was, is_now = old.get(name), new.get(name)
         if was == is_now:
             continue
-        if name not in old:  # by an older version of this project
+        if name not in old:  # the checkpoint is from an older version of this project
             changes.append(f"{name} is new since the checkpoint was written: {is_now!r}")
-            continue
-        if name.startswith(FIXED) and name not in FREE:
+        elif name.startswith(MUST_MATCH) and name not in MAY_DIFFER:
             raise ValueError(
-                f"{name}: the run in {folder} has {was!r}, this command says {is_now!r}; "
-                f"use the old value to go on, or another --name or --out to begin anew"
+                f"{name}: the run in {folder} has {was!r}, found {is_now!r}; use the old value to "
+                "resume it, or start another run with another --name or --out"
             )
-        changes.append(f"{name} changed from {was!r} to {is_now!r}")
+        else:
+            changes.append(f"{name} changed from {was!r} to {is_now!r}")
     return changes

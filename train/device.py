@@ -1,12 +1,7 @@
-"""Batches on their way to the device: on a GPU by a stream of their own, beside the step before.
+"""Copies batches to the device; on a GPU on a stream of its own, in parallel with the step before.
 
-The loader's memory is pinned, so a copy does not hold up the host; on a stream of its own it does
-not hold up the GPU either. The stream of the steps waits for a batch's copy only, and the loader
-for the copy before it writes into that memory again. Without a GPU a batch is where it has to be.
+The buffers are pinned, so a copy blocks neither the host nor the stream that runs the steps.
 """
-
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -14,38 +9,28 @@ from latent_t2i.train.batches import Batch
 
 
 class DevicePrefetcher:
-    """Brings batches to a device."""
+    """Copies batches to a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        """The stream of the copies; None without a GPU."""
 
-    def next(self, batches: Iterator[Batch]) -> Batch:
-        """Returns the next batch, in the loader's memory.
-
-        Asked for in the copies' stream: the loader waits for what that was told about the batch
-        before (shards/loader.py `prefetch`), and need not wait for the steps.
-        """
-        with self._in_stream():
-            return next(batches)
-
-    def bring(self, batch: Batch) -> Batch:
-        """Returns the batch on the device, where the current stream's further work may use it."""
-        if self._stream is None:
+    def to_device(self, batch: Batch) -> Batch:
+        """Returns the batch on the device, ready for work on the current stream."""
+        if self.stream is None:
             return batch.to(self._device)
-        with self._in_stream():
-            there = batch.to(self._device)
-            copied = self._stream.record_event()
+        with torch.cuda.stream(self.stream):
+            copied = batch.to(self._device)
+            done = self.stream.record_event()
         steps = torch.cuda.current_stream(self._device)
-        steps.wait_event(copied)
-        # Its memory belongs to the copies' stream: kept until the steps are done with it too.
-        there.map(lambda tensor: _used_by(tensor, steps))
-        return there
-
-    def _in_stream(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        steps.wait_event(done)
+        # The memory was allocated on the copies' stream. Without this, the allocator could reuse
+        # it while the steps still read it.
+        copied.map(lambda tensor: _record_use(tensor, steps))
+        return copied
 
 
-def _used_by(tensor: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
+def _record_use(tensor: torch.Tensor, stream: torch.cuda.Stream) -> torch.Tensor:
     tensor.record_stream(stream)
     return tensor

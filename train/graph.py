@@ -1,12 +1,11 @@
-"""A whole step recorded once as a CUDA graph, and played back from then on.
+"""Captures a whole training step as a CUDA graph and replays it.
 
-With few or small latents a GPU step is bound by the launches of some thousand kernels; played back
-they are one. Recorded are the forward and backward passes, clipping, the loss scale and the update
-or its skipping (optim.py), all of which stays on the device; the averages, one call, follow.
+A GPU step on few or small latents is limited by launching about a thousand kernels; a replay
+launches one graph. The graph covers the forward and backward passes, clipping, the loss scale and
+the update or its skipping (optim.py). The moving averages, a single call, run after it.
 
-The first steps are taken as they come, so that libraries choose their kernels; no step is taken
-that would not be taken otherwise. What changes from step to step is put into memory that stays: the
-batch and the learning rate. https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+The first steps run eagerly so that libraries can select their kernels. Batch and learning rate are
+copied into static memory. See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from collections.abc import Callable
@@ -18,50 +17,51 @@ from torch import Tensor
 
 from latent_t2i.train.batches import Batch
 
-NUM_STEPS_BEFORE = 4
-Outcome = tuple[Tensor, Tensor, Tensor]
-"""Loss, norm of the gradients, and whether the step was skipped; on the device."""
-TakeStep = Callable[[Batch, Tensor], Outcome]
+NUM_WARMUP_STEPS = 4
+# Loss, gradient norm, and 1.0 if the step was skipped, all on the device.
+StepResult = tuple[Tensor, Tensor, Tensor]
+StepFunction = Callable[[Batch, Tensor], StepResult]
 
 
-class Recorder(Protocol):
-    """Runs work and records it."""
+class GraphBackend(Protocol):
+    """Runs work eagerly and captures it."""
 
-    def run(self, work: Callable[[], Outcome]) -> Outcome:
-        """Does the work as it comes."""
+    def run(self, work: Callable[[], StepResult]) -> StepResult:
+        """Runs the work eagerly."""
 
-    def record(self, work: Callable[[], Outcome]) -> tuple[Callable[[], None], Outcome]:
-        """Returns what does the work again, and where its results then lie; does not do it."""
+    def capture(self, work: Callable[[], StepResult]) -> tuple[Callable[[], None], StepResult]:
+        """Captures the work without running it.
+
+        Returns a function that replays it, and the tensors that a replay overwrites.
+        """
 
 
 class StepGraph:
-    """Takes steps: the first few as they come, later ones played back."""
+    """Runs training steps: the first few eagerly, later ones by replay."""
 
-    def __init__(self, take_step: TakeStep, device: torch.device, recorder: Recorder) -> None:
-        self._take_step = take_step
-        self._recorder = recorder
+    def __init__(self, step: StepFunction, device: torch.device, backend: GraphBackend) -> None:
+        self._step = step
+        self._backend = backend
         self._rate = torch.zeros((), device=device)
-        self._num_before = 0
+        self._num_eager = 0
         self._batch: Batch | None = None
-        self._play: Callable[[], None] | None = None
-        self._outcome: Outcome | None = None
+        self._captured: tuple[Callable[[], None], StepResult] | None = None
 
-    def __call__(self, batch: Batch, rate: float) -> Outcome:
-        """Takes a step, on a batch of always the same shape; its outcome is good until the next."""
-        mine = self._put(batch)
+    def __call__(self, batch: Batch, rate: float) -> StepResult:
+        """Runs a step. All batches have one shape; the next call overwrites the result."""
+        static = self._copy_in(batch)
         self._rate.fill_(rate)
-        if self._num_before < NUM_STEPS_BEFORE:
-            self._num_before += 1
-            return self._recorder.run(lambda: self._take_step(mine, self._rate))
-        if self._play is None or self._outcome is None:
-            self._play, self._outcome = self._recorder.record(
-                lambda: self._take_step(mine, self._rate)
-            )
-        self._play()
-        return self._outcome
+        if self._num_eager < NUM_WARMUP_STEPS:
+            self._num_eager += 1
+            return self._backend.run(lambda: self._step(static, self._rate))
+        if self._captured is None:
+            self._captured = self._backend.capture(lambda: self._step(static, self._rate))
+        replay, result = self._captured
+        replay()
+        return result
 
-    def _put(self, batch: Batch) -> Batch:
-        """Copies a batch into the memory that stays, and returns that."""
+    def _copy_in(self, batch: Batch) -> Batch:
+        """Copies a batch into the graph's static memory, and returns that."""
         if self._batch is None:
             self._batch = batch.map(torch.empty_like)
         for part in fields(Batch):
@@ -69,27 +69,28 @@ class StepGraph:
         return self._batch
 
 
-class CudaRecorder:
-    """Records CUDA graphs."""
+class CudaGraphBackend:
+    """Captures CUDA graphs."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
-    def run(self, work: Callable[[], Outcome]) -> Outcome:
-        """Does the work in the stream that it will be recorded in."""
+    def run(self, work: Callable[[], StepResult]) -> StepResult:
+        """Runs the work on the stream that is used for capture, as PyTorch requires."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            outcome = work()
+            result = work()
         current.wait_stream(self._stream)
-        for tensor in outcome:
+        for tensor in result:
             tensor.record_stream(current)
-        return outcome
+        return result
 
-    def record(self, work: Callable[[], Outcome]) -> tuple[Callable[[], None], Outcome]:
-        """Records the work; other threads, such as the loader's, may use the GPU meanwhile."""
+    def capture(self, work: Callable[[], StepResult]) -> tuple[Callable[[], None], StepResult]:
+        """Captures the work."""
         graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread may use the GPU during the capture.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            outcome = work()
-        return graph.replay, outcome
+            result = work()
+        return graph.replay, result

@@ -1,12 +1,12 @@
-"""The update of the weights, with no word between device and host.
+"""AdamW, its learning rate, and an update that clips and skips without synchronising.
 
-Clipping and skipping both ride on the two tensors that torch's fused AdamW takes from a gradient
-scaler: it divides gradients by `grad_scale` and leaves weights, moments and step count alone where
-`found_inf` is 1. So clipping costs no pass over the gradients of its own, and a non-finite step
-changes nothing. All processes hold the same reduced gradients and therefore skip the same steps.
+torch's fused AdamW accepts two tensors from a gradient scaler: it divides gradients by `grad_scale`
+and leaves weights, moments and step count unchanged where `found_inf` is 1. Clipping and skipping
+both use them, so clipping needs no extra pass over the gradients. All processes hold the same
+reduced gradients and therefore skip the same steps.
 
-bitsandbytes' 8-bit AdamW (Dettmers et al. 2021, 2110.02861) takes neither tensor: with it the host
-waits for the device once a step, to know whether to update.
+bitsandbytes' 8-bit AdamW (Dettmers et al. 2021, 2110.02861) accepts neither, so with it the host
+waits for the device once per step.
 """
 
 import importlib
@@ -27,9 +27,9 @@ from latent_t2i.train.config import OptimConfig
 def make_optimizer(
     config: OptimConfig, parameters: Iterable[nn.Parameter], *, capturable: bool = False
 ) -> torch.optim.Optimizer:
-    """Returns fused AdamW, or the 8-bit one; `capturable` for a step that a CUDA graph records.
+    """Returns fused or 8-bit AdamW; `capturable` if a CUDA graph captures the step.
 
-    Raises ValueError where bitsandbytes is asked for and not installed.
+    Raises ValueError if the 8-bit one is requested and bitsandbytes is not installed.
     """
     if config.kind == "adamw":
         make: Any = partial(torch.optim.AdamW, fused=True, capturable=capturable)
@@ -43,16 +43,16 @@ def make_optimizer(
 
 
 def check_bitsandbytes() -> None:
-    """Raises ValueError where bitsandbytes is not installed."""
+    """Raises ValueError if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            "optim.kind: adamw8bit needs bitsandbytes, which is not installed: "
-            "pip install 'latent-t2i[8bit]'; or adamw"
+            "optim.kind: adamw8bit needs bitsandbytes, which is not installed; run pip install "
+            "'latent-t2i[8bit]' or use optim.kind adamw"
         )
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Returns the rate of the update that follows `step` earlier ones."""
+    """Returns the learning rate of a step, counted from 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
@@ -73,34 +73,32 @@ def update(
     *,
     rate: float | Tensor,
     max_norm: float,
-    ahead: bool,
+    on_device: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Clips, then updates the weights or skips, and clears the gradients.
+    """Clips the gradients, updates the weights unless a gradient is not finite, clears them.
 
-    `ahead` is for a device that the host must not wait for: a fused optimizer then scales and skips
-    there. On a CPU the host knows; not to scale by one saves a third of the update. The results are
-    the same. Returns, on the device, the gradients' norm before clipping and 1.0 where the step was
-    skipped.
+    `on_device` lets a fused optimizer scale and skip on the device, without synchronising. Returns,
+    on the device, the gradient norm before clipping, and 1.0 if the step was skipped or else 0.0.
     """
     adamw: Any = optimizer.optimizer
     adamw.param_groups[0]["lr"] = rate
-    if optimizer.scaler is not None:  # fp16: divides by the loss scale and looks for infinities
+    if optimizer.scaler is not None:  # fp16: divides by the loss scale, detects infinities
         optimizer.scaler.unscale_(adamw)
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):  # of a network shared out (fsdp.py)
+    if isinstance(norm, DTensor):  # FSDP
         norm = norm.full_tensor()
     skipped = (~norm.isfinite()).float()
     too_long = ((norm + 1e-6) / max_norm).clamp(min=1.0)
-    if ahead and getattr(
-        adamw, "_step_supports_amp_scaling", False
-    ):  # fused, as GradScaler asks it
+    # The attribute by which torch's own GradScaler recognises a fused optimizer.
+    if on_device and getattr(adamw, "_step_supports_amp_scaling", False):
         adamw.grad_scale, adamw.found_inf = too_long, skipped
         optimizer.step()
     else:
-        if ahead or too_long.item() > 1.0:
+        # On a CPU the host knows the norm. Skipping a division by one saves a third of the update.
+        if on_device or too_long.item() > 1.0:
             torch._foreach_div_(gradients, too_long)
-        if optimizer.scaler is not None or not skipped.item():  # a scaler skips by itself
+        if optimizer.scaler is not None or not skipped.item():  # a scaler skips on its own
             optimizer.step()
     optimizer.zero_grad()
     return norm, skipped

@@ -14,7 +14,7 @@ from latent_t2i.model.diffusion import make_scheduler
 from latent_t2i.model.generate import generate_images
 from latent_t2i.model.grid import labelled_grid, save_png
 from latent_t2i.train import trackers
-from latent_t2i.train.fsdp import is_shared
+from latent_t2i.train.fsdp import is_fsdp
 from latent_t2i.train.setup import Run
 
 
@@ -29,7 +29,7 @@ def make_preview(run: Run) -> None:
     Of a network shared out, all processes draw the same pictures, since each has but a part of it.
     """
     main = run.accelerator.is_main_process
-    if main or is_shared(run.state.unet):
+    if main or is_fsdp(run.state.unet):
         images = draw_images(run)
         if main:
             write(path_of(run.plan.folder, run.state.step), images, run)
@@ -38,14 +38,14 @@ def make_preview(run: Run) -> None:
 
 def draw_images(run: Run) -> list[Image.Image]:
     """Draws the pictures with the averaged weights."""
-    config, plan, state = run.config.preview, run.plan, run.state
+    config, plan, state = run.plan.config.preview, run.plan, run.state
     seeds = [config.seed + number for number in range(len(config.prompts))]
     pipeline = make_pipeline(
         unet=state.unet,
         vae=plan.vae,
         tokenizer=plan.tokenizer,
         text_encoder=plan.text_encoder,
-        scheduler=make_scheduler(run.config.objective),
+        scheduler=make_scheduler(run.plan.config.objective),
         max_tokens=plan.shards.manifest.max_tokens,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -69,7 +69,7 @@ def draw_images(run: Run) -> list[Image.Image]:
 
 def write(path: Path, images: list[Image.Image], run: Run) -> None:
     """Writes the labelled grid into a file and gives it to the trackers."""
-    config, state = run.config.preview, run.state
+    config, state = run.plan.config.preview, run.state
     grid = labelled_grid(images, config.prompts)
     settings = {
         "prompt": " | ".join(config.prompts),

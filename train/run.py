@@ -1,9 +1,9 @@
-"""Stage two on the command line: accelerate launch train/run.py --config PRESET [flags]."""
+"""The command of stage two: accelerate launch train/run.py --config PRESET [flags]."""
 
 import sys
 from pathlib import Path
 
-if sys.path[0] == str(Path(__file__).resolve().parent):  # started as a script
+if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a script
     # In a checkout the folder above holds latent_t2i/; in an installed wheel it is latent_t2i.
     above = Path(__file__).resolve().parent.parent
     sys.path[0] = str(above if (above / "latent_t2i").is_dir() else above.parent)

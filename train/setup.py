@@ -1,4 +1,4 @@
-"""From a checked plan to the objects that the loop turns: in the order in which they are made."""
+"""Builds a run from its configuration: processes, network, optimizer, batches and progress."""
 
 import json
 import os
@@ -14,125 +14,93 @@ from accelerate.utils import (
     ProjectConfiguration,
     parse_flag_from_env,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from latent_t2i.model import denoiser, diffusion
-from latent_t2i.model.diffusion import Prediction
 from latent_t2i.model.ema import EMA
 from latent_t2i.model.encoders import latent_affine
 from latent_t2i.shards.access import make_loader
 from latent_t2i.train import checkpoint, fsdp, initial, trackers
-from latent_t2i.train.batches import Batch, Source
+from latent_t2i.train.batches import BatchSource
 from latent_t2i.train.checkpoint import TrainState
 from latent_t2i.train.config import Precision, TrainConfig
 from latent_t2i.train.device import DevicePrefetcher
 from latent_t2i.train.estimate import estimate_run
-from latent_t2i.train.graph import CudaRecorder, Recorder
+from latent_t2i.train.graph import CudaGraphBackend, GraphBackend
+from latent_t2i.train.objective import Objective
 from latent_t2i.train.optim import make_optimizer
 from latent_t2i.train.preflight import Plan, run_folder, validate
 from latent_t2i.train.progress import METRICS_FILE, Progress
 from latent_t2i.train.step_timer import StepTimer
 
-REPLACED = {
+# Features of `accelerate config` that this project has its own setting for.
+UNSUPPORTED = {
     "ACCELERATE_USE_FSDP": "use --fsdp",
-    "ACCELERATE_USE_DEEPSPEED": "use --fsdp, which shares out as much as ZeRO stage 3",
+    "ACCELERATE_USE_DEEPSPEED": "use --fsdp, which shards as much as ZeRO stage 3",
 }
-"""What `accelerate config` can set that a run has its own way of, and which."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """A batch in, a loss per example out: `diffusion.loss` with a run's constants."""
-
-    alpha_bar: Tensor  # (num_timesteps,)
-    empty_text: Tensor  # (T, D)
-    text_scale: Tensor | None  # (D,), for int8 text
-    latent_shift: Tensor  # (C, 1, 1)
-    latent_scale: Tensor  # (C, 1, 1)
-    prediction: Prediction
-    snr_gamma: float | None
-
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns losses (b,) float32."""
-        latents = diffusion.sample_posterior(batch.latent, batch.posterior_noise)
-        text = batch.text.float()
-        if self.text_scale is not None:
-            text = text * self.text_scale
-        text = torch.where(batch.drop[:, None, None], self.empty_text, text)
-        return diffusion.loss(
-            model,
-            self.alpha_bar,
-            (latents - self.latent_shift) * self.latent_scale,
-            text,
-            batch.noise,
-            batch.timesteps,
-            prediction=self.prediction,
-            snr_gamma=self.snr_gamma,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that the loop turns."""
+    """Everything that the loop uses; the settings are in `plan.config`."""
 
-    config: TrainConfig
     plan: Plan
     accelerator: Accelerator
     state: TrainState
     model: nn.Module
-    """The denoiser as it is called: `state.unet`, wrapped and maybe compiled."""
+    """`state.unet`, wrapped for several processes and compiled if requested."""
     objective: Objective
-    source: Source
+    source: BatchSource
     prefetcher: DevicePrefetcher
-    recorder: Recorder | None
-    """What records a step, if it is to be."""
+    graph_backend: GraphBackend | None
+    """Captures the step as a CUDA graph, if requested."""
     timer: StepTimer
     progress: Progress
 
 
 def start(config: TrainConfig) -> Run:
     """Checks a configuration, builds its run and restores its newest checkpoint, if any."""
-    chosen, notes = trackers.choose(config.trackers)
-    accelerator = make_accelerator(config.mixed_precision, chosen, run_folder(config))
+    tracker_names, notes = trackers.choose(config.trackers)
+    accelerator = make_accelerator(config.mixed_precision, tracker_names, run_folder(config))
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     plan = validate(config, accelerator.num_processes)
-    config = plan.config
-    lines = estimate_run(plan, accelerator)
-    state, model = make_state(config, plan, accelerator)
+    estimate = estimate_run(plan, accelerator)
+    state, model = make_state(plan, accelerator)
     device = accelerator.device
+    use_graph = plan.config.cuda_graph and device.type == "cuda"
     run = Run(
-        config=config,
         plan=plan,
         accelerator=accelerator,
         state=state,
         model=model,
-        objective=make_objective(config, plan, device),
-        source=make_source(config, plan, accelerator),
+        objective=make_objective(plan, device),
+        source=make_source(plan, accelerator),
         prefetcher=DevicePrefetcher(device),
-        recorder=CudaRecorder(device) if config.cuda_graph and device.type == "cuda" else None,
+        graph_backend=CudaGraphBackend(device) if use_graph else None,
         timer=StepTimer(device),
-        progress=Progress(accelerator, plan.folder, config.log_every_steps),
+        progress=Progress(accelerator, plan.folder, plan.config.log_every_steps),
     )
     changes = resume(plan, state)
+    settings = asdict(plan.config)
     if accelerator.is_main_process:
         plan.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"train": asdict(config)}, indent=1)
+        text = json.dumps({"train": settings}, indent=1)
         (plan.folder / "config.json").write_text(text + "\n")
     run.progress.open(state.step, plan.num_steps, state.metrics)
-    if config.cuda_graph and run.recorder is None:
-        changes.append("cuda_graph: needs a GPU, found none: steps are taken as they come")
-    trackers.start(accelerator, plan.folder, checkpoint.flatten(asdict(config)), state.step)
-    for note in (*lines, *plan.notes, *notes, *changes):
+    if plan.config.cuda_graph and not use_graph:
+        changes.append("cuda_graph: needs a GPU, found none; running without it")
+    trackers.start(accelerator, plan.folder, checkpoint.flatten(settings), state.step)
+    for note in (*estimate, *plan.notes, *notes, *changes):
         run.progress.say(note)
-    run.progress.begin("compiling" if config.compile else "first step")
+    run.progress.begin("compiling" if plan.config.compile else "first step")
     return run
 
 
 def dry_run(config: TrainConfig) -> Path:
-    """Checks a configuration and its run so far, prints what it takes and returns its folder.
+    """Checks a configuration and its existing run, prints an estimate and returns the run's folder.
 
-    Nothing is built and nothing written. Raises ValueError for all that `start` does.
+    Builds no network and writes nothing. Raises ValueError as `start` does.
     """
     _, notes = trackers.choose(config.trackers)
     accelerator = make_accelerator(config.mixed_precision)
@@ -142,7 +110,7 @@ def dry_run(config: TrainConfig) -> Path:
     if found:
         before = checkpoint.read_state(found[-1])["settings"]
         lines += checkpoint.compare_settings(before, plan.settings, plan.folder)
-        lines.append(f"would go on from {found[-1]}")
+        lines.append(f"would resume from {found[-1]}")
     for line in lines if accelerator.is_main_process else ():
         print(line)
     return plan.folder
@@ -151,31 +119,29 @@ def dry_run(config: TrainConfig) -> Path:
 def make_accelerator(
     precision: Precision, log_with: Sequence[str] = (), folder: Path | None = None
 ) -> Accelerator:
-    """Returns an Accelerator in our precision; fp16 becomes "no", with one warning, without a GPU.
+    """Returns an Accelerator; without a GPU, fp16 becomes "no", with a warning.
 
-    `log_with` names the trackers that `trackers.start` opens, in the run's folder.
-
-    The precision is passed even where it is "no": accelerate would otherwise take its launcher's.
-    Without a GPU, several processes find each other only if accelerate is told `cpu`. Raises
-    ValueError where accelerate's own settings ask for what this project does otherwise.
+    `log_with` names the trackers that `trackers.start` opens in `folder`, the run's. Raises
+    ValueError if accelerate's configuration requests a feature that this project does not use.
     """
-    for name, instead in REPLACED.items():
+    for name, instead in UNSUPPORTED.items():
         if parse_flag_from_env(name):
             raise ValueError(
-                f"{name}: set by accelerate's configuration; expected it unset: {instead}"
+                f"{name}: set by accelerate's configuration, expected it unset; {instead}"
             )
+    # Without a GPU, several processes only form a group if accelerate is given `cpu`.
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu)
     notes = cpu_warnings(os.environ, state.num_processes) if on_cpu else []
     if precision == "fp16" and on_cpu:
-        notes.append("mixed_precision: fp16 needs a GPU, found none: training in float32")
+        notes.append("mixed_precision: fp16 needs a GPU, found none; training in float32")
         precision = "no"
     for note in notes if state.is_main_process else ():
         print(f"warning: {note}", file=sys.stderr)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(
         cpu=on_cpu,
-        mixed_precision=precision,
+        mixed_precision=precision,  # also "no", which otherwise means the launcher's setting
         kwargs_handlers=[ddp],
         log_with=list(log_with) or None,
         project_config=ProjectConfiguration(logging_dir=folder and str(folder / trackers.FOLDER)),
@@ -183,15 +149,13 @@ def make_accelerator(
 
 
 def cpu_warnings(environment: Mapping[str, str], num_processes: int) -> list[str]:
-    """Returns what accelerate's launcher (1.15) does on a CPU without saying so.
-
-    Asked for several processes it starts one: it then leaves the address at which they should meet
-    in the environment, but no rank. And it gives a process one thread unless told otherwise.
-    """
+    """Returns warnings about what accelerate's launcher (1.15) does on a CPU without saying so."""
     warnings = []
+    # With --cpu it starts one process for any --num_processes. It then sets the address of the
+    # process group, but no rank.
     if num_processes == 1 and "MASTER_ADDR" in environment and "RANK" not in environment:
         warnings.append(
-            "accelerate launch --cpu starts one process whatever --num_processes says; for N: "
+            "accelerate launch --cpu starts one process for any --num_processes; for N processes: "
             "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes N train/run.py ..."
         )
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -203,10 +167,9 @@ def cpu_warnings(environment: Mapping[str, str], num_processes: int) -> list[str
     return warnings
 
 
-def make_state(
-    config: TrainConfig, plan: Plan, accelerator: Accelerator
-) -> tuple[TrainState, nn.Module]:
-    """Returns the state at step 0 and the denoiser as it is called (wrapped, maybe compiled)."""
+def make_state(plan: Plan, accelerator: Accelerator) -> tuple[TrainState, nn.Module]:
+    """Returns the state at step 0, and the network as it is called (wrapped, maybe compiled)."""
+    config = plan.config
     torch.manual_seed(config.seed)
     channels, height, width = plan.latent_shape
     unet = denoiser.build(
@@ -227,14 +190,14 @@ def make_state(
         unet.enable_gradient_checkpointing()
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     unet.to(accelerator.device, memory_format=memory_format)
-    shared = config.fsdp and accelerator.num_processes > 1
-    if shared:
+    sharded = config.fsdp and accelerator.num_processes > 1
+    if sharded:
         fsdp.apply_fsdp(unet, accelerator)
     ema = EMA(config.ema, unet.named_parameters())
     model = accelerator.prepare_model(
         torch.compile(unet) if config.compile else unet,
         device_placement=False,
-        evaluation_mode=shared,  # no DistributedDataParallel around what FSDP has shared out
+        evaluation_mode=sharded,  # no DistributedDataParallel around an FSDP network
     )
     optimizer = accelerator.prepare(
         make_optimizer(config.optim, unet.parameters(), capturable=config.cuda_graph)
@@ -243,62 +206,62 @@ def make_state(
 
 
 def resume(plan: Plan, state: TrainState) -> list[str]:
-    """Loads the newest checkpoint, if there is one, and returns what to say of it, a line each.
+    """Loads the newest checkpoint, if there is one; returns lines for the log.
 
-    Raises ValueError where its settings and the plan's cannot be one run.
+    Raises ValueError if the run's settings do not allow it.
     """
     found = checkpoint.find_all(plan.folder / "checkpoints")
     if not found:
-        return lost_progress(plan.folder)
+        return describe_lost_progress(plan.folder)
     before = checkpoint.read_state(found[-1])["settings"]
     changes = checkpoint.compare_settings(before, plan.settings, plan.folder)
     checkpoint.load(found[-1], state)
     if plan.access.kind == "stream":
         changes.append(
-            "stream access resumes to the shard: records of those that were being read come again; "
-            "map and cache access resume exactly"
+            "stream access resumes at the start of a shard, so the records of shards that were "
+            "partly read are repeated; map and cache access resume exactly"
         )
-    return [f"going on from {found[-1]}", *changes]
+    return [f"resuming from {found[-1]}", *changes]
 
 
-def lost_progress(folder: Path) -> list[str]:
-    """Returns what to say of a run that was begun and has no checkpoint."""
+def describe_lost_progress(folder: Path) -> list[str]:
+    """Returns a line for the log if the run was started before but has no checkpoint."""
     left = [name for name in (METRICS_FILE, "bundle") if (folder / name).exists()]
     if not left:
         return []
     return [
-        f"{folder} has {' and '.join(left)} but no checkpoint in {folder / 'checkpoints'}: "
-        "beginning anew at step 0, these will be replaced"
+        f"{folder} has {' and '.join(left)} but no checkpoint in {folder / 'checkpoints'}; "
+        "starting at step 0, these will be replaced"
     ]
 
 
-def make_source(config: TrainConfig, plan: Plan, accelerator: Accelerator) -> Source:
+def make_source(plan: Plan, accelerator: Accelerator) -> BatchSource:
     """Returns this process's source of batches."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
-    return Source(
+    return BatchSource(
         loader=make_loader(
             plan.shards, plan.order, plan.access, rank=rank, num_processes=num_processes
         ),
-        seed=config.seed,
-        batch_size=config.batch_size,
+        seed=plan.config.seed,
+        batch_size=plan.config.batch_size,
         latent_channels=plan.latent_shape[0],
-        objective=config.objective,
+        objective=plan.config.objective,
         rank=rank,
         num_processes=num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )
 
 
-def make_objective(config: TrainConfig, plan: Plan, device: torch.device) -> Objective:
-    """Returns the objective of a run."""
-    scale = plan.shards.text_scale
-    shift, latent_scale = latent_affine(plan.vae)
+def make_objective(plan: Plan, device: torch.device) -> Objective:
+    """Returns the objective, its constants on the device."""
+    config, scale = plan.config.objective, plan.shards.text_scale
+    latent_shift, latent_scale = latent_affine(plan.vae)
     return Objective(
-        alpha_bar=diffusion.alpha_bar(config.objective).to(device),
+        alpha_bar=diffusion.alpha_bar(config).to(device),
         empty_text=plan.shards.empty_text.float().to(device),
         text_scale=None if scale is None else scale.to(device),
-        latent_shift=shift.to(device),
+        latent_shift=latent_shift.to(device),
         latent_scale=latent_scale.to(device),
-        prediction=config.objective.prediction,
-        snr_gamma=config.objective.snr_gamma,
+        prediction=config.prediction,
+        snr_gamma=config.snr_gamma,
     )

@@ -1,8 +1,7 @@
-"""Where wall time goes: the share of each phase of a step.
+"""The time breakdown: the share of wall time that each phase of a step takes.
 
-On a CPU phases are timed by the clock. On a GPU work is queued, so each phase is bracketed by
-events that are read at the logging interval only: waiting for data then counts as far as the GPU
-stood idle.
+On a GPU each phase is bracketed by CUDA events that are read at the logging interval, so timing
+does not synchronise. Waiting for data then counts only as far as the GPU was idle.
 """
 
 import time
@@ -16,7 +15,7 @@ PHASES = ("data", "copy", "denoise", "optimiser", "ema", "save", "evaluate")
 
 
 class StepTimer:
-    """Adds up the time of each phase between two readings."""
+    """Sums the time of each phase between two reads."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -26,7 +25,7 @@ class StepTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Counts the enclosed work towards a phase."""
+        """Adds the time of the enclosed work to a phase."""
         if self._on_gpu:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -39,7 +38,7 @@ class StepTimer:
             self._seconds[name] += time.perf_counter() - start_s
 
     def read(self) -> tuple[float, dict[str, float]]:
-        """Returns the seconds since the last reading and each phase's share; waits for the GPU."""
+        """Returns the seconds since the last read and each phase's share; synchronises a GPU."""
         if self._on_gpu:
             torch.cuda.synchronize()
         for name, start, end in self._events:

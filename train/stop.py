@@ -1,4 +1,4 @@
-"""When to end: the last step, the time budget, or a signal, on all processes at the same step."""
+"""Decides when a run ends: at the last step, the time budget or a signal, on all ranks at once."""
 
 import signal
 import time
@@ -12,18 +12,19 @@ from accelerate import Accelerator
 CHECK_EVERY_STEPS = 10
 
 
-class Reason(Enum):
+class StopReason(Enum):
     """Why a run ends."""
 
-    DONE = "the last step"
-    BUDGET = "the time budget"
-    SIGNAL = "a signal"
+    DONE = "last step reached"
+    BUDGET = "time budget used up"
+    SIGNAL = "signal"
 
 
 class Stop:
-    """Watches for the end of a run; a context manager, since it takes over SIGTERM and SIGINT.
+    """A context manager that records SIGTERM and SIGINT and decides when a run ends.
 
-    Only the first signal is taken over: a second one ends the process at once.
+    Only the first signal is recorded. The handlers are then restored, so a second one ends the
+    process at once.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._note)
+            self._handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(
@@ -49,7 +50,7 @@ class Stop:
     ) -> None:
         self._restore()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         self._restore()
 
@@ -59,29 +60,30 @@ class Stop:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training so far, over all starts."""
+        """Seconds of training, including those before a resume."""
         return time.perf_counter() - self._started_s
 
-    def reason(self, step: int, train_s: float) -> Reason | None:
-        """Returns why to end before `step`, `train_s` after the beginning, or None to go on.
+    def reason(self, step: int, train_s: float) -> StopReason | None:
+        """Returns why the run ends before `step`, or None to continue.
 
-        It takes the time that a checkpoint keeps, not the clock's, so that a run which its budget
-        ended is over for good. Processes agree every few steps only: that waits for the device.
+        `train_s` is the training time that the checkpoint records, not the clock's: a run that has
+        used up its budget then stays finished when it is started again.
         """
         over = self._budget_s is not None and train_s >= self._budget_s
         if step >= self._num_steps:
-            return Reason.DONE
+            return StopReason.DONE
         if self._accelerator.num_processes > 1:
-            return self._common_reason(over) if step % CHECK_EVERY_STEPS == 0 else None
+            # Only every few steps: agreeing synchronises host and device.
+            return self._agree(over) if step % CHECK_EVERY_STEPS == 0 else None
         if self.signal is not None:
-            return Reason.SIGNAL
-        return Reason.BUDGET if over else None
+            return StopReason.SIGNAL
+        return StopReason.BUDGET if over else None
 
-    def _common_reason(self, over: bool) -> Reason | None:
-        """Returns what any process wants; a signal that reached one ends all."""
+    def _agree(self, over: bool) -> StopReason | None:
+        """Returns the reason that any process has, so that one process's signal ends them all."""
         own = torch.tensor([float(self.signal or 0), over], device=self._accelerator.device)
         number, any_over = self._accelerator.gather(own.unsqueeze(0)).amax(dim=0).tolist()
         if number:
             self.signal = int(number)
-            return Reason.SIGNAL
-        return Reason.BUDGET if any_over else None
+            return StopReason.SIGNAL
+        return StopReason.BUDGET if any_over else None

@@ -30,7 +30,7 @@ from latent_t2i.shards.reader import ShardSet
 from latent_t2i.shards.remote.transport import is_remote
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import ValidationConfig
-from latent_t2i.train.fsdp import is_shared
+from latent_t2i.train.fsdp import is_fsdp
 
 NUM_PARTS = 4
 MAX_KEYS_READ = 100_000
@@ -239,7 +239,7 @@ def measure(
     losses = torch.zeros(len(validation.records), device=accelerator.device)
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     with ema.swapped_into(unet), accelerator.autocast():
-        for places, counts in deal(validation.pieces(), rank, num_processes, is_shared(unet)):
+        for places, counts in deal(validation.pieces(), rank, num_processes, is_fsdp(unet)):
             found = objective(unet, validation.batch(places).to(accelerator.device))
             if counts:
                 losses[places.start : places.stop] = found

@@ -98,7 +98,10 @@ def hold_to_records(content: Content, loader: MapLoader, device: torch.device) -
     """Raises ValueError where what arrives is not what was written."""
     on_gpu = device.type == "cuda"
     arrived = []
-    with closing(batches(loader, start=0, stop=NUM_CHECKED, pin_memory=on_gpu)) as made:
+    stream = torch.cuda.current_stream() if on_gpu else None
+    with closing(
+        batches(loader, start=0, stop=NUM_CHECKED, pin_memory=on_gpu, stream=stream)
+    ) as made:
         for batch in made:
             if on_gpu:
                 torch.cuda._sleep(DELAY_CYCLES)
@@ -116,7 +119,10 @@ def measure(loader: MapLoader, device: torch.device, seconds: float) -> dict[str
         ("pageable", False, device),
         ("pinned", on_gpu, device),
     ):
-        with closing(batches(loader, start=0, stop=sys.maxsize, pin_memory=pin_memory)) as made:
+        stream = torch.cuda.current_stream() if on_gpu else None
+        with closing(
+            batches(loader, start=0, stop=sys.maxsize, pin_memory=pin_memory, stream=stream)
+        ) as made:
             rates[name] = rate(made, use, seconds)
     buffer = loader.buffer(pin_memory=on_gpu)
     loader.fill(0, buffer)

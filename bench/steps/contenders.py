@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from bench.stages.plain_script import CocoImages
 from bench.steps.networks import DTYPES
 from latent_t2i.model.encoders import latent_affine, load_text_encoder, load_vae
-from latent_t2i.train.graph import NUM_STEPS_BEFORE
+from latent_t2i.train.graph import NUM_WARMUP_STEPS
 from latent_t2i.train.loop import loop
 from latent_t2i.train.optim import make_optimizer
 from latent_t2i.train.setup import Run
@@ -94,7 +94,7 @@ def ours(run: Run, num_steps: int) -> tuple[float, dict[str, float]]:
 
     If it records its steps, it has done so before.
     """
-    num_before = 1 if run.recorder is None else NUM_STEPS_BEFORE + 2
+    num_before = 1 if run.graph_backend is None else NUM_WARMUP_STEPS + 2
     turn: Any = Turn(run, num_steps, num_before)
     with suppress(TurnOverError):
         loop(run, turn)
@@ -158,7 +158,7 @@ def online_step(
     tokenizer, text_encoder = load_text_encoder(encoders[1])
     nn.Module.to(text_encoder, device=device, dtype=dtype)
     schedule = DDPMScheduler()
-    optimizer = make_optimizer(run.config.optim, model.parameters())
+    optimizer = make_optimizer(run.plan.config.optim, model.parameters())
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     dataset = CocoImages(images, captions, size_px)
     max_tokens = run.plan.shards.manifest.max_tokens
@@ -173,7 +173,7 @@ def online_step(
     batches = endless(
         DataLoader(
             dataset,
-            run.config.batch_size,
+            run.plan.config.batch_size,
             shuffle=True,
             drop_last=True,
             num_workers=num_workers,

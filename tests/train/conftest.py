@@ -1,17 +1,31 @@
-"""Shards of noise and a small run."""
+"""Shards of noise, a small run, and what tests compare of runs."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.ema import EMAConfig
+from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import TrainConfig
 from tests import tiny
 
 MakeConfig = Callable[..., TrainConfig]
+MODEL = DenoiserConfig(
+    channels=(8,),
+    attention=(True,),
+    layers_per_block=1,
+    attention_head_dim=2,
+    norm_num_groups=4,
+)
+TIMES = ("images_per_s", "train_s", "time_breakdown")
 
 
 @pytest.fixture(scope="session")
@@ -36,14 +50,64 @@ def make_config(tmp_path: Path, shards: Path) -> MakeConfig:
             "trackers": ("none",),
             "checkpoint_every_steps": 3,
             "ema": EMAConfig(decay=0.9),
-            "model": DenoiserConfig(
-                channels=(8,),
-                attention=(True,),
-                layers_per_block=1,
-                attention_head_dim=2,
-                norm_num_groups=4,
-            ),
+            "model": MODEL,
         }
         return TrainConfig(**(values | changes))
 
     return make
+
+
+def metrics(run: str | Path | None) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, without measured times."""
+    text = (Path(str(run)) / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [without_times(line) for line in lines]
+
+
+def without_times(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in TIMES}
+
+
+def losses(run: str | Path | None) -> list[float]:
+    """The losses of a run, by logging interval."""
+    return [line["loss"] for line in metrics(run)]
+
+
+def assert_close_metrics(found: Path, expected: Path, rel: float) -> None:
+    """Compares two runs' losses and gradient norms line by line."""
+    for line, wanted in zip(metrics(found), metrics(expected), strict=True):
+        assert line["step"] == wanted["step"]
+        for key in ("loss", "grad_norm"):
+            assert line[key] == pytest.approx(wanted[key], rel=rel), (found, line["step"])
+
+
+def weights(bundle: Path) -> dict[str, Tensor]:
+    """The tensors of a bundle's network."""
+    return load_file(bundle / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Compares tensors bit by bit."""
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    """Compares two bundles' networks bit by bit."""
+    assert_same_tensors(weights(first), weights(second))
+
+
+def assert_same_batch(first: Batch, second: Batch) -> None:
+    """Compares every tensor of two batches bit by bit."""
+    assert_same_tensors(vars(first), vars(second))
+
+
+def join(parts: Iterable[Batch]) -> Batch:
+    """The global batch of the processes' shares."""
+    parts = list(parts)
+    return Batch(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Batch)})
+
+
+def skipped_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines on standard error that name skipped steps."""
+    return [line for line in capsys.readouterr().err.splitlines() if "skipped, not" in line]

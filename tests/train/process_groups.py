@@ -1,9 +1,9 @@
-"""Runs in processes of their own, started fast: from the server of tests/conftest.py.
+"""Runs as one or more new processes, started quickly from the fork server of tests/conftest.py.
 
-    team = start(forks, config, num_processes=2)
-    finish(team)
+    group = start(forks, config, num_processes=2)
+    finish(group)
 
-Each rank leaves the hash of all it has trained in RUN/rank-N.json.
+Each rank writes the hash of its weights and averages to RUN/rank-N.json.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ from torch.distributed.tensor import DTensor
 
 from latent_t2i.train import loop
 from latent_t2i.train.config import TrainConfig
+from tests.train.conftest import assert_same_tensors, metrics, without_times
 
 TIMEOUT_S = 120
 FILES = ("unet", "ema", "optimizer")
-CLOCK = ("images_per_s", "train_s", "time_breakdown")
 
 
 def start(
@@ -35,24 +35,30 @@ def start(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    team = [
+    group = [
         forks.Process(target=work, args=(config, rank, num_processes, port))
         for rank in range(num_processes)
     ]
-    for process in team:
+    for process in group:
         process.start()
-    return team
+    return group
 
 
-def finish(team: Iterable[BaseProcess], exit_code: int = 0) -> None:
-    """Waits for all processes; they must end with this code."""
-    for process in team:
+def finish(group: Iterable[BaseProcess], exit_code: int = 0) -> None:
+    """Waits for all processes and checks their exit code."""
+    for process in group:
         process.join(TIMEOUT_S)
         assert process.exitcode == exit_code
 
 
+def run(forks: ForkServerContext, config: TrainConfig, *, num_processes: int = 1) -> Path:
+    """Runs all processes to their end and returns the run's folder."""
+    finish(start(forks, config, num_processes=num_processes))
+    return Path(str(config.out))
+
+
 def work(config: TrainConfig, rank: int, num_processes: int, port: int) -> None:
-    """Trains as one process of several."""
+    """Trains as one process of a group."""
     torch.set_num_threads(1)
     os.environ["ACCELERATE_USE_CPU"] = "1"
     if num_processes > 1:
@@ -63,14 +69,14 @@ def work(config: TrainConfig, rank: int, num_processes: int, port: int) -> None:
         os.dup2(sink.fileno(), 2)
     finish = loop.finish
 
-    def finish_and_tell(run: Any, reason: Any) -> Path:
+    def hash_and_finish(run: Any, reason: Any) -> Path:
         trained = [*run.state.unet.state_dict().values(), *run.state.ema.state_dict().values()]
-        mine = (t.to_local() if isinstance(t, DTensor) else t for t in trained)
-        told = hashlib.sha256(b"".join(t.numpy().tobytes() for t in mine)).hexdigest()
-        (Path(str(config.out)) / f"rank-{rank}.json").write_text(json.dumps(told))
+        local = (t.to_local() if isinstance(t, DTensor) else t for t in trained)
+        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in local)).hexdigest()
+        (Path(str(config.out)) / f"rank-{rank}.json").write_text(json.dumps(digest))
         return finish(run, reason)
 
-    loop.finish = finish_and_tell
+    loop.finish = hash_and_finish
     loop.train(config)
 
 
@@ -79,30 +85,30 @@ def newest(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-*"))
 
 
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint."""
+    return {
+        f"{file}:{name}": tensor
+        for file in FILES
+        for name, tensor in load_file(checkpoint / f"{file}.safetensors").items()
+    }
+
+
+def assert_same_checkpoint(first: Path, second: Path) -> None:
+    """Compares the tensors of two checkpoints bit by bit."""
+    assert_same_tensors(tensors(first), tensors(second))
+
+
 def assert_same_end(first: Path, second: Path) -> None:
-    """Compares two runs: all tensors bit by bit, metrics.jsonl but for what a clock told."""
+    """Compares two runs: all tensors bit by bit, and metrics without measured times."""
     assert newest(first).name == newest(second).name
-    for file in FILES:
-        ours, theirs = (load_file(newest(run) / f"{file}.safetensors") for run in (first, second))
-        assert ours.keys() == theirs.keys()
-        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert_same_checkpoint(newest(first), newest(second))
     assert metrics(first) == metrics(second)
-    assert steady(newest(first)) == steady(newest(second))
+    assert comparable_state(newest(first)) == comparable_state(newest(second))
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [without_clock(line) for line in lines]
-
-
-def steady(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's state.json without what depends on the clock, and the folder's name."""
-    record = without_clock(json.loads((checkpoint / "state.json").read_text()))
-    record["metrics"]["last"] = without_clock(record["metrics"]["last"])
+def comparable_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's state.json without measured times and the folder's name."""
+    record = without_times(json.loads((checkpoint / "state.json").read_text()))
+    record["metrics"]["last"] = without_times(record["metrics"]["last"])
     return record | {"settings": record["settings"] | {"out": None}}
-
-
-def without_clock(line: dict[str, Any]) -> dict[str, Any]:
-    """A line without its times."""
-    return {name: value for name, value in line.items() if name not in CLOCK}

@@ -1,6 +1,5 @@
-"""Training from a URL: the same run through the cache, another by streaming, and clear refusals."""
+"""Training from a URL: identical runs through the cache, streaming, and refused settings."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import validate
 from tests import tiny
 from tests.servers import Server, serve
-from tests.train.conftest import MakeConfig
+from tests.train.conftest import MakeConfig, losses, skipped_lines
 
 
 @pytest.fixture
@@ -30,12 +29,6 @@ def cache_dir(tmp_path: Path) -> str:
     return str(tmp_path / "cache")
 
 
-def losses(folder: Any) -> list[float]:
-    """The losses of a run, by logging interval."""
-    lines = (Path(str(folder)) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
 def test_a_run_from_a_url_is_the_run_from_the_folder(
     make_config: MakeConfig, server: Server, cache_dir: str, tmp_path: Path
 ) -> None:
@@ -49,7 +42,7 @@ def test_a_run_from_a_url_is_the_run_from_the_folder(
     assert len(list(Path(cache_dir).glob("*/*.tar"))) == 3
 
 
-def test_a_run_goes_on_with_the_other_of_map_and_cache(
+def test_a_run_resumes_with_cache_access_after_map(
     make_config: MakeConfig,
     server: Server,
     cache_dir: str,
@@ -66,16 +59,16 @@ def test_a_run_goes_on_with_the_other_of_map_and_cache(
 
 
 @pytest.mark.parametrize("first", ["map", "stream"])
-def test_a_run_does_not_change_to_or_from_stream(make_config: MakeConfig, first: Any) -> None:
+def test_a_run_cannot_change_to_or_from_stream(make_config: MakeConfig, first: Any) -> None:
     train(make_config(num_steps=1, data=DataConfig(access=first)))
     second: Any = "stream" if first == "map" else "map"
     names = {"map": "map and cache", "stream": "stream"}
-    message = f"has '{names[first]}', this command says '{names[second]}'"
+    message = f"has '{names[first]}', found '{names[second]}'"
     with pytest.raises(ValueError, match=f"^order of data.access: the run in .* {message}"):
         train(make_config(num_steps=2, data=DataConfig(access=second)))
 
 
-def test_streaming_trains_and_says_how_it_resumes(
+def test_streaming_trains_and_reports_how_it_resumes(
     make_config: MakeConfig, server: Server, capsys: pytest.CaptureFixture[str], cache_dir: str
 ) -> None:
     data = DataConfig(access="stream", window_records=8)
@@ -84,24 +77,24 @@ def test_streaming_trains_and_says_how_it_resumes(
     assert "stream access resumes" not in capsys.readouterr().err
     train(replace(config, num_steps=10))
     said = capsys.readouterr().err
-    assert said.count("stream access resumes to the shard") == 1
+    assert said.count("stream access resumes at the start of a shard") == 1
     assert len(losses(config.out)) == 4
     assert not Path(cache_dir).exists()
 
 
-def test_a_streamed_window_stays_what_it_was(make_config: MakeConfig) -> None:
+def test_another_streaming_window_is_refused(make_config: MakeConfig) -> None:
     train(make_config(num_steps=1, data=DataConfig(access="stream", window_records=8)))
-    with pytest.raises(ValueError, match=r"data.window_records: .* has 8, this command says 9"):
+    with pytest.raises(ValueError, match=r"data.window_records: .* has 8, found 9"):
         train(make_config(num_steps=2, data=DataConfig(access="stream", window_records=9)))
 
 
-def test_streamed_records_that_are_not_finite_are_named(
+def test_non_finite_streamed_records_are_named(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny.make_shards(tmp_path / "bad")
     tiny.plant_nan(folder, shard=1, records=[3])
     train(make_config(shards=str(folder), data=DataConfig(access="stream"), num_steps=6))
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if "skipped, not" in line]
+    (said,) = skipped_lines(capsys)
     assert "01-3-000003" in said
 
 
@@ -131,7 +124,7 @@ def test_preflight_reads_no_shard(make_config: MakeConfig, server: Server, cache
         ),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_built(
+def test_impossible_access_is_refused_before_anything_is_built(
     make_config: MakeConfig,
     server: Server,
     cache_dir: str,
@@ -147,7 +140,7 @@ def test_what_cannot_be_is_refused_before_anything_is_built(
 
 
 @pytest.mark.parametrize("name", ["cache_bytes", "window_records", "num_workers"])
-def test_counts_that_cannot_be_are_refused(name: str) -> None:
+def test_impossible_counts_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"data.{name}: expected \d or more, found -1"):
         DataConfig(**{name: -1})
 
@@ -163,7 +156,7 @@ def test_another_vae_is_refused_naming_the_url(
         )
 
 
-def test_a_url_without_shards_is_one_line_and_exit_code_two(
+def test_a_url_without_shards_gives_one_line_and_exit_code_two(
     server: Server,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

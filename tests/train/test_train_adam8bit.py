@@ -1,11 +1,10 @@
-"""8-bit AdamW: it learns, skips what is not finite, and goes on from a checkpoint bit by bit."""
+"""8-bit AdamW: it learns, skips non-finite steps and resumes bit by bit."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.train import optim
@@ -13,7 +12,7 @@ from latent_t2i.train.config import OptimConfig
 from latent_t2i.train.loop import train
 from latent_t2i.train.setup import start
 from tests import tiny
-from tests.train.conftest import MakeConfig
+from tests.train.conftest import MakeConfig, assert_same_weights, metrics, weights
 
 WIDE = DenoiserConfig(  # bitsandbytes keeps moments of fewer than 4,096 weights in float32
     channels=(32,), attention=(True,), layers_per_block=1, attention_head_dim=2, norm_num_groups=8
@@ -21,7 +20,7 @@ WIDE = DenoiserConfig(  # bitsandbytes keeps moments of fewer than 4,096 weights
 KIND = OptimConfig(kind="adamw8bit", learning_rate=1e-3)
 
 
-def test_without_bitsandbytes_the_refusal_names_what_to_install(
+def test_without_bitsandbytes_the_error_names_what_to_install(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optim.importlib.util, "find_spec", lambda name: None)
@@ -35,7 +34,7 @@ def bitsandbytes() -> Any:
 
 
 @pytest.mark.usefixtures("bitsandbytes")
-def test_it_goes_on_from_a_checkpoint_bit_by_bit(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_it_resumes_bit_by_bit(make_config: MakeConfig, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"optim": KIND, "model": WIDE}
     whole = train(make_config(**settings, num_steps=6, out=str(tmp_path / "whole")))
     train(make_config(**settings, num_steps=3))
@@ -48,14 +47,11 @@ def test_it_goes_on_from_a_checkpoint_bit_by_bit(make_config: MakeConfig, tmp_pa
     }
     assert kinds == {"torch.uint8", "torch.float32"}
     assert all(e["step"] == 3 for e in run.state.optimizer.optimizer.state.values())
-    resumed = train(make_config(**settings, num_steps=6))
-    name = "unet/diffusion_pytorch_model.safetensors"
-    found, expected = load_file(resumed / name), load_file(whole / name)
-    assert all(found[key].equal(expected[key]) for key in expected)
+    assert_same_weights(train(make_config(**settings, num_steps=6)), whole)
 
 
 @pytest.mark.usefixtures("bitsandbytes")
-def test_it_is_near_adamw_and_skips_what_is_not_finite(
+def test_it_is_close_to_adamw_and_skips_non_finite_steps(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     shards = tiny.make_shards(tmp_path / "shards")
@@ -68,9 +64,8 @@ def test_it_is_near_adamw_and_skips_what_is_not_finite(
             shards=str(shards), model=WIDE, optim=run_optim, out=str(out), num_steps=12
         )
         bundle = train(config)
-        text = (out / "metrics.jsonl").read_text().splitlines()[-1]
-        assert '"skipped": 2' in text
-        weights = load_file(bundle / "unet/diffusion_pytorch_model.safetensors")
-        assert all(tensor.isfinite().all() for tensor in weights.values())
-        losses[kind] = float(text.split('"loss": ')[1].split(",")[0])
+        line = metrics(out)[-1]
+        assert line["skipped"] == 2
+        assert all(tensor.isfinite().all() for tensor in weights(bundle).values())
+        losses[kind] = line["loss"]
     assert losses["adamw8bit"] == pytest.approx(losses["adamw"], rel=0.02)

@@ -1,6 +1,5 @@
-"""Batches and draws are functions of (seed, step): whoever asks, in any order, gets the same."""
+"""Batches and draws are functions of (seed, step), for any process count and order of access."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,11 +8,10 @@ import torch
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.reader import open_shards
-from latent_t2i.train.batches import Batch, Source, draw
+from latent_t2i.train.batches import BatchSource, draw
+from tests.train.conftest import assert_same_batch, join
 
 NUM_CHANNELS = 4
-
-
 PLAIN = ObjectiveConfig(caption_dropout=0.5)
 FLOW = ObjectiveConfig(caption_dropout=0.5, prediction="flow", flow_shift=2.0)
 OFFSET = ObjectiveConfig(caption_dropout=0.5, offset_noise=0.1)
@@ -32,11 +30,11 @@ def make_source(
     num_processes: int = 1,
     seed: int = 0,
     objective: ObjectiveConfig = PLAIN,
-) -> Source:
-    """A source of batches of six."""
+) -> BatchSource:
+    """A source of batches of six records."""
     shards = open_shards(folder)
     order = shards.order(batch_size=6, seed=seed)
-    return Source(
+    return BatchSource(
         loader=MapLoader(shards=shards, order=order, rank=rank, num_processes=num_processes),
         seed=seed,
         batch_size=6,
@@ -46,12 +44,6 @@ def make_source(
         num_processes=num_processes,
         pin_memory=False,
     )
-
-
-def assert_equal(first: Batch, second: Batch) -> None:
-    """Compares every tensor bit by bit."""
-    for field in fields(Batch):
-        assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
 
 
 def test_draws_are_uniform_and_normal() -> None:
@@ -64,8 +56,8 @@ def test_draws_are_uniform_and_normal() -> None:
     assert abs((draws.noise * draws.posterior_noise).mean()) < 0.03
 
 
-def test_draws_are_those_of_always() -> None:
-    """A change of these numbers would make every finished run another."""
+def test_draws_match_golden_values() -> None:
+    """Other numbers would change every existing run."""
     draws = draw(3, 7, 6, (2, 2, 2), ObjectiveConfig(caption_dropout=0.5))
     assert draws.drop.tolist() == GOLDEN_DROP
     assert draws.timesteps.tolist() == GOLDEN_TIMESTEPS
@@ -73,7 +65,7 @@ def test_draws_are_those_of_always() -> None:
         torch.testing.assert_close(noise[-1, 1].flatten(), torch.tensor(expected))
 
 
-def test_offset_noise_is_one_number_per_channel_of_the_size_asked_for() -> None:
+def test_offset_noise_is_one_number_per_channel() -> None:
     shape = (4, 4, 4)
     plain = draw(0, 5, 2048, shape, ObjectiveConfig())
     draws = draw(0, 5, 2048, shape, ObjectiveConfig(offset_noise=0.5))
@@ -89,42 +81,28 @@ def test_offset_noise_is_one_number_per_channel_of_the_size_asked_for() -> None:
     assert abs(draws.noise.var() - 1.25) < 0.03  # 1 + 0.5^2
 
 
-def test_flows_times_are_drawn_with_their_fractions() -> None:
+def test_flow_timesteps_are_continuous() -> None:
     settings = {"timestep_sampling": "logit_normal", "logit_mean": 0.4}
     whole = draw(0, 5, 512, (1, 2, 2), ObjectiveConfig(**settings)).timesteps
     flow = ObjectiveConfig(prediction="flow", **settings)
     exact = draw(0, 5, 512, (1, 2, 2), flow).timesteps
     assert whole.dtype == torch.int64 and exact.dtype == torch.float32
-    assert torch.equal(exact.long(), whole)  # the same number decides both
+    assert torch.equal(exact.long(), whole)  # both come from the same uniform number
     assert 0.4 < exact.frac().mean() < 0.6
 
 
-@pytest.mark.parametrize("objective", [FLOW, OFFSET], ids=["flow", "offset"])
-def test_every_objectives_batches_are_divided_alike(
-    shards: Path, objective: ObjectiveConfig
+@pytest.mark.parametrize(
+    ("num_processes", "objective"), [(1, PLAIN), (2, PLAIN), (3, FLOW), (3, OFFSET), (6, PLAIN)]
+)
+def test_processes_divide_the_same_batch(
+    shards: Path, num_processes: int, objective: ObjectiveConfig
 ) -> None:
     whole = make_source(shards, objective=objective).batch(11)
-    shares = [
-        make_source(shards, rank=rank, num_processes=3, objective=objective).batch(11)
-        for rank in range(3)
-    ]
-    joined = Batch(
-        **{f.name: torch.cat([getattr(b, f.name) for b in shares]) for f in fields(Batch)}
-    )
-    assert_equal(joined, whole)
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 3, 6])
-def test_processes_divide_the_same_batch(shards: Path, num_processes: int) -> None:
-    whole = make_source(shards).batch(11)
-    shares = [
-        make_source(shards, rank=rank, num_processes=num_processes).batch(11)
+    parts = [
+        make_source(shards, rank=rank, num_processes=num_processes, objective=objective).batch(11)
         for rank in range(num_processes)
     ]
-    joined = Batch(
-        **{f.name: torch.cat([getattr(b, f.name) for b in shares]) for f in fields(Batch)}
-    )
-    assert_equal(joined, whole)
+    assert_same_batch(join(parts), whole)
 
 
 def test_micro_batches_divide_the_batch(shards: Path) -> None:
@@ -134,15 +112,15 @@ def test_micro_batches_divide_the_batch(shards: Path) -> None:
     assert torch.equal(torch.cat([piece.noise for piece in pieces]), batch.noise)
 
 
-def test_batches_made_ahead_are_those_asked_for(shards: Path) -> None:
+def test_prefetched_batches_equal_single_ones(shards: Path) -> None:
     source = make_source(shards)
     step = 3
     for step, batch in enumerate(source.batches(3, 9), start=3):
-        assert_equal(batch, source.batch(step))
+        assert_same_batch(batch, source.batch(step))
     assert step == 8
 
 
-def test_a_record_gets_other_captions_and_noise_in_the_next_epoch(shards: Path) -> None:
+def test_a_record_gets_other_noise_in_the_next_epoch(shards: Path) -> None:
     source = make_source(shards)
     order = open_shards(shards).order(batch_size=6, seed=0)
     first, later = ({int(r): i for i, r in enumerate(order.records(s))} for s in (0, 4))

@@ -1,34 +1,39 @@
-"""Training on a bucketed set: batches of several shapes, one run however it is cut or divided."""
+"""Training on a bucketed set: batches of several shapes; resuming and several processes."""
 
-import json
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
 
 from latent_t2i.shards.access import make_loader
 from latent_t2i.shards.buckets import BucketedShards
 from latent_t2i.shards.schema import Manifest, Provenance
-from latent_t2i.train.batches import Batch, Source
+from latent_t2i.train.batches import Batch, BatchSource
 from latent_t2i.train.config import DataConfig, TrainConfig
 from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import count_steps, validate
 from tests import shard_sets, tiny
 from tests.servers import serve
 from tests.train import process_groups
-from tests.train.conftest import MakeConfig
+from tests.train.conftest import (
+    MakeConfig,
+    assert_close_metrics,
+    assert_same_batch,
+    assert_same_weights,
+    join,
+    metrics,
+    skipped_lines,
+)
 
 SIZES = {"32x96": (3,), "64x64": (10, 4), "96x32": (9,)}
 
 
 def make_buckets(folder: Path, sizes: dict[str, tuple[int, ...]], like: Path) -> Path:
-    """Writes buckets of noise that name the encoders which a plain set names."""
+    """Writes buckets of noise made with the encoders of a plain set."""
     manifest = Manifest.load(like)
     provenance = Provenance(
         **{name: getattr(manifest, name) for name in Provenance.__dataclass_fields__}
@@ -43,18 +48,11 @@ def bucketed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_buckets(tmp_path_factory.mktemp("bucketed") / "train", SIZES, shards)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("images_per_s", "train_s", "time_breakdown")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
-
-
-def source_of(config: TrainConfig, num_processes: int = 1, rank: int = 0) -> Source:
+def source_of(config: TrainConfig, num_processes: int = 1, rank: int = 0) -> BatchSource:
     """A process's source of batches."""
     plan = validate(config, num_processes)
     place = {"rank": rank, "num_processes": num_processes}
-    return Source(
+    return BatchSource(
         loader=make_loader(plan.shards, plan.order, plan.access, **place),
         seed=config.seed,
         batch_size=config.batch_size,
@@ -65,18 +63,12 @@ def source_of(config: TrainConfig, num_processes: int = 1, rank: int = 0) -> Sou
     )
 
 
-def copies(source: Source, start: int, stop: int) -> list[Batch]:
-    """Batches made ahead, in memory of their own."""
+def copies(source: BatchSource, start: int, stop: int) -> list[Batch]:
+    """Prefetched batches, cloned."""
     return [batch.map(torch.clone) for batch in source.batches(start, stop)]
 
 
-def assert_equal(first: Batch, second: Batch) -> None:
-    """Compares every tensor bit by bit."""
-    for field in fields(Batch):
-        assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
-
-
-def test_batches_and_their_noise_have_the_shape_of_their_bucket(
+def test_batches_and_noise_have_the_shape_of_their_bucket(
     make_config: MakeConfig, bucketed: Path
 ) -> None:
     source = source_of(make_config(shards=str(bucketed)))
@@ -86,7 +78,7 @@ def test_batches_and_their_noise_have_the_shape_of_their_bucket(
         assert batch.noise.shape == batch.posterior_noise.shape
         assert batch.latent.shape[-2:] == batch.noise.shape[-2:]
         assert len(batch) == 4 and len(batch.timesteps) == 4
-        assert_equal(batch, source.batch(step))
+        assert_same_batch(batch, source.batch(step))
     for first, second in pairwise(found):
         assert not torch.equal(first.noise.flatten()[:9], second.noise.flatten()[:9])
 
@@ -101,23 +93,19 @@ def test_processes_divide_the_same_batches(
         copies(source_of(config, num_processes, rank), 0, 14) for rank in range(num_processes)
     ]
     for step, batch in enumerate(whole):
-        parts = [share[step] for share in shares]
-        joined = {
-            f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Batch)
-        }
-        assert_equal(Batch(**joined), batch)
+        assert_same_batch(join(share[step] for share in shares), batch)
 
 
-def test_a_run_tells_of_its_buckets_and_leaves_a_stock_pipeline(
+def test_a_run_reports_its_buckets_and_writes_a_stock_pipeline(
     make_config: MakeConfig, bucketed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = train(make_config(shards=str(bucketed)))
     said = capsys.readouterr().err
     for line in (
-        "3 buckets of 26 records: 8 batches of 4 in the first epoch, each of one bucket",
-        "bucket 32x96: 3 records, fewer than a batch: one every 1.33 epochs, of records repeated",
-        "bucket 64x64: 14 records, 3.5 batches an epoch",
-        "bucket 96x32: 9 records, 2.25 batches an epoch",
+        "3 buckets of 26 records: 8 batches of 4 in the first epoch, each from one bucket",
+        "bucket 32x96: 3 records, less than a batch, one every 1.33 epochs with repeated records",
+        "bucket 64x64: 14 records, 3.5 batches per epoch",
+        "bucket 96x32: 9 records, 2.25 batches per epoch",
     ):
         assert line in said
     lines = metrics(bundle.parent)
@@ -142,15 +130,12 @@ def test_without_a_square_bucket_pictures_are_of_the_most_frequent_one(
     assert drawn.shape == (1, 32, 96, 3)
 
 
-def test_an_interrupted_run_ends_with_the_bits_of_a_whole_one(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     make_config: MakeConfig, bucketed: Path, tmp_path: Path
 ) -> None:
     whole = train(make_config(shards=str(bucketed), out=str(tmp_path / "whole")))
     train(make_config(shards=str(bucketed), num_steps=5))
-    resumed = train(make_config(shards=str(bucketed)))
-    name = "unet/diffusion_pytorch_model.safetensors"
-    ours, theirs = (load_file(folder / name) for folder in (resumed, whole))
-    assert all(ours[key].equal(theirs[key]) for key in theirs)
+    assert_same_weights(train(make_config(shards=str(bucketed))), whole)
     assert metrics(tmp_path / "run")[-1] == metrics(tmp_path / "whole")[-1]
 
 
@@ -159,13 +144,8 @@ def test_two_processes_give_the_losses_of_one(
     make_config: MakeConfig, bucketed: Path, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     train(make_config(shards=str(bucketed), out=str(tmp_path / "one")))
-    config = make_config(shards=str(bucketed))
-    process_groups.finish(process_groups.start(forks, config, num_processes=2))
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "run")
-    assert len(one) == len(two) == 3
-    for first, second in zip(one, two, strict=True):
-        for key in ("loss", "grad_norm"):
-            assert second[key] == pytest.approx(first[key], rel=1e-5)
+    process_groups.run(forks, make_config(shards=str(bucketed)), num_processes=2)
+    assert_close_metrics(tmp_path / "run", tmp_path / "one", rel=1e-5)
 
 
 def test_micro_batches_add_up_to_the_batch(
@@ -173,8 +153,7 @@ def test_micro_batches_add_up_to_the_batch(
 ) -> None:
     train(make_config(shards=str(bucketed)))
     train(make_config(shards=str(bucketed), out=str(tmp_path / "micro"), micro_batch_size=1))
-    for whole, micro in zip(metrics(tmp_path / "run"), metrics(tmp_path / "micro"), strict=True):
-        assert micro == pytest.approx(whole, rel=1e-5)
+    assert_close_metrics(tmp_path / "micro", tmp_path / "run", rel=1e-5)
 
 
 def test_a_run_from_a_url_is_the_run_from_the_folder(
@@ -196,15 +175,13 @@ def test_other_buckets_are_refused_in_the_same_folder(
         train(make_config(shards=str(other), num_steps=2))
 
 
-def test_records_that_are_not_finite_are_named(
+def test_non_finite_records_are_named(
     make_config: MakeConfig, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_buckets(tmp_path / "set", SIZES, shards)
-    path = folder / "96x32" / "shard-000000.tar"
-    path.chmod(0o644)
     tiny.plant_nan(folder / "96x32", shard=0, records=[2])
     train(make_config(shards=str(folder)))
-    said = [line for line in capsys.readouterr().err.splitlines() if "skipped, not" in line]
+    said = skipped_lines(capsys)
     assert said and all(line.endswith("records: 20-3-000002") for line in said)
 
 
@@ -218,12 +195,12 @@ def test_epochs_become_steps(make_config: MakeConfig, bucketed: Path) -> None:
     dropped = validate(replace(config, data=data), num_processes=1)
     assert count_steps(config, dropped.order) == 4 * (3 + 2)
     assert dropped.notes[1:3] == (
-        "bucket 32x96: 3 records, fewer than a batch: never visited (data.last_batch drop)",
-        "bucket 64x64: 14 records, 3 batches an epoch, 2 records left out of each",
+        "bucket 32x96: 3 records, less than a batch, never visited (data.last_batch drop)",
+        "bucket 64x64: 14 records, 3 batches per epoch, 2 records dropped from each",
     )
 
 
-def test_a_plain_set_tells_of_no_buckets(make_config: MakeConfig) -> None:
+def test_a_plain_set_reports_no_buckets(make_config: MakeConfig) -> None:
     assert not any("bucket" in note for note in validate(make_config(), num_processes=1).notes)
 
 
@@ -235,7 +212,7 @@ def test_sides_that_cannot_be_halved_are_refused(
     two = replace(model, channels=(8, 8), attention=(True, True))
     validate(make_config(shards=str(folder), model=two), num_processes=1)
     three = replace(model, channels=(8, 8, 8), attention=(True, True, True))
-    message = r"latents of 10 x 6: a denoiser of 3 levels .* halves them 2 times; .* of 32 px"
+    message = r"latents of 10 x 6; a denoiser of 3 levels .* halves them 2 times, .* of 32 px"
     with pytest.raises(ValueError, match=message):
         validate(make_config(shards=str(folder), model=three), num_processes=1)
 
@@ -250,7 +227,7 @@ def test_sides_that_cannot_be_halved_are_refused(
         ),
     ],
 )
-def test_access_that_cannot_be_is_refused(
+def test_impossible_access_is_refused(
     make_config: MakeConfig, bucketed: Path, tmp_path: Path, data: DataConfig, message: str
 ) -> None:
     if data.cache_dir:
@@ -260,12 +237,11 @@ def test_access_that_cannot_be_is_refused(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_pinned_batches_of_any_shape_reach_the_gpu_whole(
-    make_config: MakeConfig, bucketed: Path
-) -> None:
+def test_pinned_batches_of_any_shape_reach_the_gpu(make_config: MakeConfig, bucketed: Path) -> None:
     source = replace(source_of(make_config(shards=str(bucketed))), pin_memory=True)
     device = torch.device("cuda")
     plain = replace(source, pin_memory=False)
-    for step, batch in enumerate(source.batches(0, 200)):
+    stream = torch.cuda.current_stream()
+    for step, batch in enumerate(source.batches(0, 200, stream=stream)):
         assert batch.latent.is_pinned() and batch.noise.is_pinned()
-        assert_equal(batch.to(device).map(torch.Tensor.cpu), plain.batch(step))
+        assert_same_batch(batch.to(device).map(torch.Tensor.cpu), plain.batch(step))

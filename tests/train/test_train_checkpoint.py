@@ -1,6 +1,5 @@
-"""Checkpoints restore every bit, run no code, and only go on with the run they belong to."""
+"""Checkpoints restore every bit, and only for the run that they belong to."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +7,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from latent_t2i.model.denoiser import DenoiserConfig, build
+from latent_t2i.model.denoiser import build
 from latent_t2i.model.ema import EMA, EMAConfig
 from latent_t2i.train import checkpoint
 from latent_t2i.train.checkpoint import TrainState
 from latent_t2i.train.config import OptimConfig
 from latent_t2i.train.optim import make_optimizer
+from tests.train.conftest import MODEL, assert_same_tensors
 
 SETTINGS: dict[str, Any] = {
     "seed": 0,
@@ -23,16 +23,9 @@ SETTINGS: dict[str, Any] = {
 
 
 def make_state(seed: int = 0, *, channels_last: bool = False) -> TrainState:
-    """A state after two updates by random gradients."""
+    """A state after two updates with random gradients."""
     torch.manual_seed(seed)
-    config = DenoiserConfig(
-        channels=(8,),
-        attention=(True,),
-        layers_per_block=1,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    unet = build(config, latent_channels=4, sample_size=8, text_width=32)
+    unet = build(MODEL, latent_channels=4, sample_size=8, text_width=32)
     unet.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     ema = EMA(EMAConfig(), unet.named_parameters())
     optimizer = Accelerator(cpu=True, mixed_precision="no").prepare(
@@ -45,7 +38,7 @@ def make_state(seed: int = 0, *, channels_last: bool = False) -> TrainState:
 
 
 def update(state: TrainState) -> None:
-    """One step by random gradients."""
+    """One step with random gradients."""
     for parameter in state.unet.parameters():
         parameter.grad = torch.randn_like(parameter)
     state.optimizer.step()
@@ -54,7 +47,7 @@ def update(state: TrainState) -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_a_restored_state_goes_on_bit_by_bit(tmp_path: Path, channels_last: bool) -> None:
+def test_a_restored_state_continues_bit_by_bit(tmp_path: Path, channels_last: bool) -> None:
     state = make_state(channels_last=channels_last)
     state.train_s, state.metrics = 1.25, {"rows": [[0.1, 0.2, 0.0]]}
     checkpoint.save(tmp_path, state, SETTINGS, keep=2)
@@ -64,12 +57,11 @@ def test_a_restored_state_goes_on_bit_by_bit(tmp_path: Path, channels_last: bool
     for each in (state, other):
         torch.manual_seed(5)
         update(each)
-    for name, tensor in state.unet.state_dict().items():
-        assert torch.equal(other.unet.state_dict()[name], tensor), name
-        assert torch.equal(other.ema.average[name], state.ema.average[name]), name
+    assert_same_tensors(other.unet.state_dict(), state.unet.state_dict())
+    assert_same_tensors(other.ema.average, state.ema.average)
 
 
-def test_only_the_newest_are_kept_and_half_written_ones_do_not_count(tmp_path: Path) -> None:
+def test_only_the_newest_are_kept_and_partial_ones_are_deleted(tmp_path: Path) -> None:
     state = make_state()
     (tmp_path / ".step-00000009.partial").mkdir()
     for _ in range(3):
@@ -80,37 +72,19 @@ def test_only_the_newest_are_kept_and_half_written_ones_do_not_count(tmp_path: P
     assert sorted(p.name for p in tmp_path.iterdir()) == kept
 
 
-@pytest.mark.parametrize("name", ["unet.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_truncated_file_is_named_with_the_remedy(tmp_path: Path, name: str) -> None:
-    checkpoint.save(tmp_path, make_state(), SETTINGS, keep=1)
-    (folder,) = checkpoint.find_all(tmp_path)
-    content = (folder / name).read_bytes()
-    (folder / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"step-00000002: damaged .* delete this folder"):
-        checkpoint.load(folder, make_state())
-
-
-def test_a_planted_pickle_is_refused(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, make_state(), SETTINGS, keep=1)
-    (folder,) = checkpoint.find_all(tmp_path)
-    (folder / "unet.safetensors").write_bytes(pickle.dumps({"conv_in.weight": 0}))
-    with pytest.raises(ValueError, match="damaged"):
-        checkpoint.load(folder, make_state())
-
-
 def test_a_changed_model_is_refused_naming_both_values(tmp_path: Path) -> None:
     now = SETTINGS | {"model": {"channels": (16,), "attention_kernel": "auto"}}
-    with pytest.raises(ValueError, match=r"model.channels: .* has \[8\], this command says \[16\]"):
+    with pytest.raises(ValueError, match=r"model.channels: .* has \[8\], found \[16\]"):
         checkpoint.compare_settings(SETTINGS, now, tmp_path)
 
 
-def test_another_optimizer_is_refused_whose_moments_are_not_there(tmp_path: Path) -> None:
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     before, now = ({"optim": {"kind": kind}} for kind in ("adamw", "adamw8bit"))
-    with pytest.raises(ValueError, match=r"optim.kind: .* has 'adamw', .* says 'adamw8bit'"):
+    with pytest.raises(ValueError, match=r"optim.kind: .* has 'adamw', found 'adamw8bit'"):
         checkpoint.compare_settings(before, now, tmp_path)
 
 
-def test_a_changed_learning_rate_is_allowed_and_said(tmp_path: Path) -> None:
+def test_a_changed_learning_rate_is_allowed_and_reported(tmp_path: Path) -> None:
     now = SETTINGS | {
         "optim": {"learning_rate": 2e-4},
         "model": {"channels": [8], "attention_kernel": "plain"},

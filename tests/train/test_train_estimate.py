@@ -196,7 +196,7 @@ def test_a_dry_run_tells_of_the_run_so_far(
     train(make_config(num_steps=9, dry_run=True))
     told = capsys.readouterr().out
     assert "num_steps changed from 3 to 9" in told
-    assert "would go on from" in told
+    assert "would resume from" in told
     assert "dry_run changed" not in told
     with pytest.raises(ValueError, match="seed: the run in"):
         train(make_config(seed=5, dry_run=True))

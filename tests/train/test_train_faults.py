@@ -1,4 +1,4 @@
-"""Planted faults: broken records, broken checkpoints, no room, changed settings, planted code."""
+"""Faults: broken records, damaged checkpoints, full disks, changed settings, planted code."""
 
 import ast
 import errno
@@ -14,46 +14,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from latent_t2i.model.paths import ROOT
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.train import checkpoint, loop
 from latent_t2i.train.config import DataConfig, OptimConfig
-from latent_t2i.train.loop import Streak, longest_streak, train
+from latent_t2i.train.loop import longest_streak, train
 from tests import tiny
 from tests.train.conftest import MakeConfig
-
-FILES = ("unet", "ema", "optimizer")
+from tests.train.process_groups import assert_same_checkpoint
 
 
 def names(run: Path) -> list[str]:
-    """The steps of a run's checkpoints; nothing else may lie beside them."""
+    """The steps of a run's checkpoints, after checking that the folder holds nothing else."""
     assert all(path.name.startswith("step-") for path in (run / "checkpoints").iterdir())
     return [
         path.name.removeprefix("step-0000") for path in checkpoint.find_all(run / "checkpoints")
     ]
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint."""
-    return {
-        f"{file}:{name}": tensor
-        for file in FILES
-        for name, tensor in load_file(folder / f"{file}.safetensors").items()
-    }
-
-
-def assert_equal(first: Path, second: Path) -> None:
-    """Compares two checkpoints bit by bit."""
-    ours, theirs = tensors(first), tensors(second)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes the losses of some steps not finite, as an overflow does."""
+    """Makes the gradients of some steps infinite, as an overflow does."""
 
     def arrange(*steps: int) -> None:
         def planted(run: Any, batch: Any) -> torch.Tensor:
@@ -72,19 +55,18 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("num_before", "skipped", "expected"),
     [
-        (0, "....", (0, 0)),
-        (0, ".xx.", (2, 3)),
-        (3, "x.xx", (4, 1)),
-        (3, ".xx.", (2, 3)),
-        (0, "x.xx", (2, 4)),
+        (0, "....", range(0)),
+        (0, ".xx.", range(11, 13)),
+        (3, "x.xx", range(7, 11)),
+        (3, ".xx.", range(11, 13)),
+        (0, "x.xx", range(12, 14)),
     ],
 )
-def test_the_longest_streak(num_before: int, skipped: str, expected: tuple[int, int]) -> None:
-    found = longest_streak(num_before, [mark == "x" for mark in skipped])
-    assert found == Streak(*expected)
+def test_the_longest_streak(num_before: int, skipped: str, expected: range) -> None:
+    assert longest_streak(10, num_before, [mark == "x" for mark in skipped]) == expected
 
 
-def test_too_many_bad_steps_roll_back_to_the_checkpoint_before_them(
+def test_too_many_skipped_steps_roll_back_to_the_checkpoint_before_them(
     make_config: MakeConfig, plant: Callable[..., None], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {
@@ -96,45 +78,45 @@ def test_too_many_bad_steps_roll_back_to_the_checkpoint_before_them(
     }
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(make_config(**settings | {"num_steps": 4, "out": str(whole)}))
-    plant(5, 6, 7, 8, 9, 10)  # within them, checkpoints at 6, 8 and 10, of which one is kept
+    plant(5, 6, 7, 8, 9, 10)  # checkpoints at 6, 8 and 10, of which one is kept
     message = (
-        r"steps 5 to 10: 6 in a row .*max_bad_steps: 5.* restored .*step-00000004, deleted "
+        r"steps 5 to 10: 6 steps in a row .*max_bad_steps: 5.* restored .*step-00000004, deleted "
         r"step-00000010; records of the last ones: \d\d-3-\d+, .*--optim.learning-rate"
     )
     with pytest.raises(ValueError, match=message):
         train(make_config(**settings))
     assert names(run) == ["0004"]
-    assert_equal(run / "checkpoints" / "step-00000004", whole / "checkpoints" / "step-00000004")
+    assert_same_checkpoint(
+        run / "checkpoints" / "step-00000004", whole / "checkpoints" / "step-00000004"
+    )
     assert '"skipped": 5' in (run / "metrics.jsonl").read_text().splitlines()[-2]
-    plant()  # mended: the same command goes on
+    plant()
     train(make_config(**settings))
     train(make_config(**settings | {"out": str(whole)}))
-    assert_equal(run / "checkpoints" / "step-00000014", whole / "checkpoints" / "step-00000014")
+    assert_same_checkpoint(
+        run / "checkpoints" / "step-00000014", whole / "checkpoints" / "step-00000014"
+    )
 
 
 def test_a_streak_that_ends_within_an_interval_counts(
     make_config: MakeConfig, plant: Callable[..., None], tmp_path: Path
 ) -> None:
     plant(4, 5, 6)
-    with pytest.raises(ValueError, match=r"steps 4 to 6: 3 in a row .* restored .*step-00000003"):
+    with pytest.raises(ValueError, match=r"steps 4 to 6: 3 steps .* restored .*step-00000003"):
         train(make_config(log_every_steps=10, max_bad_steps=2, keep_checkpoints=1))
     assert names(tmp_path / "run") == ["0003"]
 
 
-def test_bad_steps_from_the_first_on_leave_the_checkpoints_there_are(
+def test_skipped_steps_from_the_first_on_delete_no_checkpoint(
     make_config: MakeConfig, plant: Callable[..., None], tmp_path: Path
 ) -> None:
     plant(*range(10))
-    with pytest.raises(
-        ValueError, match=r"steps 0 to 5: .*there is no checkpoint from before them"
-    ):
+    with pytest.raises(ValueError, match=r"steps 0 to 5: .*no checkpoint precedes them"):
         train(make_config(max_bad_steps=4, log_every_steps=10))
     assert names(tmp_path / "run") == ["0003"]
 
 
-def test_nan_records_are_named_when_the_run_gives_up(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_nan_records_are_named_when_the_run_stops(make_config: MakeConfig, tmp_path: Path) -> None:
     folder = tiny.make_shards(tmp_path / "bad")
     tiny.plant_nan(folder, shard=0, records=range(10))
     with pytest.raises(ValueError, match=r"records of the last ones: 00-3-0000\d\d, ") as caught:
@@ -144,66 +126,70 @@ def test_nan_records_are_named_when_the_run_gives_up(
 
 
 def three_checkpoints(make_config: MakeConfig, **changes: Any) -> Path:
-    """The newest checkpoint of a run of three steps that keeps one of every step."""
+    """The newest checkpoint of a run of three steps that keeps one per step."""
     config = make_config(num_steps=3, checkpoint_every_steps=1, keep_checkpoints=3, **changes)
     train(config)
     return Path(str(config.out)) / "checkpoints" / "step-00000003"
 
 
-def test_a_damaged_newest_checkpoint_is_refused_with_the_way_out(
+def test_a_damaged_checkpoint_is_refused_naming_the_one_before(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    newest = three_checkpoints(make_config)
-    kept = shutil.copytree(newest, tmp_path / "kept")
+    last = three_checkpoints(make_config)
+    kept = shutil.copytree(last, tmp_path / "kept")
     faults: list[Callable[[], Any]] = [
-        lambda: os.truncate(newest / "unet.safetensors", 5000),
-        lambda: os.truncate(newest / "optimizer.safetensors", 5),
-        lambda: (newest / "ema.safetensors").unlink(),
-        lambda: (newest / "state.json").unlink(),
-        lambda: (newest / "state.json").write_text('{"step": 3}'),
-        lambda: (newest / "state.json").write_bytes(pickle.dumps(Planted())),
-        lambda: (newest / "unet.safetensors").write_bytes(pickle.dumps(Planted())),
-        lambda: save_file({"conv_in.weight": torch.zeros(1)}, newest / "unet.safetensors"),
-        lambda: save_file({"other/exp_avg": torch.zeros(1)}, newest / "optimizer.safetensors"),
-        lambda: save_file({"conv_in.weight": torch.zeros(1)}, newest / "ema.safetensors"),
+        lambda: os.truncate(last / "unet.safetensors", 5000),
+        lambda: os.truncate(last / "optimizer.safetensors", 5),
+        lambda: (last / "ema.safetensors").unlink(),
+        lambda: (last / "state.json").unlink(),
+        lambda: (last / "state.json").write_text('{"step": 3}'),
+        lambda: (last / "state.json").write_bytes(pickle.dumps(Planted())),
+        lambda: (last / "unet.safetensors").write_bytes(pickle.dumps(Planted())),
+        lambda: save_file({"conv_in.weight": torch.zeros(1)}, last / "unet.safetensors"),
+        lambda: save_file({"other/exp_avg": torch.zeros(1)}, last / "optimizer.safetensors"),
+        lambda: save_file({"conv_in.weight": torch.zeros(1)}, last / "ema.safetensors"),
     ]
     for fault in faults:
         fault()
-        with pytest.raises(ValueError, match=r"step-00000003: damaged .* go on from .*-00000002"):
+        with pytest.raises(
+            ValueError, match=r"step-00000003: .* is damaged .* resume from .*-00000002"
+        ):
             train(make_config(num_steps=3))
-        shutil.rmtree(newest)
-        shutil.copytree(kept, newest)
-    for older in checkpoint.find_all(newest.parent)[:-1]:
+        shutil.rmtree(last)
+        shutil.copytree(kept, last)
+    for older in checkpoint.find_all(last.parent)[:-1]:
         shutil.rmtree(older)
     faults[0]()
-    with pytest.raises(ValueError, match="delete this folder to begin anew, there is none before"):
+    with pytest.raises(ValueError, match="delete this folder to start again at step 0"):
         train(make_config(num_steps=3))
 
 
-def test_the_way_out_leads_to_the_same_end(make_config: MakeConfig, tmp_path: Path) -> None:
-    newest = three_checkpoints(make_config)
-    kept = shutil.move(newest, tmp_path / "kept")
+def test_resuming_from_an_older_checkpoint_gives_the_same_bits(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    last = three_checkpoints(make_config)
+    kept = shutil.move(last, tmp_path / "kept")
     train(make_config(num_steps=3))
-    assert_equal(newest, Path(kept))
+    assert_same_checkpoint(last, Path(kept))
 
 
-def test_deleted_checkpoints_begin_anew_and_it_is_said(
+def test_without_its_checkpoints_a_run_starts_again_and_says_so(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    newest = three_checkpoints(make_config)
-    kept = shutil.copytree(newest, tmp_path / "kept")
-    assert "beginning anew" not in capsys.readouterr().err
-    shutil.rmtree(newest.parent)
+    last = three_checkpoints(make_config)
+    kept = shutil.copytree(last, tmp_path / "kept")
+    assert "starting at step 0" not in capsys.readouterr().err
+    shutil.rmtree(last.parent)
     train(make_config(num_steps=3))
     said = capsys.readouterr().err
     assert "run has metrics.jsonl and bundle but no checkpoint in" in said
-    assert "beginning anew at step 0, these will be replaced" in said
-    assert_equal(newest, Path(kept))
+    assert "starting at step 0, these will be replaced" in said
+    assert_same_checkpoint(last, Path(kept))
 
 
 @contextmanager
 def file_limit(num_bytes: int) -> Iterator[None]:
-    """Files may not grow past a limit, which is as a full disk where nothing can be mounted."""
+    """Limits the size of files, which fails writes as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
@@ -212,7 +198,7 @@ def file_limit(num_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_at_a_checkpoint_is_named_and_the_same_command_goes_on(
+def test_a_full_disk_at_a_checkpoint_is_named_and_the_run_resumes(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     whole = three_checkpoints(make_config, out=str(tmp_path / "whole"))
@@ -225,24 +211,24 @@ def test_a_full_disk_at_a_checkpoint_is_named_and_the_same_command_goes_on(
     assert caught.value.errno == errno.EFBIG
     assert names(run) == ["0001"]
     train(make_config(num_steps=3))
-    assert_equal(run / "checkpoints" / "step-00000003", whole)
+    assert_same_checkpoint(run / "checkpoints" / "step-00000003", whole)
 
 
-def test_a_full_disk_at_the_bundle_is_named_and_the_same_command_goes_on(
+def test_a_full_disk_at_the_bundle_is_named_and_the_run_resumes(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    newest = three_checkpoints(make_config)
-    bundle = shutil.move(newest.parent.parent / "bundle", tmp_path / "kept")
+    last = three_checkpoints(make_config)
+    bundle = shutil.move(last.parent.parent / "bundle", tmp_path / "kept")
     with file_limit(5000), pytest.raises(OSError, match=r"not written, .*run/bundle'"):
         train(make_config(num_steps=3))
-    left = {path.name for path in newest.parent.parent.iterdir()}
+    left = {path.name for path in last.parent.parent.iterdir()}
     assert left == {"checkpoints", "config.json", "metrics.jsonl"}
     again = train(make_config(num_steps=3))
     name = "unet/diffusion_pytorch_model.safetensors"
     assert (again / name).read_bytes() == (Path(bundle) / name).read_bytes()
 
 
-def test_a_changed_rate_is_said_and_a_changed_latent_size_refused(
+def test_a_changed_rate_is_reported_and_a_changed_latent_size_refused(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(make_config(num_steps=1))
@@ -254,14 +240,14 @@ def test_a_changed_rate_is_said_and_a_changed_latent_size_refused(
 
 
 class Planted:
-    """A pickle that writes a file where it is loaded."""
+    """A pickle that makes a folder when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (os.mkdir, ("planted-code-has-run",))
 
 
 def planted_array(path: Path) -> bytes:
-    """An .npy file of one object, which `numpy.load` can be told to run."""
+    """An .npy file of one object, whose code `numpy.load` with allow_pickle runs."""
     with path.open("wb") as file:
         np.save(file, np.array([Planted()], object), allow_pickle=True)
     return path.read_bytes()
@@ -283,7 +269,7 @@ def test_a_planted_array_of_objects_in_the_shards_does_not_run(
             file.write(content)
 
     plant_in(1)
-    train(make_config(**settings))  # read as numbers
+    train(make_config(**settings))  # reads it as numbers
     verified = make_config(**settings, data=DataConfig(verify=True))
     with pytest.raises(ValueError, match=r"shard-000000.tar: sha256"):
         train(verified)
@@ -299,7 +285,7 @@ def test_a_planted_array_of_objects_in_the_shards_does_not_run(
 
 
 def unsafe_loads(source: str) -> list[str]:
-    """The calls and imports of a module that can run code from a file."""
+    """A module's calls and imports that can execute code from a file."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -317,7 +303,7 @@ def unsafe_loads(source: str) -> list[str]:
     return found
 
 
-def test_nothing_in_the_project_loads_what_can_run_code() -> None:
+def test_no_module_loads_formats_that_can_execute_code() -> None:
     packages = sorted({path.parent for path in ROOT.glob("*/__init__.py")} - {ROOT / "latent_t2i"})
     assert len(packages) == 8
     for package in packages:
@@ -337,5 +323,5 @@ def test_nothing_in_the_project_loads_what_can_run_code() -> None:
         ("np.load(path, allow_pickle=True)", ["np.load"]),
     ],
 )
-def test_unsafe_loads_are_seen(source: str, found: list[str]) -> None:
+def test_unsafe_loads_are_detected(source: str, found: list[str]) -> None:
     assert unsafe_loads(source) == found

@@ -1,7 +1,7 @@
-"""A network shared out over processes learns what one process learns, and is kept whole on disk."""
+"""FSDP: a sharded network trains like a whole one and is saved as full tensors."""
 
-import json
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from latent_t2i.model.denoiser import DenoiserConfig, build
+from latent_t2i.model.denoiser import build
 from latent_t2i.model.ema import EMA, EMAConfig
 from latent_t2i.train import fsdp
 from latent_t2i.train.config import PreviewConfig, ValidationConfig
@@ -23,12 +23,12 @@ from latent_t2i.train.loop import train
 from latent_t2i.train.setup import make_accelerator
 from tests import tiny
 from tests.train import process_groups
-from tests.train.conftest import MakeConfig
+from tests.train.conftest import MODEL, MakeConfig, metrics
 
 
 @pytest.fixture
 def one_of_two() -> Iterator[Accelerator]:
-    """The first of two processes, of which the other only seems to be there: it sends nothing."""
+    """The first of two processes; the other is fake and sends nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     accelerator.state._shared_state["num_processes"] = 2
@@ -38,17 +38,11 @@ def one_of_two() -> Iterator[Accelerator]:
 
 def make_unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
-    config = DenoiserConfig(
-        channels=(8, 16),
-        attention=(True, False),
-        layers_per_block=1,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
+    config = replace(MODEL, channels=(8, 16), attention=(True, False))
     return build(config, latent_channels=4, sample_size=8, text_width=32)
 
 
-def test_each_process_keeps_its_share_of_weights_and_averages(one_of_two: Accelerator) -> None:
+def test_each_process_keeps_its_shard_of_weights_and_averages(one_of_two: Accelerator) -> None:
     before = {name: p.detach().clone() for name, p in make_unet().named_parameters()}
     unet = make_unet()
     fsdp.apply_fsdp(unet, one_of_two)
@@ -58,28 +52,24 @@ def test_each_process_keeps_its_share_of_weights_and_averages(one_of_two: Accele
         for shared in (parameter, averages[name]):
             assert isinstance(shared, DTensor)
             assert shared.to_local().equal(before[name][:rows])
-    parts = fsdp.parts_of(before, dict(unet.named_parameters()))
+    parts = fsdp.local_shards(before, dict(unet.named_parameters()))
     assert all(
         part.to_local().equal(p.to_local())  # type: ignore[attr-defined]
         for part, p in zip(parts.values(), unet.parameters(), strict=True)
     )
 
 
-def test_whole_tensors_stay_what_they_are() -> None:
+def test_plain_tensors_are_not_copied() -> None:
     tensors = {"a": torch.arange(3.0)}
     assert fsdp.full_tensors(tensors, keep=True)["a"] is tensors["a"]
     assert fsdp.full_tensors(tensors, keep=False) == {}
-    assert fsdp.part_of(tensors["a"], torch.zeros(3)) is tensors["a"]
+    assert fsdp.local_shard(tensors["a"], torch.zeros(3)) is tensors["a"]
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_shared_out_then_whole_is_the_run_of_one_process(
+def test_a_sharded_run_resumed_on_one_process_equals_one_of_one_process(
     make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
 ) -> None:
-    """Eight steps shared out, in two forward passes each, then four more by one process."""
+    """Eight sharded steps with accumulation, then four by one process."""
     held_out = tiny.make_shards(tmp_path / "val", sizes=(5,), first_seed=9)
     settings: dict[str, Any] = {
         "ema": EMAConfig(decay=0.9, sigma_rels=(0.05, 0.1), snapshot_every_steps=8),
@@ -89,11 +79,11 @@ def test_shared_out_then_whole_is_the_run_of_one_process(
     }
     preview = PreviewConfig(every_steps=8, prompts=("a",), num_steps=2)
     config = make_config(num_steps=8, fsdp=True, micro_batch_size=1, preview=preview, **settings)
-    process_groups.finish(process_groups.start(forks, config, num_processes=2))
+    process_groups.run(forks, config, num_processes=2)
     assert (tmp_path / "run" / "previews" / "step-00000008.png").is_file()
     alone = train(make_config(num_steps=12, out=str(tmp_path / "one"), **settings))
     shared = train(make_config(num_steps=12, **settings))
-    for first, second in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "run"), strict=True):
+    for first, second in zip(metrics(tmp_path / "one"), metrics(tmp_path / "run"), strict=True):
         if "validation" in first:
             expected = pytest.approx(first["validation"]["loss"], rel=1e-5)
             assert second["validation"]["loss"] == expected
@@ -114,19 +104,19 @@ def test_shared_out_then_whole_is_the_run_of_one_process(
             torch.testing.assert_close(found, expected[name], rtol=2e-3, atol=2e-5)
 
 
-def test_one_process_says_that_it_shares_with_nobody(
+def test_fsdp_with_one_process_is_reported(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(make_config(num_steps=1, fsdp=True))
-    assert "fsdp: one process" in capsys.readouterr().err
+    assert "fsdp: has no effect with one process" in capsys.readouterr().err
 
 
-def test_fp16_is_not_shared_out(make_config: MakeConfig) -> None:
+def test_fsdp_refuses_fp16(make_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match=r"fsdp: .* bf16 or no, found fp16"):
         make_config(fsdp=True, mixed_precision="fp16")
 
 
-def test_accelerates_own_ways_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerates_own_sharding_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{name}: .*--fsdp"):
             patch.setenv(name, "true")

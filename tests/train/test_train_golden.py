@@ -1,5 +1,6 @@
-"""A loss curve kept from an earlier day: whatever changes the objective, the order or the draws
-shows here. Where it was meant to, write the file anew, and say why in the commit:
+"""Golden loss curves, which detect any change of the objective, the data order or the draws.
+
+After an intended change, write the file again and give the reason in the commit:
 
     python -m tests.train.test_train_golden
 """
@@ -11,16 +12,16 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.train.config import OptimConfig, TrainConfig
 from latent_t2i.train.loop import train
 from tests import tiny
+from tests.train.conftest import MODEL, metrics
 
 GOLDEN = Path(__file__).with_name("golden_loss.json")
 RELATIVE = 1e-4
-"""Other builds of torch add up in another order."""
+"""Other builds of torch sum in another order."""
 VARIANTS = {
     "epsilon": ObjectiveConfig(),
     "v, weighted": ObjectiveConfig(prediction="v", snr_gamma=5.0, caption_dropout=0.3),
@@ -37,25 +38,18 @@ def make_curve(folder: Path, variant: str) -> list[dict[str, float]]:
         num_steps=20,
         mixed_precision="no",
         log_every_steps=1,
-        model=DenoiserConfig(
-            channels=(8,),
-            attention=(True,),
-            layers_per_block=1,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        ),
+        model=MODEL,
         objective=VARIANTS[variant],
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=3, schedule="cosine"),
         ema=EMAConfig(decay=0.9),
     )
     AcceleratorState._reset_state(True)
     train(config)
-    lines = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
-    return [{key: line[key] for key in ("loss", "grad_norm")} for line in lines]
+    return [{key: line[key] for key in ("loss", "grad_norm")} for line in metrics(folder / "run")]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_losses_are_those_of_the_kept_curve(tmp_path: Path, variant: str) -> None:
+def test_losses_match_the_golden_curve(tmp_path: Path, variant: str) -> None:
     kept = json.loads(GOLDEN.read_text())[variant]
     found = make_curve(tmp_path, variant)
     assert len(found) == len(kept) == 20
@@ -66,7 +60,7 @@ def test_the_losses_are_those_of_the_kept_curve(tmp_path: Path, variant: str) ->
 
 
 def write_golden() -> None:
-    """Writes the curves anew."""
+    """Writes the file."""
     curves = {}
     for variant in VARIANTS:
         with tempfile.TemporaryDirectory() as folder:

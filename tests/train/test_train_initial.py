@@ -68,7 +68,7 @@ def begin(config: TrainConfig) -> tuple[Plan, Run | Any]:
     """Returns a run's plan and its state before the first step."""
     accelerator = make_accelerator("no")
     plan = validate(config, 1)
-    return plan, make_state(plan.config, plan, accelerator)[0]
+    return plan, make_state(plan, accelerator)[0]
 
 
 def weights(bundle: Path) -> dict[str, torch.Tensor]:
@@ -120,9 +120,9 @@ def test_resuming_does_not_read_it_again(
     bundle = train(replace(config, num_steps=3))
     assert read_info(bundle)["step"] == 3
     assert read_info(bundle)["config"]["model"]["channels"] == [8, 16, 32, 32]
-    with pytest.raises(ValueError, match=r"init_from: the run in .* has .*unet', this command"):
+    with pytest.raises(ValueError, match=r"init_from: the run in .* has .*unet', found"):
         train(replace(config, init_from=str(trained), num_steps=4))
-    with pytest.raises(ValueError, match=r"init_from: .* this command says None"):
+    with pytest.raises(ValueError, match=r"init_from: .* found None"):
         train(replace(config, init_from=None, model_from_init=False, model=SMALL, num_steps=4))
     last = checkpoint.find_all(tmp_path / "run" / "checkpoints")[-1]
     assert len(checkpoint.read_state(last)["settings"]["init_sha256"]) == 64

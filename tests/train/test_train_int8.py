@@ -1,6 +1,5 @@
-"""Training from int8 text: the text is that of the float16 shards within the error they state."""
+"""Training from int8 text: it equals float16 text within the error that the manifest states."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +18,18 @@ from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import FormatError
 from latent_t2i.shards.verify import verify
 from latent_t2i.train import setup
-from latent_t2i.train.config import OptimConfig, TrainConfig
+from latent_t2i.train.config import OptimConfig
 from latent_t2i.train.loop import train
+from latent_t2i.train.objective import Objective
 from latent_t2i.train.preflight import validate
 from latent_t2i.train.setup import make_objective
 from tests import tiny
 from tests.coco_folders import make_coco
-from tests.train.conftest import MakeConfig
+from tests.train.conftest import MakeConfig, losses
 
 NUM_IMAGES = 24
 LOSS_TOLERANCE = 1e-3
-"""Relative, of a step's loss with int8 text to that with float16 text."""
+"""Relative difference of a step's loss from that with float16 text."""
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +56,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_text_after_the_scale_is_within_the_stated_error(folders: dict[str, Path]) -> None:
-    """Over the distinct captions, which all are in the sample: exactly the stated error."""
+    """Over the distinct captions, all of which are in the sample, the error is the stated one."""
     exact, stored = (open_shards(folders[name]) for name in ("float16", "int8"))
     assert stored.manifest.text_scale is not None and stored.text_scale is not None
     stated = stored.manifest.text_scale
     assert stated.num_captions == NUM_IMAGES + 1
     records = np.array([0, *range(NUM_IMAGES)])
-    draws = np.array([0.0, *[0.99] * NUM_IMAGES])  # everyone's caption, and each image's own
+    # The caption that all images share, and each image's own.
+    draws = np.array([0.0, *[0.99] * NUM_IMAGES])
     text = exact.gather(records, draws, draws).text.float()
     found = stored.gather(records, draws, draws)
     assert found.text.dtype == torch.int8
@@ -72,12 +73,12 @@ def test_text_after_the_scale_is_within_the_stated_error(folders: dict[str, Path
     assert 0 < error < 0.01
 
 
-def test_the_denoiser_is_given_numbers_and_the_empty_prompt_as_it_is(
+def test_the_denoiser_gets_scaled_text_and_the_empty_prompt_unscaled(
     folders: dict[str, Path], make_config: MakeConfig
 ) -> None:
     config = make_config(shards=str(folders["int8"]), batch_size=NUM_IMAGES)
     plan = validate(config, num_processes=1)
-    batch = setup.make_source(config, plan, Accelerator(cpu=True)).batch(0)
+    batch = setup.make_source(plan, Accelerator(cpu=True)).batch(0)
     batch.drop[:] = torch.arange(NUM_IMAGES) < 4
     given: list[torch.Tensor] = []
 
@@ -86,23 +87,15 @@ def test_the_denoiser_is_given_numbers_and_the_empty_prompt_as_it_is(
             given.append(keywords["encoder_hidden_states"])
             return (noisy,)
 
-    setup.make_objective(config, plan, torch.device("cpu"))(Recorder(), batch)
+    setup.make_objective(plan, torch.device("cpu"))(Recorder(), batch)
     assert plan.shards.text_scale is not None
     assert given[0].dtype == torch.float32
     assert given[0][:4].equal(plan.shards.empty_text.float().expand(4, -1, -1))
     assert given[0][4:].equal(batch.text[4:] * plan.shards.text_scale)
 
 
-def losses(config: TrainConfig) -> list[float]:
-    """Those of each step of a run."""
-    AcceleratorState._reset_state(True)
-    train(config)
-    lines = (Path(str(config.out)) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
-def without_scale(*args: Any) -> setup.Objective:
-    """An objective that takes the steps of int8 text for the text."""
+def without_scale(*args: Any) -> Objective:
+    """An objective that uses int8 text without its scale."""
     return replace(make_objective(*args), text_scale=None)
 
 
@@ -112,10 +105,11 @@ def test_losses_are_nearly_those_of_float16(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Step by step, in a run that learns; had the scale been left out, they would be far off."""
+    """Step by step, in a run that learns. Without the scale the losses differ far more."""
 
     def run(name: str, folder: Path) -> list[float]:
-        return losses(
+        AcceleratorState._reset_state(True)
+        train(
             make_config(
                 shards=str(folder),
                 out=str(tmp_path / name),
@@ -125,6 +119,7 @@ def test_losses_are_nearly_those_of_float16(
                 optim=OptimConfig(learning_rate=1e-2, warmup_steps=1),
             )
         )
+        return losses(tmp_path / name)
 
     exact, found = (run(name, folders[name]) for name in ("float16", "int8"))
     assert len(found) == 30 and found != exact

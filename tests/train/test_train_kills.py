@@ -1,4 +1,4 @@
-"""Runs that are killed, over and over, end bit for bit as one that never was."""
+"""Runs that are killed repeatedly end with the same bits as an uninterrupted one."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ import pytest
 
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.loop import train
-from latent_t2i.train.stop import Reason, Stop
+from latent_t2i.train.stop import Stop, StopReason
 from tests.train import process_groups
 from tests.train.conftest import MakeConfig
 from tests.train.test_train_launch import SCRIPT, environment, flags
@@ -25,7 +25,7 @@ START_S = 120
 
 
 def wait_until(condition: Callable[[], bool], is_alive: Callable[[], bool]) -> None:
-    """Waits for what a process is to do, or for its end."""
+    """Waits until the condition holds or the process ends."""
     limit = time.monotonic() + START_S
     while is_alive() and not condition():
         assert time.monotonic() < limit
@@ -44,15 +44,15 @@ def kill_often(
     is_alive: Callable[[Any], bool],
     kill: Callable[[Any], None],
 ) -> list[str]:
-    """Kills a run so often, each time at a random moment around its next checkpoints.
+    """Kills a run repeatedly, at random moments near its next checkpoint or during its start.
 
-    Returns the checkpoints that were there after each.
+    Returns the newest checkpoint after each kill.
     """
     rng = np.random.default_rng(0)
     left = []
     for number in range(num_kills):
         process, before = start(), newest_name(run)
-        if (number + 1) % 5:  # now and then at any moment of the start
+        if (number + 1) % 5:
             wait_until(lambda: newest_name(run) != before, lambda: is_alive(process))  # noqa: B023
             time.sleep(rng.uniform(0, 0.1))
         else:
@@ -64,7 +64,7 @@ def kill_often(
 
 
 def settings(num_steps: int) -> dict[str, Any]:
-    """A run that saves every other step: much of its time is spent writing."""
+    """A run that spends much of its time saving."""
     return {"num_steps": num_steps, "checkpoint_every_steps": 2, "log_every_steps": 3}
 
 
@@ -85,25 +85,25 @@ def test_killed_at_random_moments(
     num_steps: int,
 ) -> None:
     whole = make_config(**settings(num_steps), out=str(tmp_path / "whole"))
-    process_groups.finish(process_groups.start(forks, whole, num_processes=num_processes))
+    process_groups.run(forks, whole, num_processes=num_processes)
     config = make_config(**settings(num_steps))
 
-    def kill(team: list[Any]) -> None:
-        for process in team:
+    def kill(group: list[Any]) -> None:
+        for process in group:
             process.kill()
-        for process in team:
+        for process in group:
             process.join()
-        assert team[0].exitcode == -signal.SIGKILL  # another may have ended for the loss of it
+        assert group[0].exitcode == -signal.SIGKILL  # others may fail first
 
     left = kill_often(
         tmp_path / "run",
         num_kills,
         lambda: process_groups.start(forks, config, num_processes=num_processes),
-        lambda team: all(process.is_alive() for process in team),
+        lambda group: all(process.is_alive() for process in group),
         kill,
     )
     assert "" < left[-1] < f"step-{num_steps:08d}"
-    process_groups.finish(process_groups.start(forks, config, num_processes=num_processes))
+    process_groups.run(forks, config, num_processes=num_processes)
     process_groups.assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
@@ -137,21 +137,21 @@ def test_the_command_killed_thirty_times(
     process_groups.assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_signal_at_any_step_saves_it_and_goes_on(
+def test_a_signal_at_any_step_saves_it_and_the_run_resumes(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An epoch is six steps: signals come within it, at its end, and before the first step."""
+    """Also before the first step and at the end of an epoch, which has six steps."""
     train(make_config(out=str(tmp_path / "whole")))
-    ask = Stop.reason
+    reason = Stop.reason
     for step in range(10):
 
-        def stop(self: Stop, at: int, train_s: float, wanted: int = step) -> Reason | None:
-            if at == wanted:
-                os.kill(os.getpid(), signal.SIGTERM if wanted % 2 else signal.SIGINT)
-            return ask(self, at, train_s)
+        def signalled(self: Stop, at: int, train_s: float, when: int = step) -> StopReason | None:
+            if at == when:
+                os.kill(os.getpid(), signal.SIGTERM if when % 2 else signal.SIGINT)
+            return reason(self, at, train_s)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Stop, "reason", stop)
+            patch.setattr(Stop, "reason", signalled)
             with pytest.raises(SystemExit):
                 train(make_config())
         assert newest_name(tmp_path / "run") == (f"step-{step:08d}" if step else "")
@@ -164,13 +164,13 @@ def test_a_signal_to_one_of_two_processes(
     make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     whole = make_config(**settings(60), out=str(tmp_path / "whole"))
-    process_groups.finish(process_groups.start(forks, whole, num_processes=2))
+    process_groups.run(forks, whole, num_processes=2)
     config = make_config(**settings(60))
-    team = process_groups.start(forks, config, num_processes=2)
+    group = process_groups.start(forks, config, num_processes=2)
     run = tmp_path / "run"
-    wait_until(lambda: newest_name(run) >= "step-00000004", team[1].is_alive)
-    os.kill(team[1].pid or 0, signal.SIGTERM)
-    process_groups.finish(team, 128 + signal.SIGTERM)
+    wait_until(lambda: newest_name(run) >= "step-00000004", group[1].is_alive)
+    os.kill(group[1].pid or 0, signal.SIGTERM)
+    process_groups.finish(group, 128 + signal.SIGTERM)
     assert newest_name(run) < "step-00000060"
-    process_groups.finish(process_groups.start(forks, config, num_processes=2))
+    process_groups.run(forks, config, num_processes=2)
     process_groups.assert_same_end(run, tmp_path / "whole")

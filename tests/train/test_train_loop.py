@@ -1,4 +1,4 @@
-"""Whole runs in this process: what they leave, how they end, and how they go on."""
+"""Whole runs in this process: what they write, how they end and how they resume."""
 
 import json
 import os
@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
-from torch import Tensor
 
 from latent_t2i.configs import cli
 from latent_t2i.model.bundle import read_info
@@ -22,33 +19,20 @@ from latent_t2i.shards.reader import ShardSet
 from latent_t2i.train.config import OptimConfig, TrainConfig
 from latent_t2i.train.loop import train
 from tests import tiny
-from tests.train.conftest import MakeConfig
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    """The network of a bundle."""
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    """Compares two bundles bit by bit."""
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-
-
-def metrics(folder: str | Path | None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
-    lines = [
-        json.loads(line) for line in (Path(str(folder)) / "metrics.jsonl").read_text().splitlines()
-    ]
-    clock = ("images_per_s", "train_s", "time_breakdown")
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines]
+from tests.train.conftest import (
+    MakeConfig,
+    assert_close_metrics,
+    assert_same_weights,
+    losses,
+    metrics,
+    skipped_lines,
+    weights,
+)
 
 
 @pytest.fixture
 def on_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
-    """Does something while the n-th batch of this process is gathered."""
+    """Runs an action while the n-th batch of this process is gathered."""
 
     def arrange(number: int, action: Callable[[], None]) -> None:
         gather, count = ShardSet.gather, iter(range(10**6))
@@ -63,7 +47,7 @@ def on_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
     return arrange
 
 
-def test_a_run_leaves_a_stock_pipeline_and_its_figures(make_config: MakeConfig) -> None:
+def test_a_run_writes_a_stock_pipeline_and_its_metrics(make_config: MakeConfig) -> None:
     config = make_config()
     bundle = train(config)
     assert bundle == Path(str(config.out)) / "bundle"
@@ -90,35 +74,34 @@ def test_the_loss_falls(make_config: MakeConfig) -> None:
         num_steps=60, log_every_steps=20, optim=OptimConfig(learning_rate=1e-2, warmup_steps=5)
     )
     train(config)
-    lines = metrics(config.out)
-    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert losses(config.out)[-1] < 0.9 * losses(config.out)[0]
 
 
-def test_the_config_that_a_run_keeps_gives_the_same_run(make_config: MakeConfig) -> None:
+def test_the_saved_config_is_a_preset_of_the_same_run(make_config: MakeConfig) -> None:
     config = make_config(num_steps=1)
     train(config)
     kept = Path(str(config.out)) / "config.json"
     assert cli.parse(TrainConfig, "train", ["--config", str(kept)]) == config
 
 
-def test_a_finished_run_says_so_and_does_nothing(
+def test_a_finished_run_says_so_and_changes_nothing(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = train(make_config())
     before = (bundle / "bundle.json").stat().st_mtime_ns
     assert train(make_config()) == bundle
-    assert "finished at step 10 by the last step; nothing left to do" in capsys.readouterr().err
+    assert "finished at step 10 (last step reached); nothing left to do" in capsys.readouterr().err
     assert (bundle / "bundle.json").stat().st_mtime_ns == before
 
 
-def test_a_lost_bundle_is_written_again(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_missing_bundle_is_rewritten(make_config: MakeConfig, tmp_path: Path) -> None:
     bundle = train(make_config())
     kept = shutil.move(bundle, tmp_path / "kept")
     assert_same_weights(train(make_config()), Path(kept))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first_and_the_same_command_goes_on(
+def test_a_signal_saves_and_the_same_command_resumes(
     make_config: MakeConfig, on_step: Any, tmp_path: Path, number: int
 ) -> None:
     whole = train(make_config(out=str(tmp_path / "whole")))
@@ -134,7 +117,7 @@ def test_a_signal_saves_first_and_the_same_command_goes_on(
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def test_a_crash_goes_on_from_the_last_checkpoint(
+def test_a_crashed_run_resumes_from_its_last_checkpoint(
     make_config: MakeConfig, on_step: Any, tmp_path: Path
 ) -> None:
     def crash() -> None:
@@ -150,7 +133,7 @@ def test_a_crash_goes_on_from_the_last_checkpoint(
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def test_a_longer_run_goes_on_from_a_finished_one(
+def test_a_finished_run_resumes_with_more_steps(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = train(make_config(out=str(tmp_path / "whole")))
@@ -159,23 +142,20 @@ def test_a_longer_run_goes_on_from_a_finished_one(
     assert "num_steps changed from 5 to 10" in capsys.readouterr().err
 
 
-def test_another_model_is_refused_in_the_same_folder(make_config: MakeConfig) -> None:
-    train(make_config(num_steps=1))
-    wider = replace(make_config().model, channels=(16,))
-    with pytest.raises(ValueError, match=r"model.channels: .* has \[8\], .* says \[16\]"):
-        train(make_config(num_steps=2, model=wider))
-
-
-def test_other_shards_are_refused_in_the_same_folder(
+def test_another_model_or_other_shards_are_refused_in_the_same_folder(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     train(make_config(num_steps=1))
+    wider = replace(make_config().model, channels=(16,))
+    with pytest.raises(ValueError, match=r"model.channels: .* has \[8\], found \[16\]"):
+        train(make_config(num_steps=2, model=wider))
+
     other = tiny.make_shards(tmp_path / "other", sizes=(9,))
     with pytest.raises(ValueError, match=r"shards_sha256: the run in .* has"):
         train(make_config(num_steps=2, shards=str(other)))
 
 
-def test_a_spent_budget_ends_the_run_with_a_bundle(
+def test_a_used_up_budget_ends_the_run_with_a_bundle(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(num_steps=10**6, max_train_s=0.5)
@@ -184,14 +164,13 @@ def test_a_spent_budget_ends_the_run_with_a_bundle(
     assert 0 < info["step"] < 1000
     assert 0.5 <= info["train_seconds"] < 5
     train(config)
-    assert f"finished at step {info['step']} by the time budget" in capsys.readouterr().err
+    assert f"finished at step {info['step']} (time budget used up)" in capsys.readouterr().err
 
 
 def test_micro_batches_add_up_to_the_batch(make_config: MakeConfig, tmp_path: Path) -> None:
     train(make_config())
     train(make_config(out=str(tmp_path / "micro"), micro_batch_size=1))
-    for whole, micro in zip(metrics(tmp_path / "run"), metrics(tmp_path / "micro"), strict=True):
-        assert micro == pytest.approx(whole, rel=1e-5)
+    assert_close_metrics(tmp_path / "micro", tmp_path / "run", rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"channels_last": True}])
@@ -201,8 +180,7 @@ def test_other_arithmetic_gives_nearly_the_same_losses(
     train(make_config())
     AcceleratorState._reset_state(True)
     train(make_config(out=str(tmp_path / "other"), **changes))
-    for whole, other in zip(metrics(tmp_path / "run"), metrics(tmp_path / "other"), strict=True):
-        assert other["loss"] == pytest.approx(whole["loss"], rel=0.01)
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "run"), rel=0.01)
 
 
 def test_fp16_without_a_gpu_falls_back_with_one_warning(
@@ -210,12 +188,12 @@ def test_fp16_without_a_gpu_falls_back_with_one_warning(
 ) -> None:
     whole = train(make_config())
     capsys.readouterr()
-    fallen = train(make_config(out=str(tmp_path / "fp16"), mixed_precision="fp16"))
+    fp16 = train(make_config(out=str(tmp_path / "fp16"), mixed_precision="fp16"))
     assert capsys.readouterr().err.count("fp16 needs a GPU") == 1
-    assert_same_weights(whole, fallen)
+    assert_same_weights(whole, fp16)
 
 
-def test_our_precision_wins_over_the_launchers(
+def test_our_precision_overrides_the_launchers(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
@@ -223,30 +201,30 @@ def test_our_precision_wins_over_the_launchers(
     assert read_info(bundle)["precision"] == "bf16"
 
 
-def test_steps_that_are_not_finite_are_skipped_counted_and_named(
+def test_non_finite_steps_are_skipped_counted_and_named(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny.make_shards(tmp_path / "bad")
     tiny.plant_nan(folder, shard=1, records=[3])
     config = make_config(shards=str(folder))
     bundle = train(config)
-    said = [line for line in capsys.readouterr().err.splitlines() if "skipped, not" in line]
-    assert said == ["step 5, 7: skipped, not finite; records: 01-3-000003"]  # in two epochs
+    # In two epochs.
+    assert skipped_lines(capsys) == ["step 5, 7: skipped, not finite; records: 01-3-000003"]
     assert metrics(config.out)[-1]["skipped"] == 2
     assert all(tensor.isfinite().all() for tensor in weights(bundle).values())
 
 
-def test_a_run_that_only_skips_stops_and_names_the_records(
+def test_a_run_of_skipped_steps_stops_and_names_the_records(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     folder = tiny.make_shards(tmp_path / "bad", sizes=(3,))
     tiny.plant_nan(folder, shard=0, records=[0, 1, 2])
-    message = r"steps 0 to 3: 4 in a row were not finite \(max_bad_steps: 3\).*00-3-00000"
+    message = r"steps 0 to 3: 4 steps in a row had .* \(max_bad_steps: 3\).*00-3-00000"
     with pytest.raises(ValueError, match=message):
         train(make_config(shards=str(folder), max_bad_steps=3))
 
 
-def test_a_wrong_setting_is_one_line_and_exit_code_two(
+def test_a_wrong_setting_gives_one_line_and_exit_code_two(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], elsewhere: Path
 ) -> None:
     monkeypatch.setattr("sys.argv", ["run.py", "--name", "nobody", "--num-steps", "3"])
@@ -254,15 +232,14 @@ def test_a_wrong_setting_is_one_line_and_exit_code_two(
         cli.main(train, TrainConfig, "train")
     assert exit_.value.code == 2
     (line,) = [s for s in capsys.readouterr().err.splitlines() if not s.startswith("warning")]
-    assert line.startswith("error: shards: no folder")
+    assert line.startswith("error: shards: the folder")
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch's compiler
 def test_a_compiled_denoiser_gives_nearly_the_same_losses(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     train(make_config())
     train(make_config(out=str(tmp_path / "other"), compile=True))
-    for whole, other in zip(metrics(tmp_path / "run"), metrics(tmp_path / "other"), strict=True):
-        assert other["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "run"), rel=1e-3)

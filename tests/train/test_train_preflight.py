@@ -1,4 +1,4 @@
-"""What is wrong with a run is told before its first step."""
+"""Errors that are found before the first step."""
 
 import shutil
 from dataclasses import replace
@@ -13,7 +13,7 @@ from tests import tiny
 from tests.train.conftest import MakeConfig
 
 
-def test_a_sound_run_has_a_plan(make_config: MakeConfig, shards: Path) -> None:
+def test_the_plan_of_a_valid_run(make_config: MakeConfig, shards: Path) -> None:
     plan = validate(make_config(), num_processes=2)
     assert plan.latent_shape == (4, 8, 8)
     assert plan.micro_batch_size == 2
@@ -24,7 +24,7 @@ def test_a_sound_run_has_a_plan(make_config: MakeConfig, shards: Path) -> None:
     ("batch_size", "micro", "num_processes", "message"),
     [
         (10, None, 4, "batch_size: 10 records over 4 processes are 2.5 each; .* multiple of 4"),
-        (24, 5, 2, "24 examples / 2 processes = 12 each, which 5 does not divide; .* of 12"),
+        (24, 5, 2, "24 examples / 2 processes = 12 each, found 5, expected a divisor of 12"),
     ],
 )
 def test_an_impossible_split_is_refused_with_the_arithmetic(
@@ -34,15 +34,16 @@ def test_an_impossible_split_is_refused_with_the_arithmetic(
         split_batch(batch_size, micro, num_processes)
 
 
-def test_epochs_become_steps_the_last_one_filled(make_config: MakeConfig) -> None:
+def test_num_epochs_becomes_steps_and_the_last_one_is_filled(make_config: MakeConfig) -> None:
     config = make_config(num_steps=None, num_epochs=3, batch_size=10)
     filled = Order(sizes=(20, 4), batch_size=10, seed=0)
     assert count_steps(config, filled) == 8
     assert count_steps(config, replace(filled, last_batch="drop")) == 6
 
 
-def test_missing_shards_are_named_with_the_remedy(make_config: MakeConfig) -> None:
-    with pytest.raises(ValueError, match=r"shards: no folder 'no/such'; .* python -m pipeline.run"):
+def test_missing_shards_are_named_with_the_command_that_makes_them(make_config: MakeConfig) -> None:
+    message = r"shards: the folder 'no/such' does not exist; .* python -m pipeline.run"
+    with pytest.raises(ValueError, match=message):
         validate(make_config(shards="no/such"), num_processes=1)
 
 
@@ -61,11 +62,12 @@ def test_another_tokenizer_is_refused(make_config: MakeConfig, tmp_path: Path) -
     swapped = text.replace('"a": 0', '"a": -1').replace('"b": 1', '"b": 0').replace("-1", "1")
     assert swapped != text
     (folder / file).write_text(swapped)
-    with pytest.raises(ValueError, match=r"text_encoder: its tokenizer is not the shards'"):
+    message = r"text_encoder: tokenizer sha256: the shards in .* were made with \w+, found \w+"
+    with pytest.raises(ValueError, match=message):
         validate(make_config(text_encoder=str(folder)), num_processes=1)
 
 
-def test_damaged_shards_are_found_when_verified(
+def test_verification_finds_damaged_shards(
     make_config: MakeConfig, shards: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(shards, tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""Shards of any autoencoder train and give a stock pipeline, or are refused beforehand."""
+"""Shards of any autoencoder train and give a stock pipeline, or are refused before training."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def make_shards(folder: Path, kind: str, **settings: Any) -> str:
 
 
 @pytest.mark.parametrize("kind", USABLE)
-def test_a_run_leaves_a_stock_pipeline_that_decodes_exactly(
+def test_the_stock_pipeline_of_a_run_decodes_exactly(
     make_config: MakeConfig, tmp_path: Path, kind: str
 ) -> None:
     folder = train(make_config(shards=make_shards(tmp_path / "shards", kind), num_steps=1))
@@ -46,7 +46,7 @@ def test_a_run_leaves_a_stock_pipeline_that_decodes_exactly(
 
 
 @pytest.mark.parametrize("kind", USABLE)
-def test_training_sees_latents_shifted_and_scaled(
+def test_the_loss_gets_shifted_and_scaled_latents(
     make_config: MakeConfig, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(shards=make_shards(tmp_path / "shards", kind))
@@ -59,8 +59,8 @@ def test_training_sees_latents_shifted_and_scaled(
         return torch.zeros(len(latents))
 
     monkeypatch.setattr(diffusion, "loss", loss)
-    batch = make_source(config, plan, make_accelerator("no")).batch(0)
-    make_objective(config, plan, torch.device("cpu"))(nn.Identity(), batch)
+    batch = make_source(plan, make_accelerator("no")).batch(0)
+    make_objective(plan, torch.device("cpu"))(nn.Identity(), batch)
     shift, scale = latent_affine(plan.vae)
     stored, num = batch.latent.float(), latent_channels(plan.vae)
     unscaled = seen[0] / scale + shift

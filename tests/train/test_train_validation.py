@@ -317,7 +317,7 @@ def test_no_set_is_said_and_a_wrong_place_refused(
     (tmp_path / "shards" / "data" / "tiny" / "val").mkdir(parents=True)
     assert validate(make_config(), 1).notes[-1].endswith("tiny/val is there to be named")
     for place, message in (
-        ("nowhere", "validation.shards: no folder 'nowhere'"),
+        ("nowhere", "validation.shards: the folder 'nowhere'"),
         ("https://host/val", "expected a folder on this machine, found 'https://host/val'"),
     ):
         config = validated()
