@@ -205,7 +205,6 @@ def find_validation(
         shards,
         seed=config.seed,
         objective=config.objective,
-        latent_channels=shards.manifest.latent_channels,
     )
 
 
