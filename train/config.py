@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from latent_t2i.model.checks import check_number
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
@@ -11,6 +12,10 @@ from latent_t2i.shards.order import LastBatch, Shuffle
 from latent_t2i.train.trackers import TrackerName, check_names
 
 Precision = Literal["no", "fp16", "bf16"]
+
+MAX_SEED = 2**63 - 1
+# Progress keeps three numbers per step of an interval on the device.
+MAX_LOG_STEPS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +39,12 @@ class OptimConfig:
     """Gradients are clipped to this global norm."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(
-                f"optim.learning_rate: expected more than 0, found {self.learning_rate}"
-            )
-        if self.max_grad_norm <= 0:
-            raise ValueError(
-                f"optim.max_grad_norm: expected more than 0, found {self.max_grad_norm}"
-            )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas: expected 0 <= beta < 1, found {self.betas}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps: expected 0 or more, found {self.warmup_steps}")
+        for name in ("learning_rate", "max_grad_norm"):
+            check_number(f"optim.{name}", getattr(self, name), above=0)
+        check_number("optim.warmup_steps", self.warmup_steps, least=0, whole=True)
+        check_number("optim.weight_decay", self.weight_decay, least=0)
+        for beta in self.betas:
+            check_number("optim.betas", beta, least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,11 +77,9 @@ class DataConfig:
     always verified."""
 
     def __post_init__(self) -> None:
-        for name, least in (("cache_bytes", 1), ("num_workers", 0), ("window_records", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"data.{name}: expected {least} or more, found {getattr(self, name)}"
-                )
+        check_number("data.num_workers", self.num_workers, least=0, whole=True)
+        for name in ("cache_bytes", "window_records", "window_shards"):
+            check_number(f"data.{name}", getattr(self, name), least=1, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +97,7 @@ class ValidationConfig:
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "num_examples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"validation.{name}: expected 1 or more, found {getattr(self, name)}"
-                )
+            check_number(f"validation.{name}", getattr(self, name), least=1, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,20 +116,16 @@ class PreviewConfig:
     """Scale of classifier-free guidance; 1 turns it off."""
 
     def __post_init__(self) -> None:
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ValueError(f"preview.every_steps: expected 1 or more, found {self.every_steps}")
-        if self.every_steps is not None and not self.prompts:
-            raise ValueError(
-                "preview.prompts: expected prompts for preview.every_steps, found none"
-            )
-        if self.num_steps < 1:
-            raise ValueError(f"preview.num_steps: expected 1 or more, found {self.num_steps}")
-        if self.guidance_scale < 1:
-            raise ValueError(
-                f"preview.guidance_scale: expected 1 or more, found {self.guidance_scale}"
-            )
-        if self.seed < 0:
-            raise ValueError(f"preview.seed: expected 0 or more, found {self.seed}")
+        if self.every_steps is not None:
+            check_number("preview.every_steps", self.every_steps, least=1, whole=True)
+            if not self.prompts:
+                raise ValueError(
+                    "preview.prompts: expected prompts for preview.every_steps, found none"
+                )
+        check_number("preview.num_steps", self.num_steps, least=1, whole=True)
+        check_number("preview.guidance_scale", self.guidance_scale, least=1)
+        last = MAX_SEED - max(0, len(self.prompts) - 1)
+        check_number("preview.seed", self.seed, least=0, most=last, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,15 +216,17 @@ class TrainConfig:
                 "num_steps, num_epochs: expected exactly one of them, found "
                 f"num_steps={self.num_steps} and num_epochs={self.num_epochs}"
             )
-        counts = ("batch_size", "micro_batch_size", "num_steps", "num_epochs", "max_train_s")
-        intervals = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
-        for name in (*counts, *intervals):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}: expected more than 0, found {value}")
-        for name in ("seed", "max_bad_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        for name in ("batch_size", "checkpoint_every_steps", "keep_checkpoints"):
+            check_number(name, getattr(self, name), least=1, whole=True)
+        for name in ("micro_batch_size", "num_steps", "num_epochs"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least=1, whole=True)
+        if self.max_train_s is not None:
+            check_number("max_train_s", self.max_train_s, above=0)
+        interval = self.log_every_steps
+        check_number("log_every_steps", interval, least=1, most=MAX_LOG_STEPS, whole=True)
+        check_number("seed", self.seed, least=0, most=MAX_SEED, whole=True)
+        check_number("max_bad_steps", self.max_bad_steps, least=0, whole=True)
         check_names(self.trackers)
         self._check_combinations()
 
