@@ -1,7 +1,7 @@
 """Settings of training. Checks that need the shards or the process count are in preflight.py."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from latent_t2i.model.checks import check_number
 from latent_t2i.model.denoiser import DenoiserConfig
@@ -131,6 +131,9 @@ class PreviewConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Trains a text-to-image denoiser from shards and writes a diffusers bundle."""
+
+    EXCLUSIVE: ClassVar = (("num_steps", "num_epochs"),)
+    """Groups of settings of which a user's flag replaces the preset's."""
 
     name: str
     """Name of the run, and of the data set unless `shards` is given."""

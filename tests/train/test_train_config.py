@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
+from latent_t2i.configs import cli
 from latent_t2i.train.config import (
     DataConfig,
     OptimConfig,
@@ -74,3 +75,15 @@ def test_numbers_are_finite_and_not_negative(prefix: str, name: str, kind: type)
 def test_invalid_settings_are_refused(prefix: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(prefix, **change)
+
+
+def test_a_flag_for_the_runs_length_replaces_the_presets() -> None:
+    def parse(*argv: str) -> tuple[int | None, int | None]:
+        config = cli.parse(TrainConfig, "train", argv)
+        return config.num_steps, config.num_epochs
+
+    assert parse("--config", "coco64") == (None, 4)
+    assert parse("--config", "coco64", "--num-steps", "5") == (5, None)
+    assert parse("--config", "demo", "--num-epochs", "2") == (None, 2)
+    with pytest.raises(cli.ConfigError, match="found num_steps=5 and num_epochs=2"):
+        parse("--config", "coco64", "--num-steps", "5", "--num-epochs", "2")
