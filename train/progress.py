@@ -6,7 +6,6 @@ resumed run writes the same lines as an uninterrupted one.
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -137,10 +136,10 @@ class Progress:
             return
         self._append(line)
         found = line["validation"]
-        loss, *quarters = map(_loss, (found["loss"], *found["loss_by_quarter"].values()))
+        loss = "not finite" if found["loss"] is None else _loss(found["loss"])
         self.say(
             f"step {line['step']}: validation loss {loss} (EMA); by noise level, low to high: "
-            f"{' '.join(quarters)}"
+            f"{' '.join(map(_loss, found['loss_by_quarter'].values()))}"
         )
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -212,10 +211,26 @@ def truncate_metrics(path: Path, step: int, *, validated: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        found = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-        if found["step"] <= (validated if "validation" in found else step):
-            kept.append(line)
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            found = _parse_line(f"{path}: line {number}", line)
+            if found["step"] <= (validated if "validation" in found else step):
+                kept.append(line)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept))
+    partial.write_bytes(b"".join(kept))
     partial.replace(path)
+
+
+def _parse_line(place: str, line: bytes) -> dict[str, Any]:
+    """Returns a line of metrics.jsonl; raises ValueError if it has no step."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deep
+        found = None
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        start = line[:60].decode(errors="replace").strip()
+        raise ValueError(
+            f"{place}: expected a JSON object with an integer 'step', found {start!r}; correct or "
+            "delete this line"
+        )
+    return found

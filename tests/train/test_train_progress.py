@@ -89,6 +89,27 @@ def test_lines_after_the_checkpoint_and_incomplete_ones_are_dropped(
     assert path.read_text() == "".join(lines[index] for index in kept)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"text",
+        b"[1]",
+        b'{"loss": 1}',
+        b'{"step": "4"}',
+        b'{"step": NaN}',
+        b"\xff",
+        b'{"step": ' + b"[" * 10**6,
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 4, "loss": "a text"}\n' + line + b"\n"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2: expected a JSON object with"):
+        truncate_metrics(path, 4, validated=0)
+    assert path.read_bytes() == content
+
+
 def test_long_lists_are_shortened() -> None:
     assert shorten(["a", "b"]) == "a, b"
     assert shorten([str(n) for n in range(11)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
