@@ -26,8 +26,6 @@ AVAILABLE = {
     "trackio": is_trackio_available,
 }
 PIP_PACKAGES = {"tensorboard": "latent-t2i[track]", "wandb": "wandb", "trackio": "trackio"}
-# Accelerate cannot log images to the others.
-LOGS_IMAGES = ("tensorboard", "wandb")
 
 
 def check_names(names: Sequence[TrackerName]) -> None:
@@ -73,13 +71,16 @@ def start(accelerator: Accelerator, folder: Path, settings: Mapping[str, Any], s
     run_id = keep_id(folder / FOLDER)
     name = str(settings["name"])
     options = {
-        # TensorBoard hides what a killed run logged after its checkpoint.
-        "tensorboard": {"purge_step": step + 1} if step else {},
+        # TensorBoard hides what a killed run logged after its checkpoint, or at all without one.
+        "tensorboard": {"purge_step": step + 1 if step else 0},
         "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(folder / FOLDER)},
         "trackio": {"name": f"{name}-{run_id}", "resume": "allow"},
     }
     accelerator.init_trackers(PROJECT, init_kwargs=options)
     for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            # By its own counter W&B drops the lines of a run that went back to a checkpoint.
+            tracker.tracker.define_metric("*", step_metric="step")
         if tracker.name != "tensorboard":
             tracker.store_init_configuration(dict(settings))
         elif step == 0:  # its store_init_configuration adds a folder at each start
@@ -90,18 +91,23 @@ def start(accelerator: Accelerator, folder: Path, settings: Mapping[str, Any], s
 def keep_id(folder: Path) -> str:
     """Returns the run's tracker id, which is created at the first start and kept in `folder`."""
     path = folder / "id"
-    if not path.is_file():
+    found = path.read_text().strip() if path.is_file() else ""
+    if not found:  # also if a kill left the file empty
+        found = secrets.token_hex(4)
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+        path.write_text(found + "\n")
+    return found
 
 
 def log_line(accelerator: Accelerator, line: Mapping[str, Any]) -> None:
     """Sends the numbers of a line of metrics.jsonl to the trackers."""
-    values = dict(flatten(line))
-    step = int(values.pop("step"))
-    prefix = "" if "validation/loss" in values else "train/"
-    accelerator.log({prefix + name: value for name, value in values.items()}, step=step)
+    prefix = "" if "validation" in line else "train/"
+    values = {prefix + name: value for name, value in flatten(line) if name != "step"}
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log({**values, "step": line["step"]})
+        else:
+            tracker.log(values, step=line["step"])
 
 
 def flatten(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -115,10 +121,11 @@ def flatten(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
     """Sends an image to the trackers that can log images."""
+    pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
     for tracker in accelerator.trackers:
-        if tracker.name in LOGS_IMAGES:
-            pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: pixels}, step=step, **options)
         if tracker.name == "tensorboard":
+            tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
             tracker.tracker.flush()
+        elif tracker.name == "wandb":
+            tracker.log_images({name: pixels}, commit=False)
+            tracker.log({"step": step})
