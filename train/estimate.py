@@ -10,10 +10,11 @@ import os
 import textwrap
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -25,8 +26,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from latent_t2i.model import denoiser
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.paths import free_bytes, size
+from latent_t2i.shards.reader import ShardSet
 from latent_t2i.train.config import Precision, TrainConfig
 from latent_t2i.train.preflight import Plan
+from latent_t2i.train.validation import plain_sets
 
 FLOAT_BYTES = 4
 # Both of AdamW's moments of one weight, by `optim.kind`.
@@ -269,6 +272,38 @@ def _list_sizes(parts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {size(num)}" for name, num in parts.items() if num)
 
 
+def measure_run(plan: Plan, accelerator: Accelerator, *, keeps_gradients: bool) -> Passes:
+    """Returns the cost of a run's passes: peak memory of its largest images, FLOP of its mean one.
+
+    The FLOP of buckets is interpolated by area between the smallest and the largest one.
+    """
+    config, manifest = plan.config, plan.shards.manifest
+    precision: Any = accelerator.mixed_precision
+    sets = sorted(plain_sets(plan.shards), key=_latent_area)
+    ends = [
+        measure(
+            config.model,
+            latent_shape=(plan.latent_shape[0], *part.manifest.latent_shape[1:]),
+            text_shape=(manifest.max_tokens, manifest.text_width),
+            micro_batch_size=plan.micro_batch_size,
+            precision=precision,
+            device_type=accelerator.device.type,
+            checkpointing=config.gradient_checkpointing,
+            keeps_gradients=keeps_gradients,
+        )
+        for part in (sets[0], sets[-1])
+    ]
+    areas = [_latent_area(part) for part in sets]
+    flop = np.interp(areas, [areas[0], areas[-1]], [passes.forward_flop for passes in ends])
+    mean = np.average(flop, weights=[len(part) for part in sets])
+    return replace(ends[1], forward_flop=float(mean))
+
+
+def _latent_area(part: ShardSet) -> int:
+    _, height, width = part.manifest.latent_shape
+    return height * width
+
+
 def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
     """Returns lines that describe what a run needs.
 
@@ -277,19 +312,7 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
     config, num_processes = plan.config, accelerator.num_processes
     num_pieces = config.batch_size // num_processes // plan.micro_batch_size
     keeps_gradients = num_processes > 1 or num_pieces > 1
-    manifest = plan.shards.manifest
-    _, height, width = max(plan.shards.latent_shapes, key=lambda shape: shape[1] * shape[2])
-    precision: Any = accelerator.mixed_precision
-    passes = measure(
-        config.model,
-        latent_shape=(plan.latent_shape[0], height, width),
-        text_shape=(manifest.max_tokens, manifest.text_width),
-        micro_batch_size=plan.micro_batch_size,
-        precision=precision,
-        device_type=accelerator.device.type,
-        checkpointing=config.gradient_checkpointing,
-        keeps_gradients=keeps_gradients,
-    )
+    passes = measure_run(plan, accelerator, keeps_gradients=keeps_gradients)
     memory = count_memory(
         passes,
         count_averages(config),
@@ -303,13 +326,15 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
     disk = count_disk(config, passes.num_parameters, plan.num_steps, frozen_bytes)
     require_disk(plan.folder, disk)
     batch = f"{config.batch_size} = {num_processes} x {plan.micro_batch_size} x {num_pieces}"
+    sizes = [f"{width}x{height}" for _, height, width in plan.shards.latent_shapes]
     flop = TRAINING_FLOP * passes.forward_flop * config.batch_size
     of_available = "" if available is None else f" of {size(available)}"
     return layout(
         {
             "data": f"{len(plan.shards)} records, {plan.num_steps} steps, "
             f"{plan.order.num_epochs(plan.num_steps):.2f} epochs",
-            "batch": f"{batch} (processes x micro-batch x accumulation); latents {width}x{height}",
+            "batch": f"{batch} (processes x micro-batch x accumulation); latents "
+            f"{', '.join(sizes)}",
             "network": f"{passes.num_parameters / 1e6:.1f} M parameters, "
             f"{passes.forward_flop / 1e9:.4g} GFLOP per image and forward pass",
             "step": f"about {flop / 1e9:.4g} GFLOP",

@@ -16,6 +16,7 @@ from latent_t2i.train import estimate
 from latent_t2i.train.estimate import Memory, Passes, count_disk, count_memory, measure
 from latent_t2i.train.loop import train
 from tests.train.conftest import MakeConfig
+from tests.train.test_train_buckets import make_buckets
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = DenoiserConfig(
@@ -182,6 +183,25 @@ def test_a_dry_run_prints_the_estimate_and_writes_nothing(
     assert names == ["data", "batch", "network", "step", "memory", "disk", "no"]  # validation set
     assert all(len(line) <= 80 for line in lines)
     assert "batch    4 = 1 x 2 x 2 (processes x micro-batch x accumulation); latents 8x8" in lines
+
+
+def test_flop_of_buckets_is_that_of_the_mean_image(
+    make_config: MakeConfig, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"32x32": (12,), "64x64": (3,), "96x64": (5,)}
+    folder = make_buckets(tmp_path / "buckets", sizes, shards)
+    config = make_config(shards=str(folder), dry_run=True)
+    train(config)
+    text = " ".join(capsys.readouterr().out.split())
+    gflop = float(text.partition("M parameters, ")[2].split()[0])
+    each = [
+        measure_small(config.model, latent_shape=(4, *size), text_shape=(7, 32)).forward_flop
+        for size in ((4, 4), (8, 8), (8, 12))
+    ]
+    mean = (12 * each[0] + 3 * each[1] + 5 * each[2]) / 20
+    assert gflop == pytest.approx(mean / 1e9, rel=0.03)
+    assert gflop < 0.5 * each[2] / 1e9
+    assert "latents 4x4, 8x8, 12x8" in text
 
 
 def test_a_dry_run_compares_settings_with_the_checkpoint(
