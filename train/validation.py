@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,9 @@ def plain_sets(shards: Shards) -> tuple[ShardSet, ...]:
 
 def require_match(location: str, shards: Shards, training: Shards) -> None:
     """Raises ValueError if the denoiser of the training set cannot read the validation set."""
-    for name in ("latent_kind", "latent_channels", "text_dtype", "max_tokens", "text_width"):
-        found, expected = (getattr(which.manifest, name) for which in (shards, training))
+    same = ("latent_kind", "latent_channels", "text_dtype", "max_tokens", "text_width")
+    for name in (*same, "tokenizer.sha256"):
+        found, expected = (attrgetter(name)(which.manifest) for which in (shards, training))
         if found != expected:
             raise ValueError(
                 f"{FLAG}: {location}: {name}: expected {expected} as in the training set, "

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from latent_t2i.shards.order import USES, mixed_seed
 from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.schema import Manifest
 from latent_t2i.train import loop
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import TrainConfig, ValidationConfig
@@ -256,6 +257,7 @@ def test_a_bucketed_set_is_measured_bucket_by_bucket(
     [
         ("vae", "vae"),
         ("text_dtype", "text_dtype: expected float16 as in the training set, found int8"),
+        ("tokenizer", r"tokenizer\.sha256: expected \w+ as in the training set, found 000"),
         ("shape", r"validation\.shards: .* expected latents of .* found .*12, 4"),
     ],
 )
@@ -267,8 +269,12 @@ def test_a_set_that_does_not_match_the_training_set_is_refused(
         make_buckets(folder, {"32x96": (5,)}, shards)
     elif change == "vae":
         tiny.make_shards(folder, sizes=(4,), first_seed=50, vae=tiny.vae_folder("flux"))
-    else:
+    elif change == "text_dtype":
         tiny.make_shards(folder, sizes=(4,), first_seed=50, text_dtype="int8")
+    else:
+        manifest = Manifest.load(tiny.make_shards(folder, sizes=(4,), first_seed=50))
+        tokenizer = replace(manifest.tokenizer, sha256="0" * 64)
+        (folder / "manifest.json").write_text(replace(manifest, tokenizer=tokenizer).dump())
     with pytest.raises(ValueError, match=message):
         validate(validated({"shards": str(folder)}), 1)
 
