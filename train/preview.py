@@ -79,4 +79,10 @@ def write(path: Path, images: list[Image.Image], run: Run) -> None:
     partial = path.with_name(f".{path.name}")
     save_png(grid, partial, settings)
     partial.replace(path)
+    num_black = sum(image.getbbox() is None for image in images)
+    if num_black:
+        run.progress.say(
+            f"warning: preview of step {state.step}: {num_black} of {len(images)} images are "
+            "entirely black, which usually means that the network's output is not finite"
+        )
     trackers.log_image(run.accelerator, "previews", grid, state.step)

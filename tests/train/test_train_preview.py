@@ -73,6 +73,14 @@ def test_drawing_restores_weights_and_random_state(previewed: Any, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["one.png", "two.png"]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_black_images_are_reported(previewed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = start(previewed())
+    next(iter(run.state.ema.average.values())).fill_(torch.nan)
+    make_preview(run)
+    assert "preview of step 0: 3 of 3 images are entirely black" in capsys.readouterr().err
+
+
 def test_a_finished_run_draws_no_more(previewed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
 
