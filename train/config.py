@@ -80,6 +80,12 @@ class DataConfig:
         check_number("data.num_workers", self.num_workers, least=0, whole=True)
         for name in ("cache_bytes", "window_records", "window_shards"):
             check_number(f"data.{name}", getattr(self, name), least=1, whole=True)
+        default = type(self).window_shards
+        if self.window_shards != default and self.shuffle != "blocks":
+            raise ValueError(
+                f"data.window_shards: has no effect with data.shuffle {self.shuffle}; expected "
+                f"{default}, or data.shuffle blocks, found {self.window_shards}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

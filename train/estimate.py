@@ -329,20 +329,20 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
     sizes = [f"{width}x{height}" for _, height, width in plan.shards.latent_shapes]
     flop = TRAINING_FLOP * passes.forward_flop * config.batch_size
     of_available = "" if available is None else f" of {size(available)}"
-    return layout(
-        {
-            "data": f"{len(plan.shards)} records, {plan.num_steps} steps, "
-            f"{plan.order.num_epochs(plan.num_steps):.2f} epochs",
-            "batch": f"{batch} (processes x micro-batch x accumulation); latents "
-            f"{', '.join(sizes)}",
-            "network": f"{passes.num_parameters / 1e6:.1f} M parameters, "
-            f"{passes.forward_flop / 1e9:.4g} GFLOP per image and forward pass",
-            "step": f"about {flop / 1e9:.4g} GFLOP",
-            "memory": f"about {size(memory.total_bytes)}{of_available} per process "
-            f"({size(memory.state_bytes)} for weights, AdamW and EMA)",
-            "disk": f"{_list_sizes(disk)}; {size(free_bytes(plan.folder))} free",
-        }
-    )
+    rows = {
+        "data": f"{len(plan.shards)} records, {plan.num_steps} steps, "
+        f"{plan.order.num_epochs(plan.num_steps):.2f} epochs",
+        "batch": f"{batch} (processes x micro-batch x accumulation); latents {', '.join(sizes)}",
+        "network": f"{passes.num_parameters / 1e6:.1f} M parameters, "
+        f"{passes.forward_flop / 1e9:.4g} GFLOP per image and forward pass",
+        "step": f"about {flop / 1e9:.4g} GFLOP",
+        "memory": f"about {size(memory.total_bytes)}{of_available} per process "
+        f"({size(memory.state_bytes)} for weights, AdamW and EMA)",
+        "disk": f"{_list_sizes(disk)}; {size(free_bytes(plan.folder))} free",
+    }
+    if config.preview.prompts and config.preview.every_steps is None:
+        rows["preview"] = "none: preview.prompts has no effect without preview.every_steps"
+    return layout(rows)
 
 
 def _bytes_of(network: nn.Module) -> int:

@@ -67,6 +67,7 @@ def test_numbers_are_finite_and_not_negative(prefix: str, name: str, kind: type)
         ("", {"model_from_init": True}, "model_from_init: has no effect without init_from"),
         ("optim.", {"learning_rate": 0.0}, "optim.learning_rate: expected more than 0, found 0.0"),
         ("optim.", {"betas": (0.9, 1.0)}, "optim.betas: expected 0 or more and less than 1"),
+        ("data.", {"window_shards": 4}, "window_shards: has no effect with data.shuffle full;"),
         ("preview.", {"every_steps": 4}, "preview.prompts: expected prompts for .* found none"),
         ("preview.", {"guidance_scale": 0.5}, "guidance_scale: expected 1 or more, found 0.5"),
         ("preview.", {"seed": 2**63 - 1, "prompts": ("a", "b")}, "preview.seed: expected .* 0 to "),

@@ -13,6 +13,7 @@ import torch
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.train import estimate
+from latent_t2i.train.config import PreviewConfig
 from latent_t2i.train.estimate import Memory, Passes, count_disk, count_memory, measure
 from latent_t2i.train.loop import train
 from tests.train.conftest import MakeConfig
@@ -176,11 +177,14 @@ def test_available_memory_honours_limits_and_other_processes(
 def test_a_dry_run_prints_the_estimate_and_writes_nothing(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(make_config(dry_run=True, micro_batch_size=2)) == tmp_path / "run"
+    config = make_config(dry_run=True, micro_batch_size=2, preview=PreviewConfig(prompts=("a",)))
+    assert train(config) == tmp_path / "run"
     assert not (tmp_path / "run").exists()
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines if line[0] != " "]
-    assert names == ["data", "batch", "network", "step", "memory", "disk", "no"]  # validation set
+    expected = ["data", "batch", "network", "step", "memory", "disk", "preview", "no"]
+    assert names == expected  # the last one: no validation set
+    assert "preview  none: preview.prompts has no effect without preview.every_steps" in lines
     assert all(len(line) <= 80 for line in lines)
     assert "batch    4 = 1 x 2 x 2 (processes x micro-batch x accumulation); latents 8x8" in lines
 
