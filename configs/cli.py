@@ -89,6 +89,9 @@ def parse(
     preset_name, given = _read_flags(argv, fields)
     preset = None if preset_name is None else find_preset(preset_name)
     settings = {} if preset is None else _read_preset(preset, section, fields)
+    for group in getattr(cls, "EXCLUSIVE", ()):
+        if given.keys() & set(group):  # the user's choice replaces the preset's
+            settings = {path: values for path, values in settings.items() if path not in group}
     try:
         return _parse_settings(cls, {**settings, **given}, fields)
     except ConfigError as error:

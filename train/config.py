@@ -1,8 +1,9 @@
-"""Stage two's settings. Checks that need the shards or the process count are in preflight.py."""
+"""Settings of training. Checks that need the shards or the process count are in preflight.py."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
+from latent_t2i.model.checks import check_number
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
@@ -12,219 +13,238 @@ from latent_t2i.train.trackers import TrackerName, check_names
 
 Precision = Literal["no", "fp16", "bf16"]
 
+MAX_SEED = 2**63 - 1
+# Progress keeps three numbers per step of an interval on the device.
+MAX_LOG_STEPS = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019, 1711.05101) and its learning rate over the steps."""
+    """AdamW (Loshchilov & Hutter 2019, 1711.05101) and its learning rate schedule."""
 
     kind: Literal["adamw", "adamw8bit"] = "adamw"
-    """`adamw8bit`: bitsandbytes', whose moments take 2 bytes a weight in place of 8 (pip install
-    'latent-t2i[8bit]'); the host then waits for the device once a step."""
+    """Optimizer. `adamw8bit` is AdamW of bitsandbytes: 2 bytes of moments per weight instead of 8,
+    but the host waits for the device at every step (pip install 'latent-t2i[8bit]')."""
     learning_rate: float = 1e-4
-    """The highest rate, reached after the warm-up."""
+    """Peak learning rate, reached after the warm-up."""
     warmup_steps: int = 0
-    """Steps of linear growth from zero."""
+    """Steps of linear warm-up from zero."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up: stay, or fall to zero at the last step."""
+    """Learning rate after the warm-up: constant, or decayed to zero at the last step."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's first and second moments."""
+    """Decay rates of AdamW's first and second moments."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this global norm."""
+    """Gradients are clipped to this global norm."""
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(
-                f"optim.learning_rate: expected more than 0, found {self.learning_rate}"
-            )
-        if self.max_grad_norm <= 0:
-            raise ValueError(f"optim.max_grad_norm: expected above 0, found {self.max_grad_norm}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas: expected 0 <= beta < 1, found {self.betas}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps: expected 0 or more, found {self.warmup_steps}")
+        for name in ("learning_rate", "max_grad_norm"):
+            check_number(f"optim.{name}", getattr(self, name), above=0)
+        check_number("optim.warmup_steps", self.warmup_steps, least=0, whole=True)
+        check_number("optim.weight_decay", self.weight_decay, least=0)
+        for beta in self.betas:
+            check_number("optim.betas", beta, least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How records are reached and visited."""
+    """How the shards are read and in which order."""
 
     access: AccessMode = "auto"
-    """`map`: a local folder, mapped; `cache`: fetched ahead of use into a local folder, then
-    mapped; `stream`: read front to back, nothing kept; `auto`: map a folder, cache a URL."""
+    """`map`: memory-map a local folder. `cache`: download shards ahead of use to a local folder and
+    memory-map them. `stream`: read shards sequentially without storing them. `auto`: `map` for a
+    folder, `cache` for a URL."""
     cache_dir: str | None = None
-    """cache: its folder; default: latent-t2i/shards in the user's cache folder."""
+    """Folder of the shard cache (access `cache`). Default: latent-t2i/shards in the user's cache
+    folder."""
     cache_bytes: int = CACHE_BYTES
-    """cache: the most that the shards may take there."""
+    """Maximum size of the shard cache in bytes (access `cache`)."""
     num_workers: int = 0
-    """stream: processes that read for each rank; 0: the rank itself."""
+    """Reader processes per rank (access `stream`). 0: the training process reads."""
     window_records: int = WINDOW_RECORDS
-    """stream: among how many records each of them mixes."""
+    """Size of each reader's shuffle buffer in records (access `stream`)."""
     shuffle: Shuffle = "full"
-    """`full`: each epoch is a fresh permutation of all records (stream: of the shards, records
-    mixed in the window); `blocks`: of the shards, mixed within some; `none`: the shards' order."""
+    """`full`: a new permutation of all records each epoch (access `stream`: of all shards, and of
+    the records within the shuffle buffer). `blocks`: a permutation of the shards, and of the
+    records within each `window_shards` of them. `none`: the order of the shards."""
     window_shards: int = 16
-    """How many shards `blocks` mixes with each other."""
+    """Number of shards whose records are shuffled together (shuffle `blocks`)."""
     last_batch: LastBatch = "fill"
-    """An epoch's last, partial batch: filled up from the next epoch, or dropped."""
+    """The last, partial batch of an epoch is filled from the next epoch or dropped."""
     verify: bool = False
-    """Hash every shard against the manifest before the first step; a fetched one always is."""
+    """Compare every shard's hash with the manifest before the first step. Downloaded shards are
+    always verified."""
 
     def __post_init__(self) -> None:
-        for name, least in (("cache_bytes", 1), ("num_workers", 0), ("window_records", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"data.{name}: expected {least} or more, found {getattr(self, name)}"
-                )
+        check_number("data.num_workers", self.num_workers, least=0, whole=True)
+        for name in ("cache_bytes", "window_records", "window_shards"):
+            check_number(f"data.{name}", getattr(self, name), least=1, whole=True)
+        default = type(self).window_shards
+        if self.window_shards != default and self.shuffle != "blocks":
+            raise ValueError(
+                f"data.window_shards: has no effect with data.shuffle {self.shuffle}; expected "
+                f"{default}, or data.shuffle blocks, found {self.window_shards}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """The loss on records that training never sees, with the averaged weights."""
+    """The loss of the EMA weights on held-out records."""
 
     shards: str | None = None
-    """Folder of the validation set; without one there is no validation, and the run says so."""
+    """Folder of the validation shards. None: no validation."""
     every_steps: int = 500
-    """Steps between two measurements; the end of the run makes one too."""
+    """Steps between two validations. The last step is validated too."""
     num_examples: int = 1024
-    """How many of the set's records to measure on; a smaller set is taken whole."""
+    """Number of records to validate on; all records of a smaller set."""
     batch_size: int = 64
     """Examples per process and forward pass."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "num_examples", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"validation.{name}: expected 1 or more, found {getattr(self, name)}"
-                )
+            check_number(f"validation.{name}", getattr(self, name), least=1, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Pictures of the same prompts and seeds while training, with the averaged weights."""
+    """Images of fixed prompts and seeds, drawn during training with the EMA weights."""
 
     every_steps: int | None = None
-    """Steps between two previews; the end of the run makes one too. None: no previews."""
+    """Steps between two previews. The last step gets one too. None: no previews."""
     prompts: tuple[str, ...] = ()
-    """What to draw, a picture each."""
+    """Prompts, one image each."""
     seed: int = 0
-    """Seed of the first picture; the next ones count up from it."""
+    """Seed of the first image; each further image uses the next seed."""
     num_steps: int = 20
-    """Steps of the sampler, which is the one that the bundle names."""
+    """Sampling steps of the bundle's sampler."""
     guidance_scale: float = 4.0
-    """Classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance; 1 turns it off."""
 
     def __post_init__(self) -> None:
-        if self.every_steps is not None and self.every_steps < 1:
-            raise ValueError(f"preview.every_steps: expected 1 or more, found {self.every_steps}")
-        if self.every_steps is not None and not self.prompts:
-            raise ValueError("preview.prompts: expected what to draw every_steps, found nothing")
-        if self.num_steps < 1:
-            raise ValueError(f"preview.num_steps: expected 1 or more, found {self.num_steps}")
-        if self.guidance_scale < 1:
-            raise ValueError(
-                f"preview.guidance_scale: expected 1 or more, found {self.guidance_scale}"
-            )
-        if self.seed < 0:
-            raise ValueError(f"preview.seed: expected 0 or more, found {self.seed}")
+        if self.every_steps is not None:
+            check_number("preview.every_steps", self.every_steps, least=1, whole=True)
+            if not self.prompts:
+                raise ValueError(
+                    "preview.prompts: expected prompts for preview.every_steps, found none"
+                )
+        check_number("preview.num_steps", self.num_steps, least=1, whole=True)
+        check_number("preview.guidance_scale", self.guidance_scale, least=1)
+        last = MAX_SEED - max(0, len(self.prompts) - 1)
+        check_number("preview.seed", self.seed, least=0, most=last, whole=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that stage two can be told."""
+    """Trains a text-to-image denoiser from shards and writes a diffusers bundle."""
+
+    EXCLUSIVE: ClassVar = (("num_steps", "num_epochs"),)
+    """Groups of settings of which a user's flag replaces the preset's."""
 
     name: str
-    """Name of the run, and of the data set unless `shards` says otherwise."""
+    """Name of the run, and of the data set unless `shards` is given."""
     vae: str | None = None
-    """VAE for the bundle, a folder or hub name; default: the one that the shards name."""
+    """VAE for the bundle, a folder or hub name. Default: the one named in the shards."""
     text_encoder: str | None = None
-    """Text encoder for the bundle, a folder or hub name; default: the one that the shards name."""
+    """Text encoder for the bundle, a folder or hub name. Default: the one named in the shards."""
     shards: str | None = None
-    """Folder or URL of shards, or pipe:COMMAND; default shards/data/NAME/train."""
+    """Folder or URL of the shards, or pipe:COMMAND. Default: shards/data/NAME/train."""
     out: str | None = None
-    """Folder of the run; default runs/NAME."""
+    """Output folder of the run. Default: runs/NAME."""
     init_from: str | None = None
-    """Begin with the weights of a bundle, a diffusers pipeline or a U-Net, a folder or hub name."""
+    """Start from the weights of a bundle, a diffusers pipeline or a U-Net, a folder or hub name."""
     init_allow: Literal["strict", "partial"] = "strict"
-    """What of `init_from` may not fit: nothing, or any part, which begins with fresh weights."""
+    """`strict`: every tensor of `init_from` must fit. `partial`: tensors that do not fit keep their
+    random initialization."""
     model_from_init: bool = False
-    """Take the settings under `model` from `init_from` (dropout and attention_kernel stay)."""
+    """Use the `model` settings of `init_from` (except dropout and attention_kernel)."""
     dry_run: bool = False
-    """Check everything, say what the run takes, and stop without making its folder."""
+    """Check everything, print the memory, disk and compute that the run needs, and exit without
+    creating its folder."""
     seed: int = 0
-    """Decides the first weights, the order and all noise."""
+    """Seed of the initial weights, the data order and all noise."""
     batch_size: int = 64
-    """Examples per step over all processes together."""
+    """Examples per step, summed over all processes."""
     micro_batch_size: int | None = None
-    """Examples per process and forward pass; fewer than its share means gradient accumulation."""
+    """Examples per process and forward pass. Default: the process's share of the batch. A smaller
+    number accumulates gradients."""
     num_steps: int | None = None
-    """Length of the run in steps; give this or num_epochs."""
+    """Length of the run in steps. Give this or num_epochs."""
     num_epochs: int | None = None
-    """Length of the run in visits to each record; give this or num_steps."""
+    """Length of the run in epochs. Give this or num_steps."""
     max_train_s: float | None = None
-    """Stop after this many seconds of training, over all starts, as if the last step had come."""
+    """Finish the run after this many seconds of training, summed over restarts."""
     mixed_precision: Precision = "fp16"
-    """Arithmetic of the forward and backward pass; weights stay float32. fp16 needs a GPU."""
+    """Precision of the forward and backward pass; weights stay float32. fp16 needs a GPU."""
     compile: bool = False
     """Compile the denoiser with torch.compile: a slow first step, faster ones after."""
     channels_last: bool = False
-    """Keep activations channels-last, which convolutions on a GPU prefer in half precision."""
+    """Use the channels_last memory format, which is faster on a GPU in half precision."""
     cuda_graph: bool = False
-    """Record a whole step as a CUDA graph and play it back, for small latents or batches, whose
-    steps the launches of kernels would hold up. On one GPU."""
+    """Capture the training step as a CUDA graph, which is faster where kernel launches limit the
+    speed (small latents or batches). One GPU only."""
     gradient_checkpointing: bool = False
-    """Compute activations anew in the backward pass: less memory, about a third more work."""
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
     tf32: bool = True
-    """Let a GPU round the factors of float32 products to TF32, which bf16 and fp16 training hardly
-    has any of; float32 training is several times faster."""
+    """Allow TF32 for float32 matrix products and convolutions on a GPU. float32 training is several
+    times faster with it; bf16 and fp16 training hardly changes."""
     fsdp: bool = False
-    """Share out weights, gradients, moments and averages over the processes (FSDP), for a network
-    that does not fit into one GPU's memory."""
+    """Shard weights, gradients, optimizer moments and EMA over the processes (FSDP), for networks
+    that do not fit into one GPU's memory."""
     log_every_steps: int = 50
     """Steps between two lines of metrics.jsonl."""
     trackers: tuple[TrackerName, ...] = ("auto",)
-    """Who gets these lines too: tensorboard, wandb, trackio; auto: TensorBoard if installed."""
+    """Experiment trackers that also receive the metrics. `auto`: TensorBoard if it is installed."""
     checkpoint_every_steps: int = 500
-    """Steps between two checkpoints; the end of the run and a signal also make one."""
+    """Steps between two checkpoints. The last step and a signal also write one."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of most recent checkpoints to keep."""
     max_bad_steps: int = 50
-    """Give up after more than this many steps in a row with non-finite gradients: go back to the
-    checkpoint from before them and stop."""
+    """After more than this many consecutive steps with non-finite gradients, restore the last
+    checkpoint before them and stop."""
     bundle_dtype: Literal["float32", "float16"] = "float32"
-    """How the bundle's weights are stored."""
+    """Data type of the weights in the bundle."""
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
-    """The denoiser."""
+    """Denoiser architecture."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """What it learns."""
+    """Diffusion objective."""
     optim: OptimConfig = field(default_factory=OptimConfig)
-    """How it learns."""
+    """Optimizer and learning rate."""
     ema: EMAConfig = field(default_factory=EMAConfig)
-    """The average of its weights."""
+    """Moving averages of the weights."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What it sees."""
+    """Shard access and order."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """What it is measured on while it runs."""
+    """Validation loss."""
     preview: PreviewConfig = field(default_factory=PreviewConfig)
-    """What it draws while it runs."""
+    """Preview images."""
 
     def __post_init__(self) -> None:
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError(
-                f"num_steps, num_epochs: give exactly one, found num_steps={self.num_steps} and "
-                f"num_epochs={self.num_epochs}"
+                "num_steps, num_epochs: expected exactly one of them, found "
+                f"num_steps={self.num_steps} and num_epochs={self.num_epochs}"
             )
-        counts = ("batch_size", "micro_batch_size", "num_steps", "num_epochs", "max_train_s")
-        intervals = ("log_every_steps", "checkpoint_every_steps", "keep_checkpoints")
-        for name in (*counts, *intervals):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}: expected more than 0, found {value}")
+        for name in ("batch_size", "checkpoint_every_steps", "keep_checkpoints"):
+            check_number(name, getattr(self, name), least=1, whole=True)
+        for name in ("micro_batch_size", "num_steps", "num_epochs"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least=1, whole=True)
+        if self.max_train_s is not None:
+            check_number("max_train_s", self.max_train_s, above=0)
+        interval = self.log_every_steps
+        check_number("log_every_steps", interval, least=1, most=MAX_LOG_STEPS, whole=True)
+        check_number("seed", self.seed, least=0, most=MAX_SEED, whole=True)
+        check_number("max_bad_steps", self.max_bad_steps, least=0, whole=True)
+        check_names(self.trackers)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Raises ValueError for settings that exclude each other."""
         if self.fsdp and self.mixed_precision == "fp16":
             raise ValueError(
-                "fsdp: its gradients have no loss scale for fp16; expected mixed_precision bf16 "
-                "or no, found fp16"
+                "fsdp: does not support fp16 gradient scaling; expected mixed_precision bf16 or "
+                "no, found fp16"
             )
         if self.optim.kind == "adamw8bit" and (self.fsdp or self.cuda_graph):
             other = "fsdp" if self.fsdp else "cuda_graph"
@@ -236,7 +256,3 @@ class TrainConfig:
                         f"{name}: has no effect without init_from; expected {default}, found "
                         f"{getattr(self, name)}"
                     )
-        check_names(self.trackers)
-        for name in ("seed", "max_bad_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")

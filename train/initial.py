@@ -1,18 +1,15 @@
-"""The first weights of a run, where they are not drawn: `init_from` names a network to go on from.
+"""Initial weights from an existing network (`init_from`) instead of random initialization.
 
-A bundle of ours (its averaged weights), a stock diffusers pipeline (its `unet`) or a bare
-UNet2DConditionModel, as a folder or hub name. The network is compared with the settings field by
-field and tensor by tensor before anything is built; what does not fit is refused with the list, or
-with `init_allow: partial` begins with fresh weights and is told. Only safetensors are read; half
-precision becomes float32. A run that goes on from a checkpoint does not read it again.
+`init_from` is a bundle (its EMA weights), a diffusers pipeline (its `unet`) or a
+UNet2DConditionModel, as a folder or hub name. The network is compared with the settings before
+anything is built. Only safetensors are read.
 """
 
 import hashlib
 import inspect
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel
 
 from latent_t2i.model import denoiser
@@ -40,22 +37,22 @@ FILES = (
     "scheduler_config.json",
 )
 MAX_LISTED = 12
+# Our names for fields of diffusers' config. The shards decide the last three.
 SETTINGS = {
     "block_out_channels": "model.channels",
     "layers_per_block": "model.layers_per_block",
     "down_block_types": "model.attention",
-    "up_block_types": "model.attention (on the way up)",
+    "up_block_types": "model.attention (up blocks)",
     "attention_head_dim": "model.attention_head_dim, model.heads",
     "transformer_layers_per_block": "model.transformer_layers",
     "norm_num_groups": "model.norm_num_groups",
     "use_linear_projection": "model.linear_projection",
-    "in_channels": "the latents' channels",
-    "out_channels": "the channels that it gives",
-    "cross_attention_dim": "the text's width",
+    "in_channels": "latent channels",
+    "out_channels": "output channels",
+    "cross_attention_dim": "text width",
 }
-"""What we call a field of diffusers' config; the last three are the shards' to say."""
-NOT_OF_THE_WEIGHTS = ("sample_size", "dropout", "upcast_attention")
-"""Fields that weights fit with any value of; AttnProcessor2_0 does not read upcast_attention."""
+# Any value of these fits the weights: AttnProcessor2_0 does not read upcast_attention.
+NOT_COMPARED = ("sample_size", "dropout", "upcast_attention")
 SCHEDULE = (
     "prediction_type",
     "beta_schedule",
@@ -68,7 +65,7 @@ SCHEDULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Initial:
-    """A network on disk: its config and its tensors' shapes, the tensors themselves unread."""
+    """A network on disk whose tensors are not loaded yet."""
 
     root: Path
     """The pipeline, or the network itself."""
@@ -76,18 +73,17 @@ class Initial:
     """The network."""
     files: tuple[Path, ...]
     config: Mapping[str, Any]
-    """diffusers' config, with its defaults for what is left out."""
+    """diffusers' config, completed with its defaults."""
     shapes: Mapping[str, tuple[int, ...]]
     sha256: str
-    """Over the files of weights."""
+    """Hash of the weight files."""
 
 
-def find(name: str) -> Initial:
-    """Finds a network; raises ValueError, with the remedy, where there is none that can be read."""
-    root = fetch(name, None, FILES, flag=FLAG, parts=("unet", "scheduler"))
+def find(source: str) -> Initial:
+    """Returns the network at a folder or hub name; raises ValueError if there is none to read."""
+    root = fetch(source, None, FILES, flag=FLAG, parts=("unet", "scheduler"))
     folder = find_part(root, "unet", flag=FLAG)
     read_config(folder, "_class_name", ("UNet2DConditionModel",), flag=FLAG)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     files = find_weights(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     total = hashlib.sha256()
@@ -102,16 +98,16 @@ def find(name: str) -> Initial:
         root=root,
         folder=folder,
         files=files,
-        config=_with_defaults(UNet2DConditionModel, config),
+        config=_with_defaults(UNet2DConditionModel, _read_json(folder / "config.json")),
         shapes=shapes,
         sha256=total.hexdigest(),
     )
 
 
 def find_weights(folder: Path) -> tuple[Path, ...]:
-    """Returns the files of a network's weights: the full ones, or else those of variant fp16.
+    """Returns a network's weight files, of the variant fp16 if there is no other.
 
-    Raises ValueError where there are no safetensors.
+    Raises ValueError if there are no safetensors.
     """
     for variant in ("", ".fp16"):
         single = folder / f"{STEM}{variant}.safetensors"
@@ -120,50 +116,50 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
             return (single,)
         if index.is_file():
             with loading(folder, flag=FLAG):
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                names = set(_read_json(index)["weight_map"].values())
             return tuple(folder / Path(name).name for name in sorted(names))
     require_weights(folder, STEM, flag=FLAG)
-    raise AssertionError("require_weights knows of weights that find_weights does not")
+    raise AssertionError("require_weights found weights that find_weights did not")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def _with_defaults(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a diffusers config with the class's defaults for fields that it leaves out."""
+    """Returns a diffusers config completed with the defaults of its class."""
     parameters = inspect.signature(kind.__init__).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
     return defaults | {name: value for name, value in config.items() if name[0] != "_"}
 
 
 def describe_model(initial: Initial, ours: DenoiserConfig) -> DenoiserConfig:
-    """Returns the settings of a network, as far as ours can say them; dropout and kernel are ours.
+    """Returns `ours` with the architecture of a network, except dropout and attention kernel.
 
-    What they cannot say shows when the two networks are compared.
+    `require_fit` reports what DenoiserConfig cannot express.
     """
     found = {name: _simplify(value) for name, value in initial.config.items()}
     heads = found["attention_head_dim"]
-    types = initial.config["down_block_types"]
+    numbers = {name: found[name] for name in ("layers_per_block", "norm_num_groups")}
+    numbers["transformer_layers"] = found["transformer_layers_per_block"]
+    # DenoiserConfig has one number for all levels.
+    changes: dict[str, Any] = {n: value for n, value in numbers.items() if isinstance(value, int)}
     return replace(
         ours,
         channels=tuple(initial.config["block_out_channels"]),
-        attention=tuple("CrossAttn" in name for name in types),
+        attention=tuple("CrossAttn" in name for name in initial.config["down_block_types"]),
         attention_head_dim=heads if isinstance(heads, int) else ours.attention_head_dim,
         heads=() if isinstance(heads, int) else tuple(heads),
         linear_projection=bool(found["use_linear_projection"]),
-        **{
-            name: found[theirs]
-            for name, theirs in (
-                ("layers_per_block", "layers_per_block"),
-                ("transformer_layers", "transformer_layers_per_block"),
-                ("norm_num_groups", "norm_num_groups"),
-            )
-            if isinstance(found[theirs], int)
-        },
+        **changes,
     )
 
 
 def describe_overrides(before: DenoiserConfig, now: DenoiserConfig) -> list[str]:
     """Returns a line for each setting that `model_from_init` changed."""
     return [
-        f"model.{name}: {value} from {FLAG}, in place of {getattr(before, name)}"
+        f"model.{name}: {value} from {FLAG} replaces {getattr(before, name)}"
         for name, value in vars(now).items()
         if value != getattr(before, name)
     ]
@@ -177,173 +173,154 @@ def require_fit(
     text_width: int,
     partial: bool,
 ) -> list[str]:
-    """Compares a network with the one that the settings ask for.
+    """Returns a line for each difference between a network and the settings.
 
-    Returns a line for each difference. Raises ValueError with them unless `partial` allows any, and
-    where not one tensor fits.
+    Raises ValueError with these lines unless `partial`, and always if no tensor fits.
     """
     with torch.device("meta"):
-        wanted = denoiser.build(
+        expected = denoiser.build(
             model, latent_channels=latent_channels, sample_size=8, text_width=text_width
         )
-    ours = {name: tuple(tensor.shape) for name, tensor in wanted.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.state_dict().items()}
     lines = [
-        *compare_configs(initial.config, _with_defaults(UNet2DConditionModel, wanted.config)),
-        *compare_shapes(initial.shapes, ours),
+        *compare_configs(initial.config, _with_defaults(UNet2DConditionModel, expected.config)),
+        *compare_shapes(initial.shapes, shapes),
     ]
-    num_fit = sum(initial.shapes.get(name) == shape for name, shape in ours.items())
+    num_fit = sum(initial.shapes.get(name) == shape for name, shape in shapes.items())
     if lines and not (partial and num_fit):
-        more = len(lines) - MAX_LISTED
-        told = "; ".join(lines[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
+        more = f"; and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
         remedy = (
-            "--model-from-init takes the model settings from it, --init-allow partial begins "
-            "with fresh weights where they do not fit"
+            "use --model-from-init to copy its model settings, or --init-allow partial to "
+            "initialize the tensors that do not fit randomly"
             if num_fit
-            else "no tensor fits: this is another kind of network"
+            else "no tensor fits, so this is another kind of network"
         )
         raise ValueError(
-            f"{FLAG}: {initial.folder} is not the network of this run: {told} ({remedy})"
+            f"{FLAG}: {initial.folder} does not match the model settings: "
+            f"{'; '.join(lines[:MAX_LISTED])}{more} ({remedy})"
         )
     if lines:
-        lines.append(f"{num_fit} of {len(ours)} tensors are from {FLAG}, the others fresh")
+        lines.append(
+            f"{num_fit} of {len(shapes)} tensors come from {FLAG}; the others start random"
+        )
     return [f"init_from: {line}" for line in lines]
 
 
-def compare_configs(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a line for each field in which two networks' configs differ, by our names for it."""
-    for field in sorted(
-        found.keys() | wanted.keys(), key=lambda name: (name not in SETTINGS, name)
-    ):
-        theirs, ours = (_simplify(config.get(field)) for config in (found, wanted))
-        if field in NOT_OF_THE_WEIGHTS or field[0] == "_" or theirs == ours:
-            continue
-        if field.endswith("block_types"):
-            theirs, ours = _attention(theirs), _attention(ours)
-        name = SETTINGS.get(field, f"{field} (which no setting here changes)")
-        yield f"{name}: {theirs} there, {ours} here"
+def compare_configs(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a line for each field in which two diffusers configs differ, our settings first."""
+    fields = sorted(found.keys() | expected.keys(), key=lambda name: (name not in SETTINGS, name))
+    for field in fields:
+        theirs, ours = (_simplify(config.get(field)) for config in (found, expected))
+        if field not in NOT_COMPARED and field[0] != "_" and theirs != ours:
+            name = SETTINGS.get(field, f"{field} (no setting changes it)")
+            yield f"{name}: found {theirs}, expected {ours}"
 
 
 def _simplify(value: Any) -> Any:
-    """Returns a value as JSON has it; a list of equal numbers, one a level, as that number."""
-    if not isinstance(value, list | tuple):
-        return value
-    values = list(value)
-    same = len(values) > 0 and all(each == values[0] for each in values)
-    return values[0] if same and isinstance(values[0], int) else values
+    """Returns a value as our settings express it.
 
-
-def _attention(types: Any) -> Any:
-    """Returns block types as `model.attention` has them, where they are of the usual kinds."""
+    A list of equal numbers, one per level, becomes that number, and the usual block types become
+    booleans: with or without cross-attention.
+    """
     usual = ("CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")
-    if isinstance(types, list) and all(name in usual for name in types):
-        return [name.startswith("CrossAttn") for name in types]
-    return types
+    if not isinstance(value, list | tuple) or not value:
+        return value
+    if all(item in usual for item in value):
+        return [item.startswith("CrossAttn") for item in value]
+    same = isinstance(value[0], int) and all(item == value[0] for item in value)
+    return value[0] if same else list(value)
 
 
 def compare_shapes(
-    found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """Yields a line for each group of tensors that do not fit, are missing or are left over."""
+    """Yields a line for each group of tensors of another shape, missing or not in our network."""
     groups: Counter[tuple[str, str]] = Counter()
-    for name in sorted(found.keys() | wanted.keys()):
-        theirs, ours = found.get(name), wanted.get(name)
-        if theirs == ours:
-            continue
+    for name in sorted(found.keys() | expected.keys()):
+        theirs, ours = found.get(name), expected.get(name)
+        block = ".".join(name.split(".")[: 2 if name.startswith(("down_", "up_")) else 1])
         if theirs is None:
-            groups[_block(name), "not there: fresh"] += 1
+            groups[block, "missing"] += 1
         elif ours is None:
-            groups[_block(name), "not in this network: left out"] += 1
-        else:
-            shapes = f"{_show(theirs)} there, {_show(ours)} here: fresh"
-            groups[".".join(name.split(".")[-3:]), shapes] += 1
+            groups[block, "not in this network"] += 1
+        elif theirs != ours:
+            shapes = ("x".join(map(str, shape)) for shape in (theirs, ours))
+            what = "found {}, expected {}".format(*shapes)
+            groups[".".join(name.split(".")[-3:]), what] += 1
     for (name, what), num in groups.items():
         yield f"{name}{f' ({num} tensors)' if num > 1 else ''}: {what}"
-
-
-def _block(name: str) -> str:
-    """Returns the part of the network that a tensor is of, as in down_blocks.1."""
-    found = re.match(r"(?:down|up)_blocks\.\d+|[^.]+", name)
-    return found[0] if found else name
-
-
-def _show(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def compare_encoders(
     initial: Initial, vae: Autoencoder, text_encoder: CLIPTextModel
 ) -> Iterator[str]:
-    """Yields a warning for each frozen network that is not the one the weights were trained with.
-
-    Weights are compared in half precision, in which a pipeline may keep them.
-    """
-    for part, what in (("vae", "latents"), ("text_encoder", "text")):
-        if not (initial.root / part / "config.json").is_file():
-            yield f"init_from: {initial.root} has no {part}, so whose {what} it knows is not known"
+    """Yields a warning for each frozen network of the pipeline that is not the shards'."""
+    expected: dict[str, tuple[Any, ...]] = {
+        "vae": (vae, fold_shift(vae)),
+        "text_encoder": (text_encoder,),
+    }
+    for part, networks in expected.items():
+        folder = initial.root / part
+        if not (folder / "config.json").is_file():
+            yield f"init_from: {initial.root} has no {part} to compare with the shards'"
             continue
         try:
-            if part == "vae":
-                theirs: nn.Module = load_vae(str(initial.root / part))
-                same = any(_same_vae(theirs, ours) for ours in (vae, fold_shift(vae)))
-            else:
-                theirs = load_text_encoder(str(initial.root))[1]
-                same = _same_weights(theirs, text_encoder)
+            found: Any = (
+                load_vae(str(folder)) if part == "vae" else load_text_encoder(str(initial.root))[1]
+            )
         except ValueError as error:
-            yield f"init_from: whose {what} it knows is not known: {error}"
+            yield f"init_from: cannot compare {folder} with the shards' {part}: {error}"
             continue
-        if not same:
+        if not any(_is_same(found, network) for network in networks):
             yield (
-                f"warning: init_from: its {part} is not that of the shards: the weights were "
-                f"trained on other {what} and have to learn these"
+                f"warning: init_from: {folder} differs from the shards' {part}: the denoiser was "
+                "trained on other inputs"
             )
 
 
-def _same_vae(one: Any, other: Any) -> bool:
-    """Returns whether two autoencoders have the same weights, scale and shift."""
-    if not _same_weights(one, other):
-        return False
-    return all(map(torch.allclose, latent_affine(one), latent_affine(other)))
-
-
-def _same_weights(one: nn.Module, other: nn.Module) -> bool:
-    """Returns whether two networks have the same weights, in half precision."""
+def _is_same(one: Any, other: Any) -> bool:
+    """Returns whether two encoders have the same weights, scaling and shift."""
     a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(
+    # In half precision, in which a pipeline may store its encoders.
+    same = a.keys() == b.keys() and all(
         tensor.shape == b[name].shape and torch.equal(tensor.half(), b[name].half())
         for name, tensor in a.items()
     )
+    if isinstance(one, CLIPTextModel):
+        return same
+    return same and all(map(torch.allclose, latent_affine(one), latent_affine(other)))
 
 
 def compare_objectives(initial: Initial, objective: ObjectiveConfig) -> Iterator[str]:
-    """Yields a line where the weights' scheduler tells of another objective."""
+    """Yields a warning if the pipeline's scheduler belongs to another objective."""
     path = initial.root / "scheduler" / "scheduler_config.json"
     if not path.is_file():
-        yield f"init_from: no scheduler in {initial.root} says what its weights predict"
+        yield f"init_from: {initial.root} has no scheduler; cannot check its objective"
         return
     with loading(path.parent, flag=FLAG):
-        theirs = _with_defaults(DDPMScheduler, json.loads(path.read_text(encoding="utf-8")))
+        theirs = _with_defaults(DDPMScheduler, _read_json(path))
     ours = make_scheduler(objective).config
     different = [
-        f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        f"{name}: found {theirs.get(name)!r}, expected {ours.get(name)!r}"
         for name in SCHEDULE
         if theirs.get(name) != ours.get(name)
     ]
     if different:
-        yield f"warning: init_from: trained on another objective: {', '.join(different)}"
+        yield f"warning: init_from: trained with another objective: {'; '.join(different)}"
 
 
 @torch.no_grad()
 def load(initial: Initial, unet: UNet2DConditionModel) -> None:
     """Copies the tensors that fit into `unet`, as float32.
 
-    Raises ValueError for files that are damaged, or hold what is not finite.
+    Raises ValueError for damaged files and for tensors that are not finite.
     """
     ours: dict[str, Tensor] = unet.state_dict()
     for path in initial.files:
         with loading(path, flag=FLAG), safe_open(path, framework="pt") as file:
-            for name in sorted(initial.shapes.keys() & ours.keys() & set(file.keys())):
+            for name in sorted(ours.keys() & set(file.keys())):
                 if initial.shapes[name] == tuple(ours[name].shape):
                     tensor = file.get_tensor(name)
                     if not tensor.isfinite().all():
-                        raise ValueError(f"{name} is not finite")
+                        raise ValueError(f"tensor {name} is not finite")
                     ours[name].copy_(tensor)

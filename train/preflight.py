@@ -223,7 +223,6 @@ def find_validation(
         shards,
         seed=config.seed,
         objective=config.objective,
-        latent_channels=shards.manifest.latent_channels,
     )
 
 

@@ -1,8 +1,7 @@
-"""Pictures while training: the same prompts and seeds each time, with the averaged weights.
+"""Preview images during training: fixed prompts and seeds, drawn with the EMA weights.
 
-The stock pipeline is put together from the run's own parts, as the bundle will be, so a preview is
-what sampling would show of a bundle of that step, with the sampler that the bundle names. It draws
-in the denoiser's own memory; the VAE and the text encoder visit the device for as long as it takes.
+A preview shows what a bundle of that step would draw: the same pipeline, assembled from the run's
+own networks. The VAE and the text encoder are on the device only while it draws.
 """
 
 from pathlib import Path
@@ -18,28 +17,25 @@ from latent_t2i.train.fsdp import is_fsdp
 from latent_t2i.train.setup import Run
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """Returns where a run's preview of a step is."""
+def preview_path(folder: Path, step: int) -> Path:
+    """Returns the file of a step's preview in a run's folder."""
     return folder / "previews" / f"step-{step:08d}.png"
 
 
 def make_preview(run: Run) -> None:
-    """Draws the preview of this step, on the main process; the others wait.
-
-    Of a network shared out, all processes draw the same pictures, since each has but a part of it.
-    """
+    """Draws and writes the preview of the current step."""
     main = run.accelerator.is_main_process
+    # Under FSDP every process holds a part of the network, so all of them have to draw.
     if main or is_fsdp(run.state.unet):
         images = draw_images(run)
         if main:
-            write(path_of(run.plan.folder, run.state.step), images, run)
+            write(preview_path(run.plan.folder, run.state.step), images, run)
     run.accelerator.wait_for_everyone()
 
 
 def draw_images(run: Run) -> list[Image.Image]:
-    """Draws the pictures with the averaged weights."""
+    """Draws one image per prompt with the EMA weights."""
     config, plan, state = run.plan.config.preview, run.plan, run.state
-    seeds = [config.seed + number for number in range(len(config.prompts))]
     pipeline = make_pipeline(
         unet=state.unet,
         vae=plan.vae,
@@ -49,26 +45,26 @@ def draw_images(run: Run) -> list[Image.Image]:
         max_tokens=plan.shards.manifest.max_tokens,
     )
     pipeline.set_progress_bar_config(disable=True)
-    visitors = (pipeline.vae, pipeline.text_encoder)
+    frozen = (pipeline.vae, pipeline.text_encoder)
     with state.ema.swapped_into(state.unet):
         try:
-            for network in visitors:
+            for network in frozen:
                 network.to(run.accelerator.device)
             return generate_images(
                 pipeline,
                 config.prompts,
-                seeds,
+                range(config.seed, config.seed + len(config.prompts)),
                 guidance_scale=config.guidance_scale,
                 num_steps=config.num_steps,
                 title="preview",
             )
         finally:
-            for network in visitors:
+            for network in frozen:
                 network.to("cpu")
 
 
 def write(path: Path, images: list[Image.Image], run: Run) -> None:
-    """Writes the labelled grid into a file and gives it to the trackers."""
+    """Writes the images as a labelled grid and sends it to the trackers."""
     config, state = run.plan.config.preview, run.state
     grid = labelled_grid(images, config.prompts)
     settings = {
@@ -83,4 +79,10 @@ def write(path: Path, images: list[Image.Image], run: Run) -> None:
     partial = path.with_name(f".{path.name}")
     save_png(grid, partial, settings)
     partial.replace(path)
+    num_black = sum(image.getbbox() is None for image in images)
+    if num_black:
+        run.progress.say(
+            f"warning: preview of step {state.step}: {num_black} of {len(images)} images are "
+            "entirely black, which usually means that the network's output is not finite"
+        )
     trackers.log_image(run.accelerator, "previews", grid, state.step)

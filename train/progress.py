@@ -1,9 +1,8 @@
-"""What a run says of itself: one device-side row per step, one line of metrics.jsonl per interval.
+"""Metrics and progress of a run: metrics.jsonl and the progress bar.
 
-A step writes its loss, gradient norm and whether it was skipped into a small table on the device;
-only at the logging interval is the table fetched. The unfinished table is part of a checkpoint, so
-a resumed run writes the same lines as one that never stopped. On a terminal a bar of one line shows
-the newest figures; elsewhere they are plain lines, at most one every few seconds.
+Each step writes its loss, gradient norm and skip flag into a small table on the device, which the
+host reads once per logging interval only. The unfinished table is part of a checkpoint, so a
+resumed run writes the same lines as an uninterrupted one.
 """
 
 import json
@@ -21,16 +20,16 @@ from tqdm import tqdm
 from latent_t2i.train import trackers
 
 METRICS_FILE = "metrics.jsonl"
-MAX_SHOWN = 8
+MAX_LISTED = 8
 MAX_STEPS_READ = 4
+# Between two lines of progress where stderr is not a terminal.
 LINE_EVERY_S = 10.0
-"""Of plain lines, where there is no terminal."""
-BAR = "{desc}{n_fmt}/{total_fmt}{postfix} {bar}"
-"""Longest last: what a narrow terminal leaves is the bar's."""
+# The bar comes last and gets the columns that are left.
+BAR_FORMAT = "{desc}{n_fmt}/{total_fmt}{postfix} {bar}"
 
 
 class Progress:
-    """Collects the rows of an interval and reports them."""
+    """Collects the metrics of each step and reports them once per interval."""
 
     def __init__(self, accelerator: Accelerator, folder: Path, interval: int) -> None:
         self._accelerator = accelerator
@@ -40,25 +39,26 @@ class Progress:
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
         self.last: dict[str, Any] = {}
+        """The newest line of training metrics."""
         self.validation: dict[str, Any] = {}
-        """The newest line of the validation loss."""
+        """The newest line of validation metrics."""
         self.previewed: int | None = None
         """The step of the newest preview."""
         self._bar = tqdm(disable=True)
         self._plain = False
-        self._told_s = float("-inf")
+        self._printed_s = float("-inf")
         self._num_steps = 0
-        self._first = ""
+        self._starting = False
 
     def open(self, step: int, num_steps: int, state: dict[str, Any]) -> None:
-        """Begins at `step`, from the unfinished interval of a checkpoint if there is one.
+        """Starts at `step`, with the `state` of a checkpoint if there is one.
 
-        Lines of metrics.jsonl beyond that step, which a killed run wrote, are dropped.
+        Drops the lines of metrics.jsonl that a killed run wrote after that step.
         """
         rows = state.get("rows", [])
         self._num_rows = min(len(rows), step % len(self._rows))  # fewer if the interval changed
-        for place, row in enumerate(rows[len(rows) - self._num_rows :]):
-            self._rows[place] = torch.tensor(row)
+        for index, row in enumerate(rows[len(rows) - self._num_rows :]):
+            self._rows[index] = torch.tensor(row)
         self.num_skipped = state.get("num_skipped", 0)
         self.num_skipped_in_a_row = state.get("num_skipped_in_a_row", 0)
         self.last = state.get("last", {})
@@ -72,37 +72,37 @@ class Progress:
             disable=not (main and terminal),
             mininterval=0.5,
             dynamic_ncols=True,
-            bar_format=BAR,
+            bar_format=BAR_FORMAT,
         )
         if main:
             truncate_metrics(self._path, step, validated=self.validation.get("step", 0))
 
-    def begin(self, first: str) -> None:
-        """Says what the first step is busy with, until it is done."""
+    def begin(self, activity: str) -> None:
+        """Shows what the run is doing until the first step is complete."""
         if self._bar.n < self._num_steps:
-            self._first = first
-            self._bar.set_description_str(f"{first} ... ")
+            self._starting = True
+            self._bar.set_description_str(f"{activity} ... ")
             if self._plain:
-                self.say(f"{first} ...")
+                self.say(f"{activity} ...")
 
     def add(self, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        """Notes a step, on the device."""
+        """Records a step, on the device."""
         self._rows[self._num_rows] = torch.stack([loss, norm, skipped])
         self._num_rows += 1
-        if self._first:
-            self._first = ""
+        if self._starting:
+            self._starting = False
             self._bar.set_description_str("", refresh=False)
         self._bar.update()
 
     @property
     def pending(self) -> bool:
-        """Whether there are steps that no line has told of."""
+        """Whether there are steps that no line reports yet."""
         return self._num_rows > 0
 
     def fetch(self, step: int) -> tuple[int, dict[str, Any], list[int]]:
-        """Ends the interval: returns its length, its figures and the numbers of its skipped steps.
+        """Ends the interval; returns its length, its metrics and the numbers of skipped steps.
 
-        The loss is the mean over the steps' global batches that were not skipped.
+        Loss and gradient norm are means over the steps that were not skipped.
         """
         rows = self._accelerator.reduce(self._rows[: self._num_rows], reduction="mean").tolist()
         first = step - len(rows)
@@ -113,11 +113,11 @@ class Progress:
             self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if row[2] else 0
         self._num_rows = 0
         loss, norm = (sum(r[i] for r in good) / len(good) if good else None for i in (0, 1))
-        figures = {"step": step, "loss": loss, "grad_norm": norm, "skipped": self.num_skipped}
-        return len(rows), figures, bad
+        metrics = {"step": step, "loss": loss, "grad_norm": norm, "skipped": self.num_skipped}
+        return len(rows), metrics, bad
 
     def write(self, line: dict[str, Any], *, remaining_s: float) -> None:
-        """Appends a line to metrics.jsonl and shows its main figures."""
+        """Appends a line to metrics.jsonl and shows its main metrics."""
         self.last = line
         if not self._accelerator.is_main_process:
             return
@@ -125,24 +125,21 @@ class Progress:
         text = describe(line, remaining_s)
         self._bar.set_postfix_str(text)
         now_s, step = time.monotonic(), line["step"]
-        if self._plain and (now_s - self._told_s >= LINE_EVERY_S or step == self._num_steps):
-            self._told_s = now_s
+        if self._plain and (now_s - self._printed_s >= LINE_EVERY_S or step == self._num_steps):
+            self._printed_s = now_s
             self.say(f"{step}/{self._num_steps} {text}")
 
     def write_validation(self, line: dict[str, Any]) -> None:
-        """Appends a line of the validation loss to metrics.jsonl and says it."""
+        """Appends a line of validation metrics to metrics.jsonl and prints it."""
         self.validation = line
         if not self._accelerator.is_main_process:
             return
         self._append(line)
         found = line["validation"]
-        loss, *quarters = (
-            "none" if value is None else f"{value:.4f}"
-            for value in (found["loss"], *found["loss_by_quarter"].values())
-        )
+        loss = "not finite" if found["loss"] is None else _loss(found["loss"])
         self.say(
-            f"step {line['step']}: validation loss {loss} (EMA), "
-            f"from least noise to most {' '.join(quarters)}"
+            f"step {line['step']}: validation loss {loss} (EMA); by noise level, low to high: "
+            f"{' '.join(map(_loss, found['loss_by_quarter'].values()))}"
         )
 
     def _append(self, line: dict[str, Any]) -> None:
@@ -151,12 +148,12 @@ class Progress:
         trackers.log_line(self._accelerator, line)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar, from the main process."""
+        """Prints a line above the bar, from the main process."""
         if self._accelerator.is_main_process:
             self._bar.write(text, file=sys.stderr)
 
     def say_skipped(self, steps: list[int], nonfinite_keys: Callable[[int], list[str]]) -> None:
-        """Names the skipped steps of an interval and the records of the first few."""
+        """Prints the skipped steps of an interval and the records that the first few read."""
         if not steps or not self._accelerator.is_main_process:
             return
         read = [key for step in steps[:MAX_STEPS_READ] for key in nonfinite_keys(step)]
@@ -164,7 +161,7 @@ class Progress:
         self.say(f"step {names}: skipped, not finite; records: {keys}")
 
     def state(self) -> dict[str, Any]:
-        """Returns the unfinished interval for a checkpoint; all processes must ask for it."""
+        """Returns the state for a checkpoint; all processes must call this."""
         rows = self._accelerator.reduce(self._rows[: self._num_rows], reduction="mean")
         return {
             "rows": rows.nan_to_num(0.0, 0.0, 0.0).tolist(),  # of skipped steps; JSON has no NaN
@@ -176,22 +173,22 @@ class Progress:
         }
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Closes the bar."""
         self._bar.close()
 
 
 def shorten(names: list[str]) -> str:
-    """Returns the first names as text and how many more there are."""
-    more = len(names) - MAX_SHOWN
-    return ", ".join(names[:MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    """Returns the first names as text, with the number of the others."""
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def describe(line: dict[str, Any], remaining_s: float) -> str:
-    """Returns the main figures of a line; with the steps before them they fit in 80 columns."""
-    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+    """Returns the main metrics of a line, short enough for a bar of 80 columns."""
     data = line["time_breakdown"]["data"]
     return (
-        f"epoch {_short(line['epoch'])} loss {loss} {_short(line['images_per_s'])} img/s "
+        f"epoch {_short(line['epoch'])} loss {_loss(line['loss'])} "
+        f"{_short(line['images_per_s'])} img/s "
         f"data {data:.{0 if data >= 0.1 else 1}%} skip {line['skipped']} "
         f"ETA {tqdm.format_interval(remaining_s)}"
     )
@@ -201,22 +198,39 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def truncate_metrics(path: Path, step: int, *, validated: int) -> None:
-    """Keeps the lines of metrics.jsonl up to `step`, dropping one that a kill cut short.
+def _loss(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
 
-    Of the validation loss those up to the step `validated`: the end of a run measures it, and may
-    be killed before the checkpoint tells.
+
+def truncate_metrics(path: Path, step: int, *, validated: int) -> None:
+    """Drops the lines of metrics.jsonl after `step`, and a last line that a kill cut short.
+
+    Validation lines are kept up to `validated`: a run may be killed between its last validation
+    and the checkpoint that records it.
     """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        found = json.loads(line)
-        if found["step"] > (validated if "validation" in found else step):
-            break
-        kept.append(line)
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if line.endswith(b"\n"):
+            found = _parse_line(f"{path}: line {number}", line)
+            if found["step"] <= (validated if "validation" in found else step):
+                kept.append(line)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept))
+    partial.write_bytes(b"".join(kept))
     partial.replace(path)
+
+
+def _parse_line(place: str, line: bytes) -> dict[str, Any]:
+    """Returns a line of metrics.jsonl; raises ValueError if it has no step."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deep
+        found = None
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        start = line[:60].decode(errors="replace").strip()
+        raise ValueError(
+            f"{place}: expected a JSON object with an integer 'step', found {start!r}; correct or "
+            "delete this line"
+        )
+    return found

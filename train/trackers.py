@@ -1,7 +1,7 @@
 """Experiment trackers through Accelerate: TensorBoard, Weights & Biases, Trackio.
 
-metrics.jsonl stays the source of truth: a tracker gets what is written there, at the same moments,
-and a run without any tracker loses nothing. TensorBoard's files lie in runs/NAME/tracker:
+Trackers receive the lines of metrics.jsonl when they are written; a run without trackers loses
+nothing. TensorBoard's files are in runs/NAME/tracker:
 
     tensorboard --logdir runs
 """
@@ -25,27 +25,23 @@ AVAILABLE = {
     "wandb": is_wandb_available,
     "trackio": is_trackio_available,
 }
-PACKAGES = {"tensorboard": "latent-t2i[track]", "wandb": "wandb", "trackio": "trackio"}
-"""What to install for each, by pip."""
-SHOW_IMAGES = ("tensorboard", "wandb")
-"""Those that Accelerate hands images to; for the others previews are files only."""
+PIP_PACKAGES = {"tensorboard": "latent-t2i[track]", "wandb": "wandb", "trackio": "trackio"}
 
 
 def check_names(names: Sequence[TrackerName]) -> None:
-    """Raises ValueError for a choice that contradicts itself."""
-    if not names:
-        raise ValueError("trackers: expected auto, none or names of trackers, found nothing")
-    alone = [name for name in names if name in ("auto", "none")]
-    if len(set(names)) < len(names) or (alone and len(names) > 1):
+    """Raises ValueError for names that exclude each other, are repeated or missing."""
+    exclusive = len(names) > 1 and {"auto", "none"} & set(names)
+    if not names or exclusive or len(set(names)) < len(names):
         raise ValueError(
-            f"trackers: expected auto, none, or each tracker once, found {' '.join(names)}"
+            "trackers: expected auto, none, or a list of different trackers, found "
+            f"{' '.join(names) or 'nothing'}"
         )
 
 
 def choose(names: Sequence[TrackerName]) -> tuple[list[str], list[str]]:
-    """Returns which trackers to use, and what to say of it.
+    """Returns the trackers to use and lines about them.
 
-    Raises ValueError for one that was asked for by name and is not installed.
+    Raises ValueError for a named tracker that is not installed.
     """
     if list(names) == ["none"]:
         return [], []
@@ -53,61 +49,69 @@ def choose(names: Sequence[TrackerName]) -> tuple[list[str], list[str]]:
         if AVAILABLE["tensorboard"]():
             return ["tensorboard"], []
         return [], [
-            "trackers: none, since tensorboard is not installed; metrics.jsonl has all figures "
-            f"(pip install '{PACKAGES['tensorboard']}')"
+            "trackers: none, because tensorboard is not installed (pip install "
+            f"'{PIP_PACKAGES['tensorboard']}'); metrics.jsonl has all metrics"
         ]
     for name in names:
         if not AVAILABLE[name]():
             raise ValueError(
-                f"trackers: {name} is not installed; pip install '{PACKAGES[name]}', or choose "
-                f"others: expected auto, none, {', '.join(AVAILABLE)}, found {' '.join(names)}"
+                f"trackers: {name} is not installed; run pip install '{PIP_PACKAGES[name]}', or "
+                f"choose other trackers (auto, none, {', '.join(AVAILABLE)})"
             )
     return list(names), []
 
 
 def start(accelerator: Accelerator, folder: Path, settings: Mapping[str, Any], step: int) -> None:
-    """Opens the trackers that the accelerator was made with, to go on after `step`.
+    """Opens the accelerator's trackers; a run that resumes at `step` continues its earlier logs.
 
-    Takes the run's folder and its settings, one level deep. What a killed run logged beyond `step`
-    is hidden by TensorBoard; W&B and Trackio go on with the run of the id that the folder keeps.
+    `folder` is the run's, `settings` are flat.
     """
     if not accelerator.log_with or not accelerator.is_main_process:
         return
     run_id = keep_id(folder / FOLDER)
     name = str(settings["name"])
     options = {
-        "tensorboard": {"purge_step": step + 1} if step else {},
+        # TensorBoard hides what a killed run logged after its checkpoint, or at all without one.
+        "tensorboard": {"purge_step": step + 1 if step else 0},
         "wandb": {"name": name, "id": run_id, "resume": "allow", "dir": str(folder / FOLDER)},
         "trackio": {"name": f"{name}-{run_id}", "resume": "allow"},
     }
     accelerator.init_trackers(PROJECT, init_kwargs=options)
     for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            # By its own counter W&B drops the lines of a run that went back to a checkpoint.
+            tracker.tracker.define_metric("*", step_metric="step")
         if tracker.name != "tensorboard":
             tracker.store_init_configuration(dict(settings))
-        elif step == 0:  # its own way opens another folder at each start
+        elif step == 0:  # its store_init_configuration adds a folder at each start
             rows = "\n".join(f"    {key}: {value}" for key, value in settings.items())
             tracker.log({"settings": rows}, step=0)
 
 
 def keep_id(folder: Path) -> str:
-    """Returns the id of a run, made at its first start and kept in its folder."""
+    """Returns the run's tracker id, which is created at the first start and kept in `folder`."""
     path = folder / "id"
-    if not path.is_file():
+    found = path.read_text().strip() if path.is_file() else ""
+    if not found:  # also if a kill left the file empty
+        found = secrets.token_hex(4)
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(secrets.token_hex(4) + "\n")
-    return path.read_text().strip()
+        path.write_text(found + "\n")
+    return found
 
 
 def log_line(accelerator: Accelerator, line: Mapping[str, Any]) -> None:
-    """Gives the trackers the figures of a line of metrics.jsonl."""
-    values = dict(flatten(line))
-    step = int(values.pop("step"))
-    prefix = "" if "validation/loss" in values else "train/"
-    accelerator.log({prefix + name: value for name, value in values.items()}, step=step)
+    """Sends the numbers of a line of metrics.jsonl to the trackers."""
+    prefix = "" if "validation" in line else "train/"
+    values = {prefix + name: value for name, value in flatten(line) if name != "step"}
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            tracker.log({**values, "step": line["step"]})
+        else:
+            tracker.log(values, step=line["step"])
 
 
 def flatten(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yields the numbers of a line, nested names joined by slashes."""
+    """Yields the numbers of a line; nested names are joined by slashes."""
     for name, value in line.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}/")
@@ -116,11 +120,12 @@ def flatten(line: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
 
 
 def log_image(accelerator: Accelerator, name: str, image: Image.Image, step: int) -> None:
-    """Gives a picture to the trackers that show pictures."""
+    """Sends an image to the trackers that can log images."""
+    pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
     for tracker in accelerator.trackers:
-        if tracker.name in SHOW_IMAGES:
-            pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3)
-            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({name: pixels}, step=step, **options)
         if tracker.name == "tensorboard":
+            tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
             tracker.tracker.flush()
+        elif tracker.name == "wandb":
+            tracker.log_images({name: pixels}, commit=False)
+            tracker.log({"step": step})

@@ -1,36 +1,90 @@
-"""Settings that cannot be right are refused at once, by name."""
+"""Invalid settings of training are refused by name."""
 
-from typing import Any
+import math
+from dataclasses import fields
+from typing import Any, get_args
 
 import pytest
 
-from latent_t2i.train.config import OptimConfig, TrainConfig
+from latent_t2i.configs import cli
+from latent_t2i.train.config import (
+    DataConfig,
+    OptimConfig,
+    PreviewConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+
+SECTIONS = {
+    "": TrainConfig,
+    "optim.": OptimConfig,
+    "data.": DataConfig,
+    "validation.": ValidationConfig,
+    "preview.": PreviewConfig,
+}
+
+
+def make(prefix: str, **changes: Any) -> Any:
+    """Returns the settings of a section, `changes` applied."""
+    needed = {"": {"name": "tiny", "num_steps": None if "num_epochs" in changes else 1}}
+    return SECTIONS[prefix](**(needed.get(prefix, {}) | changes))
+
+
+def numbers() -> list[tuple[str, str, type]]:
+    """Returns section, name and type of every setting that is a number."""
+    return [
+        (prefix, field.name, kind)
+        for prefix, section in SECTIONS.items()
+        for field in fields(section)
+        for kind in (int, float)
+        if field.type is kind or kind in get_args(field.type)
+    ]
+
+
+@pytest.mark.parametrize(("prefix", "name", "kind"), numbers())
+def test_numbers_are_finite_and_not_negative(prefix: str, name: str, kind: type) -> None:
+    for value in (math.nan, math.inf, -1, *([1.5] if kind is int else [])):
+        wrong = (value, 0.5) if name == "betas" else value
+        with pytest.raises(ValueError, match=rf"^{prefix}{name}: expected .*, found {value}$"):
+            make(prefix, **{name: wrong})
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("prefix", "change", "message"),
     [
-        ({}, "num_steps, num_epochs: give exactly one, found num_steps=None and num_epochs=None"),
-        ({"num_steps": 1, "num_epochs": 1}, "give exactly one, found num_steps=1"),
-        ({"num_steps": 0}, "num_steps: expected more than 0, found 0"),
-        ({"num_steps": 1, "batch_size": -8}, "batch_size: expected more than 0, found -8"),
-        ({"num_steps": 1, "seed": -1}, "seed: expected 0 or more, found -1"),
+        ("", {"num_steps": None}, "num_steps, num_epochs: expected exactly one of them"),
+        ("", {"num_epochs": 1, "num_steps": 1}, "found num_steps=1 and num_epochs=1"),
+        ("", {"num_steps": 0}, "num_steps: expected a whole number, 1 or more, found 0"),
+        ("", {"batch_size": 0}, "batch_size: expected a whole number, 1 or more, found 0"),
+        ("", {"max_train_s": 0}, "max_train_s: expected more than 0, found 0"),
+        ("", {"seed": 2**63}, "seed: expected a whole number, 0 to .*, found 9223372036854775808"),
+        ("", {"log_every_steps": 10**12}, "log_every_steps: expected .* 1 to 1000000, found"),
+        ("", {"trackers": ()}, "trackers: expected auto, none, or a list .*, found nothing"),
+        ("", {"trackers": ("auto", "wandb")}, "trackers: .* found auto wandb"),
+        ("", {"trackers": ("wandb", "none")}, "trackers: .* found wandb none"),
+        ("", {"trackers": ("wandb", "wandb")}, "trackers: .* found wandb wandb"),
+        ("", {"init_allow": "partial"}, "init_allow: has no effect without init_from"),
+        ("", {"model_from_init": True}, "model_from_init: has no effect without init_from"),
+        ("optim.", {"learning_rate": 0.0}, "optim.learning_rate: expected more than 0, found 0.0"),
+        ("optim.", {"betas": (0.9, 1.0)}, "optim.betas: expected 0 or more and less than 1"),
+        ("data.", {"window_shards": 4}, "window_shards: has no effect with data.shuffle full;"),
+        ("preview.", {"every_steps": 4}, "preview.prompts: expected prompts for .* found none"),
+        ("preview.", {"guidance_scale": 0.5}, "guidance_scale: expected 1 or more, found 0.5"),
+        ("preview.", {"seed": 2**63 - 1, "prompts": ("a", "b")}, "preview.seed: expected .* 0 to "),
     ],
 )
-def test_a_run_needs_one_length_and_counts_that_count(change: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(prefix: str, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainConfig(name="tiny", **change)
+        make(prefix, **change)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"learning_rate": -1e-4}, "optim.learning_rate: expected more than 0, found -0.0001"),
-        ({"max_grad_norm": 0.0}, "optim.max_grad_norm: expected above 0, found 0.0"),
-        ({"betas": (0.9, 1.0)}, "optim.betas: expected 0 <= beta < 1"),
-        ({"warmup_steps": -1}, "optim.warmup_steps: expected 0 or more, found -1"),
-    ],
-)
-def test_an_impossible_optimizer_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        OptimConfig(**change)
+def test_a_flag_for_the_runs_length_replaces_the_presets() -> None:
+    def parse(*argv: str) -> tuple[int | None, int | None]:
+        config = cli.parse(TrainConfig, "train", argv)
+        return config.num_steps, config.num_epochs
+
+    assert parse("--config", "coco64") == (None, 4)
+    assert parse("--config", "coco64", "--num-steps", "5") == (5, None)
+    assert parse("--config", "demo", "--num-epochs", "2") == (None, 2)
+    with pytest.raises(cli.ConfigError, match="found num_steps=5 and num_epochs=2"):
+        parse("--config", "coco64", "--num-steps", "5", "--num-epochs", "2")

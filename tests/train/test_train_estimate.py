@@ -1,4 +1,4 @@
-"""Memory, arithmetic and disk are foretold, and a run that does not fit is refused."""
+"""Estimates of memory, compute and disk, and the refusal of runs that do not fit."""
 
 import shutil
 import subprocess
@@ -13,15 +13,17 @@ import torch
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.train import estimate
+from latent_t2i.train.config import PreviewConfig
 from latent_t2i.train.estimate import Memory, Passes, count_disk, count_memory, measure
 from latent_t2i.train.loop import train
 from tests.train.conftest import MakeConfig
+from tests.train.test_train_buckets import make_buckets
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = DenoiserConfig(
     channels=(32, 64), attention=(True, False), layers_per_block=1, norm_num_groups=8
 )
-MEASURED = """
+MEASURE_RSS = """
 import resource, torch
 from latent_t2i.model import denoiser
 from latent_t2i.model.denoiser import DenoiserConfig
@@ -38,36 +40,38 @@ def step(config, batch_size):
         optimizer.step()
         optimizer.zero_grad()
 
-def most():
+def peak_rss():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 torch.set_num_threads(1)
 small = DenoiserConfig(channels=(32,), attention=(True,), layers_per_block=1)
-step(small, 1)  # what libraries take once
-before = most()
+step(small, 1)  # libraries allocate once
+before = peak_rss()
 step(DenoiserConfig(channels=(96, 192), attention=(True, True), layers_per_block=1), 24)
-print(most() - before)
+print(peak_rss() - before)
 """
 
 
-def small_passes(**changes: object) -> Passes:
+def measure_small(model: DenoiserConfig = SMALL, **changes: object) -> Passes:
     settings = {"latent_shape": (4, 16, 16), "text_shape": (7, 32), "micro_batch_size": 4}
-    return measure(SMALL, **(settings | changes))  # type: ignore[arg-type]
+    return measure(model, **(settings | changes))  # type: ignore[arg-type]
 
 
-def test_arithmetic_is_counted_by_image_and_attention_is_in_it() -> None:
-    one, four = small_passes(micro_batch_size=1), small_passes()
-    assert one.forward_flop == four.forward_flop
-    plain = measure(
-        replace(SMALL, attention_kernel="plain"),
-        latent_shape=(4, 16, 16),
-        text_shape=(7, 32),
-        micro_batch_size=1,
-    )
-    assert one.forward_flop == plain.forward_flop
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Pretends that the disk has 10 free bytes."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr("latent_t2i.model.paths.shutil.disk_usage", lambda path: usage)
 
 
-def test_stable_diffusions_arithmetic_is_the_known_figure() -> None:
+def test_flop_is_per_image_and_the_same_for_every_attention_kernel() -> None:
+    one = measure_small(micro_batch_size=1).forward_flop
+    assert measure_small().forward_flop == one
+    plain = replace(SMALL, attention_kernel="plain")
+    assert measure_small(plain, micro_batch_size=1).forward_flop == one
+
+
+def test_flop_of_stable_diffusion_is_the_published_one() -> None:
     passes = measure(
         DenoiserConfig(), latent_shape=(4, 64, 64), text_shape=(77, 768), micro_batch_size=1
     )
@@ -75,48 +79,43 @@ def test_stable_diffusions_arithmetic_is_the_known_figure() -> None:
     assert passes.forward_flop == pytest.approx(803e9, rel=0.01)
 
 
-def test_memory_grows_with_the_batch_and_shrinks_with_checkpointing_and_bf16() -> None:
-    usual = small_passes().peak_bytes
-    assert small_passes(micro_batch_size=8).peak_bytes > 1.6 * usual
-    assert small_passes(checkpointing=True).peak_bytes < 0.7 * usual
-    assert small_passes(precision="bf16", device_type="cuda").peak_bytes < usual
+def test_memory_depends_on_batch_checkpointing_and_precision() -> None:
+    peak_bytes = measure_small().peak_bytes
+    assert measure_small(micro_batch_size=8).peak_bytes > 1.6 * peak_bytes
+    assert measure_small(checkpointing=True).peak_bytes < 0.7 * peak_bytes
+    assert measure_small(precision="bf16", device_type="cuda").peak_bytes < peak_bytes
 
 
-def test_nothing_random_is_drawn() -> None:
+def test_measuring_leaves_the_random_state_alone() -> None:
     measure.cache_clear()
-    torch.manual_seed(3)
     before = torch.get_rng_state()
-    small_passes()
+    measure_small()
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow
-def test_memory_is_near_what_a_process_takes() -> None:
-    command = [sys.executable, "-c", MEASURED]
+def test_memory_is_close_to_that_of_a_process() -> None:
+    command = [sys.executable, "-c", MEASURE_RSS]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    passes = measure(
-        DenoiserConfig(channels=(96, 192), attention=(True, True), layers_per_block=1),
-        latent_shape=(4, 16, 16),
-        text_shape=(32, 64),
-        micro_batch_size=24,
-    )
+    model = DenoiserConfig(channels=(96, 192), attention=(True, True), layers_per_block=1)
+    passes = measure_small(model, text_shape=(32, 64), micro_batch_size=24)
     counted = count_memory(passes, 0, keeps_gradients=False).total_bytes
     assert counted == pytest.approx(int(done.stdout), rel=0.25)
 
 
-def test_weights_moments_averages_and_gradients_add_up() -> None:
+def test_memory_is_the_sum_of_its_parts() -> None:
     passes = Passes(num_parameters=100, forward_flop=1.0, peak_bytes=1000)
     assert count_memory(passes, 2, keeps_gradients=False) == Memory(
         state_bytes=400 * (1 + 2 + 2), peak_bytes=1000
     )
     assert count_memory(passes, 1, keeps_gradients=True).state_bytes == 400 * (1 + 2 + 1 + 1)
-    small = count_memory(passes, 1, keeps_gradients=True, moments_bytes=2, num_shares=2)
+    small = count_memory(passes, 1, keeps_gradients=True, moments_bytes=2, fsdp_size=2)
     assert small.state_bytes == 100 * (4 + 2 + 4 + 4) // 2
-    little = replace(passes, peak_bytes=7)
-    assert count_memory(little, 1, keeps_gradients=False).peak_bytes == 400
+    few_activations = replace(passes, peak_bytes=7)
+    assert count_memory(few_activations, 1, keeps_gradients=False).peak_bytes == 400
 
 
-def test_disk_is_that_of_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_disk_is_that_of_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(
         ema=EMAConfig(sigma_rels=(0.05, 0.1), snapshot_every_steps=4, snapshot_dtype="float32"),
         keep_checkpoints=2,
@@ -125,41 +124,39 @@ def test_disk_is_that_of_the_run(make_config: MakeConfig, tmp_path: Path) -> Non
     unet = sum(p.stat().st_size for p in (bundle / "unet").glob("*.safetensors"))
     frozen = sum(p.stat().st_size for p in bundle.rglob("*.safetensors")) - unet
     parts = count_disk(config, unet // 4, 10, frozen)
-    for name, over in (("checkpoints", 1.5), ("snapshots", 1.0), ("bundle", 1.0)):
+    for name, factor in (("checkpoints", 1.5), ("snapshots", 1.0), ("bundle", 1.0)):
         files = (tmp_path / "run" / name).rglob("*.safetensors")
-        found = over * sum(path.stat().st_size for path in files)
+        found = factor * sum(path.stat().st_size for path in files)
         assert parts[name] == pytest.approx(found, rel=0.1), name
 
 
-def test_a_run_that_does_not_fit_the_memory_is_refused(
+def test_a_run_that_does_not_fit_into_memory_is_refused(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "available_bytes", lambda device: 100_000)
-    with pytest.raises(ValueError, match=r"memory: .* 0.1 MB are free: .* --micro-batch-size"):
+    with pytest.raises(ValueError, match=r"memory: .* 0.1 MB are free; .* --micro-batch-size"):
         train(make_config())
 
 
-def test_a_run_that_does_not_fit_the_disk_is_refused(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.usefixtures("full_disk")
+def test_a_run_that_does_not_fit_on_the_disk_is_refused(
+    make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr("latent_t2i.model.paths.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match=r"run: the run needs .* 0.0 MB free: .*--keep-che"):
+    with pytest.raises(ValueError, match=r"run: the run needs .* 0.0 MB are free; .*--keep-che"):
         train(make_config())
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_there_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr("latent_t2i.model.paths.shutil.disk_usage", lambda path: usage)
+@pytest.mark.usefixtures("full_disk")
+def test_files_that_a_run_already_wrote_need_no_disk(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "file").write_bytes(b"x" * 95)
-    estimate.require_room(tmp_path, {"checkpoints": 100, "bundle": 5})
-    with pytest.raises(ValueError, match=r"needs 0.0 MB more"):
-        estimate.require_room(tmp_path, {"checkpoints": 100, "bundle": 6})
+    estimate.require_disk(tmp_path, {"checkpoints": 100, "bundle": 5})
+    with pytest.raises(ValueError, match=r"needs 0.0 MB more disk"):
+        estimate.require_disk(tmp_path, {"checkpoints": 100, "bundle": 6})
 
 
-def test_free_memory_of_a_cpu_is_shared_and_limited(
+def test_available_memory_honours_limits_and_other_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    5 kB\n")
@@ -177,26 +174,48 @@ def test_free_memory_of_a_cpu_is_shared_and_limited(
     assert estimate.available_bytes(SimpleNamespace(type="cuda")) == 7  # type: ignore[arg-type]
 
 
-def test_a_dry_run_tells_and_leaves_nothing(
+def test_a_dry_run_prints_the_estimate_and_writes_nothing(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(make_config(dry_run=True, micro_batch_size=2)) == tmp_path / "run"
+    config = make_config(dry_run=True, micro_batch_size=2, preview=PreviewConfig(prompts=("a",)))
+    assert train(config) == tmp_path / "run"
     assert not (tmp_path / "run").exists()
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines if line[0] != " "]
-    assert names == ["data", "batch", "network", "step", "memory", "disk", "no"]  # validation set
+    expected = ["data", "batch", "network", "step", "memory", "disk", "preview", "no"]
+    assert names == expected  # the last one: no validation set
+    assert "preview  none: preview.prompts has no effect without preview.every_steps" in lines
     assert all(len(line) <= 80 for line in lines)
-    assert "batch    4 = 1 x 2 x 2 (processes x examples x pieces), latents of 8 x 8" in lines
+    assert "batch    4 = 1 x 2 x 2 (processes x micro-batch x accumulation); latents 8x8" in lines
 
 
-def test_a_dry_run_tells_of_the_run_so_far(
+def test_flop_of_buckets_is_that_of_the_mean_image(
+    make_config: MakeConfig, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"32x32": (12,), "64x64": (3,), "96x64": (5,)}
+    folder = make_buckets(tmp_path / "buckets", sizes, shards)
+    config = make_config(shards=str(folder), dry_run=True)
+    train(config)
+    text = " ".join(capsys.readouterr().out.split())
+    gflop = float(text.partition("M parameters, ")[2].split()[0])
+    each = [
+        measure_small(config.model, latent_shape=(4, *size), text_shape=(7, 32)).forward_flop
+        for size in ((4, 4), (8, 8), (8, 12))
+    ]
+    mean = (12 * each[0] + 3 * each[1] + 5 * each[2]) / 20
+    assert gflop == pytest.approx(mean / 1e9, rel=0.03)
+    assert gflop < 0.5 * each[2] / 1e9
+    assert "latents 4x4, 8x8, 12x8" in text
+
+
+def test_a_dry_run_compares_settings_with_the_checkpoint(
     make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(make_config(num_steps=3))
     train(make_config(num_steps=9, dry_run=True))
-    told = capsys.readouterr().out
-    assert "num_steps changed from 3 to 9" in told
-    assert "would resume from" in told
-    assert "dry_run changed" not in told
+    printed = capsys.readouterr().out
+    assert "num_steps changed from 3 to 9" in printed
+    assert "step-00000003" in printed
+    assert "dry_run changed" not in printed
     with pytest.raises(ValueError, match="seed: the run in"):
         train(make_config(seed=5, dry_run=True))

@@ -1,4 +1,4 @@
-"""The figures of an interval, its unfinished rest in a checkpoint, and the time_breakdown."""
+"""Metrics of an interval, their state in a checkpoint, the progress bar, and the time breakdown."""
 
 import io
 import json
@@ -10,25 +10,34 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from latent_t2i.train.progress import BAR, Progress, describe, shorten, truncate_metrics
+from latent_t2i.train.progress import BAR_FORMAT, Progress, describe, shorten, truncate_metrics
 from latent_t2i.train.step_timer import PHASES, StepTimer
+
+LINE = {
+    "step": 128_000,
+    "loss": 0.1234567,
+    "skipped": 12,
+    "epoch": 98.76543,
+    "images_per_s": 12345.6,
+    "time_breakdown": {"data": 0.1234},
+}
 
 
 def make(folder: Path, interval: int = 4) -> Progress:
-    """A progress that has begun at step 0."""
+    """Returns the progress of a run at step 0."""
     progress = Progress(Accelerator(cpu=True, mixed_precision="no"), folder, interval)
     progress.open(0, 100, {})
     return progress
 
 
 def add(progress: Progress, *losses: float) -> None:
-    """Adds steps; one whose loss is not a number was skipped."""
+    """Adds a step for each loss; steps whose loss is NaN are skipped ones."""
     for loss in losses:
         value = torch.tensor(loss)
         progress.add(value, 2 * value, value.isnan().float())
 
 
-def test_figures_leave_skipped_steps_out_but_count_them(tmp_path: Path) -> None:
+def test_skipped_steps_are_counted_and_left_out_of_the_means(tmp_path: Path) -> None:
     progress = make(tmp_path)
     add(progress, 1.0, float("nan"), 4.0, float("nan"))
     assert progress.fetch(14) == (
@@ -38,15 +47,15 @@ def test_figures_leave_skipped_steps_out_but_count_them(tmp_path: Path) -> None:
     )
     assert progress.num_skipped_in_a_row == 1
     add(progress, float("nan"))
-    _, figures, bad = progress.fetch(15)
-    assert (figures["loss"], bad, progress.num_skipped_in_a_row) == (None, [14], 2)
+    _, found, bad = progress.fetch(15)
+    assert (found["loss"], bad, progress.num_skipped_in_a_row) == (None, [14], 2)
 
 
 @pytest.mark.parametrize(
     ("interval", "length", "loss", "skipped"),
-    [(4, 4, 2.0, [2]), (3, 1, 3.0, []), (2, 2, 3.0, [2])],  # the last two: the setting changed
+    [(4, 4, 2.0, [2]), (3, 1, 3.0, []), (2, 2, 3.0, [2])],  # the last two: another interval
 )
-def test_an_unfinished_interval_goes_on_from_a_checkpoint(
+def test_an_unfinished_interval_continues_from_a_checkpoint(
     tmp_path: Path, interval: int, length: int, loss: float, skipped: list[int]
 ) -> None:
     progress = make(tmp_path)
@@ -56,17 +65,49 @@ def test_an_unfinished_interval_goes_on_from_a_checkpoint(
     other.open(3, 100, state)
     assert other.pending == (length > 1)
     add(other, 3.0)
-    found, figures, bad = other.fetch(4)
-    assert (found, figures["loss"], bad) == (length, loss, skipped)
+    found, means, bad = other.fetch(4)
+    assert (found, means["loss"], bad) == (length, loss, skipped)
 
 
-def test_lines_after_the_checkpoint_and_half_lines_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("step", "validated", "kept"), [(12, 0, [0, 1, 4]), (8, 0, [0, 1]), (12, 4, [0, 1, 2, 4])]
+)
+def test_lines_after_the_checkpoint_and_incomplete_ones_are_dropped(
+    tmp_path: Path, step: int, validated: int, kept: list[int]
+) -> None:
+    lines = [
+        '{"step": 4}\n',
+        '{"step": 8}\n',
+        '{"step": 4, "validation": {}}\n',
+        '{"step": 12, "validation": {}}\n',
+        '{"step": 12}\n',
+        '{"st',
+    ]
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 4}\n{"step": 8}\n{"step": 12}\n{"st')
-    truncate_metrics(path, 12, validated=0)
-    assert path.read_text() == '{"step": 4}\n{"step": 8}\n{"step": 12}\n'
-    truncate_metrics(path, 8, validated=0)
-    assert path.read_text() == '{"step": 4}\n{"step": 8}\n'
+    path.write_text("".join(lines))
+    truncate_metrics(path, step, validated=validated)
+    assert path.read_text() == "".join(lines[index] for index in kept)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"text",
+        b"[1]",
+        b'{"loss": 1}',
+        b'{"step": "4"}',
+        b'{"step": NaN}',
+        b"\xff",
+        b'{"step": ' + b"[" * 10**6,
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = b'{"step": 4, "loss": "a text"}\n' + line + b"\n"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2: expected a JSON object with"):
+        truncate_metrics(path, 4, validated=0)
+    assert path.read_bytes() == content
 
 
 def test_long_lists_are_shortened() -> None:
@@ -74,7 +115,7 @@ def test_long_lists_are_shortened() -> None:
     assert shorten([str(n) for n in range(11)]) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
 
 
-def test_the_ledger_divides_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_breakdown_divides_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("latent_t2i.train.step_timer.time.perf_counter", lambda: now)
     timer = StepTimer(torch.device("cpu"))
@@ -90,21 +131,11 @@ def test_the_ledger_divides_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timer.read() == (2.0, {**dict.fromkeys(PHASES, 0.0), "other": 1.0})
 
 
-LINE = {
-    "step": 128_000,
-    "loss": 0.1234567,
-    "skipped": 12,
-    "epoch": 98.76543,
-    "images_per_s": 12345.6,
-    "time_breakdown": {"data": 0.1234},
-}
-
-
-def test_the_bar_fits_in_80_columns() -> None:
+def test_the_bar_fits_into_80_columns() -> None:
     text = describe(LINE, 37_353.0)
     assert text == "epoch 98.8 loss 0.1235 12346 img/s data 12% skip 12 ETA 10:22:33"
     meter = tqdm.format_meter(
-        n=128_000, total=200_000, elapsed=1.0, ncols=79, bar_format=BAR, postfix=text
+        n=128_000, total=200_000, elapsed=1.0, ncols=79, bar_format=BAR_FORMAT, postfix=text
     )
     assert meter.startswith(f"128000/200000, {text}")
     assert len(meter) <= 80
@@ -113,13 +144,12 @@ def test_the_bar_fits_in_80_columns() -> None:
     )
 
 
-def test_without_a_terminal_there_are_plain_lines_now_and_then(
+def test_without_a_terminal_plain_lines_are_printed_at_intervals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now_s = 50.0
     monkeypatch.setattr("latent_t2i.train.progress.time.monotonic", lambda: now_s)
-    progress = Progress(Accelerator(cpu=True, mixed_precision="no"), tmp_path, 4)
-    progress.open(0, 100, {})
+    progress = make(tmp_path)
     progress.begin("compiling")
     add(progress, 1.0)
     for step, then_s in ((4, 50.0), (8, 52.0), (12, 60.5), (100, 61.0)):
@@ -132,7 +162,7 @@ def test_without_a_terminal_there_are_plain_lines_now_and_then(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_terminal_is_told_what_the_first_step_waits_for(
+def test_the_bar_shows_what_the_first_step_waits_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Terminal(io.StringIO):
@@ -141,8 +171,7 @@ def test_a_terminal_is_told_what_the_first_step_waits_for(
 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = Progress(Accelerator(cpu=True, mixed_precision="no"), tmp_path, 4)
-    progress.open(0, 100, {})
+    progress = make(tmp_path)
     progress.begin("compiling")
     assert "compiling ... 0/100" in terminal.getvalue()
     before = len(terminal.getvalue())
@@ -151,10 +180,3 @@ def test_a_terminal_is_told_what_the_first_step_waits_for(
     progress.close()
     assert "compiling" not in terminal.getvalue()[before:]
     assert "epoch 98.8 loss 0.1235" in terminal.getvalue()[before:]
-
-
-def test_lines_of_the_validation_go_by_what_the_checkpoint_knows(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 4}\n{"step": 4, "validation": {}}\n{"step": 6, "validation": {}}\n')
-    truncate_metrics(path, 6, validated=4)
-    assert path.read_text() == '{"step": 4}\n{"step": 4, "validation": {}}\n'
