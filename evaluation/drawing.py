@@ -50,7 +50,7 @@ def make_prompts(config: EvaluationConfig) -> dict[str, list[Prompt]]:
         return {
             kind: [
                 Prompt(text=p.text, scene=p.scene, mentions=p.mentions)
-                for p in scene_prompts.make(config.world, kind, config.num_prompts, config.seed)
+                for p in scene_prompts.make_prompts(config.world, kind, config.num_prompts, config.seed)
             ]
             for kind in scene_prompts.KINDS
         }

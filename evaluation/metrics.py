@@ -28,7 +28,7 @@ CLIP_FILES = ("config.json", "model.safetensors", "tokenizer*", "vocab.json", "m
 
 def judge(drawn: Samples) -> list[Checks]:
     """Returns the oracle's verdict on each picture; none where the prompts have no scene."""
-    pairs = [(p, r) for p, r in zip(drawn.prompts, oracle.read(drawn.pixels), strict=True)]
+    pairs = [(p, r) for p, r in zip(drawn.prompts, oracle.detect(drawn.pixels), strict=True)]
     return [oracle.check(p.scene, r, p.mentions) for p, r in pairs if p.scene is not None]
 
 

@@ -92,7 +92,7 @@ def test_eight_scenes_are_learned_by_heart(tmp_path: Path) -> None:
         num_steps=20,
     )
     pictures = np.stack([np.asarray(image) for image in drawn])
-    readings = oracle.read(pictures)
+    readings = oracle.detect(pictures)
     for (scene, text, wanted), picture, reading in zip(scenes, pictures, readings, strict=True):
         assert psnr_db(picture, wanted) > MIN_PSNR_DB, text
         verdict = oracle.check(scene, reading)

@@ -21,7 +21,7 @@ CLIP = ROOT / "scenes" / "encoders" / "clip"
 
 
 def drawn_as_asked(kind: str, num: int = 24) -> Samples:
-    made = scene_prompts.make("easy", kind, num, 3)
+    made = scene_prompts.make_prompts("easy", kind, num, 3)
     prompts = [Prompt(text=p.text, scene=p.scene, mentions=p.mentions) for p in made]
     pictures = [draw(p.scene) for p in made]
     return Samples(kind=kind, guidance_scale=4.0, prompts=prompts, pictures=pictures)
