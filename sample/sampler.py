@@ -1,5 +1,5 @@
-"""Draws pictures with the stock `StableDiffusionPipeline`, so that what is seen here is what any
-diffusers program gives for the same bundle. One seed is one picture (model/drawing.py).
+"""Samples with the stock `StableDiffusionPipeline`, so that any diffusers program gives the same
+image for the same bundle, seed and settings (model/drawing.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,23 +26,21 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
     "euler": (DPMSolverMultistepScheduler, {"solver_order": 1}),
 }
-OWN_SCHEDULER = "bundle_scheduler"
-"""The pipeline's attribute that keeps what its bundle named, whatever it draws with."""
+BUNDLE_SCHEDULER = "bundle_scheduler"
+"""The pipeline attribute that keeps the bundle's own scheduler."""
 
 
 def load(
     folder: str | Path, *, device: str = "auto", dtype: DtypeName = "auto"
 ) -> "StableDiffusionPipeline":
-    """Loads a bundle, ready to draw. Raises ValueError where there is none or it does not load."""
+    """Loads a bundle for sampling. Raises ValueError if it is missing or incomplete."""
     found = find_bundle(folder)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "float16" if device.startswith("cuda") else "float32"
-    with (
-        quiet(),
-        without_bar(),
-    ):  # the import tells at length of an image processor that nothing here uses
+    with quiet(), _no_progress_bar():
+        # The import warns about an image processor that is not used here.
         from diffusers import StableDiffusionPipeline
 
         try:
@@ -56,14 +54,14 @@ def load(
 
 
 @contextmanager
-def without_bar() -> Iterator[None]:
-    """Holds back diffusers' bar over the few files of a bundle."""
-    was_on = diffusers_logging.is_progress_bar_enabled()
+def _no_progress_bar() -> Iterator[None]:
+    """Hides diffusers' progress bar for loading a bundle's few files."""
+    was_enabled = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             diffusers_logging.enable_progress_bar()
 
 
@@ -72,42 +70,30 @@ def draw(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    guidance_scale: float,
-    num_steps: int,
     scheduler: SchedulerName = "dpmpp",
-    batch_size: int = 16,
-    title: str = "draw",
+    **settings: Any,
 ) -> list[Image.Image]:
-    """Gives the pipeline the scheduler that was asked for, and draws with it as `drawing.draw`."""
+    """Calls `drawing.draw` with `settings` after setting the scheduler."""
     use_scheduler(pipeline, scheduler)
-    return drawing.draw(
-        pipeline,
-        prompts,
-        seeds,
-        guidance_scale=guidance_scale,
-        num_steps=num_steps,
-        batch_size=batch_size,
-        title=title,
-    )
+    return drawing.draw(pipeline, prompts, seeds, **settings)
 
 
 def use_scheduler(pipeline: "StableDiffusionPipeline", name: SchedulerName) -> None:
-    """Gives the pipeline a sampler on the schedule that its bundle was trained on.
+    """Sets the pipeline's scheduler, on the noise schedule that the bundle was trained with.
 
-    DDIM: Song et al. 2020 (2010.02502). DPM-Solver++ (2M): Lu et al. 2022 (2211.01095); of first
-    order it is DDIM, and Euler's method on rectified flow. UniPC: Zhao et al.
-    2023 (2302.04867). Raises ValueError for DDIM on a bundle of flow.
+    DDIM: Song et al. 2020 (2010.02502). DPM-Solver++ (2M): Lu et al. 2022 (2211.01095), whose
+    first order is DDIM, or Euler's method on rectified flow. UniPC: Zhao et al. 2023 (2302.04867).
+    Raises ValueError for DDIM with rectified flow.
     """
-    own = getattr(pipeline, OWN_SCHEDULER, pipeline.scheduler)
-    setattr(pipeline, OWN_SCHEDULER, own)
-    is_flow = own.config.prediction_type == "flow_prediction"
-    if name == "ddim" and is_flow:
+    own = getattr(pipeline, BUNDLE_SCHEDULER, pipeline.scheduler)
+    setattr(pipeline, BUNDLE_SCHEDULER, own)
+    if name == "ddim" and own.config.prediction_type == "flow_prediction":
         raise ValueError(
-            "--scheduler: the bundle was trained on rectified flow, which DDIM does not know; "
-            "expected dpmpp, unipc, euler (DDIM's counterpart) or bundle, found ddim"
+            "--scheduler: found ddim, but the bundle was trained with rectified flow, which DDIM "
+            "does not support; expected dpmpp, unipc, euler (its flow counterpart) or bundle"
         )
     if name == "bundle":
         pipeline.scheduler = own
         return
-    kind, settings = SAMPLERS[name]
-    pipeline.scheduler = kind.from_config(own.config, **settings)
+    kind, overrides = SAMPLERS[name]
+    pipeline.scheduler = kind.from_config(own.config, **overrides)

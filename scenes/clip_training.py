@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -52,9 +52,7 @@ IGNORE_INDEX = -100
 """The class index of an attribute that the caption does not mention."""
 
 NegativeKind = Literal["shape_replaced", "colour_replaced", "colours_swapped", "relation_flipped"]
-NEGATIVE_KINDS: tuple[NegativeKind, ...] = (
-    "shape_replaced", "colour_replaced", "colours_swapped", "relation_flipped"
-)  # fmt: skip
+NEGATIVE_KINDS: tuple[NegativeKind, ...] = get_args(NegativeKind)
 
 FIELDS: dict[str, int] = {
     **{f"shape{i}": len(SHAPES) for i in range(3)},
@@ -237,11 +235,9 @@ def train_text(
     """Trains the text tower to encode the fields in the end-of-text and the padding tokens."""
     torch.manual_seed(seed)
     tower, head = model.text_model, DescriptionHead()
-    weights = [*tower.parameters(), *head.parameters()]
-    optimizer, schedule = _optimizer(weights, 1.5e-3, num_steps)
     data = caption_stream(WORLDS["full"], "train", seed)
-    started = time.perf_counter()
-    for step in range(1, num_steps + 1):
+
+    def loss_of(step: int) -> torch.Tensor:
         pairs = [next(data) for _ in range(batch_size)]
         labels = targets([describe(scene, true.mentions) for scene, true, _ in pairs])
         length = MAX_TOKENS if step % 16 == 0 else NUM_TOKENS
@@ -249,10 +245,9 @@ def train_text(
         with torch.autocast("cpu", torch.bfloat16):
             out = tower(input_ids=ids)
             padding = out.last_hidden_state[:, int(torch.randint(NUM_TOKENS - 4, length, ()))]
-            loss = head.loss(out.pooler_output, labels) + 0.3 * head.loss(padding, labels)
-        _update(loss, weights, optimizer, schedule)
-        if step % 100 == 0 or step == num_steps:
-            _report("text", step, num_steps, loss, started)
+            return head.loss(out.pooler_output, labels) + 0.3 * head.loss(padding, labels)
+
+    _fit("text", [*tower.parameters(), *head.parameters()], 1.5e-3, num_steps, loss_of)
     accuracy = description_accuracy(tower, head, tokenizer, seed + 1)
     worst = min(accuracy, key=accuracy.__getitem__)
     print(f"text tower on validation captions: worst field {worst} at {accuracy[worst]:.1%}")
@@ -286,11 +281,9 @@ def train_image(
     torch.manual_seed(seed)
     model.text_model.requires_grad_(False)
     head = DescriptionHead()
-    weights = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
-    optimizer, schedule = _optimizer(weights, 1e-3, num_steps)
     data = caption_stream(WORLDS["full"], "train", seed + 2)
-    started = time.perf_counter()
-    for step in range(1, num_steps + 1):
+
+    def loss_of(step: int) -> torch.Tensor:
         triples = [next(data) for _ in range(batch_size)]
         scenes = [scene for scene, _, _ in triples]
         texts, owners = _with_negatives(triples)
@@ -301,10 +294,10 @@ def train_image(
             images = F.normalize(model.visual_projection(seen).float(), dim=-1)
             captions = F.normalize(model.text_projection(out.pooler_output).float(), dim=-1)
             attribute_loss = head.loss(seen, targets([describe(scene) for scene in scenes]))
-        loss = attribute_loss + _contrastive_loss(images, captions, owners, model.logit_scale)
-        _update(loss, weights, optimizer, schedule)
-        if step % 100 == 0 or step == num_steps:
-            _report("image", step, num_steps, loss, started)
+        return attribute_loss + _contrastive_loss(images, captions, owners, model.logit_scale)
+
+    weights = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+    _fit("image", weights, 1e-3, num_steps, loss_of)
     model.requires_grad_(True)
 
 
@@ -352,11 +345,11 @@ def forced_choice(
     return {kind: float(correct[kinds == kind].mean()) for kind in NEGATIVE_KINDS}
 
 
-def to_pixels(pictures: np.ndarray) -> torch.Tensor:
+def to_pixels(images: np.ndarray) -> torch.Tensor:
     """Normalises uint8 images (B, H, W, 3) for the image tower.  # (B, 3, H, W)"""
     mean = torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)
     std = torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
-    return (torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
 def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -370,29 +363,28 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64).save_pretrained(folder)
 
 
-def _optimizer(
-    weights: list[nn.Parameter], rate: float, num_steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=rate, total_steps=num_steps + 1, pct_start=0.08
-    )
-    return optimizer, schedule
-
-
-def _update(
-    loss: torch.Tensor,
+def _fit(
+    name: str,
     weights: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
+    learning_rate: float,
+    num_steps: int,
+    loss_of: Callable[[int], torch.Tensor],
 ) -> None:
-    loss.backward()
-    nn.utils.clip_grad_norm_(weights, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    schedule.step()
-
-
-def _report(name: str, step: int, total: int, loss: torch.Tensor, started: float) -> None:
-    minutes = (time.perf_counter() - started) / 60
-    print(f"{name} step {step}/{total}  loss {loss.item():.4f}  {minutes:.1f} min", flush=True)
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=learning_rate, total_steps=num_steps + 1, pct_start=0.08
+    )
+    started = time.perf_counter()
+    for step in range(1, num_steps + 1):
+        loss = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0 or step == num_steps:
+            minutes = (time.perf_counter() - started) / 60
+            print(
+                f"{name} step {step}/{num_steps}  loss {loss.item():.4f}  {minutes:.1f} min",
+                flush=True,
+            )

@@ -81,9 +81,9 @@ def batches(worlds: tuple[World, ...], seed: int) -> Iterator[tuple[torch.Tensor
         yield images, ((images - background).abs().amax(1, keepdim=True) > 0.1).float()
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
+def to_tensor(images: np.ndarray) -> torch.Tensor:
     """Converts uint8 (B, H, W, 3) to float in [-1, 1].  # (B, 3, H, W)"""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def train(steps: tuple[int, int, int, int], seed: int) -> AutoencoderKL:

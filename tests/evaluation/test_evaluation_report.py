@@ -1,4 +1,4 @@
-"""The whole of evaluation on a bundle of noise: every figure, and a page that stands alone."""
+"""`evaluation.run` on a bundle of noise: all metrics, and a self-contained report."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def config(bundle: Path, out: Path, **settings: object) -> EvaluationConfig:
 
 
 class Links(HTMLParser):
-    """Collects what a page would load, and checks that its tags match."""
+    """Collects the URLs that a page loads and counts its images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Links(HTMLParser):
         self.loads += [str(value) for name, value in attrs if name in ("src", "href")]
 
 
-def test_figures_and_report_of_scenes(
+def test_metrics_and_report_with_the_oracle(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [
@@ -56,40 +56,37 @@ def test_figures_and_report_of_scenes(
     ):
         assert 0 <= metrics[name] <= 1
         assert 0 <= metrics[f"{name}@g1"] <= 1
-        assert f"{name}@g4" not in metrics, "the main guidance has no suffix"
+        assert f"{name}@g4" not in metrics, "the main guidance scale has no suffix"
     assert 0 <= metrics["clip_score"] < metrics["clip_score/drawn"] <= 100
     assert metrics["train_seconds"] == 1.5
     assert metrics["total_seconds"] > 1e9
-    assert all(isinstance(value, int | float) for value in metrics.values()), "one flat object"
+    assert all(isinstance(value, int | float) for value in metrics.values()), "flat"
     page = report.read_text()
     links = Links()
     links.feed(page)
     assert all(link.startswith(("data:image/png", "#")) for link in links.loads)
     assert not re.search(r"url\(\s*['\"]?http|@import|<script", page)
-    assert links.num_images == 4 * 3 + 2 * 2, "each kind's pictures, and the guidance strips"
+    assert links.num_images == 4 * 3 + 2 * 2, "the samples of each kind, and the guidance rows"
     assert "denoise" in page
     assert str(report) in capsys.readouterr().out
 
 
-def test_without_a_training_log_the_report_says_so(bundle: Path, tmp_path: Path) -> None:
-    report = evaluate(config(bundle, tmp_path, num_prompts=2))
-    assert "There is no metrics.jsonl beside this bundle" in report.read_text()
-
-
-def test_captions_without_an_oracle(bundle: Path, tmp_path: Path) -> None:
-    told = tmp_path / "captions.json"
+def test_metrics_and_report_of_captions(bundle: Path, tmp_path: Path) -> None:
+    captions = tmp_path / "captions.json"
     annotations = [{"image_id": i, "caption": f"caption <{i}> & more"} for i in (3, 1, 1, 2)]
-    told.write_text(json.dumps({"images": [], "annotations": annotations}))
-    settings = {"oracle": False, "captions": str(told), "num_prompts": 3}
+    captions.write_text(json.dumps({"images": [], "annotations": annotations}))
+    settings = {"oracle": False, "captions": str(captions), "num_prompts": 3}
     report = evaluate(config(bundle, tmp_path, **settings))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert not [name for name in metrics if name.startswith("oracle")]
     assert {"clip_score", "clip_score@g1"} <= set(metrics)
     assert metrics["num_prompts"] == 3
-    assert "caption &lt;1&gt; &amp; more" in report.read_text()
+    page = report.read_text()
+    assert "caption &lt;1&gt; &amp; more" in page
+    assert "The run folder has no metrics.jsonl" in page
 
 
-def test_files_that_hold_no_captions_are_named(tmp_path: Path) -> None:
+def test_a_file_without_captions_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--captions: no file 'gone\.json'"):
         read_captions("gone.json", 1)
     other = tmp_path / "instances.json"
@@ -101,12 +98,12 @@ def test_files_that_hold_no_captions_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--no-oracle"], "--captions: without the oracle it is needed"),
-        (["--captions", "x.json"], "with it it has no effect"),
+        (["--no-oracle"], "--captions: required with --no-oracle"),
+        (["--captions", "x.json"], "--captions: found 'x.json', but the oracle"),
         (["--num-prompts", "0"], "--num-prompts: expected at least 1, found 0"),
         (["--guidance-scales", "0", "4"], "--guidance-scales: expected at least 1, found 0"),
     ],
 )
-def test_wrong_settings_are_refused(flags: list[str], message: str) -> None:
+def test_invalid_settings_are_errors(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(EvaluationConfig, "evaluation", ["--config", str(ROOT / "configs/demo.yaml"), *flags])

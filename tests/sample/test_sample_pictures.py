@@ -1,4 +1,4 @@
-"""Prompts to files: settings inside, a readable grid, and what is refused."""
+"""`sample.run`: image files with their settings, the labelled grid, and errors."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def config(bundle: Path, out: Path, **settings: object) -> SampleConfig:
     return SampleConfig(bundle=str(bundle), out=str(out), **chosen)
 
 
-def test_a_picture_can_be_drawn_again_from_what_it_carries(
+def test_the_settings_in_a_png_reproduce_the_image(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = pictures.sample(config(bundle, tmp_path, images_per_prompt=2, seed=40))
@@ -41,11 +41,11 @@ def test_a_picture_can_be_drawn_again_from_what_it_carries(
         num_steps=settings["num_steps"],
         scheduler=settings["scheduler"],
     )
-    kept = np.asarray(Image.open(files[3]), dtype=int)
-    assert np.abs(kept - np.asarray(again, dtype=int)).max() <= 1
+    saved = np.asarray(Image.open(files[3]), dtype=int)
+    assert np.abs(saved - np.asarray(again, dtype=int)).max() <= 1
 
 
-def test_a_picture_of_somebody_else_has_no_settings(tmp_path: Path) -> None:
+def test_a_png_without_settings_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "plain.png"
     Image.new("RGB", (4, 4)).save(path)
     with pytest.raises(ValueError, match=r"plain\.png: no latent-t2i text chunk"):
@@ -54,7 +54,7 @@ def test_a_picture_of_somebody_else_has_no_settings(tmp_path: Path) -> None:
     assert read_settings(path) == {"prompt": "x", "seed": 1}
 
 
-def test_the_grid_shows_every_picture_whole_and_some_ink_under_each() -> None:
+def test_the_grid_shows_every_image_with_its_label() -> None:
     colours = [(200, 30 * i, 60) for i in range(6)]
     images = [Image.new("RGB", (64, 64), colour) for colour in colours]
     labels = ["short", "a label so long that it has to be broken into lines " * 4] * 3
@@ -65,38 +65,34 @@ def test_the_grid_shows_every_picture_whole_and_some_ink_under_each() -> None:
     for number, colour in enumerate(colours):
         x, y = 12 + number % 3 * step, 12 + number // 3 * (step + label_px)
         assert (grid[y : y + side, x : x + side] == colour).all()
-        under = grid[y + side : y + side + label_px, x : x + side]
-        assert (under.max(-1) < 128).any()
+        label = grid[y + side : y + side + label_px, x : x + side]
+        assert (label.max(-1) < 128).any()
 
 
-def test_prompts_come_from_flags_and_then_from_a_file(tmp_path: Path) -> None:
+def test_prompts_of_the_file_follow_those_of_the_flag(tmp_path: Path) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("three\n\n  four \n", "utf-8")
     argv = ["--prompt", "one", "two", "--prompt-file", str(lines)]
-    assert pictures.read_prompts(parse(SampleConfig, "sample", argv)) == [
-        "one", "two", "three", "four"
-    ]  # fmt: skip
+    expected = ["one", "two", "three", "four"]
+    assert pictures.read_prompts(parse(SampleConfig, "sample", argv)) == expected
 
 
-def test_without_a_bundle_the_error_says_how_to_get_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(pictures, "SHIPPED_BUNDLE", "not/shipped")
-    monkeypatch.setattr(pictures, "output_root", lambda: tmp_path)
-    with pytest.raises(ValueError, match=r"--bundle: no .*runs/x/bundle: train one"):
-        pictures.choose_bundle(None, "x")
-
-
-def test_a_run_without_a_bundle_of_its_own_draws_from_the_shipped_one(
+@pytest.mark.parametrize("shipped", [True, False])
+def test_a_run_without_a_bundle_uses_the_shipped_one(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     bundle: Path,
     capsys: pytest.CaptureFixture[str],
+    shipped: bool,
 ) -> None:
-    monkeypatch.setattr(pictures, "SHIPPED_BUNDLE", str(bundle))
+    monkeypatch.setattr(pictures, "SHIPPED_BUNDLE", str(bundle) if shipped else "not/shipped")
     monkeypatch.setattr(pictures, "output_root", lambda: tmp_path)
-    assert pictures.choose_bundle(None, "x") == bundle
-    assert "drawing from the shipped" in capsys.readouterr().out
+    if shipped:
+        assert pictures.choose_bundle(None, "x") == bundle
+        assert "using the shipped" in capsys.readouterr().out
+    else:
+        with pytest.raises(ValueError, match=r"--bundle: .*runs/x/bundle does not exist; train"):
+            pictures.choose_bundle(None, "x")
 
 
 @pytest.mark.parametrize(
@@ -108,13 +104,13 @@ def test_a_run_without_a_bundle_of_its_own_draws_from_the_shipped_one(
         (["--scheduler", "heun"], "scheduler"),
     ],
 )
-def test_wrong_settings_are_refused(flags: list[str], message: str) -> None:
+def test_invalid_settings_are_errors(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(SampleConfig, "sample", flags)
 
 
-def test_nothing_to_draw_and_a_missing_prompt_file_are_named() -> None:
-    with pytest.raises(ValueError, match="--prompt: nothing to draw"):
+def test_missing_prompts_are_errors() -> None:
+    with pytest.raises(ValueError, match="--prompt: no prompts"):
         pictures.read_prompts(SampleConfig())
     with pytest.raises(ValueError, match=r"--prompt-file: no file 'gone\.txt'"):
         pictures.read_prompts(SampleConfig(prompt_file="gone.txt"))
