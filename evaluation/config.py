@@ -1,9 +1,11 @@
 """The settings of `evaluation.run`."""
 
 from dataclasses import dataclass
+from time import time
 from typing import Literal
 
-from latent_t2i.sample.config import DtypeName, SchedulerName
+from latent_t2i.model.checks import check_number
+from latent_t2i.sample.config import SEED_LIMIT, DtypeName, SchedulerName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,11 +15,11 @@ class EvaluationConfig:
     name: str
     """Name of the run; the metrics and the report are written to its folder."""
     bundle: str | None = None
-    """Folder of the bundle; default: runs/NAME/bundle, else the shipped scenes/bundle."""
+    """Folder of the bundle; default: runs/NAME/bundle."""
     out: str | None = None
     """Output folder for metrics.json and report.html; default: runs/NAME."""
     run: str | None = None
-    """Folder with the training's metrics.jsonl; default: runs/NAME."""
+    """Folder with the training's metrics.jsonl; default: the folder that contains the bundle."""
     oracle: bool = True
     """Use generated scene prompts and check the images with the oracle."""
     world: Literal["easy", "full"] = "easy"
@@ -55,9 +57,12 @@ class EvaluationConfig:
             )
         if not self.oracle and self.captions is None:
             raise ValueError("--captions: required with --no-oracle; give a COCO captions file")
-        for flag, count in (("--num-prompts", self.num_prompts), ("--num-steps", self.num_steps)):
-            if count < 1:
-                raise ValueError(f"{flag}: expected at least 1, found {count}")
-        for scale in (self.guidance_scale, *self.guidance_scales):
-            if scale < 1:
-                raise ValueError(f"--guidance-scales: expected at least 1, found {scale}")
+        check_number("--num-prompts", self.num_prompts, least=1)
+        check_number("--num-steps", self.num_steps, least=1)
+        check_number("--batch-size", self.batch_size, least=1)
+        check_number("--guidance-scale", self.guidance_scale, least=1)
+        for scale in self.guidance_scales:
+            check_number("--guidance-scales", scale, least=1)
+        check_number("--seed", self.seed, least=0, below=SEED_LIMIT)
+        if self.started_at is not None:
+            check_number("--started-at", self.started_at, least=0, most=int(time()) + 1)

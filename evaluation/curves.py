@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,41 @@ STYLE: dict[Any, Any] = {
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl; raises ValueError for a line that is not JSON."""
+    """Returns the lines of a metrics.jsonl.
+
+    Raises ValueError with file and line for text that is not JSON and for a value of another type
+    than training writes.
+    """
     history = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_bytes().splitlines(), start=1):
+        place = f"{path}, line {number}"
         try:
-            history.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {line[:60]!r}") from error
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: not JSON: {text[:60]!r}") from error
+        _check_object(place, "the line", line)
+        for name in ("validation", "time_breakdown"):
+            _check_object(place, name, line.get(name, {}))
+        _check_number(place, "step", line.get("step"))
+        for name, value in line.get("time_breakdown", {}).items():
+            _check_number(place, f"time_breakdown.{name}", value)
+        losses = {"loss": line, "validation.loss": line.get("validation", {})}
+        for name, owner in losses.items():
+            if owner.get("loss") is not None:  # null: every step of the interval was skipped
+                _check_number(place, name, owner["loss"])
+        history.append(line)
     return history
+
+
+def _check_object(place: str, name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: {name} is {str(value)[:60]!r}, expected a JSON object")
+
+
+def _check_number(place: str, name: str, value: Any) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and abs(value) < sys.float_info.max):
+        raise ValueError(f"{place}: {name} is {str(value)[:60]!r}, expected a finite number")
 
 
 def smooth(values: Sequence[float], weight: float = 0.5) -> list[float]:

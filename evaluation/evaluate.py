@@ -12,10 +12,10 @@ from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.curves import read_history
 from latent_t2i.evaluation.drawing import Samples, draw_all
 from latent_t2i.evaluation.metrics import Checks, ClipScorer, check_samples, oracle_metrics
-from latent_t2i.evaluation.report import write_report
-from latent_t2i.model.bundle import read_info
+from latent_t2i.evaluation.report import render_report
+from latent_t2i.model.bundle import INFO_FILE, read_info
 from latent_t2i.model.paths import output_root
-from latent_t2i.sample.pictures import choose_bundle
+from latent_t2i.sample.pictures import choose_bundle, describe_bundle
 from latent_t2i.scenes.dataset import render
 
 METRICS_FILE = "metrics.json"
@@ -33,29 +33,45 @@ def evaluate(config: EvaluationConfig) -> Path:
     began = time.time()
     scorer = ClipScorer(config.clip)
     folder = choose_bundle(config.bundle, config.name)
-    default = output_root() / "runs" / config.name
-    out = Path(config.out) if config.out else default
-    history_path = (Path(config.run) if config.run else default) / "metrics.jsonl"
-    info = read_info(folder)
+    out = Path(config.out) if config.out else output_root() / "runs" / config.name
+    # Everything is read before the long part, so that a mistake shows at once.
+    info, history = _read_info(folder), _read_history(config.run, folder)
     samples = draw_all(config, folder)
     checks = [check_samples(group) for group in samples]
     metrics = compute_metrics(config, samples, checks, scorer)
     metrics["train_seconds"] = round(float(info["train_seconds"]), 1)
     metrics["total_seconds"] = round(time.time() - (config.started_at or began), 1)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    report = out / "report.html"
-    write_report(
-        report,
-        config=config,
-        metrics=metrics,
-        samples=samples,
-        checks=checks,
-        info=info,
-        history=read_history(history_path) if history_path.is_file() else None,
+    metrics |= describe_bundle(folder)
+    page = render_report(
+        config=config, metrics=metrics, samples=samples, checks=checks, info=info, history=history
     )
+    out.mkdir(parents=True, exist_ok=True)
+    report = out / "report.html"
+    (out / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
+    report.write_text(page, "utf-8")
     print(summary(metrics, out, report))
     return report
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    """Returns a bundle's info; raises ValueError if a field that the report shows is unusable."""
+    info = read_info(folder)
+    numbers = dict.fromkeys(("step", "num_parameters", "train_seconds"), int | float)
+    for name, kind in (numbers | {"config": dict}).items():
+        if not isinstance(info.get(name), kind):
+            expected = "an object" if kind is dict else "a number"
+            raise ValueError(
+                f"{folder / INFO_FILE}: {name} is {info.get(name)!r}, expected {expected}"
+            )
+    return info
+
+
+def _read_history(run: str | None, folder: Path) -> list[dict[str, Any]] | None:
+    """Returns the training's metrics.jsonl; None if it is missing and `run` is not given."""
+    path = (folder.parent if run is None else Path(run)) / "metrics.jsonl"
+    if run is not None and not path.is_file():
+        raise ValueError(f"--run: {path} does not exist; give the folder of the training run")
+    return read_history(path) if path.is_file() else None
 
 
 def compute_metrics(
@@ -89,8 +105,6 @@ def summary(metrics: dict[str, Any], out: Path, report: Path) -> str:
     """Returns the lines that the command prints at its end."""
     lines = [f"{name:40} {metrics[name]:6.1%}" for name in SUMMARY if name in metrics]
     lines.append(f"{'clip_score':40} {metrics['clip_score']:6.1f}")
-    grid = out / "samples.png"
-    if grid.is_file():
-        lines.append(f"images:  {grid}")
+    lines.append(f"bundle:  {metrics['bundle']}, sha256 {metrics['bundle_sha256'][:16]}")
     lines += [f"metrics: {out / METRICS_FILE}", f"report:  {report}"]
     return "\n".join(lines)

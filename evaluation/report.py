@@ -5,7 +5,6 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -56,8 +55,7 @@ class Card:
     wrong: Sequence[str]
 
 
-def write_report(
-    path: Path,
+def render_report(
     *,
     config: EvaluationConfig,
     metrics: Mapping[str, Any],
@@ -65,8 +63,8 @@ def write_report(
     checks: Sequence[Sequence[Checks]],
     info: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]] | None,
-) -> None:
-    """Renders the report into `path`."""
+) -> str:
+    """Returns the report's HTML."""
     environment = Environment(
         loader=PackageLoader("latent_t2i.evaluation"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -76,7 +74,7 @@ def write_report(
         for group, group_checks in zip(samples, checks, strict=True)
         if group.guidance_scale == config.guidance_scale
     ]
-    text = environment.get_template("report.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         name=config.name,
         info=info,
         config=config,
@@ -91,7 +89,6 @@ def write_report(
         time_breakdown=_time_breakdown(history) if history else [],
         settings=_flat({"train": info["config"], "evaluation": asdict(config)}),
     )
-    path.write_text(text, "utf-8")
 
 
 def headlines(metrics: Mapping[str, Any], counts: Mapping[str, int]) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs that carry their settings, and a grid with a label under each picture."""
+"""Image files: PNGs that carry their settings, and labelled grids."""
 
 import json
 import textwrap
@@ -12,11 +12,12 @@ SETTINGS_CHUNK = "latent-t2i"
 CELL_PX = 192
 PADDING_PX = 12
 FONT_PX = 14
+LINE_PX = FONT_PX + 4
 INK, PAPER = (30, 30, 34), (250, 250, 248)
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
-    """Writes a picture with its prompt, and all its settings as JSON, in text chunks."""
+    """Writes a PNG with its prompt, and all settings as JSON, in text chunks."""
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt("Description", str(settings.get("prompt", "")))
     chunks.add_itxt(SETTINGS_CHUNK, json.dumps(dict(settings), ensure_ascii=False))
@@ -24,11 +25,11 @@ def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> Non
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings that `save_png` put into a picture; raises ValueError without any."""
+    """Returns the settings that `save_png` stored; raises ValueError if there are none."""
     with Image.open(path) as image:
         text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
     if text is None:
-        raise ValueError(f"{path}: no {SETTINGS_CHUNK} text chunk, so no settings to read")
+        raise ValueError(f"{path}: no {SETTINGS_CHUNK} text chunk with settings")
     settings: dict[str, Any] = json.loads(text)
     return settings
 
@@ -36,17 +37,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 def labelled_grid(
     images: Sequence[Image.Image], labels: Sequence[str], *, num_columns: int | None = None
 ) -> Image.Image:
-    """Returns the pictures in rows, each with its label wrapped under it.
-
-    Pictures smaller than a cell are enlarged by a whole factor, pixel by pixel, so that nothing is
-    smoothed over.
-    """
+    """Returns the images in rows, each with its label wrapped below it."""
     assert len(images) == len(labels) > 0, (len(images), len(labels))
     columns = num_columns or min(len(images), 4)
     font = ImageFont.load_default(FONT_PX)
     side = max(_enlarged(image).width for image in images)
     texts = [_wrap(label, font, side) for label in labels]
-    label_px = max(len(text) for text in texts) * (FONT_PX + 4) + 6
+    label_px = max(len(text) for text in texts) * LINE_PX + 6
     rows = -(-len(images) // columns)
     step_x, step_y = side + PADDING_PX, side + label_px + PADDING_PX
     size = (columns * step_x + PADDING_PX, rows * step_y + PADDING_PX)
@@ -57,12 +54,12 @@ def labelled_grid(
         y = PADDING_PX + number // columns * step_y
         grid.paste(_enlarged(image), (x, y))
         for line_number, line in enumerate(lines):
-            place = (x, y + side + 4 + line_number * (FONT_PX + 4))
-            pen.text(place, line, fill=INK, font=font)
+            pen.text((x, y + side + 4 + line_number * LINE_PX), line, fill=INK, font=font)
     return grid
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
+    """Returns the image enlarged by a whole factor, without smoothing, to at most CELL_PX."""
     factor = max(1, CELL_PX // image.width)
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
@@ -71,7 +68,7 @@ def _enlarged(image: Image.Image) -> Image.Image:
 def _wrap(
     label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int
 ) -> list[str]:
-    """Breaks a label so that its lines fit the width, a few at most."""
+    """Breaks a label into at most four lines of about the given width."""
     mean_px = font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27
     lines = textwrap.wrap(label, max(8, int(width_px / mean_px)), max_lines=4, placeholder=" …")
     return lines or [""]

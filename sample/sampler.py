@@ -26,17 +26,17 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "unipc": (UniPCMultistepScheduler, {}),
     "euler": (DPMSolverMultistepScheduler, {"solver_order": 1}),
 }
-BUNDLE_SCHEDULER = "bundle_scheduler"
-"""The pipeline attribute that keeps the bundle's own scheduler."""
 
 
 def load(
     folder: str | Path, *, device: str = "auto", dtype: DtypeName = "auto"
 ) -> "StableDiffusionPipeline":
-    """Loads a bundle for sampling. Raises ValueError if it is missing or incomplete."""
+    """Loads a bundle for sampling.
+
+    Raises ValueError if the bundle is missing or incomplete, or if there is no such device.
+    """
     found = find_bundle(folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device)
     if dtype == "auto":
         dtype = "float16" if device.startswith("cuda") else "float32"
     with quiet(), _no_progress_bar():
@@ -51,6 +51,22 @@ def load(
             raise ValueError(f"--bundle: {found} does not load: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def choose_device(name: str) -> str:
+    """Returns `name`, or the default device for "auto"; raises ValueError if it is not usable."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: found {name!r}, which PyTorch cannot use here ({reason}); expected auto, "
+            "cpu, or a GPU of this machine, such as cuda or cuda:1"
+        ) from error
+    return name
 
 
 @contextmanager
@@ -73,27 +89,28 @@ def draw(
     scheduler: SchedulerName = "dpmpp",
     **settings: Any,
 ) -> list[Image.Image]:
-    """Calls `drawing.draw` with `settings` after setting the scheduler."""
-    use_scheduler(pipeline, scheduler)
-    return drawing.draw(pipeline, prompts, seeds, **settings)
+    """Returns images made with the named scheduler; `settings` are those of `drawing.draw`."""
+    own = pipeline.scheduler
+    pipeline.scheduler = choose_scheduler(own, scheduler)
+    try:
+        return drawing.draw(pipeline, prompts, seeds, **settings)
+    finally:
+        pipeline.scheduler = own
 
 
-def use_scheduler(pipeline: "StableDiffusionPipeline", name: SchedulerName) -> None:
-    """Sets the pipeline's scheduler, on the noise schedule that the bundle was trained with.
+def choose_scheduler(own: Any, name: SchedulerName) -> Any:
+    """Returns the named sampler for the noise schedule of `own`, the bundle's scheduler.
 
     DDIM: Song et al. 2020 (2010.02502). DPM-Solver++ (2M): Lu et al. 2022 (2211.01095), whose
     first order is DDIM, or Euler's method on rectified flow. UniPC: Zhao et al. 2023 (2302.04867).
     Raises ValueError for DDIM with rectified flow.
     """
-    own = getattr(pipeline, BUNDLE_SCHEDULER, pipeline.scheduler)
-    setattr(pipeline, BUNDLE_SCHEDULER, own)
     if name == "ddim" and own.config.prediction_type == "flow_prediction":
         raise ValueError(
             "--scheduler: found ddim, but the bundle was trained with rectified flow, which DDIM "
             "does not support; expected dpmpp, unipc, euler (its flow counterpart) or bundle"
         )
     if name == "bundle":
-        pipeline.scheduler = own
-        return
+        return own
     kind, overrides = SAMPLERS[name]
-    pipeline.scheduler = kind.from_config(own.config, **overrides)
+    return kind.from_config(own.config, **overrides)

@@ -1,5 +1,6 @@
 """The metrics against torchmetrics and known values, and the charts."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +121,23 @@ def test_charts_are_reproducible_inline_svg() -> None:
     assert "second" in both
 
 
-def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"step": ', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "the line is '[1]', expected a JSON object"),
+        ('{"loss": 1.0}', "step is 'None', expected a finite number"),
+        ('{"step": 2, "loss": "low"}', "loss is 'low', expected a finite number"),
+        ('{"step": 2, "loss": NaN}', "loss is 'nan', expected a finite number"),
+        ('{"step": 2, "loss": ' + "9" * 400 + "}", "expected a finite number"),
+        ('{"step": 2, "validation": 3}', "validation is '3', expected a JSON object"),
+        ('{"step": 2, "validation": {"loss": "low"}}', "validation.loss is 'low', expected"),
+        ('{"step": 2, "time_breakdown": {"data": []}}', "time_breakdown.data is '[]', expected"),
+    ],
+)
+def test_an_unusable_line_of_the_history_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": \n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+    path.write_text('{"step": 1, "loss": null}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2: .*{re.escape(message)}"):
         read_history(path)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from latent_t2i.configs.cli import ConfigError, parse
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.drawing import read_captions
 from latent_t2i.evaluation.evaluate import evaluate
+from latent_t2i.model.bundle import digest
 from latent_t2i.model.paths import ROOT
+from latent_t2i.sample import pictures
 from tests.bundles import make_bundle
 
 
@@ -22,7 +25,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(bundle: Path, out: Path, **settings: object) -> EvaluationConfig:
     chosen = {"num_prompts": 4, "num_steps": 2, "guidance_scales": (1.0, 4.0)} | settings
-    return EvaluationConfig(name="tiny", bundle=str(bundle), out=str(out), run=str(out), **chosen)
+    return EvaluationConfig(name="tiny", bundle=str(bundle), out=str(out), **chosen)
 
 
 class Links(HTMLParser):
@@ -46,7 +49,7 @@ def test_metrics_and_report_with_the_oracle(
         for s in (1, 2)
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    report = evaluate(config(bundle, tmp_path, started_at=1))
+    report = evaluate(config(bundle, tmp_path, run=str(tmp_path), started_at=1))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name in (
         "oracle/single/shape_and_colour",
@@ -60,6 +63,7 @@ def test_metrics_and_report_with_the_oracle(
     assert 0 <= metrics["clip_score"] < metrics["clip_score/drawn"] <= 100
     assert metrics["train_seconds"] == 1.5
     assert metrics["total_seconds"] > 1e9
+    assert (metrics.pop("bundle"), metrics.pop("bundle_sha256")) == (str(bundle), digest(bundle))
     assert all(isinstance(value, int | float) for value in metrics.values()), "flat"
     page = report.read_text()
     links = Links()
@@ -68,6 +72,7 @@ def test_metrics_and_report_with_the_oracle(
     assert not re.search(r"url\(\s*['\"]?http|@import|<script", page)
     assert links.num_images == 4 * 3 + 2 * 2, "the samples of each kind, and the guidance rows"
     assert "denoise" in page
+    assert digest(bundle)[:16] in page
     assert str(report) in capsys.readouterr().out
 
 
@@ -95,13 +100,49 @@ def test_a_file_without_captions_is_an_error(tmp_path: Path) -> None:
         read_captions(str(other), 1)
 
 
+def test_a_run_without_a_bundle_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "output_root", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"--bundle: .*runs/untrained/bundle does not exist"):
+        evaluate(EvaluationConfig(name="untrained", out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_loss_curve_is_that_of_the_bundles_own_run(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--run: .*metrics\.jsonl does not exist"):
+        evaluate(config(bundle, tmp_path, run=str(tmp_path)))
+    own = tmp_path / "run" / "bundle"
+    shutil.copytree(bundle, own)
+    history = own.parent / "metrics.jsonl"
+    history.write_text('{"step": 1, "loss": "low"}\n')
+    with pytest.raises(ValueError, match=r"run/metrics\.jsonl, line 1: loss is 'low'"):
+        evaluate(config(own, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unusable_bundle_info_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    own = tmp_path / "bundle"
+    shutil.copytree(bundle, own)
+    info = json.loads((own / "bundle.json").read_text())
+    (own / "bundle.json").write_text(json.dumps(info | {"train_seconds": "long"}))
+    with pytest.raises(ValueError, match=r"bundle\.json: train_seconds is 'long', expected a num"):
+        evaluate(config(own, tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--no-oracle"], "--captions: required with --no-oracle"),
         (["--captions", "x.json"], "--captions: found 'x.json', but the oracle"),
-        (["--num-prompts", "0"], "--num-prompts: expected at least 1, found 0"),
-        (["--guidance-scales", "0", "4"], "--guidance-scales: expected at least 1, found 0"),
+        (["--num-prompts", "0"], "--num-prompts: expected .*, found 0"),
+        (["--num-steps", "0"], "--num-steps: expected .*, found 0"),
+        (["--batch-size", "0"], "--batch-size: expected .*, found 0"),
+        (["--guidance-scale", "nan"], "--guidance-scale: expected .*, found nan"),
+        (["--guidance-scales", "0", "4"], "--guidance-scales: expected .*, found 0"),
+        (["--guidance-scales", "2", "inf"], "--guidance-scales: expected .*, found inf"),
+        (["--seed", str(2**63)], f"--seed: expected .*, found {2**63}"),
+        (["--started-at", "99999999999"], "--started-at: expected .*, found 99999999999"),
     ],
 )
 def test_invalid_settings_are_errors(flags: list[str], message: str) -> None:

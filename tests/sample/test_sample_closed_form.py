@@ -155,7 +155,7 @@ def test_samplers_reach_the_exact_solution(
 ) -> None:
     config, start = OBJECTIVES[name], initial_latents()
     pipeline = make_pipeline(stock, config, tmp_path)
-    sampler.use_scheduler(pipeline, scheduler)
+    pipeline.scheduler = sampler.choose_scheduler(pipeline.scheduler, scheduler)
     drawn = draw(pipeline, start, num_steps=config.num_timesteps // 4)
     first_order = scheduler in ("ddim", "euler") or (scheduler, config.flow_shift) == ("bundle", 1)
     tolerance = 0.045 if first_order else 0.02
@@ -217,8 +217,9 @@ def test_a_fitted_denoiser_samples_the_training_distribution(
 ) -> None:
     pipeline = make_pipeline(stock, LEARNED[name], tmp_path)
     pipeline.unet.forward = fitted_denoiser(LEARNED[name])
+    own = pipeline.scheduler
     for scheduler in ("bundle", "dpmpp", "unipc"):
-        sampler.use_scheduler(pipeline, scheduler)  # type: ignore[arg-type]
+        pipeline.scheduler = sampler.choose_scheduler(own, scheduler)  # type: ignore[arg-type]
         drawn = draw(pipeline, initial_latents(), 50)
         assert abs(drawn.mean() - MEAN) < 0.02
         assert abs(drawn.std() - STD) < 0.03
@@ -250,7 +251,7 @@ def test_flow_timesteps_match_the_noise_levels(
 ) -> None:
     config = replace(FLOW, flow_shift=shift)
     pipeline = make_pipeline(stock, config, tmp_path)
-    sampler.use_scheduler(pipeline, scheduler)
+    pipeline.scheduler = sampler.choose_scheduler(pipeline.scheduler, scheduler)
     pipeline.scheduler.set_timesteps(25)
     sigmas = pipeline.scheduler.sigmas[:-1]
     timesteps = pipeline.scheduler.timesteps
@@ -264,7 +265,7 @@ def test_euler_equals_diffusers_euler_on_flow(
     stock: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     pipeline = make_pipeline(stock, FLOW, tmp_path)
-    sampler.use_scheduler(pipeline, "euler")
+    pipeline.scheduler = sampler.choose_scheduler(pipeline.scheduler, "euler")
     pipeline.scheduler.set_timesteps(20)
     timesteps, sigmas = pipeline.scheduler.timesteps, pipeline.scheduler.sigmas
     euler = FlowMatchEulerDiscreteScheduler()
@@ -279,23 +280,24 @@ def test_euler_equals_ddim_on_other_objectives(
     stock: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     pipeline = make_pipeline(stock, OBJECTIVES["v"], tmp_path)
-    results = []
+    own, results = pipeline.scheduler, []
     for scheduler in ("ddim", "euler"):
-        sampler.use_scheduler(pipeline, scheduler)  # type: ignore[arg-type]
+        pipeline.scheduler = sampler.choose_scheduler(own, scheduler)  # type: ignore[arg-type]
         results.append(draw(pipeline, initial_latents(), 10))
     torch.testing.assert_close(*results, rtol=0, atol=1e-4)
 
 
-def test_selecting_a_sampler_keeps_no_earlier_setting(
+def test_drawing_keeps_the_scheduler_of_the_bundle(
     stock: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     pipeline = make_pipeline(stock, FLOW, tmp_path)
     own = pipeline.scheduler
-    for scheduler in ("euler", "unipc", "dpmpp"):
-        sampler.use_scheduler(pipeline, scheduler)  # type: ignore[arg-type]
-    assert pipeline.scheduler.config.solver_order == 2
-    sampler.use_scheduler(pipeline, "bundle")
+    prompts: dict[str, Any] = {"prompts": ["a"], "seeds": [0], "guidance_scale": 1.0}
+    sampler.draw(pipeline, num_steps=2, scheduler="euler", **prompts)
     assert pipeline.scheduler is own
+    assert sampler.choose_scheduler(own, "euler").config.solver_order == 1
+    assert sampler.choose_scheduler(own, "dpmpp").config.solver_order == 2
+    assert sampler.choose_scheduler(own, "bundle") is own
 
 
 def test_unsuitable_samplers_and_step_counts_are_errors(
@@ -303,7 +305,7 @@ def test_unsuitable_samplers_and_step_counts_are_errors(
 ) -> None:
     pipeline = make_pipeline(stock, replace(FLOW, num_timesteps=50, flow_shift=4.0), tmp_path)
     with pytest.raises(ValueError, match=r"--scheduler: found ddim.* expected dpmpp, unipc, euler"):
-        sampler.use_scheduler(pipeline, "ddim")
+        sampler.choose_scheduler(pipeline.scheduler, "ddim")
     prompts: dict[str, Any] = {"prompts": ["a"], "seeds": [0], "guidance_scale": 1.0}
     with pytest.raises(ValueError, match=r"--num-steps: expected at most .* 50 .* found 51"):
         sampler.draw(pipeline, num_steps=51, **prompts)
@@ -324,5 +326,5 @@ def test_diffusers_ddim_needs_steps_that_divide_the_timesteps(
     dividing, other = (draw(pipeline, initial_latents(), num).std() for num in (125, 150))
     assert abs(dividing / STD - 1) < 0.02
     assert other / STD - 1 > 0.05
-    sampler.use_scheduler(pipeline, "euler")
+    pipeline.scheduler = sampler.choose_scheduler(pipeline.scheduler, "euler")
     assert abs(draw(pipeline, initial_latents(), 150).std() / STD - 1) < 0.02

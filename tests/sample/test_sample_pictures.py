@@ -1,5 +1,7 @@
 """`sample.run`: image files with their settings, the labelled grid, and errors."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,10 @@ import pytest
 from PIL import Image
 
 from latent_t2i.configs.cli import ConfigError, parse
+from latent_t2i.model.bundle import digest
+from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.grid import labelled_grid, read_settings, save_png
+from latent_t2i.model.paths import ROOT
 from latent_t2i.sample import pictures, sampler
 from latent_t2i.sample.config import SampleConfig
 from tests.bundles import make_bundle
@@ -77,36 +82,74 @@ def test_prompts_of_the_file_follow_those_of_the_flag(tmp_path: Path) -> None:
     assert pictures.read_prompts(parse(SampleConfig, "sample", argv)) == expected
 
 
-@pytest.mark.parametrize("shipped", [True, False])
-def test_a_run_without_a_bundle_uses_the_shipped_one(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    bundle: Path,
-    capsys: pytest.CaptureFixture[str],
-    shipped: bool,
+def test_images_and_grid_name_their_bundle_and_replace_those_of_an_earlier_call(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pictures, "SHIPPED_BUNDLE", str(bundle) if shipped else "not/shipped")
+    pictures.sample(config(bundle, tmp_path, images_per_prompt=2))
+    foreign = tmp_path / "samples" / "0009.png"
+    Image.new("RGB", (4, 4)).save(foreign)
+    other = make_bundle(tmp_path / "other", ObjectiveConfig())
+    grid = pictures.sample(config(other, tmp_path))
+    assert "removed 2 images of an earlier call" in capsys.readouterr().out
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in files] == ["0000.png", "0001.png", "0009.png"]
+    for path in (grid, *files[:2]):
+        settings = read_settings(path)
+        assert (settings["bundle"], settings["bundle_sha256"]) == (str(other), digest(other))
+
+
+def test_only_a_call_without_name_and_bundle_uses_the_shipped_bundle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(pictures, "output_root", lambda: tmp_path)
-    if shipped:
-        assert pictures.choose_bundle(None, "x") == bundle
-        assert "using the shipped" in capsys.readouterr().out
-    else:
+    assert pictures.choose_bundle(None, None).resolve() == ROOT / "scenes" / "bundle"
+    assert "using the shipped scenes/bundle" in capsys.readouterr().out
+    for argv in (["--name", "x"], ["--config", "demo", "--name", "x"]):
         with pytest.raises(ValueError, match=r"--bundle: .*runs/x/bundle does not exist; train"):
-            pictures.choose_bundle(None, "x")
+            pictures.sample(parse(SampleConfig, "sample", [*argv, "--prompt", "a red circle"]))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        ("", "--config configs/scenes.yaml --name samples --bundle scenes/bundle"),
+        ("CONFIG=configs/demo.yaml", "--config configs/demo.yaml"),
+    ],
+)
+def test_make_samples_uses_the_shipped_bundle_unless_config_is_given(
+    config: str, flags: str
+) -> None:
+    command = ["make", "--dry-run", "PYTHON=python", "samples", *config.split()]
+    environment = {k: v for k, v in os.environ.items() if k not in ("CONFIG", "MAKEFLAGS")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == f"python -m sample.run {flags}".split()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--guidance-scale", "0.5"], "--guidance-scale: expected at least 1, found 0.5"),
-        (["--num-steps", "0"], "--num-steps: expected at least 1, found 0"),
-        (["--seed", "-1"], "--seed: expected at least 0, found -1"),
+        (["--guidance-scale", "0.5"], "--guidance-scale: expected .*, found 0.5"),
+        (["--guidance-scale", "nan"], "--guidance-scale: expected .*, found nan"),
+        (["--guidance-scale", "inf"], "--guidance-scale: expected .*, found inf"),
+        (["--num-steps", "0"], "--num-steps: expected .*, found 0"),
+        (["--batch-size", "0"], "--batch-size: expected .*, found 0"),
+        (["--images-per-prompt", "0"], "--images-per-prompt: expected .*, found 0"),
+        (["--seed", "-1"], "--seed: expected .*, found -1"),
+        (["--seed", str(2**63)], f"--seed: expected .*, found {2**63}"),
         (["--scheduler", "heun"], "scheduler"),
     ],
 )
 def test_invalid_settings_are_errors(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(SampleConfig, "sample", flags)
+
+
+def test_the_largest_seed_leaves_room_for_the_following_ones(bundle: Path, tmp_path: Path) -> None:
+    pictures.sample(config(bundle, tmp_path, seed=2**63 - 1))
+    assert read_settings(tmp_path / "samples" / "0001.png")["seed"] == 2**63
 
 
 def test_missing_prompts_are_errors() -> None:

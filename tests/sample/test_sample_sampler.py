@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from latent_t2i.sample import sampler
@@ -71,11 +72,19 @@ def test_ddim_and_dpmpp_converge_to_the_same_image(bundle: Path) -> None:
 
 
 def test_the_bundle_scheduler_can_be_selected(bundle: Path) -> None:
-    pipeline = sampler.load(bundle)
-    for name, kind in (("bundle", "DDIMScheduler"), ("dpmpp", "DPMSolverMultistepScheduler")):
-        sampler.use_scheduler(pipeline, name)  # type: ignore[arg-type]
-        assert type(pipeline.scheduler).__name__ == kind
-    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    own = sampler.load(bundle).scheduler
+    assert type(sampler.choose_scheduler(own, "bundle")).__name__ == "DDIMScheduler"
+    other = sampler.choose_scheduler(own, "dpmpp")
+    assert type(other).__name__ == "DPMSolverMultistepScheduler"
+    assert other.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:9", "tpu", "meta", ""])
+def test_an_unusable_device_is_an_error(bundle: Path, device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match=rf"--device: found '{device}', .*; expected auto, cpu"):
+        sampler.load(bundle, device=device)
 
 
 def test_a_missing_or_incomplete_bundle_is_an_error(bundle: Path, tmp_path: Path) -> None:

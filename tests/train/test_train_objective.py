@@ -62,9 +62,9 @@ def test_a_stock_pipeline_draws_what_sampling_draws(make_config: MakeConfig, nam
     if flow:
         assert config.flow_shift == objective.flow_shift and config.use_flow_sigmas
     for scheduler in ("dpmpp", "unipc", "euler"):
-        sampler.use_scheduler(pipeline, scheduler)  # type: ignore[arg-type]
-        pipeline.scheduler.set_timesteps(4)
-        assert pipeline.scheduler.timesteps[0] == objective.num_timesteps - 1
+        other = sampler.choose_scheduler(pipeline.scheduler, scheduler)  # type: ignore[arg-type]
+        other.set_timesteps(4)
+        assert other.timesteps[0] == objective.num_timesteps - 1
 
 
 def test_flow_resumes_as_if_nothing_had_happened(make_config: MakeConfig, tmp_path: Path) -> None:
