@@ -5,6 +5,8 @@
 
 CONFIG ?= configs/scenes.yaml
 FLAGS ?=
+# Without CONFIG, `make samples` uses the shipped bundle, so that it works before any training.
+SHIPPED := $(if $(filter file,$(origin CONFIG)),--name samples --bundle scenes/bundle)
 NUM_PROCESSES ?= 1
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 THREADS ?= $(shell echo $$((($(CORES) + $(NUM_PROCESSES) - 1) / $(NUM_PROCESSES))))
@@ -92,8 +94,8 @@ shards: $(SETUP)  ## stage one of CONFIG: images and captions -> shards
 train: $(SETUP)  ## stage two of CONFIG: shards -> bundle; NUM_PROCESSES=8 for eight GPUs
 	$(LAUNCH) train/run.py --config $(CONFIG) $(FLAGS)
 
-samples: $(SETUP)  ## pictures from the bundle of CONFIG, or from the one shipped in scenes/bundle
-	$(PYTHON) -m sample.run --config $(CONFIG) $(FLAGS)
+samples: $(SETUP)  ## generate images with the bundle of CONFIG, or with the shipped one
+	$(PYTHON) -m sample.run --config $(CONFIG) $(SHIPPED) $(FLAGS)
 
 evaluate: $(SETUP)  ## metrics and report of CONFIG
 	$(PYTHON) -m evaluation.run --config $(CONFIG) $(FLAGS)

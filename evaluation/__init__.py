@@ -1,1 +1,1 @@
-"""How good a bundle is: figures, curves and a report that people can read."""
+"""Evaluates a bundle: metrics, charts and an HTML report."""

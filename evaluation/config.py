@@ -1,61 +1,68 @@
-"""The settings of evaluation."""
+"""The settings of `evaluation.run`."""
 
 from dataclasses import dataclass
+from time import time
 from typing import Literal
 
-from latent_t2i.sample.config import SchedulerName
+from latent_t2i.model.checks import check_number
+from latent_t2i.sample.config import SEED_LIMIT, DtypeName, SchedulerName
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Draws prompts, judges the pictures, and writes metrics.json and report.html."""
+    """Generates images, computes their metrics and writes metrics.json and report.html."""
 
     name: str
-    """Name of the run; figures and report go to its folder."""
+    """Name of the run; the metrics and the report are written to its folder."""
     bundle: str | None = None
-    """Folder of the bundle; default runs/NAME/bundle, else the shipped scenes/bundle."""
+    """Folder of the bundle; default: runs/NAME/bundle."""
     out: str | None = None
-    """Folder for metrics.json and report.html; default runs/NAME."""
+    """Output folder for metrics.json and report.html; default: runs/NAME."""
     run: str | None = None
-    """Folder with the metrics.jsonl of training; default runs/NAME."""
+    """Folder with the training's metrics.jsonl; default: the folder that contains the bundle."""
     oracle: bool = True
-    """Prompts are scenes, and an oracle reads the pictures; else prompts come from `captions`."""
+    """Use generated scene prompts and check the images with the oracle."""
     world: Literal["easy", "full"] = "easy"
-    """With the oracle: what the scenes of the prompts may hold."""
+    """With the oracle: the distribution of the scenes."""
     captions: str | None = None
-    """Without the oracle: a COCO captions file, the first caption of each image being a prompt."""
+    """Without the oracle: a COCO captions file; the first caption of each image is a prompt."""
     num_prompts: int = 128
-    """Prompts of each kind (one object, two, never seen in training) at the main guidance."""
+    """Number of prompts of each kind (single, pair, held out) at the main guidance scale."""
     guidance_scale: float = 4.0
-    """The main guidance, whose figures have no suffix."""
+    """The main guidance scale, whose metrics have no suffix."""
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
-    """Guidance scales to compare, on half as many prompts."""
+    """Guidance scales to compare, on half of the prompts."""
     num_steps: int = 20
-    """Steps of the sampler."""
+    """Number of sampler steps."""
     scheduler: SchedulerName = "dpmpp"
-    """As `sample.run` takes it: dpmpp, unipc, euler, ddim or bundle."""
+    """The sampler, as for sample.run."""
     batch_size: int = 32
-    """Pictures drawn at once."""
+    """Number of images generated at once."""
     clip: str = "scenes/encoders/clip"
-    """Folder or hub name of the CLIP that scores pictures against prompts."""
+    """Folder or hub name of the CLIP model for the CLIP score."""
     seed: int = 0
-    """Of the prompts and of their pictures."""
+    """Seed of the prompts and of the first image."""
     device: str = "auto"
-    """auto (the GPU if there is one), cpu, cuda, cuda:1 ..."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Arithmetic of drawing; auto: float16 on a GPU, else float32."""
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    dtype: DtypeName = "auto"
+    """Data type of the networks; auto: float16 on a GPU, float32 elsewhere."""
     started_at: int | None = None
-    """Unix time at which the whole work began; gives total_seconds."""
+    """Unix time at which the whole pipeline started, for total_seconds."""
 
     def __post_init__(self) -> None:
-        if self.oracle == (self.captions is not None):
+        if self.oracle and self.captions is not None:
             raise ValueError(
-                "--captions: without the oracle it is needed, with it it has no effect; found "
-                f"oracle={self.oracle}, captions={self.captions}"
+                f"--captions: found {self.captions!r}, but the oracle uses generated prompts; "
+                "add --no-oracle or omit --captions"
             )
-        for flag, count in (("--num-prompts", self.num_prompts), ("--num-steps", self.num_steps)):
-            if count < 1:
-                raise ValueError(f"{flag}: expected at least 1, found {count}")
-        for scale in (self.guidance_scale, *self.guidance_scales):
-            if scale < 1:
-                raise ValueError(f"--guidance-scales: expected at least 1, found {scale}")
+        if not self.oracle and self.captions is None:
+            raise ValueError("--captions: required with --no-oracle; give a COCO captions file")
+        check_number("--num-prompts", self.num_prompts, least=1)
+        check_number("--num-steps", self.num_steps, least=1)
+        check_number("--batch-size", self.batch_size, least=1)
+        check_number("--guidance-scale", self.guidance_scale, least=1)
+        for scale in self.guidance_scales:
+            check_number("--guidance-scales", scale, least=1)
+        check_number("--seed", self.seed, least=0, below=SEED_LIMIT)
+        if self.started_at is not None:
+            check_number("--started-at", self.started_at, least=0, most=int(time()) + 1)

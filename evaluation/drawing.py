@@ -1,4 +1,4 @@
-"""Which prompts are drawn at which guidance, and the pictures that came of it."""
+"""Generates the images to evaluate: each kind of prompt at each guidance scale."""
 
 import json
 from collections.abc import Sequence
@@ -14,58 +14,45 @@ from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.model.paths import find_path
 from latent_t2i.sample import sampler
 from latent_t2i.scenes import prompts as scene_prompts
-from latent_t2i.scenes.world import Scene
+from latent_t2i.scenes.prompts import Prompt
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompt:
-    """What is asked for; `scene` is None where no oracle can judge it."""
-
-    text: str
-    scene: Scene | None = None
-    mentions: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The pictures of one kind of prompt at one guidance scale."""
+    """The images of one kind of prompt at one guidance scale."""
 
     kind: str
     guidance_scale: float
     prompts: Sequence[Prompt]
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
-        """The pictures as one array.  # (B, H, W, 3)"""
-        return np.stack([np.asarray(picture.convert("RGB")) for picture in self.pictures])
+        """The images as one array.  # (B, H, W, 3)"""
+        return np.stack([np.asarray(image.convert("RGB")) for image in self.images])
 
 
 def make_prompts(config: EvaluationConfig) -> dict[str, list[Prompt]]:
-    """Returns the prompts of each kind."""
-    if config.oracle:
-        return {
-            kind: [
-                Prompt(text=p.text, scene=p.scene, mentions=p.mentions)
-                for p in scene_prompts.make(config.world, kind, config.num_prompts, config.seed)
-            ]
-            for kind in scene_prompts.KINDS
-        }
-    return {"captions": read_captions(str(config.captions), config.num_prompts)}
+    """Returns the prompts by kind."""
+    if config.captions is not None:
+        return {"captions": read_captions(config.captions, config.num_prompts)}
+    return {
+        kind: scene_prompts.make_prompts(config.world, kind, config.num_prompts, config.seed)
+        for kind in scene_prompts.KINDS
+    }
 
 
 def read_captions(name: str, num: int) -> list[Prompt]:
     """Returns the first caption of each of the first `num` images of a COCO captions file."""
     path = find_path(name)
     if path is None:
-        raise ValueError(f"--captions: no file {name!r} here or in the project")
+        raise ValueError(f"--captions: no file {name!r} in the current directory or the project")
+    first: dict[int, str] = {}
     try:
-        annotations = json.loads(path.read_text("utf-8"))["annotations"]
-        first: dict[int, str] = {}
-        for annotation in annotations:
+        for annotation in json.loads(path.read_text("utf-8"))["annotations"]:
             first.setdefault(annotation["image_id"], annotation["caption"].strip())
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--captions: {path} is not a COCO captions file: {error!r}") from error
@@ -73,18 +60,15 @@ def read_captions(name: str, num: int) -> list[Prompt]:
 
 
 def draw_all(config: EvaluationConfig, folder: Path) -> list[Samples]:
-    """Draws every kind at the main guidance, and half of the prompts at the others.
-
-    A prompt has the same seed at every guidance scale, so pictures differ by guidance alone.
-    """
+    """Generates all images of each kind at the main guidance scale, and half at the others."""
     pipeline = sampler.load(folder, device=config.device, dtype=config.dtype)
     others = [scale for scale in config.guidance_scales if scale != config.guidance_scale]
-    drawn = []
+    samples = []
     for kind, prompts in make_prompts(config).items():
-        drawn.append(_draw(pipeline, config, kind, prompts, config.guidance_scale))
+        samples.append(_draw(pipeline, config, kind, prompts, config.guidance_scale))
         half = prompts[: max(1, len(prompts) // 2)]
-        drawn += [_draw(pipeline, config, kind, half, scale) for scale in others]
-    return drawn
+        samples += [_draw(pipeline, config, kind, half, scale) for scale in others]
+    return samples
 
 
 def _draw(
@@ -94,9 +78,10 @@ def _draw(
     prompts: Sequence[Prompt],
     scale: float,
 ) -> Samples:
-    pictures = sampler.draw(
+    images = sampler.draw(
         pipeline,
         [prompt.text for prompt in prompts],
+        # The seed of a prompt is the same at every guidance scale.
         [config.seed + number for number in range(len(prompts))],
         guidance_scale=scale,
         num_steps=config.num_steps,
@@ -104,4 +89,4 @@ def _draw(
         batch_size=config.batch_size,
         title=f"{kind}, guidance {scale:g}",
     )
-    return Samples(kind=kind, guidance_scale=scale, prompts=prompts, pictures=pictures)
+    return Samples(kind=kind, guidance_scale=scale, prompts=prompts, images=images)

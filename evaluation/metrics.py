@@ -1,8 +1,8 @@
-"""Figures of drawn pictures: what the oracle reads, and CLIP score.
+"""The metrics of generated images: the oracle's checks and the CLIP score.
 
-Oracle figures are shares of pictures that fulfil an attribute of their prompt, counted over the
-prompts that tell it. CLIP score (Hessel et al. 2021, 2104.08718; torchmetrics' definition) is the
-mean over pictures of max(100 * cos(image, text), 0).
+An oracle metric is the share of images with an attribute of their prompt right, over the prompts
+that mention the attribute. The CLIP score (Hessel et al. 2021, 2104.08718, as in torchmetrics) is
+the mean of max(100 * cos(image, text), 0).
 """
 
 from collections import defaultdict
@@ -26,20 +26,27 @@ CLIP_FILES = ("config.json", "model.safetensors", "tokenizer*", "vocab.json", "m
               "preprocessor_config.json")  # fmt: skip
 
 
-def judge(drawn: Samples) -> list[Checks]:
-    """Returns the oracle's verdict on each picture; none where the prompts have no scene."""
-    pairs = [(p, r) for p, r in zip(drawn.prompts, oracle.read(drawn.pixels), strict=True)]
-    return [oracle.check(p.scene, r, p.mentions) for p, r in pairs if p.scene is not None]
+def check_samples(samples: Samples) -> list[Checks]:
+    """Returns the oracle's checks of each image, or none if the prompts have no scenes."""
+    if any(prompt.scene is None for prompt in samples.prompts):
+        return []
+    detections = oracle.detect(samples.pixels)
+    return [
+        oracle.check(prompt.scene, detected, prompt.mentions)
+        for prompt, detected in zip(samples.prompts, detections, strict=True)
+        if prompt.scene is not None
+    ]
 
 
-def oracle_figures(kind: str, verdicts: Sequence[Checks], suffix: str = "") -> dict[str, float]:
-    """Returns `oracle/KIND/ATTRIBUTE` for every attribute that any verdict holds."""
-    found: dict[str, list[bool]] = defaultdict(list)
-    for verdict in verdicts:
-        for attribute, right in verdict.items():
-            found[attribute].append(right)
-    return {f"oracle/{kind}/{name}{suffix}": float(np.mean(rights))
-            for name, rights in found.items()}  # fmt: skip
+def oracle_metrics(kind: str, checks: Sequence[Checks], suffix: str = "") -> dict[str, float]:
+    """Returns `oracle/KIND/ATTRIBUTE` for every attribute in `checks`."""
+    results: dict[str, list[bool]] = defaultdict(list)
+    for image_checks in checks:
+        for attribute, passed in image_checks.items():
+            results[attribute].append(passed)
+    return {
+        f"oracle/{kind}/{name}{suffix}": float(np.mean(passed)) for name, passed in results.items()
+    }
 
 
 class ClipScorer:
@@ -57,23 +64,23 @@ class ClipScorer:
                 self._tokenizer = CLIPTokenizer.from_pretrained(folder)
                 self._processor = AutoImageProcessor.from_pretrained(folder)
             except OSError as error:
-                raise ValueError(f"--clip: {folder} is no whole CLIP model: {error}") from error
+                raise ValueError(
+                    f"--clip: {folder} is not a complete CLIP model: {error}"
+                ) from error
 
     @torch.inference_mode()
-    def score(self, pictures: NDArray[np.uint8], texts: Sequence[str]) -> float:
-        """Returns the CLIP score of pictures (B, H, W, 3) with their texts, 0 to 100."""
-        scores = [
-            self._scores(pictures[i : i + 64], texts[i : i + 64]) for i in range(0, len(texts), 64)
-        ]
+    def score(self, images: NDArray[np.uint8], texts: Sequence[str]) -> float:
+        """Returns the CLIP score, 0 to 100, of images (B, H, W, 3) with their texts."""
+        starts = range(0, len(texts), 64)
+        scores = [self._scores(images[i : i + 64], texts[i : i + 64]) for i in starts]
         return float(torch.cat(scores).mean())
 
-    def _scores(self, pictures: NDArray[np.uint8], texts: Sequence[str]) -> torch.Tensor:
-        pixels = self._processor(images=list(pictures), return_tensors="pt").pixel_values
-        ids = self._tokenizer(
-            list(texts), padding=True, truncation=True, return_tensors="pt",
-        )  # fmt: skip
-        seen = _embed(self._model.vision_model(pixel_values=pixels), self._model.visual_projection)
-        read = _embed(self._model.text_model(**ids), self._model.text_projection)
+    def _scores(self, images: NDArray[np.uint8], texts: Sequence[str]) -> torch.Tensor:
+        pixels = self._processor(images=list(images), return_tensors="pt").pixel_values
+        ids = self._tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        model = self._model
+        seen = _embed(model.vision_model(pixel_values=pixels), model.visual_projection)
+        read = _embed(model.text_model(**ids), model.text_projection)
         return (100 * (seen * read).sum(-1)).clamp(min=0)
 
 

@@ -1,4 +1,4 @@
-"""Figures and a report of a bundle.
+"""Computes the metrics of a bundle and writes a report.
 
 python -m evaluation.run --config demo
 python -m evaluation.run --config coco64 --bundle runs/coco64/bundle

@@ -1,1 +1,1 @@
-"""From a bundle and prompts to pictures; needs nothing of the training data."""
+"""Generates images from a bundle and prompts; needs no training data."""

@@ -1,9 +1,11 @@
-"""What `python -m sample.run` does: prompts to PNG files and one labelled grid."""
+"""`sample.run`: writes one PNG per prompt and seed, and one labelled grid."""
 
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from latent_t2i.model.bundle import digest, find_bundle
-from latent_t2i.model.grid import labelled_grid, save_png
+from latent_t2i.model.grid import labelled_grid, read_settings, save_png
 from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import SampleConfig
@@ -12,64 +14,85 @@ SHIPPED_BUNDLE = "scenes/bundle"
 
 
 def sample(config: SampleConfig) -> Path:
-    """Draws every prompt and returns the grid's path.
+    """Generates an image for every prompt; returns the path of the grid.
 
-    Raises ValueError where there is no bundle or nothing to draw.
+    Raises ValueError if there is no bundle or no prompt.
     """
     folder = choose_bundle(config.bundle, config.name)
     prompts = [p for p in read_prompts(config) for _ in range(config.images_per_prompt)]
     seeds = [config.seed + number for number in range(len(prompts))]
-    images = sampler.draw(
-        sampler.load(folder, device=config.device, dtype=config.dtype),
-        prompts,
-        seeds,
-        guidance_scale=config.guidance_scale,
-        num_steps=config.num_steps,
-        scheduler=config.scheduler,
-        batch_size=config.batch_size,
-    )
-    out = Path(config.out) if config.out else output_root() / "runs" / config.name
-    shared = {
+    settings: dict[str, Any] = {
         "guidance_scale": config.guidance_scale,
         "num_steps": config.num_steps,
         "scheduler": config.scheduler,
-        "bundle": digest(folder),
     }
+    pipeline = sampler.load(folder, device=config.device, dtype=config.dtype)
+    identity = describe_bundle(folder)
+    images = sampler.draw(pipeline, prompts, seeds, batch_size=config.batch_size, **settings)
+    out = Path(config.out) if config.out else output_root() / "runs" / (config.name or "samples")
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    for number, (image, prompt, seed) in enumerate(zip(images, prompts, seeds, strict=True)):
-        settings = {"prompt": prompt, "seed": seed} | shared
-        save_png(image, out / "samples" / f"{number:04d}.png", settings)
+    paths = [out / "samples" / f"{number:04d}.png" for number in range(len(images))]
+    for path, image, prompt, seed in zip(paths, images, prompts, seeds, strict=True):
+        save_png(image, path, {"prompt": prompt, "seed": seed} | settings | identity)
+    _remove_older(out / "samples", set(paths))
     grid = out / "samples.png"
-    labelled_grid(images, prompts).save(grid)
-    print(f"{len(images)} pictures from {folder}: {grid}")
+    save_png(labelled_grid(images, prompts), grid, {"prompts": prompts} | settings | identity)
+    print(f"{len(images)} images from {folder}: {grid}")
     return grid
 
 
-def choose_bundle(bundle: str | None, name: str) -> Path:
-    """Returns the bundle that was asked for, else the run's own, else the one that is shipped."""
+def choose_bundle(bundle: str | None, name: str | None) -> Path:
+    """Returns the given bundle, else that of the named run; the shipped one if both are None."""
     if bundle is not None:
         return find_bundle(bundle)
-    own = output_root() / "runs" / name / "bundle"
-    if own.exists():
-        return find_bundle(own)
-    if find_path(SHIPPED_BUNDLE) is not None:
-        print(f"{own}: not there yet, drawing from the shipped {SHIPPED_BUNDLE}")
+    if name is None:
+        print(f"no --bundle and no run name: using the shipped {SHIPPED_BUNDLE}")
         return find_bundle(SHIPPED_BUNDLE)
-    raise ValueError(f"--bundle: no {own}: train one with train/run.py or name another")
+    own = output_root() / "runs" / name / "bundle"
+    if not own.exists():
+        raise ValueError(
+            f"--bundle: {own} does not exist; train it with train/run.py, or give the folder of "
+            f"another bundle, such as {SHIPPED_BUNDLE}"
+        )
+    return find_bundle(own)
+
+
+def describe_bundle(folder: Path) -> dict[str, str]:
+    """Returns the bundle's path, relative to the project if it is inside, and its sha256."""
+    path, root = folder.resolve(), output_root().resolve()
+    name = path.relative_to(root) if path.is_relative_to(root) else path
+    return {"bundle": str(name), "bundle_sha256": digest(folder)}
+
+
+def _remove_older(folder: Path, keep: Collection[Path]) -> None:
+    """Removes the numbered images of an earlier call, which would look like results of this one."""
+    older = [path for path in sorted(folder.glob("[0-9]*.png")) if path not in keep]
+    removed = [path for path in older if _has_settings(path)]
+    for path in removed:
+        path.unlink()
+    if removed:
+        print(f"removed {len(removed)} images of an earlier call from {folder}")
+
+
+def _has_settings(path: Path) -> bool:
+    try:
+        read_settings(path)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def read_prompts(config: SampleConfig) -> list[str]:
-    """Returns the prompts of the flag and of the file, in that order."""
+    """Returns the prompts of `prompts` and then those of `prompt_file`."""
     prompts = list(config.prompts)
     if config.prompt_file is not None:
         path = find_path(config.prompt_file)
         if path is None:
             raise ValueError(
-                f"--prompt-file: no file {config.prompt_file!r} here or in the project"
+                f"--prompt-file: no file {config.prompt_file!r} in the current directory or the "
+                "project"
             )
         prompts += [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
     if not prompts:
-        raise ValueError(
-            "--prompt: nothing to draw: give a prompt, a file or a preset with prompts"
-        )
+        raise ValueError("--prompt: no prompts; give --prompt, --prompt-file or a preset with some")
     return prompts

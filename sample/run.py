@@ -1,4 +1,4 @@
-"""Pictures from a bundle.
+"""Generates images from a bundle.
 
 python -m sample.run --config scenes
 python -m sample.run --bundle runs/NAME/bundle --prompt "a red circle" "a blue star"

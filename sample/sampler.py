@@ -1,5 +1,5 @@
-"""Draws pictures with the stock `StableDiffusionPipeline`, so that what is seen here is what any
-diffusers program gives for the same bundle. One seed is one picture (model/generate.py).
+"""Samples with the stock `StableDiffusionPipeline`, so that any diffusers program gives the same
+image for the same bundle, seed and settings (model/generate.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,16 +31,16 @@ SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
 def load(
     folder: str | Path, *, device: str = "auto", dtype: DtypeName = "auto"
 ) -> "StableDiffusionPipeline":
-    """Loads a bundle, ready to draw. Raises ValueError where there is none or it does not load."""
+    """Loads a bundle for sampling.
+
+    Raises ValueError if the bundle is missing or incomplete, or if there is no such device.
+    """
     found = find_bundle(folder)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = choose_device(device)
     if dtype == "auto":
         dtype = "float16" if device.startswith("cuda") else "float32"
-    with (
-        quiet(),
-        without_bar(),
-    ):  # the import tells at length of an image processor that nothing here uses
+    with quiet(), _no_progress_bar():
+        # The import warns about an image processor that is not used here.
         from diffusers import StableDiffusionPipeline
 
         try:
@@ -53,15 +53,31 @@ def load(
     return pipeline.to(device)
 
 
+def choose_device(name: str) -> str:
+    """Returns `name`, or the default device for "auto"; raises ValueError if it is not usable."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device: found {name!r}, which PyTorch cannot use here ({reason}); expected auto, "
+            "cpu, or a GPU of this machine, such as cuda or cuda:1"
+        ) from error
+    return name
+
+
 @contextmanager
-def without_bar() -> Iterator[None]:
-    """Holds back diffusers' bar over the few files of a bundle."""
-    was_on = diffusers_logging.is_progress_bar_enabled()
+def _no_progress_bar() -> Iterator[None]:
+    """Hides diffusers' progress bar for loading a bundle's few files."""
+    was_enabled = diffusers_logging.is_progress_bar_enabled()
     diffusers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             diffusers_logging.enable_progress_bar()
 
 
@@ -70,25 +86,14 @@ def draw(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    guidance_scale: float,
-    num_steps: int,
     scheduler: SchedulerName = "dpmpp",
-    batch_size: int = 16,
-    title: str = "draw",
+    **settings: Any,
 ) -> list[Image.Image]:
-    """Returns images made with the named scheduler; the pipeline keeps its own."""
+    """Returns images made with the named scheduler; `settings` are those of `generate_images`."""
     own = pipeline.scheduler
     pipeline.scheduler = choose_scheduler(own, scheduler)
     try:
-        return generate_images(
-            pipeline,
-            prompts,
-            seeds,
-            guidance_scale=guidance_scale,
-            num_steps=num_steps,
-            batch_size=batch_size,
-            title=title,
-        )
+        return generate_images(pipeline, prompts, seeds, **settings)
     finally:
         pipeline.scheduler = own
 
@@ -96,17 +101,16 @@ def draw(
 def choose_scheduler(own: Any, name: SchedulerName) -> Any:
     """Returns the named sampler for the noise schedule of `own`, the bundle's scheduler.
 
-    DDIM: Song et al. 2020 (2010.02502). DPM-Solver++ (2M): Lu et al. 2022 (2211.01095); of first
-    order it is DDIM, and Euler's method on rectified flow. UniPC: Zhao et al.
-    2023 (2302.04867). Raises ValueError for DDIM on a bundle of flow.
+    DDIM: Song et al. 2020 (2010.02502). DPM-Solver++ (2M): Lu et al. 2022 (2211.01095), whose
+    first order is DDIM, or Euler's method on rectified flow. UniPC: Zhao et al. 2023 (2302.04867).
+    Raises ValueError for DDIM with rectified flow.
     """
-    is_flow = own.config.prediction_type == "flow_prediction"
-    if name == "ddim" and is_flow:
+    if name == "ddim" and own.config.prediction_type == "flow_prediction":
         raise ValueError(
-            "--scheduler: the bundle was trained on rectified flow, which DDIM does not know; "
-            "expected dpmpp, unipc, euler (DDIM's counterpart) or bundle, found ddim"
+            "--scheduler: found ddim, but the bundle was trained with rectified flow, which DDIM "
+            "does not support; expected dpmpp, unipc, euler (its flow counterpart) or bundle"
         )
     if name == "bundle":
         return own
-    kind, settings = SAMPLERS[name]
-    return kind.from_config(own.config, **settings)
+    kind, overrides = SAMPLERS[name]
+    return kind.from_config(own.config, **overrides)

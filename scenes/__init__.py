@@ -1,8 +1,5 @@
-"""The embedded default: procedural captioned scenes, tiny encoders for them, an exact oracle.
+"""Procedurally generated captioned scenes, small encoders trained on them, and an exact oracle.
 
-Nothing here is needed to train on your own pictures. It exists so that one command shows the whole
-system at work, offline, on a CPU, and so that a picture can be judged without a human: the oracle
-knows what a caption asks for and reads what a picture shows.
-
-    python -m scenes.train_encoders --out scenes/encoders      # how the shipped encoders were made
+Training on your own images needs nothing from here. The scenes let one command run the whole
+pipeline offline on a CPU, and the oracle measures how well an image follows its caption.
 """

@@ -1,8 +1,8 @@
-"""Five captions for a scene from a small grammar, as COCO gives each picture five.
+"""Captions for a scene from a small grammar: five per image, as in COCO.
 
-Every caption names each object's shape and colour, and the relation when there are two or three;
-size, place and background are told by some captions and not by others, as people do. A caption
-carries the set of attributes that it mentions, so that a picture is only judged by what was asked.
+Every caption names each object's shape and colour, and the relation between objects. Only some
+mention size, place or background. `Caption.mentions` lists these, so that the oracle checks an
+image only for attributes in its caption.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from latent_t2i.scenes.world import INVERSE, WORLDS, Scene, Thing, World
-
-NUM_CAPTIONS = 5
+from latent_t2i.scenes.world import INVERSE, WORLDS, Scene, SceneObject, World
 
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
 PLACE_WORDS = {
@@ -52,41 +50,46 @@ TRIPLE: tuple[Template, ...] = (
     ("there is {b} next to {c} with {a} {relation} them", frozenset()),
     ("a {background} background with {b} and {c} {inverse} {a}", frozenset({"background"})),
 )
+TEMPLATES = (SINGLE, PAIR, TRIPLE)
+"""By number of objects minus one; each template comes with the attributes that it mentions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Caption:
-    """A caption and the attributes beyond shape and colour that it tells."""
+    """A caption and the attributes that it mentions besides shape and colour."""
 
     text: str
     mentions: frozenset[str]
 
 
 def captions(scene: Scene, world: World, rng: np.random.Generator) -> list[Caption]:
-    """Five paraphrases, one of each template, in random order."""
-    templates = (SINGLE, PAIR, TRIPLE)[len(scene.things) - 1]
-    return [caption(scene, world, int(i), rng) for i in rng.permutation(len(templates))]
+    """Returns five paraphrases, one per template, in random order."""
+    num_templates = len(TEMPLATES[len(scene.objects) - 1])
+    return [caption(scene, world, int(i), rng) for i in rng.permutation(num_templates)]
 
 
 def caption(scene: Scene, world: World, template: int, rng: np.random.Generator) -> Caption:
-    """The scene in the words of one template; the same generator state picks the same synonyms."""
-    text, mentions = (SINGLE, PAIR, TRIPLE)[len(scene.things) - 1][template]
-    with_size = len(world.sizes) > 1 and len(scene.things) < 3 and rng.random() < 0.6
-    names = [_name(thing, with_size, rng) for thing in scene.things]
-    told = set(mentions) | ({"size"} if with_size else set())
+    """Describes the scene with one template; the generator's state decides the synonyms."""
+    text, attributes = TEMPLATES[len(scene.objects) - 1][template]
+    mentions = set(attributes)
+    # Sizes are optional in captions, and all three objects of a triple are small.
+    with_size = len(world.sizes) > 1 and len(scene.objects) < 3 and rng.random() < 0.6
+    names = [_noun_phrase(item, with_size, rng) for item in scene.objects]
     fields = dict(zip("abc", names, strict=False), background=scene.background)
+    if with_size:
+        mentions.add("size")
     if scene.place is not None:
-        fields["place"] = _pick(PLACE_WORDS[scene.place], rng)
+        fields["place"] = _choose(PLACE_WORDS[scene.place], rng)
     if scene.relation is not None:
-        fields["relation"] = _pick(RELATION_WORDS[scene.relation], rng)
-        fields["inverse"] = _pick(RELATION_WORDS[INVERSE[scene.relation]], rng)
-        told.add("relation")
-    return Caption(text=text.format(**fields), mentions=frozenset(told))
+        fields["relation"] = _choose(RELATION_WORDS[scene.relation], rng)
+        fields["inverse"] = _choose(RELATION_WORDS[INVERSE[scene.relation]], rng)
+        mentions.add("relation")
+    return Caption(text=text.format(**fields), mentions=frozenset(mentions))
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can hold, sorted."""
-    texts = [text.replace(",", " , ") for group in (SINGLE, PAIR, TRIPLE) for text, _ in group]
+    """Returns every word that a caption can contain, sorted."""
+    texts = [text.replace(",", " , ") for group in TEMPLATES for text, _ in group]
     for table in (SIZE_WORDS, PLACE_WORDS, RELATION_WORDS):
         texts += [words for synonyms in table.values() for words in synonyms]
     full = WORLDS["full"]
@@ -95,12 +98,12 @@ def vocabulary() -> list[str]:
     return sorted(words)
 
 
-def _name(thing: Thing, with_size: bool, rng: np.random.Generator) -> str:
-    words = [_pick(SIZE_WORDS[thing.size], rng)] if with_size else []
-    words += [thing.colour, thing.shape]
+def _noun_phrase(item: SceneObject, with_size: bool, rng: np.random.Generator) -> str:
+    words = [_choose(SIZE_WORDS[item.size], rng)] if with_size else []
+    words += [item.colour, item.shape]
     article = "an" if words[0][0] in "aeiou" else "a"
     return " ".join([article, *words])
 
 
-def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
+def _choose(options: tuple[str, ...], rng: np.random.Generator) -> str:
     return options[int(rng.integers(len(options)))]

@@ -1,4 +1,4 @@
-"""Scenes to pictures, with Pillow, drawn four times too large and averaged down (antialiasing)."""
+"""Renders scenes with Pillow, at four times the resolution and averaged down for antialiasing."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
 
-from latent_t2i.scenes.world import BACKGROUNDS, CANVAS_PX, COLOURS, Scene, Thing
+from latent_t2i.scenes.world import BACKGROUNDS, CANVAS_PX, COLOURS, Scene, SceneObject
 
 SUPERSAMPLE = 4
 
 
 def draw(scene: Scene, image_size_px: int = CANVAS_PX) -> Image.Image:
-    """The scene as an RGB picture of `image_size_px` squared."""
-    scale = image_size_px * SUPERSAMPLE / CANVAS_PX
+    """Renders the scene as a square RGB image."""
     side = image_size_px * SUPERSAMPLE
+    scale = side / CANVAS_PX
     canvas = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     pen = ImageDraw.Draw(canvas)
-    for thing in scene.things:
-        pen.polygon([(x * scale, y * scale) for x, y in outline(thing)], fill=COLOURS[thing.colour])
+    for item in scene.objects:
+        pen.polygon([(x * scale, y * scale) for x, y in outline(item)], fill=COLOURS[item.colour])
     return canvas.resize((image_size_px, image_size_px), Image.Resampling.BOX)
 
 
 def mask(points: Sequence[tuple[float, float]], size_px: int) -> Image.Image:
-    """A polygon's coverage as a grey picture of `size_px` squared, 0 to 255."""
+    """Renders a polygon's coverage, 0 to 255, as a square greyscale image."""
     side = size_px * SUPERSAMPLE
     canvas = Image.new("L", (side, side), 0)
     scaled = [(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in points]
@@ -32,15 +32,18 @@ def mask(points: Sequence[tuple[float, float]], size_px: int) -> Image.Image:
     return canvas.resize((size_px, size_px), Image.Resampling.BOX)
 
 
-def outline(thing: Thing) -> list[tuple[float, float]]:
-    """The object's outline as a polygon in pixels of a 64-pixel picture."""
+def outline(item: SceneObject) -> list[tuple[float, float]]:
+    """Returns the object's outline as a polygon, in pixels of a 64-pixel image."""
     return [
-        (thing.x_px + thing.extent_px * x, thing.y_px + thing.extent_px * y)
-        for x, y in UNIT_OUTLINES[thing.shape]
+        (item.x_px + item.extent_px * x, item.y_px + item.extent_px * y)
+        for x, y in UNIT_OUTLINES[item.shape]
     ]
 
 
-def _regular(corners: int, start_deg: float, radii: Sequence[float] = (1.0,)) -> list:
+def _polygon(
+    corners: int, start_deg: float, radii: Sequence[float] = (1.0,)
+) -> list[tuple[float, float]]:
+    """Returns corners at equal angles, their distances from the centre cycling through `radii`."""
     angles = [math.radians(start_deg + 360.0 * i / corners) for i in range(corners)]
     return [
         (radii[i % len(radii)] * math.cos(a), radii[i % len(radii)] * math.sin(a))
@@ -51,14 +54,14 @@ def _regular(corners: int, start_deg: float, radii: Sequence[float] = (1.0,)) ->
 _ARM = 0.36
 # fmt: off
 UNIT_OUTLINES: dict[str, list[tuple[float, float]]] = {
-    "circle": _regular(72, 0.0),
+    "circle": _polygon(72, 0.0),
     "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
     "triangle": [(0, -0.92), (1, 0.88), (-1, 0.88)],
     "cross": [(-_ARM, -1), (_ARM, -1), (_ARM, -_ARM), (1, -_ARM), (1, _ARM), (_ARM, _ARM),
               (_ARM, 1), (-_ARM, 1), (-_ARM, _ARM), (-1, _ARM), (-1, -_ARM),
               (-_ARM, -_ARM)],
-    "star": _regular(10, -90.0, (1.0, 0.48)),
+    "star": _polygon(10, -90.0, (1.0, 0.48)),
     "diamond": [(0, -1), (0.78, 0), (0, 1), (-0.78, 0)],
 }
 # fmt: on
-"""Each shape in the box from -1 to 1, y downwards."""
+"""Each shape within -1 to 1, y pointing down."""

@@ -1,11 +1,7 @@
 """Trains the embedded VAE: a stock `AutoencoderKL`, 8x downscaling, 8 latent channels, 1 M weights.
 
-Four phases. First a VAE (Kingma and Welling 2014) with 4x downscaling, whose pixel error counts
-four times on objects; then one more level is put in its middle: trained from random weights the 8x
-network was still at 22 dB where the grown one had passed 28. Then the latents are standardised:
-mean and scale of every channel are folded into the VAE's own 1x1 convolutions, which is exact, so
-stock pipelines need one scaling factor, 1. Then the decoder alone, and last both, learn to make the
-same picture from latents with noise on them, since a denoiser's are never quite an encoder's.
+Training has four phases (Kingma and Welling 2014 for the objective): a VAE with 4x downscaling; the
+same VAE grown to 8x; the decoder alone on noisy latents; encoder and decoder on noisy latents.
 
     python -m scenes.train_encoders --only vae
 """
@@ -31,17 +27,16 @@ LEARNING_RATE = 1e-3
 KL_WEIGHT = 3e-5
 """Per latent value, against the mean squared pixel error."""
 FOREGROUND_WEIGHT = 4.0
+"""The weight of the pixel error on objects, relative to the background."""
 DECODER_NOISE = 0.25
 JOINT_NOISE = 0.12
-"""Largest standard deviation of noise on the latents in the last phases; their own is 1."""
-FREE_BITS_LOGVAR = -6.0
-
-
+"""Largest standard deviation of the latent noise in the last two phases; the latents' own is 1."""
+INITIAL_LOGVAR = -6.0
 CHANNELS = (16, 32, 64, 64)
 
 
 def build(num_levels: int = 4) -> AutoencoderKL:
-    """The network with random weights and nearly deterministic posteriors."""
+    """Builds the network with random weights and nearly deterministic posteriors."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * num_levels,
         up_block_types=("UpDecoderBlock2D",) * num_levels,
@@ -53,37 +48,31 @@ def build(num_levels: int = 4) -> AutoencoderKL:
         scaling_factor=1.0,
         mid_block_add_attention=False,
     )
-    # A log-variance near zero would drown the latents in noise before they carry anything.
+    # With a log-variance near zero, noise would dominate the untrained latents.
     half = vae.config.latent_channels
     with torch.no_grad():
         vae.quant_conv.weight[half:].mul_(0.1)
-        vae.quant_conv.bias[half:].fill_(FREE_BITS_LOGVAR)
+        vae.quant_conv.bias[half:].fill_(INITIAL_LOGVAR)
     return vae
 
 
 @torch.no_grad()
 def grow(small: AutoencoderKL) -> AutoencoderKL:
-    """A network with one more resolution in its middle, all other weights taken from `small`."""
+    """Returns a network with one more resolution in the middle and the weights of `small`."""
     large = build(len(small.config.block_out_channels) + 1)
     theirs = small.state_dict()
     ours = large.state_dict()
     for name, weight in ours.items():
-        # The decoder's blocks are counted from the middle, so each moves up by one.
-        source = re.sub(
-            r"(?<=^decoder\.up_blocks\.)\d+", lambda found: str(int(found[0]) - 1), name
-        )
+        # The decoder numbers its blocks from the middle, so the new one shifts the others.
+        pattern = r"(?<=^decoder\.up_blocks\.)\d+"
+        source = re.sub(pattern, lambda match: str(int(match[0]) - 1), name)
         if source in theirs and theirs[source].shape == weight.shape:
             weight.copy_(theirs[source])
     return large
 
 
 def batches(worlds: tuple[World, ...], seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless training pictures in [-1, 1] and where their objects are.
-
-    Yields:
-        images  # (B, 3, H, W)
-        foreground, 0 or 1  # (B, 1, H, W)
-    """
+    """Yields images in [-1, 1] (B, 3, H, W) and foreground masks of 0 or 1 (B, 1, H, W)."""
     streams = [stream(world, "train", seed) for world in worlds]
     while True:
         scenes = [next(streams[i % len(streams)])[0] for i in range(BATCH_SIZE)]
@@ -92,20 +81,22 @@ def batches(worlds: tuple[World, ...], seed: int) -> Iterator[tuple[torch.Tensor
         yield images, ((images - background).abs().amax(1, keepdim=True) > 0.1).float()
 
 
-def to_tensor(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) to float in [-1, 1].  # (B, 3, H, W)"""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+def to_tensor(images: np.ndarray) -> torch.Tensor:
+    """Converts uint8 (B, H, W, 3) to float in [-1, 1].  # (B, 3, H, W)"""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def train(steps: tuple[int, int, int, int], seed: int) -> AutoencoderKL:
-    """All phases of `steps` each; the result is in float32, with standardised latents."""
+    """Runs the four phases of `steps`; returns a float32 VAE with standardised latents."""
     torch.manual_seed(seed)
     data = batches((WORLDS["full"], WORLDS["full"], WORLDS["easy"]), seed)
+    # Growing helps: from random weights the 8x network was at 22 dB when the grown one passed 28.
     small = build(len(CHANNELS) - 1)
     _fit(small, data, steps[0])
     vae = grow(small)
     _fit(vae, data, steps[1])
     standardise(vae, seed)
+    # A denoiser's latents differ from an encoder's, so the decoder also learns from noisy ones.
     _fit(vae, data, steps[2], freeze_encoder=True, noise=DECODER_NOISE)
     _fit(vae, data, steps[3], noise=JOINT_NOISE)
     standardise(vae, seed)
@@ -165,10 +156,11 @@ def _loss(
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, seed: int, num_images: int = 1024) -> None:
-    """Fold each latent channel's mean and scale into `quant_conv` and `post_quant_conv`.
+    """Folds each latent channel's mean m and scale s into `quant_conv` and `post_quant_conv`.
 
-    With z' = (z - m) / s the encoder's 1x1 convolution gets rows divided by s (the log-variance
-    loses 2 log s) and the decoder's gets columns multiplied by s, so decode(encode(x)) is the same.
+    With z' = (z - m) / s, the encoder's rows are divided by s, 2 log s is subtracted from the
+    log-variance, and the decoder's columns are multiplied by s. decode(encode(x)) does not change,
+    and a scaling factor of 1 fits all channels.
     """
     scenes = [scene for scene, _ in islice(stream(WORLDS["full"], "train", seed + 1), num_images)]
     chunks = [to_tensor(render(scenes[i : i + 64])) for i in range(0, num_images, 64)]
@@ -184,6 +176,6 @@ def standardise(vae: AutoencoderKL, seed: int, num_images: int = 1024) -> None:
 
 
 def save(vae: AutoencoderKL, folder: Path) -> None:
-    """As a stock folder, float16."""
+    """Saves float16 weights as a stock diffusers folder."""
     vae.half().save_pretrained(folder)
     vae.float()

@@ -1,17 +1,16 @@
-"""What a scene may hold: shapes, colours, sizes, places, relations, and which of their
-combinations are never seen in training.
+"""Scenes of coloured shapes: what they can contain, and which compositions are held out.
 
-Lengths are in pixels of a 64-pixel picture and scale with the picture. A scene has one, two or
-three objects. One object has a place; two have a relation along one axis; three are one object
-above or below a pair side by side. Objects never touch each other or the border, so that a drawn
-picture can be read back without ambiguity.
+A scene has one, two or three objects. One object has a place; two have a relation along one axis;
+three are one object above or below a pair. Objects never touch each other or the border, so the
+oracle can recover a scene from its image. Lengths are in pixels of a 64-pixel image; other image
+sizes scale them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations, count
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -39,44 +38,36 @@ BACKGROUNDS: dict[str, RGB] = {
     "brown": (96, 66, 44),
 }
 
-# Half the extent of a shape's bounding box as a multiple of an object's radius, chosen so that
-# shapes of one radius look about equally large.
+# Half a bounding box's width as a multiple of the object's radius; the values make shapes of equal
+# radius look about equally large.
 EXTENT = {"circle": 1.0, "square": 0.9, "triangle": 1.1, "cross": 1.05, "star": 1.15,
           "diamond": 1.15}  # fmt: skip
 SHAPES = tuple(EXTENT)
 SIZES_PX: dict[str, tuple[float, float]] = {"small": (9.25, 10.25), "large": (12.5, 15.5)}
 SIZE_LIMIT_PX = 11.0
-"""A radius below this is small, one above it large."""
+"""The radius that separates small from large."""
 PAIR_LARGE_PX = (11.75, 12.25)
-"""Two large objects side by side must fit, so they are drawn from the low end."""
+"""The radii of large objects in a pair: larger ones would not fit side by side."""
 
 PLACES = ("left", "right", "top", "bottom", "middle")
 PLACE_OFFSET_PX = 7.0
-"""An object whose centre is further than this from the picture's centre is not in the middle."""
+"""The distance from the image's centre at which an object is no longer in the middle."""
 RELATIONS = ("left of", "right of", "above", "below")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 AXIS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
-"""Where the first object stands, seen from the second, as (x, y) with y downwards."""
+"""The direction from the second object to the first as (x, y), y pointing down."""
 
-HELD_OUT_COMBINATIONS = frozenset(
-    {
-        ("circle", "purple"),
-        ("square", "yellow"),
-        ("triangle", "blue"),
-        ("cross", "red"),
-        ("star", "green"),
-        ("diamond", "orange"),
-    }
-)
-"""Shape and colour that never meet in a training scene."""
-HELD_OUT_RELATIONS = frozenset(
-    {
-        ("circle", "above", "triangle"),
-        ("square", "left of", "cross"),
-        ("star", "above", "diamond"),
-    }
-)
-"""Shape, relation, shape (or the inverse told from the other side) never seen in training."""
+# fmt: off
+HELD_OUT_COMBINATIONS = frozenset({
+    ("circle", "purple"), ("square", "yellow"), ("triangle", "blue"), ("cross", "red"),
+    ("star", "green"), ("diamond", "orange"),
+})
+"""Pairs of shape and colour that no training scene contains."""
+HELD_OUT_RELATIONS = frozenset({
+    ("circle", "above", "triangle"), ("square", "left of", "cross"), ("star", "above", "diamond"),
+})
+"""Relations between shapes that no training scene contains, in either direction."""
+# fmt: on
 
 Split = Literal["train", "val", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "val", "held_out")
@@ -84,7 +75,7 @@ SPLITS: tuple[Split, ...] = ("train", "val", "held_out")
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """What may be drawn. `counts` gives the relative frequency of 1, 2 and 3 objects."""
+    """A scene distribution; `counts` are the relative frequencies of 1, 2 and 3 objects."""
 
     name: str
     shapes: tuple[str, ...]
@@ -115,8 +106,8 @@ WORLDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thing:
-    """One object: centre and radius in pixels of a 64-pixel picture, y downwards."""
+class SceneObject:
+    """One object: its centre and radius in pixels of a 64-pixel image, y pointing down."""
 
     shape: str
     colour: str
@@ -135,31 +126,31 @@ class Thing:
 class Scene:
     """Objects on a background.
 
-    One object has a `place`. Of two objects the first stands in `relation` to the second; of three
-    the first stands in `relation` ("above" or "below") to the other two, the second of which is
+    A single object has a `place`. With two objects, `relation` is that of the first to the second.
+    With three, it is that of the first to the other two ("above" or "below"), and the second is
     left of the third.
     """
 
     background: str
-    things: tuple[Thing, ...]
+    objects: tuple[SceneObject, ...]
     place: str | None = None
     relation: str | None = None
 
     def relations(self) -> Iterator[tuple[int, str, int]]:
-        """Every (index, relation, index) that a caption may tell."""
+        """Yields every true (index, relation, index), each pair in one direction."""
         if self.relation is None:
             return
-        for other in range(1, len(self.things)):
+        for other in range(1, len(self.objects)):
             yield 0, self.relation, other
-        if len(self.things) == 3:
+        if len(self.objects) == 3:
             yield 1, "left of", 2
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether any of the scene's compositions is kept from training."""
-    if any((thing.shape, thing.colour) in HELD_OUT_COMBINATIONS for thing in scene.things):
+    """Whether the scene contains a composition that is held out from training."""
+    if any((item.shape, item.colour) in HELD_OUT_COMBINATIONS for item in scene.objects):
         return True
-    shapes = [thing.shape for thing in scene.things]
+    shapes = [item.shape for item in scene.objects]
     return any(
         (shapes[a], relation, shapes[b]) in HELD_OUT_RELATIONS
         or (shapes[b], INVERSE[relation], shapes[a]) in HELD_OUT_RELATIONS
@@ -168,63 +159,67 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def make_scene(
-    world: World, rng: np.random.Generator, split: Split, num_things: int | None = None
+    world: World, rng: np.random.Generator, split: Split, num_objects: int | None = None
 ) -> Scene:
-    """One scene of `split` at random; `num_things` fixes the number of objects.
+    """Samples a scene; `num_objects` overrides the random number of objects.
 
-    Scenes of train and val hold no held-out composition; every scene of held_out holds one.
+    Scenes of train and val contain no held-out composition; every scene of held_out contains one.
     """
     while True:
-        num = num_things or 1 + int(rng.choice(3, p=np.array(world.counts) / sum(world.counts)))
+        num = num_objects or 1 + int(rng.choice(3, p=np.array(world.counts) / sum(world.counts)))
         scene = (_make_single, _make_pair, _make_triple)[num - 1](world, rng)
         if is_held_out(scene) == (split == "held_out"):
             return scene
 
 
 def stream(world: World, split: Split, seed: int) -> Iterator[tuple[Scene, np.random.Generator]]:
-    """Endless scenes of a split with the generator that also words their captions.
+    """Yields endless scenes of a split, each with the random generator for its captions.
 
-    Each split has its own stream, and scene number i is the same however many are taken.
+    Scene i depends only on the world, the split, the seed and i.
     """
     for index in count():
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
         yield make_scene(world, rng, split), rng
 
 
-def _look(world: World, rng: np.random.Generator) -> tuple[str, str]:
+def _appearance(world: World, rng: np.random.Generator) -> tuple[str, str]:
     return str(rng.choice(world.shapes)), str(rng.choice(world.colours))
 
 
-def _thing(look: tuple[str, str], size: str, radius_px: float, x_px: float, y_px: float) -> Thing:
-    shape, colour = look
-    return Thing(shape=shape, colour=colour, size=size, x_px=round(x_px, 2), y_px=round(y_px, 2),
-                 radius_px=round(radius_px, 2))  # fmt: skip
+def _object(
+    appearance: tuple[str, str], size: str, radius_px: float, x_px: float, y_px: float
+) -> SceneObject:
+    shape, colour = appearance
+    x_px, y_px, radius_px = round(x_px, 2), round(y_px, 2), round(radius_px, 2)
+    return SceneObject(
+        shape=shape, colour=colour, size=size, x_px=x_px, y_px=y_px, radius_px=radius_px
+    )
 
 
 def _make_single(world: World, rng: np.random.Generator) -> Scene:
-    look, size = _look(world, rng), str(rng.choice(world.sizes))
+    appearance, size = _appearance(world, rng), str(rng.choice(world.sizes))
     radius = rng.uniform(*SIZES_PX[size])
     place = str(rng.choice(PLACES))
-    sideways = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
-    furthest = CANVAS_PX / 2 - MARGIN_PX - EXTENT[look[0]] * radius
+    directions = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
+    furthest = CANVAS_PX / 2 - MARGIN_PX - EXTENT[appearance[0]] * radius
     offset = rng.uniform(-3.0, 3.0, size=2)
     if place != "middle":
         along = rng.uniform(min(PLACE_OFFSET_PX + 3.0, furthest), min(furthest, 18.0))
-        axis = np.array(sideways[place])
+        axis = np.array(directions[place])
         offset = np.where(axis != 0, axis * along, offset)
     x, y = CANVAS_PX / 2 + offset
-    thing = _thing(look, size, radius, float(x), float(y))
-    return Scene(background=str(rng.choice(world.backgrounds)), things=(thing,), place=place)
+    item = _object(appearance, size, radius, float(x), float(y))
+    return Scene(background=str(rng.choice(world.backgrounds)), objects=(item,), place=place)
 
 
 def _make_pair(world: World, rng: np.random.Generator) -> Scene:
-    looks = [_look(world, rng), _look(world, rng)]
+    looks = [_appearance(world, rng), _appearance(world, rng)]
     sizes = [str(rng.choice(world.sizes)) for _ in looks]
     radii = [rng.uniform(*(PAIR_LARGE_PX if size == "large" else SIZES_PX[size])) for size in sizes]
     extents = [EXTENT[look[0]] * radius for look, radius in zip(looks, radii, strict=True)]
     relation = str(rng.choice(RELATIONS))
     axis = np.array(AXIS[relation])
-    # Along the axis: the slack that is left is shared out at random before, between and behind.
+    # The free space along the axis is split at random into before, between and after the objects.
     slack = CANVAS_PX - 2 * MARGIN_PX - GAP_PX - 2 * sum(extents)
     before, between, _ = rng.dirichlet((2.0, 1.0, 2.0)) * slack
     near, far = (0, 1) if axis.sum() < 0 else (1, 0)
@@ -232,34 +227,22 @@ def _make_pair(world: World, rng: np.random.Generator) -> Scene:
     along[near] = MARGIN_PX + before + extents[near]
     along[far] = along[near] + extents[near] + GAP_PX + between + extents[far]
     across = CANVAS_PX / 2 + rng.uniform(-4.0, 4.0, size=2)
-    things = tuple(
-        _thing(looks[i], sizes[i], radii[i], *_xy(axis, along[i], float(across[i])))
-        for i in range(2)
-    )
-    return Scene(background=str(rng.choice(world.backgrounds)), things=things, relation=relation)
-
-
-def _xy(axis: np.ndarray, along: float, across: float) -> tuple[float, float]:
-    return (along, across) if axis[0] else (across, along)
+    objects = []
+    for i in range(2):
+        x, y = (along[i], float(across[i])) if axis[0] else (float(across[i]), along[i])
+        objects.append(_object(looks[i], sizes[i], radii[i], x, y))
+    background = str(rng.choice(world.backgrounds))
+    return Scene(background=background, objects=tuple(objects), relation=relation)
 
 
 def _make_triple(world: World, rng: np.random.Generator) -> Scene:
     relation = str(rng.choice(("above", "below")))
     rows = (17.0, 47.0) if relation == "above" else (47.0, 17.0)
     centres = [(32.0, rows[0]), (16.5, rows[1]), (47.5, rows[1])]
-    things = []
+    objects = []
     for x, y in centres:
-        look, radius = _look(world, rng), rng.uniform(*SIZES_PX["small"])
+        appearance, radius = _appearance(world, rng), rng.uniform(*SIZES_PX["small"])
         dx, dy = rng.uniform(-2.0, 2.0, size=2)
-        things.append(_thing(look, "small", radius, x + float(dx), y + float(dy)))
-    ground = str(rng.choice(world.backgrounds))
-    return Scene(background=ground, things=tuple(things), relation=relation)
-
-
-def touching(scene: Scene) -> bool:
-    """Whether two bounding boxes of the scene overlap; drawn scenes never do."""
-    return any(
-        abs(a.x_px - b.x_px) < a.extent_px + b.extent_px
-        and abs(a.y_px - b.y_px) < a.extent_px + b.extent_px
-        for a, b in combinations(scene.things, 2)
-    )
+        objects.append(_object(appearance, "small", radius, x + float(dx), y + float(dy)))
+    background = str(rng.choice(world.backgrounds))
+    return Scene(background=background, objects=tuple(objects), relation=relation)

@@ -1,4 +1,4 @@
-"""Bundles of random weights around the tiny encoders, for tests of sampling and evaluation."""
+"""Bundles with random weights and the tiny encoders, for tests of sampling and evaluation."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ VELOCITY = ObjectiveConfig(prediction="v")
 
 
 def make_bundle(folder: Path, objective: ObjectiveConfig = VELOCITY) -> Path:
-    """Writes a bundle whose pictures are noise, but the same noise each time."""
+    """Writes a bundle whose images are noise, the same at every call."""
     folders = tiny.encoders()
     tokenizer, text_encoder = load_text_encoder(folders.clip)
     with torch.random.fork_rng(devices=[]):

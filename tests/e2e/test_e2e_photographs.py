@@ -1,4 +1,4 @@
-"""The whole way on real photographs with the embedded encoders: image files in, pictures out."""
+"""The whole pipeline on real photographs with the embedded encoders."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,8 @@ DENOISER = DenoiserConfig(
 
 
 @pytest.mark.parametrize("size_px", [64, 128])
-def test_photographs_to_pictures(coco_mini: Path, tmp_path: Path, size_px: int) -> None:
-    told = coco_mini / "annotations" / "captions_val2017.json"
+def test_photographs_to_samples(coco_mini: Path, tmp_path: Path, size_px: int) -> None:
+    captions = coco_mini / "annotations" / "captions_val2017.json"
     shards = tmp_path / "shards"
     build(
         PipelineConfig(
@@ -34,11 +34,11 @@ def test_photographs_to_pictures(coco_mini: Path, tmp_path: Path, size_px: int) 
             vae=str(ENCODERS / "vae"),
             text_encoder=str(ENCODERS / "clip"),
             image_size_px=size_px,
-            source=SourceConfig(images=str(coco_mini / "val2017"), captions=str(told)),
+            source=SourceConfig(images=str(coco_mini / "val2017"), captions=str(captions)),
             out=str(shards),
         )
     )
-    check_with_stock_webdataset(shards, told, size_px)
+    check_with_stock_webdataset(shards, captions, size_px)
     bundle = train(
         TrainConfig(
             name="photographs",
@@ -50,32 +50,26 @@ def test_photographs_to_pictures(coco_mini: Path, tmp_path: Path, size_px: int) 
             model=DENOISER,
         )
     )
-    grid = sample(
-        SampleConfig(
-            bundle=str(bundle),
-            prompts=("a man on a horse",),
-            num_steps=2,
-            out=str(tmp_path / "out"),
-        )
-    )
+    out = tmp_path / "out"
+    prompts = ("a man on a horse",)
+    grid = sample(SampleConfig(bundle=str(bundle), prompts=prompts, num_steps=2, out=str(out)))
     assert grid.is_file()
-    with Image.open(tmp_path / "out" / "samples" / "0000.png") as picture:
-        assert picture.size == (size_px, size_px)
-        assert np.asarray(picture).std() > 0
+    with Image.open(out / "samples" / "0000.png") as image:
+        assert image.size == (size_px, size_px)
+        assert np.asarray(image).std() > 0
 
 
-def check_with_stock_webdataset(shards: Path, told: Path, size_px: int) -> None:
-    """Every caption of every image is there, and each has its states."""
-    wanted: dict[str, list[str]] = {}
-    for annotation in json.loads(told.read_text())["annotations"]:
-        wanted.setdefault(f"{annotation['image_id']:012d}", []).append(annotation["caption"])
+def check_with_stock_webdataset(shards: Path, captions: Path, size_px: int) -> None:
+    """Checks that every image has all its captions, and every caption its states."""
+    expected: dict[str, list[str]] = {}
+    for annotation in json.loads(captions.read_text())["annotations"]:
+        key = f"{annotation['image_id']:012d}"
+        expected.setdefault(key, []).append(annotation["caption"].strip())
     found = {}
     for record in read_stock(shards):
-        captions = record["json"]["captions"]
+        texts = record["json"]["captions"]
         assert record["latent.npy"].shape == (1, 16, size_px // 8, size_px // 8)
-        assert record["text.npy"].shape == (len(captions), 77, 128)
+        assert record["text.npy"].shape == (len(texts), 77, 128)
         assert np.isfinite(record["text.npy"].astype(np.float32)).all()
-        found[record["__key__"]] = captions
-    assert {key: sorted(text.strip() for text in texts) for key, texts in found.items()} == {
-        key: sorted(text.strip() for text in texts) for key, texts in wanted.items()
-    }
+        found[record["__key__"]] = sorted(text.strip() for text in texts)
+    assert found == {key: sorted(texts) for key, texts in expected.items()}

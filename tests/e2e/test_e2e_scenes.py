@@ -1,4 +1,4 @@
-"""The four commands one after another as a user types them, from another folder, offline."""
+"""The four commands in sequence, started from another folder, offline."""
 
 import json
 import os
@@ -12,7 +12,7 @@ SHORT = ["--config", "demo", "--name", "short"]
 
 
 def run(folder: Path, *command: str) -> str:
-    """Runs a command from the project, not installed, in `folder` with another locale."""
+    """Runs a command of the checkout in `folder`, in the C locale; returns its output."""
     environment = {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "ACCELERATE_USE_CPU": "1"}
     done = subprocess.run(
         [sys.executable, *command],
@@ -43,11 +43,11 @@ def test_the_four_commands(elsewhere: Path) -> None:
     run(elsewhere, str(ROOT / "train" / "run.py"), *SHORT, *steps, *out)
     bundle = ["--bundle", "run/bundle", "--num-steps", "2"]
     run(elsewhere, "-m", "latent_t2i.sample.run", *SHORT, *bundle, *out)
-    told = run(elsewhere, "-m", "latent_t2i.evaluation.run", *SHORT, *bundle, *out, "--run", "run",
-               "--num-prompts", "2")  # fmt: skip
-    left = {path.name for path in (elsewhere / "run").iterdir()}
-    assert {"samples.png", "report.html", "metrics.json", "metrics.jsonl", "bundle"} <= left
+    few = ["--run", "run", "--num-prompts", "2"]
+    output = run(elsewhere, "-m", "latent_t2i.evaluation.run", *SHORT, *bundle, *out, *few)
+    files = {path.name for path in (elsewhere / "run").iterdir()}
+    assert {"samples.png", "report.html", "metrics.json", "metrics.jsonl", "bundle"} <= files
     metrics = json.loads((elsewhere / "run" / "metrics.json").read_text())
     assert {"oracle/single/shape_and_colour", "oracle/pair/colours", "clip_score"} <= set(metrics)
-    assert "oracle/single/shape_and_colour" in told
-    assert "report.html" in told
+    assert "oracle/single/shape_and_colour" in output
+    assert "report.html" in output

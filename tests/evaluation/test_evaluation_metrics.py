@@ -1,5 +1,6 @@
-"""Figures: against torchmetrics, and by cases whose answer is known."""
+"""The metrics against torchmetrics and known values, and the charts."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ from torchmetrics.functional.multimodal import clip_score
 from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from latent_t2i.evaluation.curves import guidance_chart, loss_chart, read_history, smooth
-from latent_t2i.evaluation.drawing import Prompt, Samples
-from latent_t2i.evaluation.metrics import ClipScorer, judge, oracle_figures
+from latent_t2i.evaluation.drawing import Samples
+from latent_t2i.evaluation.metrics import ClipScorer, check_samples, oracle_metrics
 from latent_t2i.evaluation.report import wilson
 from latent_t2i.model.encoders import quiet
 from latent_t2i.model.paths import ROOT
@@ -20,39 +21,39 @@ from latent_t2i.scenes.draw import draw
 CLIP = ROOT / "scenes" / "encoders" / "clip"
 
 
-def drawn_as_asked(kind: str, num: int = 24) -> Samples:
-    made = scene_prompts.make("easy", kind, num, 3)
-    prompts = [Prompt(text=p.text, scene=p.scene, mentions=p.mentions) for p in made]
-    pictures = [draw(p.scene) for p in made]
-    return Samples(kind=kind, guidance_scale=4.0, prompts=prompts, pictures=pictures)
+def exact_samples(kind: str, num: int = 24) -> Samples:
+    """Samples whose images are renderings of the prompts' own scenes."""
+    prompts = scene_prompts.make_prompts("easy", kind, num, 3)
+    images = [draw(p.scene) for p in prompts]
+    return Samples(kind=kind, guidance_scale=4.0, prompts=prompts, images=images)
 
 
 @pytest.mark.parametrize("kind", scene_prompts.KINDS)
-def test_pictures_drawn_as_asked_are_all_right_and_shuffled_ones_are_not(kind: str) -> None:
-    asked = drawn_as_asked(kind)
-    figures = oracle_figures(kind, judge(asked))
-    assert set(figures.values()) == {1.0}
-    other = [*asked.pictures[1:], asked.pictures[0]]
-    wrong = Samples(kind=kind, guidance_scale=4.0, prompts=asked.prompts, pictures=other)
-    assert oracle_figures(kind, judge(wrong))[f"oracle/{kind}/all"] < 0.3
+def test_exact_images_pass_all_checks_and_permuted_ones_fail(kind: str) -> None:
+    exact = exact_samples(kind)
+    metrics = oracle_metrics(kind, check_samples(exact))
+    assert set(metrics.values()) == {1.0}
+    permuted = [*exact.images[1:], exact.images[0]]
+    wrong = Samples(kind=kind, guidance_scale=4.0, prompts=exact.prompts, images=permuted)
+    assert oracle_metrics(kind, check_samples(wrong))[f"oracle/{kind}/all"] < 0.3
 
 
-def test_an_attribute_is_counted_over_the_prompts_that_tell_it() -> None:
-    verdicts = [{"colour": True, "place": False}, {"colour": True}, {"colour": False}]
-    assert oracle_figures("single", verdicts, "@g1") == {
+def test_an_attribute_is_averaged_over_the_prompts_that_mention_it() -> None:
+    checks = [{"colour": True, "place": False}, {"colour": True}, {"colour": False}]
+    assert oracle_metrics("single", checks, "@g1") == {
         "oracle/single/colour@g1": pytest.approx(2 / 3),
         "oracle/single/place@g1": 0.0,
     }
 
 
-class OlderTransformers:
-    """CLIPModel as torchmetrics knows it: features come as plain tensors."""
+class PlainFeatures:
+    """CLIPModel as torchmetrics expects it: features are tensors, as in older transformers."""
 
     def __init__(self, model: CLIPModel) -> None:
         self._model = model
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
 
-    def to(self, _: torch.device) -> "OlderTransformers":
+    def to(self, _: torch.device) -> "PlainFeatures":
         return self
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -62,39 +63,39 @@ class OlderTransformers:
         return self._model.get_text_features(ids, mask).pooler_output
 
 
-def test_clip_score_is_torchmetrics() -> None:
-    asked = drawn_as_asked("single", 12)
-    texts = [prompt.text for prompt in asked.prompts]
+def test_clip_score_equals_torchmetrics() -> None:
+    exact = exact_samples("single", 12)
+    texts = [prompt.text for prompt in exact.prompts]
     with quiet():
         model = CLIPModel.from_pretrained(CLIP, dtype=torch.float32)
         processor = CLIPProcessor(
             image_processor=AutoImageProcessor.from_pretrained(CLIP),
             tokenizer=CLIPTokenizer.from_pretrained(CLIP),
         )
-    older = OlderTransformers(model.eval().requires_grad_(False))
-    images = [torch.from_numpy(picture.copy()).permute(2, 0, 1) for picture in asked.pixels]
-    reference = clip_score(images, texts, model_name_or_path=lambda: (older, processor))
-    assert ClipScorer(str(CLIP)).score(asked.pixels, texts) == pytest.approx(
+    plain = PlainFeatures(model.eval().requires_grad_(False))
+    images = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in exact.pixels]
+    reference = clip_score(images, texts, model_name_or_path=lambda: (plain, processor))
+    assert ClipScorer(str(CLIP)).score(exact.pixels, texts) == pytest.approx(
         float(reference), abs=1e-3
     )
 
 
-def test_clip_score_does_not_depend_on_the_batch_and_prefers_the_right_text() -> None:
-    asked = drawn_as_asked("single", 70)
+def test_clip_score_is_independent_of_the_batch_and_prefers_the_true_text() -> None:
+    exact = exact_samples("single", 70)
     scorer = ClipScorer(str(CLIP))
-    texts = [prompt.text for prompt in asked.prompts]
-    whole = scorer.score(asked.pixels, texts)
-    parts = [scorer.score(asked.pixels[i : i + 7], texts[i : i + 7]) for i in range(0, 70, 7)]
+    texts = [prompt.text for prompt in exact.prompts]
+    whole = scorer.score(exact.pixels, texts)
+    parts = [scorer.score(exact.pixels[i : i + 7], texts[i : i + 7]) for i in range(0, 70, 7)]
     assert np.mean(parts) == pytest.approx(whole, abs=1e-3)
-    assert scorer.score(asked.pixels, [*texts[1:], texts[0]]) < whole - 5
+    assert scorer.score(exact.pixels, [*texts[1:], texts[0]]) < whole - 5
 
 
-def test_a_folder_that_is_no_clip_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_clip_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"--clip: {tmp_path}"):
         ClipScorer(str(tmp_path))
 
 
-def test_wilson_interval_holds_known_values() -> None:
+def test_wilson_interval_of_known_values() -> None:
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert wilson(0.0, 10)[0] == 0.0
@@ -105,7 +106,7 @@ def test_smoothing_keeps_a_constant_and_follows_a_step() -> None:
     assert smooth([0.0, 1.0], weight=0.5) == pytest.approx([0.0, 2 / 3])
 
 
-def test_charts_are_inline_and_the_same_each_time() -> None:
+def test_charts_are_reproducible_inline_svg() -> None:
     history = [{"step": step, "loss": 1 / step} for step in range(1, 9)] + [
         {"step": 9, "loss": None}
     ]
@@ -120,8 +121,23 @@ def test_charts_are_inline_and_the_same_each_time() -> None:
     assert "second" in both
 
 
-def test_a_broken_history_names_its_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"step": ', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "the line is '[1]', expected a JSON object"),
+        ('{"loss": 1.0}', "step is 'None', expected a finite number"),
+        ('{"step": 2, "loss": "low"}', "loss is 'low', expected a finite number"),
+        ('{"step": 2, "loss": NaN}', "loss is 'nan', expected a finite number"),
+        ('{"step": 2, "loss": ' + "9" * 400 + "}", "expected a finite number"),
+        ('{"step": 2, "validation": 3}', "validation is '3', expected a JSON object"),
+        ('{"step": 2, "validation": {"loss": "low"}}', "validation.loss is 'low', expected"),
+        ('{"step": 2, "time_breakdown": {"data": []}}', "time_breakdown.data is '[]', expected"),
+    ],
+)
+def test_an_unusable_line_of_the_history_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": \n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+    path.write_text('{"step": 1, "loss": null}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2: .*{re.escape(message)}"):
         read_history(path)

@@ -1,7 +1,8 @@
-"""The whole of evaluation on a bundle of noise: every figure, and a page that stands alone."""
+"""`evaluation.run` on a bundle of noise: all metrics, and a self-contained report."""
 
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from latent_t2i.configs.cli import ConfigError, parse
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.drawing import read_captions
 from latent_t2i.evaluation.evaluate import evaluate
+from latent_t2i.model.bundle import digest
 from latent_t2i.model.paths import ROOT
+from latent_t2i.sample import pictures
 from tests.bundles import make_bundle
 
 
@@ -22,11 +25,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(bundle: Path, out: Path, **settings: object) -> EvaluationConfig:
     chosen = {"num_prompts": 4, "num_steps": 2, "guidance_scales": (1.0, 4.0)} | settings
-    return EvaluationConfig(name="tiny", bundle=str(bundle), out=str(out), run=str(out), **chosen)
+    return EvaluationConfig(name="tiny", bundle=str(bundle), out=str(out), **chosen)
 
 
 class Links(HTMLParser):
-    """Collects what a page would load, and checks that its tags match."""
+    """Collects the URLs that a page loads and counts its images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +41,7 @@ class Links(HTMLParser):
         self.loads += [str(value) for name, value in attrs if name in ("src", "href")]
 
 
-def test_figures_and_report_of_scenes(
+def test_metrics_and_report_with_the_oracle(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [
@@ -46,7 +49,7 @@ def test_figures_and_report_of_scenes(
         for s in (1, 2)
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    report = evaluate(config(bundle, tmp_path, started_at=1))
+    report = evaluate(config(bundle, tmp_path, run=str(tmp_path), started_at=1))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     for name in (
         "oracle/single/shape_and_colour",
@@ -56,40 +59,39 @@ def test_figures_and_report_of_scenes(
     ):
         assert 0 <= metrics[name] <= 1
         assert 0 <= metrics[f"{name}@g1"] <= 1
-        assert f"{name}@g4" not in metrics, "the main guidance has no suffix"
+        assert f"{name}@g4" not in metrics, "the main guidance scale has no suffix"
     assert 0 <= metrics["clip_score"] < metrics["clip_score/drawn"] <= 100
     assert metrics["train_seconds"] == 1.5
     assert metrics["total_seconds"] > 1e9
-    assert all(isinstance(value, int | float) for value in metrics.values()), "one flat object"
+    assert (metrics.pop("bundle"), metrics.pop("bundle_sha256")) == (str(bundle), digest(bundle))
+    assert all(isinstance(value, int | float) for value in metrics.values()), "flat"
     page = report.read_text()
     links = Links()
     links.feed(page)
     assert all(link.startswith(("data:image/png", "#")) for link in links.loads)
     assert not re.search(r"url\(\s*['\"]?http|@import|<script", page)
-    assert links.num_images == 4 * 3 + 2 * 2, "each kind's pictures, and the guidance strips"
+    assert links.num_images == 4 * 3 + 2 * 2, "the samples of each kind, and the guidance rows"
     assert "denoise" in page
+    assert digest(bundle)[:16] in page
     assert str(report) in capsys.readouterr().out
 
 
-def test_without_a_training_log_the_report_says_so(bundle: Path, tmp_path: Path) -> None:
-    report = evaluate(config(bundle, tmp_path, num_prompts=2))
-    assert "There is no metrics.jsonl beside this bundle" in report.read_text()
-
-
-def test_captions_without_an_oracle(bundle: Path, tmp_path: Path) -> None:
-    told = tmp_path / "captions.json"
+def test_metrics_and_report_of_captions(bundle: Path, tmp_path: Path) -> None:
+    captions = tmp_path / "captions.json"
     annotations = [{"image_id": i, "caption": f"caption <{i}> & more"} for i in (3, 1, 1, 2)]
-    told.write_text(json.dumps({"images": [], "annotations": annotations}))
-    settings = {"oracle": False, "captions": str(told), "num_prompts": 3}
+    captions.write_text(json.dumps({"images": [], "annotations": annotations}))
+    settings = {"oracle": False, "captions": str(captions), "num_prompts": 3}
     report = evaluate(config(bundle, tmp_path, **settings))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert not [name for name in metrics if name.startswith("oracle")]
     assert {"clip_score", "clip_score@g1"} <= set(metrics)
     assert metrics["num_prompts"] == 3
-    assert "caption &lt;1&gt; &amp; more" in report.read_text()
+    page = report.read_text()
+    assert "caption &lt;1&gt; &amp; more" in page
+    assert "The run folder has no metrics.jsonl" in page
 
 
-def test_files_that_hold_no_captions_are_named(tmp_path: Path) -> None:
+def test_a_file_without_captions_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--captions: no file 'gone\.json'"):
         read_captions("gone.json", 1)
     other = tmp_path / "instances.json"
@@ -98,15 +100,51 @@ def test_files_that_hold_no_captions_are_named(tmp_path: Path) -> None:
         read_captions(str(other), 1)
 
 
+def test_a_run_without_a_bundle_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "output_root", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"--bundle: .*runs/untrained/bundle does not exist"):
+        evaluate(EvaluationConfig(name="untrained", out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_loss_curve_is_that_of_the_bundles_own_run(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--run: .*metrics\.jsonl does not exist"):
+        evaluate(config(bundle, tmp_path, run=str(tmp_path)))
+    own = tmp_path / "run" / "bundle"
+    shutil.copytree(bundle, own)
+    history = own.parent / "metrics.jsonl"
+    history.write_text('{"step": 1, "loss": "low"}\n')
+    with pytest.raises(ValueError, match=r"run/metrics\.jsonl, line 1: loss is 'low'"):
+        evaluate(config(own, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unusable_bundle_info_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    own = tmp_path / "bundle"
+    shutil.copytree(bundle, own)
+    info = json.loads((own / "bundle.json").read_text())
+    (own / "bundle.json").write_text(json.dumps(info | {"train_seconds": "long"}))
+    with pytest.raises(ValueError, match=r"bundle\.json: train_seconds is 'long', expected a num"):
+        evaluate(config(own, tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--no-oracle"], "--captions: without the oracle it is needed"),
-        (["--captions", "x.json"], "with it it has no effect"),
-        (["--num-prompts", "0"], "--num-prompts: expected at least 1, found 0"),
-        (["--guidance-scales", "0", "4"], "--guidance-scales: expected at least 1, found 0"),
+        (["--no-oracle"], "--captions: required with --no-oracle"),
+        (["--captions", "x.json"], "--captions: found 'x.json', but the oracle"),
+        (["--num-prompts", "0"], "--num-prompts: expected .*, found 0"),
+        (["--num-steps", "0"], "--num-steps: expected .*, found 0"),
+        (["--batch-size", "0"], "--batch-size: expected .*, found 0"),
+        (["--guidance-scale", "nan"], "--guidance-scale: expected .*, found nan"),
+        (["--guidance-scales", "0", "4"], "--guidance-scales: expected .*, found 0"),
+        (["--guidance-scales", "2", "inf"], "--guidance-scales: expected .*, found inf"),
+        (["--seed", str(2**63)], f"--seed: expected .*, found {2**63}"),
+        (["--started-at", "99999999999"], "--started-at: expected .*, found 99999999999"),
     ],
 )
-def test_wrong_settings_are_refused(flags: list[str], message: str) -> None:
+def test_invalid_settings_are_errors(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(EvaluationConfig, "evaluation", ["--config", str(ROOT / "configs/demo.yaml"), *flags])

@@ -1,9 +1,9 @@
-"""Every sampler of every objective against the exact answer, through the stock pipeline.
+"""Every sampler and objective against the exact solution, through the stock pipeline.
 
-For latents that are independent normal numbers the best denoiser is known, and so is where the
-probability-flow ODE (Song et al. 2021, 2011.13456, eq. 13) takes each number: to the same quantile.
-The denoiser here knows of time what training shows: the noisy input at that timestep. So a sampler
-whose timesteps or noise levels are not those of training misses.
+For latents that are independent Gaussians, the best denoiser is known in closed form, and the
+probability-flow ODE (Song et al. 2021, 2011.13456, eq. 13) maps each value to the same quantile.
+The denoiser here uses the noise levels of training at each timestep, so a sampler with other
+timesteps or noise levels misses the solution.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ OBJECTIVES = {
 
 
 class Probe(nn.Module):
-    """A denoiser that keeps the noisy input."""
+    """A denoiser that stores its noisy input."""
 
     def forward(self, noisy: Tensor, timesteps: Tensor, **_: Any) -> tuple[Tensor]:
         self.noisy = noisy
@@ -55,13 +55,11 @@ class Probe(nn.Module):
 
 
 def training_levels(config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """Returns the shares of latents and noise (num_timesteps,) in what training shows.
-
-    Flow's are of the middle of the times that the denoiser is told as one timestep.
-    """
+    """Returns the weights of latent and noise (num_timesteps,) in training's noisy latents."""
     num = config.num_timesteps
+    # Flow rounds continuous times down to timesteps: these are the middles of the intervals.
     timesteps = torch.arange(num) + (0.5 if config.prediction == "flow" else 0)
-    # The first example of each pair is all latent, the second all noise.
+    # The first example of each pair is a latent of one without noise, the second the reverse.
     pair = torch.tensor([1.0, 0.0]).repeat(num)[:, None, None, None]
     probe = Probe()
     diffusion.loss(
@@ -78,7 +76,7 @@ def training_levels(config: ObjectiveConfig) -> tuple[Tensor, Tensor]:
 
 
 def best_denoiser(config: ObjectiveConfig) -> Callable[..., tuple[Tensor]]:
-    """Returns the best prediction for latents of MEAN and STD, as a UNet's `forward`."""
+    """Returns the best prediction for latents of MEAN and STD, as a U-Net's `forward`."""
     signals, spreads = training_levels(config)
 
     def forward(x: Tensor, timestep: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
@@ -87,20 +85,19 @@ def best_denoiser(config: ObjectiveConfig) -> Callable[..., tuple[Tensor]]:
         gain = signal * STD**2 / (signal**2 * STD**2 + spread**2)
         clean = MEAN + gain * (x - signal * MEAN)
         noise = spread / (signal**2 * STD**2 + spread**2) * (x - signal * MEAN)
-        return (
-            {
-                "epsilon": noise,
-                "v": signal * noise - spread * clean,
-                "sample": clean,
-                "flow": noise - clean,
-            }[config.prediction],
-        )
+        predictions = {
+            "epsilon": noise,
+            "v": signal * noise - spread * clean,
+            "sample": clean,
+            "flow": noise - clean,
+        }
+        return (predictions[config.prediction],)
 
     return forward
 
 
 def exact(config: ObjectiveConfig, start: Tensor) -> Tensor:
-    """Returns where the ODE takes the first latents."""
+    """Returns the ODE's solution for the initial latents."""
     signal, spread = (levels[-1] for levels in training_levels(config))
     return MEAN + STD * (start - signal * MEAN) / (signal**2 * STD**2 + spread**2).sqrt()
 
@@ -113,7 +110,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> StableDiffusionPipeline:
 def make_pipeline(
     stock: StableDiffusionPipeline, config: ObjectiveConfig, folder: Path
 ) -> StableDiffusionPipeline:
-    """Returns a stock pipeline with the best denoiser and the scheduler a bundle would bring."""
+    """Returns a stock pipeline with the best denoiser and the scheduler that a bundle stores."""
     own = sampling_scheduler(make_scheduler(config))
     own.save_pretrained(folder)
     loaded = type(own).from_pretrained(folder)
@@ -126,7 +123,7 @@ def make_pipeline(
 
 
 def draw(pipeline: StableDiffusionPipeline, start: Tensor, num_steps: int) -> Tensor:
-    """Returns the latents that the pipeline makes of the first ones."""
+    """Returns the latents that the pipeline samples from the initial ones."""
     result = pipeline(
         [""] * len(start),
         latents=start,
@@ -138,8 +135,8 @@ def draw(pipeline: StableDiffusionPipeline, start: Tensor, num_steps: int) -> Te
     return latents
 
 
-def first_latents() -> Tensor:
-    """Returns noise whose mean is 0 and whose deviation is 1 as they are."""
+def initial_latents() -> Tensor:
+    """Returns noise with a sample mean of exactly 0 and a sample deviation of exactly 1."""
     noise = torch.randn(NUM_IMAGES, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     return (noise - noise.mean()) / noise.std()
 
@@ -153,37 +150,36 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "scheduler"), CASES)
-def test_latents_come_out_as_they_were_trained(
+def test_samplers_reach_the_exact_solution(
     stock: StableDiffusionPipeline, tmp_path: Path, name: str, scheduler: Any
 ) -> None:
-    config, start = OBJECTIVES[name], first_latents()
+    config, start = OBJECTIVES[name], initial_latents()
     pipeline = make_pipeline(stock, config, tmp_path)
     pipeline.scheduler = sampler.choose_scheduler(pipeline.scheduler, scheduler)
     drawn = draw(pipeline, start, num_steps=config.num_timesteps // 4)
     first_order = scheduler in ("ddim", "euler") or (scheduler, config.flow_shift) == ("bundle", 1)
     tolerance = 0.045 if first_order else 0.02
     torch.testing.assert_close(drawn, exact(config, start), rtol=0, atol=tolerance)
-    # Where the last level is not pure noise, the mean is missed by design (Lin et al. 2023).
+    # If the last noise level is not pure noise, the mean is biased (Lin et al. 2023).
     assert abs(drawn.mean() - MEAN) < (0.03 if "scaled" in name else 0.01)
     assert abs(drawn.std() - STD) < 0.02
 
 
 def fitted_denoiser(config: ObjectiveConfig) -> Callable[..., tuple[Tensor]]:
-    """Returns the line that fits training's targets best, a line for each timestep.
+    """Returns the linear fit to training's targets at each timestep, as a U-Net's `forward`.
 
-    All it knows are the numbers drawn for a batch and the loss: that of an answer of zero has the
-    target as its slope.
+    The targets are read from the loss alone: at a prediction of zero its gradient is -2 * target.
     """
     numbers = draw_numbers(0, 0, 40_000, (1, 4, 4), config)
     latents = MEAN + STD * numbers.posterior_noise
     seen: list[Tensor] = []
 
-    def answer_zero(noisy: Tensor, timesteps: Tensor, **_: Any) -> tuple[Tensor]:
+    def predict_zero(noisy: Tensor, timesteps: Tensor, **_: Any) -> tuple[Tensor]:
         seen.extend((noisy, timesteps, torch.zeros_like(noisy, requires_grad=True)))
         return (seen[2],)
 
     loss = diffusion.loss(
-        answer_zero,  # type: ignore[arg-type]
+        predict_zero,  # type: ignore[arg-type]
         diffusion.alpha_bar(config),
         latents,
         torch.zeros(len(latents), 1, 1),
@@ -192,9 +188,9 @@ def fitted_denoiser(config: ObjectiveConfig) -> Callable[..., tuple[Tensor]]:
         prediction=config.prediction,
     )
     loss.sum().backward()
-    noisy, timesteps, answer = seen
-    assert answer.grad is not None
-    target = -answer.grad * latents[0].numel() / 2
+    noisy, timesteps, prediction = seen
+    assert prediction.grad is not None
+    target = -prediction.grad * latents[0].numel() / 2
     lines = torch.empty(config.num_timesteps, 2)
     for timestep in range(config.num_timesteps):
         x, y = noisy[timesteps == timestep].flatten(), target[timesteps == timestep].flatten()
@@ -216,7 +212,7 @@ LEARNED = {
 
 
 @pytest.mark.parametrize("name", LEARNED)
-def test_what_was_learned_is_what_is_drawn(
+def test_a_fitted_denoiser_samples_the_training_distribution(
     stock: StableDiffusionPipeline, tmp_path: Path, name: str
 ) -> None:
     pipeline = make_pipeline(stock, LEARNED[name], tmp_path)
@@ -224,7 +220,7 @@ def test_what_was_learned_is_what_is_drawn(
     own = pipeline.scheduler
     for scheduler in ("bundle", "dpmpp", "unipc"):
         pipeline.scheduler = sampler.choose_scheduler(own, scheduler)  # type: ignore[arg-type]
-        drawn = draw(pipeline, first_latents(), 50)
+        drawn = draw(pipeline, initial_latents(), 50)
         assert abs(drawn.mean() - MEAN) < 0.02
         assert abs(drawn.std() - STD) < 0.03
 
@@ -244,13 +240,13 @@ def test_a_sampler_of_another_objective_misses(
 ) -> None:
     pipeline = make_pipeline(stock, OBJECTIVES[sampled], tmp_path)
     pipeline.unet.forward = best_denoiser(OBJECTIVES[trained])
-    missed = draw(pipeline, first_latents(), 250) - exact(OBJECTIVES[trained], first_latents())
+    missed = draw(pipeline, initial_latents(), 250) - exact(OBJECTIVES[trained], initial_latents())
     assert missed.abs().max() > 0.08
 
 
 @pytest.mark.parametrize("scheduler", ["bundle", "dpmpp", "unipc", "euler"])
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
-def test_the_denoiser_is_told_a_noise_level_as_in_training(
+def test_flow_timesteps_match_the_noise_levels(
     stock: StableDiffusionPipeline, tmp_path: Path, scheduler: Any, shift: float
 ) -> None:
     config = replace(FLOW, flow_shift=shift)
@@ -258,33 +254,37 @@ def test_the_denoiser_is_told_a_noise_level_as_in_training(
     pipeline.scheduler = sampler.choose_scheduler(pipeline.scheduler, scheduler)
     pipeline.scheduler.set_timesteps(25)
     sigmas = pipeline.scheduler.sigmas[:-1]
-    told = pipeline.scheduler.timesteps
-    assert (told - (sigmas.double() * 1000)).abs().max() < 1  # training: the whole part
+    timesteps = pipeline.scheduler.timesteps
+    assert (timesteps - (sigmas.double() * 1000)).abs().max() < 1  # training rounds down
     unshifted = torch.linspace(1.0, 0.04, 25)
     expected = shift * unshifted / (1 + (shift - 1) * unshifted)
     torch.testing.assert_close(sigmas, expected, rtol=0, atol=4e-3)
 
 
-def test_euler_is_diffusers_own_on_flow(stock: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_euler_equals_diffusers_euler_on_flow(
+    stock: StableDiffusionPipeline, tmp_path: Path
+) -> None:
     pipeline = make_pipeline(stock, FLOW, tmp_path)
     pipeline.scheduler = sampler.choose_scheduler(pipeline.scheduler, "euler")
     pipeline.scheduler.set_timesteps(20)
     timesteps, sigmas = pipeline.scheduler.timesteps, pipeline.scheduler.sigmas
     euler = FlowMatchEulerDiscreteScheduler()
     euler.set_timesteps(sigmas=sigmas[:-1].tolist())
-    latents = first_latents()
-    for whole, t in zip(timesteps, euler.timesteps, strict=True):
-        latents = euler.step(best_denoiser(FLOW)(latents, whole)[0], t, latents).prev_sample
-    torch.testing.assert_close(draw(pipeline, first_latents(), 20), latents, rtol=0, atol=1e-5)
+    latents = initial_latents()
+    for rounded, t in zip(timesteps, euler.timesteps, strict=True):
+        latents = euler.step(best_denoiser(FLOW)(latents, rounded)[0], t, latents).prev_sample
+    torch.testing.assert_close(draw(pipeline, initial_latents(), 20), latents, rtol=0, atol=1e-5)
 
 
-def test_euler_is_ddim_elsewhere(stock: StableDiffusionPipeline, tmp_path: Path) -> None:
+def test_euler_equals_ddim_on_other_objectives(
+    stock: StableDiffusionPipeline, tmp_path: Path
+) -> None:
     pipeline = make_pipeline(stock, OBJECTIVES["v"], tmp_path)
-    own, drawn = pipeline.scheduler, []
+    own, results = pipeline.scheduler, []
     for scheduler in ("ddim", "euler"):
         pipeline.scheduler = sampler.choose_scheduler(own, scheduler)  # type: ignore[arg-type]
-        drawn.append(draw(pipeline, first_latents(), 10))
-    torch.testing.assert_close(*drawn, rtol=0, atol=1e-4)
+        results.append(draw(pipeline, initial_latents(), 10))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
 
 
 def test_drawing_keeps_the_scheduler_of_the_bundle(
@@ -300,11 +300,11 @@ def test_drawing_keeps_the_scheduler_of_the_bundle(
     assert sampler.choose_scheduler(own, "bundle") is own
 
 
-def test_samplers_that_cannot_draw_are_refused(
+def test_unsuitable_samplers_and_step_counts_are_errors(
     stock: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     pipeline = make_pipeline(stock, replace(FLOW, num_timesteps=50, flow_shift=4.0), tmp_path)
-    with pytest.raises(ValueError, match=r"--scheduler: .* expected dpmpp, unipc, euler .* ddim"):
+    with pytest.raises(ValueError, match=r"--scheduler: found ddim.* expected dpmpp, unipc, euler"):
         sampler.choose_scheduler(pipeline.scheduler, "ddim")
     prompts: dict[str, Any] = {"prompts": ["a"], "seeds": [0], "guidance_scale": 1.0}
     with pytest.raises(ValueError, match=r"--num-steps: expected at most .* 50 .* found 51"):
@@ -318,13 +318,13 @@ def test_samplers_that_cannot_draw_are_refused(
             sampler.draw(pipeline, num_steps=30, scheduler=scheduler, **prompts)  # type: ignore[arg-type]
 
 
-def test_diffusers_ddim_needs_steps_that_divide(
+def test_diffusers_ddim_needs_steps_that_divide_the_timesteps(
     stock: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
-    """Where this fails, diffusers is mended, and `check_num_steps` need not refuse them."""
+    """If this fails, diffusers has fixed DDIM and `check_steps` can allow such step counts."""
     pipeline = make_pipeline(stock, OBJECTIVES["v cosine"], tmp_path)
-    spread = [draw(pipeline, first_latents(), num_steps).std() for num_steps in (125, 150)]
-    assert abs(spread[0] / STD - 1) < 0.02
-    assert spread[1] / STD - 1 > 0.05
+    dividing, other = (draw(pipeline, initial_latents(), num).std() for num in (125, 150))
+    assert abs(dividing / STD - 1) < 0.02
+    assert other / STD - 1 > 0.05
     pipeline.scheduler = sampler.choose_scheduler(pipeline.scheduler, "euler")
-    assert abs(draw(pipeline, first_latents(), 150).std() / STD - 1) < 0.02
+    assert abs(draw(pipeline, initial_latents(), 150).std() / STD - 1) < 0.02

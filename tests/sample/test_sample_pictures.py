@@ -1,5 +1,7 @@
-"""Prompts to files: settings inside, a readable grid, and what is refused."""
+"""`sample.run`: image files with their settings, the labelled grid, and errors."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,10 @@ import pytest
 from PIL import Image
 
 from latent_t2i.configs.cli import ConfigError, parse
+from latent_t2i.model.bundle import digest
+from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.grid import labelled_grid, read_settings, save_png
+from latent_t2i.model.paths import ROOT
 from latent_t2i.sample import pictures, sampler
 from latent_t2i.sample.config import SampleConfig
 from tests.bundles import make_bundle
@@ -23,7 +28,7 @@ def config(bundle: Path, out: Path, **settings: object) -> SampleConfig:
     return SampleConfig(bundle=str(bundle), out=str(out), **chosen)
 
 
-def test_a_picture_can_be_drawn_again_from_what_it_carries(
+def test_the_settings_in_a_png_reproduce_the_image(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = pictures.sample(config(bundle, tmp_path, images_per_prompt=2, seed=40))
@@ -41,11 +46,11 @@ def test_a_picture_can_be_drawn_again_from_what_it_carries(
         num_steps=settings["num_steps"],
         scheduler=settings["scheduler"],
     )
-    kept = np.asarray(Image.open(files[3]), dtype=int)
-    assert np.abs(kept - np.asarray(again, dtype=int)).max() <= 1
+    saved = np.asarray(Image.open(files[3]), dtype=int)
+    assert np.abs(saved - np.asarray(again, dtype=int)).max() <= 1
 
 
-def test_a_picture_of_somebody_else_has_no_settings(tmp_path: Path) -> None:
+def test_a_png_without_settings_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "plain.png"
     Image.new("RGB", (4, 4)).save(path)
     with pytest.raises(ValueError, match=r"plain\.png: no latent-t2i text chunk"):
@@ -54,7 +59,7 @@ def test_a_picture_of_somebody_else_has_no_settings(tmp_path: Path) -> None:
     assert read_settings(path) == {"prompt": "x", "seed": 1}
 
 
-def test_the_grid_shows_every_picture_whole_and_some_ink_under_each() -> None:
+def test_the_grid_shows_every_image_with_its_label() -> None:
     colours = [(200, 30 * i, 60) for i in range(6)]
     images = [Image.new("RGB", (64, 64), colour) for colour in colours]
     labels = ["short", "a label so long that it has to be broken into lines " * 4] * 3
@@ -65,56 +70,90 @@ def test_the_grid_shows_every_picture_whole_and_some_ink_under_each() -> None:
     for number, colour in enumerate(colours):
         x, y = 12 + number % 3 * step, 12 + number // 3 * (step + label_px)
         assert (grid[y : y + side, x : x + side] == colour).all()
-        under = grid[y + side : y + side + label_px, x : x + side]
-        assert (under.max(-1) < 128).any()
+        label = grid[y + side : y + side + label_px, x : x + side]
+        assert (label.max(-1) < 128).any()
 
 
-def test_prompts_come_from_flags_and_then_from_a_file(tmp_path: Path) -> None:
+def test_prompts_of_the_file_follow_those_of_the_flag(tmp_path: Path) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("three\n\n  four \n", "utf-8")
     argv = ["--prompt", "one", "two", "--prompt-file", str(lines)]
-    assert pictures.read_prompts(parse(SampleConfig, "sample", argv)) == [
-        "one", "two", "three", "four"
-    ]  # fmt: skip
+    expected = ["one", "two", "three", "four"]
+    assert pictures.read_prompts(parse(SampleConfig, "sample", argv)) == expected
 
 
-def test_without_a_bundle_the_error_says_how_to_get_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_images_and_grid_name_their_bundle_and_replace_those_of_an_earlier_call(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pictures, "SHIPPED_BUNDLE", "not/shipped")
-    monkeypatch.setattr(pictures, "output_root", lambda: tmp_path)
-    with pytest.raises(ValueError, match=r"--bundle: no .*runs/x/bundle: train one"):
-        pictures.choose_bundle(None, "x")
+    pictures.sample(config(bundle, tmp_path, images_per_prompt=2))
+    foreign = tmp_path / "samples" / "0009.png"
+    Image.new("RGB", (4, 4)).save(foreign)
+    other = make_bundle(tmp_path / "other", ObjectiveConfig())
+    grid = pictures.sample(config(other, tmp_path))
+    assert "removed 2 images of an earlier call" in capsys.readouterr().out
+    files = sorted((tmp_path / "samples").iterdir())
+    assert [path.name for path in files] == ["0000.png", "0001.png", "0009.png"]
+    for path in (grid, *files[:2]):
+        settings = read_settings(path)
+        assert (settings["bundle"], settings["bundle_sha256"]) == (str(other), digest(other))
 
 
-def test_a_run_without_a_bundle_of_its_own_draws_from_the_shipped_one(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    bundle: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_only_a_call_without_name_and_bundle_uses_the_shipped_bundle(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pictures, "SHIPPED_BUNDLE", str(bundle))
     monkeypatch.setattr(pictures, "output_root", lambda: tmp_path)
-    assert pictures.choose_bundle(None, "x") == bundle
-    assert "drawing from the shipped" in capsys.readouterr().out
+    assert pictures.choose_bundle(None, None).resolve() == ROOT / "scenes" / "bundle"
+    assert "using the shipped scenes/bundle" in capsys.readouterr().out
+    for argv in (["--name", "x"], ["--config", "demo", "--name", "x"]):
+        with pytest.raises(ValueError, match=r"--bundle: .*runs/x/bundle does not exist; train"):
+            pictures.sample(parse(SampleConfig, "sample", [*argv, "--prompt", "a red circle"]))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        ("", "--config configs/scenes.yaml --name samples --bundle scenes/bundle"),
+        ("CONFIG=configs/demo.yaml", "--config configs/demo.yaml"),
+    ],
+)
+def test_make_samples_uses_the_shipped_bundle_unless_config_is_given(
+    config: str, flags: str
+) -> None:
+    command = ["make", "--dry-run", "PYTHON=python", "samples", *config.split()]
+    environment = {k: v for k, v in os.environ.items() if k not in ("CONFIG", "MAKEFLAGS")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == f"python -m sample.run {flags}".split()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--guidance-scale", "0.5"], "--guidance-scale: expected at least 1, found 0.5"),
-        (["--num-steps", "0"], "--num-steps: expected at least 1, found 0"),
-        (["--seed", "-1"], "--seed: expected at least 0, found -1"),
+        (["--guidance-scale", "0.5"], "--guidance-scale: expected .*, found 0.5"),
+        (["--guidance-scale", "nan"], "--guidance-scale: expected .*, found nan"),
+        (["--guidance-scale", "inf"], "--guidance-scale: expected .*, found inf"),
+        (["--num-steps", "0"], "--num-steps: expected .*, found 0"),
+        (["--batch-size", "0"], "--batch-size: expected .*, found 0"),
+        (["--images-per-prompt", "0"], "--images-per-prompt: expected .*, found 0"),
+        (["--seed", "-1"], "--seed: expected .*, found -1"),
+        (["--seed", str(2**63)], f"--seed: expected .*, found {2**63}"),
         (["--scheduler", "heun"], "scheduler"),
     ],
 )
-def test_wrong_settings_are_refused(flags: list[str], message: str) -> None:
+def test_invalid_settings_are_errors(flags: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(SampleConfig, "sample", flags)
 
 
-def test_nothing_to_draw_and_a_missing_prompt_file_are_named() -> None:
-    with pytest.raises(ValueError, match="--prompt: nothing to draw"):
+def test_the_largest_seed_leaves_room_for_the_following_ones(bundle: Path, tmp_path: Path) -> None:
+    pictures.sample(config(bundle, tmp_path, seed=2**63 - 1))
+    assert read_settings(tmp_path / "samples" / "0001.png")["seed"] == 2**63
+
+
+def test_missing_prompts_are_errors() -> None:
+    with pytest.raises(ValueError, match="--prompt: no prompts"):
         pictures.read_prompts(SampleConfig())
     with pytest.raises(ValueError, match=r"--prompt-file: no file 'gone\.txt'"):
         pictures.read_prompts(SampleConfig(prompt_file="gone.txt"))

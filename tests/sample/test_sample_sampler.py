@@ -1,4 +1,4 @@
-"""Drawing: the stock pipeline's own pictures, one seed one picture."""
+"""Sampling: the stock pipeline's images, determined by prompt, seed and settings."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from latent_t2i.sample import sampler
@@ -40,23 +41,19 @@ def draw(bundle: Path, **settings: object) -> list[np.ndarray]:
     return [pixels(image) for image in images]
 
 
-def test_a_program_that_knows_only_diffusers_draws_the_same_picture(
-    bundle: Path, tmp_path: Path
-) -> None:
+def test_a_program_with_diffusers_alone_gives_the_same_image(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "stock.png"
     arguments = [str(bundle), PROMPTS[1], "6", str(out)]
     subprocess.run([sys.executable, "-c", STOCK, *arguments], check=True, cwd=tmp_path)
-    ours = draw(bundle, batch_size=1)[1]
-    assert np.array_equal(pixels(Image.open(out)), ours)
+    assert np.array_equal(pixels(Image.open(out)), draw(bundle, batch_size=1)[1])
 
 
-def test_the_batch_size_changes_no_more_than_rounding(bundle: Path) -> None:
-    alone, together = draw(bundle, batch_size=1), draw(bundle, batch_size=3)
-    for one, other in zip(alone, together, strict=True):
+def test_the_batch_size_affects_images_by_rounding_only(bundle: Path) -> None:
+    for one, other in zip(draw(bundle, batch_size=1), draw(bundle, batch_size=3), strict=True):
         assert np.abs(one - other).max() <= 1
 
 
-def test_seeds_prompts_and_guidance_each_change_the_picture(bundle: Path) -> None:
+def test_seed_prompt_and_guidance_each_change_the_image(bundle: Path) -> None:
     pipeline = sampler.load(bundle)
 
     def one(prompt: str, seed: int, scale: float) -> np.ndarray:
@@ -69,24 +66,31 @@ def test_seeds_prompts_and_guidance_each_change_the_picture(bundle: Path) -> Non
         assert not np.array_equal(first, one(*other))
 
 
-def test_ddim_and_dpmpp_agree_on_a_smooth_model_given_many_steps(bundle: Path) -> None:
-    rough = [draw(bundle, scheduler=name, num_steps=50)[0] for name in ("ddim", "dpmpp")]
-    assert np.abs(rough[0] - rough[1]).mean() < 3
+def test_ddim_and_dpmpp_converge_to_the_same_image(bundle: Path) -> None:
+    ddim, dpmpp = (draw(bundle, scheduler=name, num_steps=50)[0] for name in ("ddim", "dpmpp"))
+    assert np.abs(ddim - dpmpp).mean() < 3
 
 
-def test_the_bundle_can_choose_the_sampler(bundle: Path) -> None:
-    pipeline = sampler.load(bundle)
-    own = sampler.choose_scheduler(pipeline.scheduler, "bundle")
-    assert type(own).__name__ == "DDIMScheduler"
-    other = sampler.choose_scheduler(pipeline.scheduler, "dpmpp")
+def test_the_bundle_scheduler_can_be_selected(bundle: Path) -> None:
+    own = sampler.load(bundle).scheduler
+    assert type(sampler.choose_scheduler(own, "bundle")).__name__ == "DDIMScheduler"
+    other = sampler.choose_scheduler(own, "dpmpp")
     assert type(other).__name__ == "DPMSolverMultistepScheduler"
     assert other.config.prediction_type == "v_prediction"
 
 
-def test_a_missing_or_broken_bundle_is_named(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--bundle: no folder 'nowhere'"):
+@pytest.mark.parametrize("device", ["cuda", "cuda:9", "tpu", "meta", ""])
+def test_an_unusable_device_is_an_error(bundle: Path, device: str) -> None:
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match=rf"--device: found '{device}', .*; expected auto, cpu"):
+        sampler.load(bundle, device=device)
+
+
+def test_a_missing_or_incomplete_bundle_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--bundle: .*nowhere"):
         sampler.load("nowhere")
-    with pytest.raises(ValueError, match=r"--bundle: .* has no model_index.json"):
+    with pytest.raises(ValueError, match=r"--bundle: .*model_index.json"):
         sampler.load(tmp_path)
     broken = make_bundle(tmp_path / "broken")
     (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()

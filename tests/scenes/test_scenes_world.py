@@ -1,9 +1,10 @@
-"""Scenes, their captions and the COCO folder they are written to."""
+"""Scenes, their captions, and the COCO dataset written from them."""
 
 from __future__ import annotations
 
 import json
-from itertools import islice
+from dataclasses import replace
+from itertools import combinations, islice
 from pathlib import Path
 
 import numpy as np
@@ -15,112 +16,104 @@ from pycocotools.coco import COCO
 from latent_t2i.scenes.captions import SINGLE, captions, vocabulary
 from latent_t2i.scenes.dataset import write_coco
 from latent_t2i.scenes.draw import draw
-from latent_t2i.scenes.prompts import make
+from latent_t2i.scenes.prompts import make_prompts
 from latent_t2i.scenes.world import (
     CANVAS_PX,
     INVERSE,
     MARGIN_PX,
     SPLITS,
     WORLDS,
+    Scene,
     is_held_out,
     make_scene,
     stream,
-    touching,
 )
 
 
 @given(st.sampled_from(sorted(WORLDS)), st.sampled_from(SPLITS), st.integers(0, 2**32))
-def test_objects_keep_clear_of_each_other_and_of_the_border(
-    world: str, split: str, seed: int
-) -> None:
+def test_objects_do_not_touch_each_other_or_the_border(world: str, split: str, seed: int) -> None:
     scene = make_scene(WORLDS[world], np.random.default_rng(seed), split)
-    assert not touching(scene)
-    for thing in scene.things:
-        for centre in (thing.x_px, thing.y_px):
-            assert centre - thing.extent_px >= MARGIN_PX - 0.02
-            assert centre + thing.extent_px <= CANVAS_PX - MARGIN_PX + 0.02
+    for a, b in combinations(scene.objects, 2):
+        reach_px = a.extent_px + b.extent_px
+        assert abs(a.x_px - b.x_px) >= reach_px or abs(a.y_px - b.y_px) >= reach_px
+    for item in scene.objects:
+        for centre in (item.x_px, item.y_px):
+            assert centre - item.extent_px >= MARGIN_PX - 0.02
+            assert centre + item.extent_px <= CANVAS_PX - MARGIN_PX + 0.02
 
 
 @pytest.mark.parametrize("world", sorted(WORLDS))
-def test_held_out_compositions_are_in_every_held_out_scene_and_no_other(world: str) -> None:
+def test_only_held_out_scenes_contain_held_out_compositions(world: str) -> None:
     for split in SPLITS:
         scenes = [scene for scene, _ in islice(stream(WORLDS[world], split, 0), 200)]
         assert {is_held_out(scene) for scene in scenes} == {split == "held_out"}
 
 
-def test_a_relation_is_held_out_from_whichever_side_it_is_told() -> None:
+def test_relations_are_held_out_in_both_directions() -> None:
     rng = np.random.default_rng(0)
-    while True:
-        scene = make_scene(WORLDS["easy"], rng, "train", num_things=2)
-        if scene.relation == "above":
-            break
+    pair = make_scene(WORLDS["easy"], rng, "train", num_objects=2)
     for relation, order in (("above", ("circle", "triangle")), ("below", ("triangle", "circle"))):
-        things = tuple(
-            type(thing)(**(vars(thing) | {"shape": shape, "colour": "orange"}))
-            for thing, shape in zip(scene.things, order, strict=True)
+        objects = tuple(
+            replace(item, shape=shape, colour="orange")
+            for item, shape in zip(pair.objects, order, strict=True)
         )
-        told = type(scene)(background="white", things=things, relation=relation)
-        assert is_held_out(told)
-        assert not is_held_out(
-            type(scene)(background="white", things=things, relation=INVERSE[relation])
-        )
+        assert is_held_out(Scene(background="white", objects=objects, relation=relation))
+        inverse = INVERSE[relation]
+        assert not is_held_out(Scene(background="white", objects=objects, relation=inverse))
 
 
-def test_a_split_is_the_same_scenes_however_many_are_taken_and_differs_from_the_others() -> None:
-    first = [scene for scene, _ in islice(stream(WORLDS["full"], "train", 3), 20)]
-    again = [scene for scene, _ in islice(stream(WORLDS["full"], "train", 3), 10)]
-    other = [scene for scene, _ in islice(stream(WORLDS["full"], "val", 3), 20)]
+def test_scenes_depend_on_their_index_and_split_only() -> None:
+    first, again, other = (
+        [scene for scene, _ in islice(stream(WORLDS["full"], split, 3), num)]
+        for split, num in (("train", 20), ("train", 10), ("val", 20))
+    )
     assert first[:10] == again
     assert not set(first) & set(other)
 
 
-def test_five_captions_name_every_object_and_tell_what_they_say_they_tell() -> None:
+def test_captions_name_every_object_and_list_their_attributes() -> None:
     words = set(vocabulary())
     for scene, rng in islice(stream(WORLDS["full"], "train", 0), 200):
-        told = captions(scene, WORLDS["full"], rng)
-        assert len({caption.text for caption in told}) >= 3
-        assert len(told) == 5
-        for caption in told:
-            spoken = caption.text.replace(",", " , ").split()
-            assert set(spoken) <= words
-            for thing in scene.things:
-                assert thing.shape in spoken
-                assert thing.colour in spoken
+        chosen = captions(scene, WORLDS["full"], rng)
+        assert len({caption.text for caption in chosen}) >= 3
+        assert len(chosen) == 5
+        for caption in chosen:
+            spoken = set(caption.text.replace(",", " , ").split())
+            assert spoken <= words
+            assert {w for item in scene.objects for w in (item.shape, item.colour)} <= spoken
             assert ("background" in caption.mentions) == ("background" in spoken)
-            assert ("relation" in caption.mentions) == (len(scene.things) > 1)
+            assert ("relation" in caption.mentions) == (len(scene.objects) > 1)
 
 
-def test_prompts_hold_what_they_are_named_for() -> None:
-    assert {len(p.scene.things) for p in make("full", "single", 20, 0)} == {1}
-    assert {len(p.scene.things) for p in make("full", "pair", 20, 0)} == {2}
-    held_out = make("full", "held_out", 20, 0)
+def test_prompts_match_their_kind() -> None:
+    for kind, num in (("single", 1), ("pair", 2)):
+        assert {len(p.scene.objects) for p in make_prompts("full", kind, 20, 0)} == {num}
+    held_out = make_prompts("full", "held_out", 20, 0)
     assert all(is_held_out(p.scene) for p in held_out)
-    assert make("full", "held_out", 10, 0) == held_out[:10]
+    assert make_prompts("full", "held_out", 10, 0) == held_out[:10]
 
 
-def test_the_folder_is_coco_and_pycocotools_reads_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pycocotools_reads_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = write_coco(tmp_path, "full", "train", 12, 64, seed=0)
-    told, boxes = COCO(paths.captions), COCO(paths.instances)
+    texts, boxes = COCO(paths.captions), COCO(paths.instances)
     capsys.readouterr()
-    assert len(told.getImgIds()) == 12
-    for image_id in told.getImgIds():
-        assert len(told.getAnnIds(imgIds=[image_id])) == len(SINGLE)
+    assert len(texts.getImgIds()) == 12
+    for image_id in texts.getImgIds():
+        assert len(texts.getAnnIds(imgIds=[image_id])) == len(SINGLE)
         assert 1 <= len(boxes.getAnnIds(imgIds=[image_id])) <= 3
-        assert (paths.images / told.loadImgs([image_id])[0]["file_name"]).is_file()
+        assert (paths.images / texts.loadImgs([image_id])[0]["file_name"]).is_file()
 
 
-def test_a_finished_folder_is_kept_and_one_cut_short_is_drawn_again(tmp_path: Path) -> None:
+def test_a_complete_dataset_is_kept_and_an_incomplete_one_is_rendered_again(tmp_path: Path) -> None:
     paths = write_coco(tmp_path, "easy", "val", 3, 64, seed=0)
     before = paths.captions.read_bytes()
-    picture = paths.images / "000000000001.png"
-    picture.write_bytes(b"kept")
+    image = paths.images / "000000000001.png"
+    image.write_bytes(b"kept")
     write_coco(tmp_path, "easy", "val", 3, 64, seed=0)
-    assert picture.read_bytes() == b"kept"
+    assert image.read_bytes() == b"kept"
     paths.captions.unlink()
     write_coco(tmp_path, "easy", "val", 3, 64, seed=0)
-    assert picture.read_bytes() != b"kept"
+    assert image.read_bytes() != b"kept"
     assert paths.captions.read_bytes() == before
     write_coco(tmp_path, "easy", "val", 4, 64, seed=0)
     assert len(json.loads(paths.captions.read_text())["images"]) == 4
@@ -134,14 +127,14 @@ def test_a_finished_folder_is_kept_and_one_cut_short_is_drawn_again(tmp_path: Pa
         ("easy", "train", 0, "num_images is 0, expected at least 1"),
     ],
 )
-def test_wrong_requests_are_refused(
+def test_wrong_arguments_are_errors(
     tmp_path: Path, world: str, split: str, num: int, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         write_coco(tmp_path, world, split, num, 64, seed=0)
 
 
-def test_a_larger_picture_is_the_same_scene() -> None:
+def test_a_larger_image_shows_the_same_scene() -> None:
     scene, _ = next(stream(WORLDS["full"], "train", 0))
     small = np.asarray(draw(scene, 64), dtype=float)
     large = np.asarray(draw(scene, 128).resize((64, 64), 4), dtype=float)
