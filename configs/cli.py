@@ -46,7 +46,7 @@ class ConfigError(ValueError):
     """Settings the user can put right: an unknown name, a wrong type, a missing preset."""
 
 
-def main(run: Callable[[T], object], cls: type[T], section: str) -> None:
+def main(run: Callable[[T], object], cls: type[T], section: str, prog: str | None = None) -> None:
     """Parse the command line into a `cls`, then `run` it, ending as a command should.
 
     A `ValueError` or `OSError`, from the settings or from `run`, is printed as one line and exits
@@ -54,7 +54,7 @@ def main(run: Callable[[T], object], cls: type[T], section: str) -> None:
     the output that leaves early, such as `head`, with 141, as a shell's own commands do.
     """
     try:
-        run(parse(cls, section))
+        run(parse(cls, section, prog=prog))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)
@@ -67,13 +67,16 @@ def main(run: Callable[[T], object], cls: type[T], section: str) -> None:
         sys.exit(130)
 
 
-def parse(cls: type[T], section: str, argv: Sequence[str] | None = None) -> T:
+def parse(
+    cls: type[T], section: str, argv: Sequence[str] | None = None, prog: str | None = None
+) -> T:
     """A `cls` from its defaults, then the preset named by `--config`, then the flags.
 
     Args:
         cls: A frozen dataclass; nested dataclasses give dotted flags (`--data.verify`).
         section: The preset's section for this command, one of `SECTIONS`.
         argv: The user's arguments; those of the process when None.
+        prog: The command's name in its help; `python -m SECTION.run` when None.
 
     Raises:
         ConfigError: An unknown flag, key or preset, or a value that does not fit.
@@ -81,14 +84,15 @@ def parse(cls: type[T], section: str, argv: Sequence[str] | None = None) -> T:
     """
     assert section in SECTIONS, section
     argv = sys.argv[1:] if argv is None else argv
+    prog = prog or f"python -m {section}.run"
     if "-h" in argv or "--help" in argv:
-        _call_tyro(cls, ["--help"], section)
+        _call_tyro(cls, ["--help"], prog)
     fields = _fields_of(cls)
     preset_name, given = _read_flags(argv, fields)
     preset = None if preset_name is None else find_preset(preset_name)
     settings = {} if preset is None else _read_preset(preset, section, fields)
     try:
-        return _parse_settings(cls, {**settings, **given}, fields, section)
+        return _parse_settings(cls, {**settings, **given}, fields, prog)
     except ConfigError as error:
         origin = _origin(error, preset, settings.keys() - given.keys())
         raise ConfigError(f"{error}{origin} (see --help)") from None
@@ -354,20 +358,18 @@ def _spell_bool(field: _Field, value: str) -> str:
     return f"--{parent}{dot}{'' if value == 'True' else 'no-'}{leaf}"
 
 
-def _parse_settings(
-    cls: type[T], settings: Settings, fields: Mapping[str, _Field], section: str
-) -> T:
+def _parse_settings(cls: type[T], settings: Settings, fields: Mapping[str, _Field], prog: str) -> T:
     """tyro's parse, with its boxed error message made one line."""
     _check_counts(settings, fields)
     box = io.StringIO()  # for both: tyro draws and colours the box by what stdout can show
     try:
         with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
-            return _call_tyro(cls, _to_tokens(settings, fields), section)
+            return _call_tyro(cls, _to_tokens(settings, fields), prog)
     except SystemExit as stop:
         raise ConfigError(_unbox(box.getvalue(), stop, cls.__name__)) from None
 
 
-def _call_tyro(cls: type[T], tokens: Sequence[str], section: str) -> T:
+def _call_tyro(cls: type[T], tokens: Sequence[str], prog: str) -> T:
     # tyro joins lines of a description that begin with a letter and never wraps them itself.
     wrap = functools.partial(textwrap.fill, width=80, initial_indent="  ", subsequent_indent="  ")
     summary = (cls.__doc__ or "").strip().partition("\n\n")[0]
@@ -376,7 +378,7 @@ def _call_tyro(cls: type[T], tokens: Sequence[str], section: str) -> T:
         " the flags below replace what it says."
     )
     description = "\n".join(map(wrap, (_one_line(summary), presets)))
-    return tyro.cli(cls, args=tokens, prog=f"python -m {section}.run", description=description)
+    return tyro.cli(cls, args=tokens, prog=prog, description=description)
 
 
 def _unbox(box: str, stop: SystemExit, root: str) -> str:
