@@ -68,7 +68,7 @@ def write_report(
 ) -> None:
     """Renders the report into `path`."""
     environment = Environment(
-        loader=PackageLoader("evaluation"), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader("latent_t2i.evaluation"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     main = [
