@@ -144,11 +144,7 @@ def measure_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[s
         f"\n{size_px} px, {num_weights / 1e6:.1f} M weights, batch {batch_size}, in images/s; "
         f"medians of turns of {num_steps} steps"
     )
-    figures: dict[str, Any] = {
-        "batch_size": batch_size,
-        "steps": num_steps,
-        "weights": num_weights,
-    }
+    figures: dict[str, Any] = {"batch_size": batch_size, "steps": num_steps, "weights": num_weights}
     for other, num_rounds in (("bare", args.rounds), ("online", max(2, args.rounds // 4))):
         rounds = take_turns(turns, other, num_steps, num_rounds)
         figures |= show(other, rounds, batch_size)

@@ -71,11 +71,7 @@ CONTENTS = (
     Content(name="77-float16", max_tokens=77, text_dtype="float16", latent_px=8, num_records=2048),
     Content(name="32-int8", max_tokens=32, text_dtype="int8", latent_px=8, num_records=8192),
     Content(
-        name="77-float16-512px",
-        max_tokens=77,
-        text_dtype="float16",
-        latent_px=64,
-        num_records=1792,
+        name="77-float16-512px", max_tokens=77, text_dtype="float16", latent_px=64, num_records=1792
     ),
 )
 SMALL = Content(name="small", max_tokens=2, text_dtype="float16", latent_px=8, num_records=4000)

@@ -144,10 +144,7 @@ def make_wait(device: torch.device | None) -> Callable[[], None]:
 
 
 def deliver(
-    made: Iterator[RawBatch],
-    device: torch.device | None,
-    seconds: float,
-    wait: Callable[[], None],
+    made: Iterator[RawBatch], device: torch.device | None, seconds: float, wait: Callable[[], None]
 ) -> float:
     """Returns records per second, including the wait for the last copy."""
     number = 0

@@ -39,11 +39,7 @@ class Chunks:
     def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
         """Yields shuffled batches forever."""
         dataset = litdata.StreamingDataset(
-            str(folder),
-            shuffle=True,
-            item_shuffle_window="full",
-            batch_decode=0,
-            transform=_choose,
+            str(folder), shuffle=True, item_shuffle_window="full", batch_decode=0, transform=_choose
         )
         loader = litdata.StreamingDataLoader(
             dataset, batch_size=BATCH_SIZE, num_workers=num_workers, drop_last=True

@@ -6,14 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.loaders.contents import (
-    BATCH_SIZE,
-    NUM_CAPTIONS,
-    TEXT_WIDTH,
-    Batch,
-    Content,
-    record,
-)
+from bench.loaders.contents import BATCH_SIZE, NUM_CAPTIONS, TEXT_WIDTH, Batch, Content, record
 from latent_t2i.shards.access import Access, Kind, make_loader, open_set
 from latent_t2i.shards.loader import batches
 from latent_t2i.shards.schema import (
