@@ -12,11 +12,10 @@ import json
 import os
 import platform
 import shutil
-import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,18 @@ import torch
 
 from latent_t2i import __version__
 from latent_t2i.configs.cli import PRESETS_DIR
-from latent_t2i.model.paths import free_bytes, output_root
+from latent_t2i.model.paths import ROOT, free_bytes, output_root
 from latent_t2i.model.paths import size as format_size
 from latent_t2i.sizes import size_preset
 from latent_t2i.train.estimate import available_bytes
 
 CORE = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "webdataset", "numpy")
-# What needs it, the modules, and what `pip install` takes.
+# Feature, the modules it needs, and the requirement that installs them.
 OPTIONAL = (
-    ("parquet sources", ("pyarrow",), "'latent-t2i[parquet]'"),
-    ("TensorBoard logs", ("tensorboard",), "'latent-t2i[track]'"),
-    ("evaluation reports", ("jinja2", "matplotlib", "scipy", "torchmetrics"), "'latent-t2i[eval]'"),
-    ("8-bit AdamW", ("bitsandbytes",), "'latent-t2i[8bit]'"),
+    ("parquet sources", ("pyarrow",), "latent-t2i[parquet]"),
+    ("TensorBoard logs", ("tensorboard",), "latent-t2i[track]"),
+    ("evaluation reports", ("jinja2", "matplotlib", "scipy", "torchmetrics"), "latent-t2i[eval]"),
+    ("8-bit AdamW", ("bitsandbytes",), "latent-t2i[8bit]"),
     ("shards over HTTP", ("aiohttp",), "aiohttp"),
     ("shards on S3", ("s3fs",), "s3fs"),
 )
@@ -43,11 +42,8 @@ OPTIONAL = (
 
 def main(prog: str | None = None) -> int:
     """Prints the findings; the exit code is 0 whatever is missing."""
-    parser = argparse.ArgumentParser(
-        prog=prog or "python -m latent_t2i.doctor",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    description = "Shows what this machine has, which presets fit, and what is missing."
+    parser = argparse.ArgumentParser(prog=prog or "latent-t2i doctor", description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     if parser.parse_args().json:
         print(json.dumps(inspect_machine() | {"presets": list(size_presets())}, indent=2))
@@ -68,10 +64,8 @@ def inspect_machine() -> dict[str, Any]:
         "latent-t2i": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: _version(name) for name in CORE},
-        "num_cpu_cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "packages": {name: version(name) for name in CORE},
+        "num_cpu_cores": _count_cores(),
         "memory_bytes": available_bytes(torch.device("cpu")),
         "output_root": str(root),
         "disk_bytes": free_bytes(root),
@@ -81,11 +75,7 @@ def inspect_machine() -> dict[str, Any]:
             "C++ compiler": _find_program("c++", "g++", "clang++"),
             "Python.h": _find_header(),
         },
-        "optional": [
-            {"for": use, "missing": missing, "pip": f"pip install {target}" if missing else None}
-            for use, modules, target in OPTIONAL
-            for missing in [[name for name in modules if not importlib.util.find_spec(name)]]
-        ],
+        "optional": [_check_feature(*feature) for feature in OPTIONAL],
     }
 
 
@@ -116,9 +106,9 @@ def describe(machine: dict[str, Any]) -> Iterator[str]:
         "disk": f"{format_size(machine['disk_bytes'])} free at {machine['output_root']}",
         "compile": f"--compile needs {', '.join(lacks)}: not found" if lacks else "available",
     } | {
-        row["for"]: f"missing {', '.join(row['missing'])}: {row['pip']}"
+        row["feature"]: f"missing {', '.join(row['missing'])}: {row['pip']}"
         if row["pip"]
-        else "installed"
+        else "yes"
         for row in machine["optional"]
     }
     for name, text in facts.items():
@@ -134,6 +124,19 @@ def describe_preset(row: dict[str, Any]) -> str:
     return f"{row['preset']:<12}{weights:>9}{row['batch_size']:>7}  {memory:>8}  {verdict}"
 
 
+def _check_feature(feature: str, modules: Sequence[str], requirement: str) -> dict[str, Any]:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if (ROOT / "pyproject.toml").is_file():  # a checkout, which pip installs as "."
+        requirement = requirement.replace("latent-t2i", ".")
+    pip = f"pip install '{requirement}'" if missing else None
+    return {"feature": feature, "missing": missing, "pip": pip}
+
+
+def _count_cores() -> int | None:
+    # The cores this process may use, where the system says so (not on macOS).
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def _find_program(*names: str) -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
@@ -143,13 +146,6 @@ def _find_header() -> str | None:
     return str(header) if header.is_file() else None
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _list_gpus() -> list[dict[str, Any]]:
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -157,7 +153,3 @@ def _list_gpus() -> list[dict[str, Any]]:
         name = torch.cuda.get_device_name(index)
         gpus.append({"name": name, "free_bytes": free, "total_bytes": total})
     return gpus
-
-
-if __name__ == "__main__":
-    sys.exit(main())

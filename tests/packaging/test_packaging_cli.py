@@ -3,8 +3,10 @@
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -118,14 +120,30 @@ def test_doctor_says_what_is_missing(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["latent-t2i doctor"])
     monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr(doctor, "OPTIONAL", (("reports", ("json", "no_such_module"), "thing"),))
+    monkeypatch.setattr(
+        doctor, "OPTIONAL", (("reports", ("json", "no_such_module"), "latent-t2i[x]"),)
+    )
     monkeypatch.setattr(doctor, "available_bytes", lambda device: 1_000_000)
     assert doctor.main() == 0
     text = capsys.readouterr().out
-    assert "reports             missing no_such_module: pip install thing\n" in text
+    assert "reports             missing no_such_module: pip install '.[x]'\n" in text
     assert "--compile needs C compiler, C++ compiler" in text
     assert "too large: lower --micro-batch-size" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_doctor_names_extras_that_exist() -> None:
+    project = tomllib.loads((PRESETS_DIR.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    named = {extra for _, _, text in doctor.OPTIONAL for extra in re.findall(r"\[(\w+)\]", text)}
+    assert named
+    assert named <= set(project["project"]["optional-dependencies"])
+
+
+def test_doctor_describes_gpus() -> None:
+    gpu = {"name": "NVIDIA X", "free_bytes": 20 * 10**9, "total_bytes": 24 * 10**9}
+    lines = list(doctor.describe(doctor.inspect_machine() | {"gpus": [gpu, gpu]}))
+    text = "NVIDIA X, 20.0 GB of 24.0 GB free"
+    assert f"GPU                 {text}; {text[:8]}" in "\n".join(lines)
 
 
 @pytest.mark.usefixtures("only_demo")
