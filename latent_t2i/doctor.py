@@ -60,6 +60,7 @@ def main(prog: str | None = None) -> int:
 def inspect_machine() -> dict[str, Any]:
     """Returns what this machine has, as JSON can hold it."""
     root = output_root()
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
     return {
         "latent-t2i": __version__,
         "python": platform.python_version(),
@@ -73,7 +74,7 @@ def inspect_machine() -> dict[str, Any]:
         "compile": {
             "C compiler": _find_program("cc", "gcc", "clang"),
             "C++ compiler": _find_program("c++", "g++", "clang++"),
-            "Python.h": _find_header(),
+            "Python.h": str(header) if header.is_file() else None,
         },
         "optional": [_check_feature(*feature) for feature in OPTIONAL],
     }
@@ -139,11 +140,6 @@ def _count_cores() -> int | None:
 
 def _find_program(*names: str) -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
-
-
-def _find_header() -> str | None:
-    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    return str(header) if header.is_file() else None
 
 
 def _list_gpus() -> list[dict[str, Any]]:

@@ -180,11 +180,14 @@ def test_completion_refuses_another_shell(
     assert "expected one of bash, zsh, fish, found powershell" in capsys.readouterr().err
 
 
-def test_bash_completes_commands_and_flags(tmp_path: Path) -> None:
+def test_bash_completes_commands_and_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["latent-t2i completion", "bash"])
+    with pytest.raises(SystemExit):
+        completion.main()
     script = tmp_path / "completion.bash"
-    code = "import sys; from latent_t2i import cli; sys.exit(cli.main(['completion', 'bash']))"
-    with script.open("w") as file:
-        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+    script.write_text(capsys.readouterr().out)
     for words, expected in (
         ("latent-t2i ev", "evaluate"),
         ("latent-t2i train --num-st", "--num-steps"),
