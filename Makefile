@@ -1,7 +1,7 @@
-# Every target uses .venv, which it makes when it is missing or its inputs changed.
-#   PYTHON=/path/to/python   uses that interpreter as it is instead
-#   CONFIG=configs/NAME.yaml the recipe of shards, train, samples and evaluate
-#   FLAGS="--seed 1"         more flags for them
+# Targets run in .venv, which `make setup` creates and updates.
+#   PYTHON=/path/to/python   use this interpreter instead of .venv
+#   CONFIG=configs/NAME.yaml preset for shards, train, samples and evaluate
+#   FLAGS="--seed 1"         more flags for these targets
 
 CONFIG ?= configs/scenes.yaml
 FLAGS ?=
@@ -23,13 +23,13 @@ PYTHON := $(CURDIR)/.venv/bin/python
 SETUP := .venv/.installed
 endif
 
-# All of it is said, so that accelerate neither guesses nor warns: left to itself it gives a process
-# one CPU thread. The precision is the recipe's, whatever stands here.
+# Without these flags accelerate guesses them, warns, and uses one CPU thread per process. The
+# preset sets the precision, not --mixed_precision.
 LAUNCH = $(PYTHON) -m accelerate.commands.launch --quiet --num_machines 1 \
   --num_processes $(NUM_PROCESSES) --num_cpu_threads_per_process $(THREADS) \
   --mixed_precision no --dynamo_backend no
 
-# The shortened demo: every step of the real one, with too little training to show anything.
+# QUICK=1 runs every step of the demo with too little training for good pictures.
 QUICK ?=
 ifneq ($(QUICK),)
 DEMO_NAME := demo-quick
@@ -46,24 +46,24 @@ DEMO_FLAGS ?=
 DEMO = --config configs/demo.yaml --name $(DEMO_NAME) $(DEMO_FLAGS)
 DEMO_VALIDATION = --validation.shards shards/data/$(DEMO_NAME)/val --validation.every-steps 300
 
-.PHONY: help setup demo test lint format types coco2014 shards train samples evaluate bench clean
+.PHONY: help setup demo test lint format types docs coco2014 shards train samples evaluate bench clean
 
 help:  ## list the targets
 	@sed -n -E 's/^([a-z0-9]+):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 	@echo
 	@sed -n -E '/^#   /s/^#   /  /p' $(MAKEFILE_LIST)
 
-setup: $(SETUP)  ## make .venv with the versions in constraints.txt
+setup: $(SETUP)  ## create .venv with the versions in constraints.txt
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "error: $(BASE_PYTHON) is older than Python 3.11; give another with BASE_PYTHON="; exit 1; }
+	  || { echo "error: $(BASE_PYTHON) is older than Python 3.11. Set BASE_PYTHON to a newer interpreter"; exit 1; }
 	@echo "installing into .venv: a few minutes the first time"
 	@test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
-	@.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[eval,track,dev]'
+	@.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[eval,track,dev,docs]'
 	@touch $@
 
-demo: $(SETUP)  ## scenes -> shards -> train -> samples -> report on the CPU, offline; QUICK=1 shortens
+demo: $(SETUP)  ## run every stage on the CPU, offline; QUICK=1 for a short run
 	@export HF_HUB_OFFLINE=1; started=$$(date +%s); \
 	$(PYTHON) -m pipeline.run $(DEMO) $(QUICK_SHARDS) && \
 	$(PYTHON) -m pipeline.run $(DEMO) --split val --source.num-images 256 && \
@@ -74,36 +74,39 @@ demo: $(SETUP)  ## scenes -> shards -> train -> samples -> report on the CPU, of
 test: $(SETUP)  ## run the tests; PYTEST_FLAGS="-m slow" runs the slow ones
 	$(PYTHON) -m pytest $(PYTEST_FLAGS)
 
-lint: $(SETUP)  ## check style, change nothing
+lint: $(SETUP)  ## check style
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-format: $(SETUP)  ## put style right
+format: $(SETUP)  ## fix style
 	$(PYTHON) -m ruff check --fix --exit-zero --quiet .
 	$(PYTHON) -m ruff format .
 
 types: $(SETUP)  ## check types
 	$(PYTHON) -m mypy
 
-coco2014: $(SETUP)  ## COCO 2014 into data/coco: fetches 20 GB; FLAGS="--images val" is less
+docs: $(SETUP)  ## build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+
+coco2014: $(SETUP)  ## download COCO 2014 into data/coco, 20 GB; FLAGS="--images val" for less
 	$(PYTHON) -m pipeline.download coco2014 $(FLAGS)
 
-shards: $(SETUP)  ## stage one of CONFIG: images and captions -> shards
+shards: $(SETUP)  ## encode images and captions of CONFIG into shards (stage one)
 	$(PYTHON) -m pipeline.run --config $(CONFIG) $(FLAGS)
 
-train: $(SETUP)  ## stage two of CONFIG: shards -> bundle; NUM_PROCESSES=8 for eight GPUs
+train: $(SETUP)  ## train CONFIG (stage two); NUM_PROCESSES=8 for eight GPUs
 	$(LAUNCH) train/run.py --config $(CONFIG) $(FLAGS)
 
 samples: $(SETUP)  ## generate images with the bundle of CONFIG, or with the shipped one
 	$(PYTHON) -m sample.run --config $(CONFIG) $(SHIPPED) $(FLAGS)
 
-evaluate: $(SETUP)  ## metrics and report of CONFIG
+evaluate: $(SETUP)  ## compute metrics of CONFIG and write a report
 	$(PYTHON) -m evaluation.run --config $(CONFIG) $(FLAGS)
 
-bench: $(SETUP)  ## every benchmark in bench/; FLAGS=--quick for under a minute each
-	@test -n "$(wildcard bench/*.py)" || { echo "error: no benchmark in bench/"; exit 2; }
+bench: $(SETUP)  ## run the benchmarks; FLAGS=--quick takes under a minute each
+	@test -n "$(wildcard bench/*.py)" || { echo "error: bench/ has no benchmark"; exit 2; }
 	@for script in $(wildcard bench/*.py); do echo "== $$script"; $(PYTHON) $$script $(FLAGS) || exit; done
 
-clean:  ## remove caches and builds; runs/, shards/data/ and .venv stay
+clean:  ## remove caches and builds; keep runs/, shards/data/ and .venv
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

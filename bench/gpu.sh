@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
-# Everything that is measured with a GPU, in one call of half an hour: what the loader delivers, stage
-# one, and a training step with Stable Diffusion's networks and with the embedded ones at the seed
-# recipe's batch. Needs a GPU, and the package's own dependencies; nothing else in the project needs
-# either this script or a GPU.
-#   bench/gpu.sh [FOLDER]    where each part's table and JSON go; default: runs/bench-gpu
-#   PYTHON=/path/to/python   that interpreter in place of .venv's
-#   PARTS="loader steps512"  these parts only
-#   PART_S=400               the seconds that a part may take
+# Runs every benchmark that needs a GPU, in about half an hour: the loader, stage one, and training
+# steps with networks of Stable Diffusion's size and with the embedded ones.
+#   bench/gpu.sh [FOLDER]    folder for the tables and JSON; default: runs/bench-gpu
+#   PYTHON=/path/to/python   use this interpreter instead of .venv
+#   PARTS="loader steps512"  run only these parts
+#   PART_S=400               time limit of a part in seconds
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-.venv/bin/python}
@@ -22,7 +20,7 @@ part() {
   shift
   case " ${PARTS:-$name} " in *" $name "*) ;; *) return ;; esac
   echo "=== $name: $*"
-  # A part's last line is its figures as JSON.
+  # The last line of a part's output holds its figures as JSON.
   if timeout "${PART_S:-400}" "$python" "$@" 2> "$folder/$name.log" | tee "$folder/$name.txt" \
     && [ "${PIPESTATUS[0]}" -eq 0 ] && tail -n 1 "$folder/$name.txt" > "$folder/$name.json"; then
     echo "=== $name: done in $((SECONDS - began)) s"
@@ -48,4 +46,4 @@ if [ ${#failed[@]} -gt 0 ]; then
   echo "=== failed: ${failed[*]}"
   exit 1
 fi
-echo "=== all measured; figures in $folder"
+echo "=== all parts passed; figures in $folder"

@@ -1,11 +1,11 @@
-"""Compares this project's loader with others', on the same records: a table, then a line of JSON.
+"""Compares this project's loader with others on the same records: a table, then a line of JSON.
 
     python bench/loader.py [--quick] [--content 77-float16 ...] [--records N] [--workers 0 2]
 
-Each loader runs in a process of its own; they take turns, and ratios are of turns in one round
-(loaders/rounds.py). The records are written beforehand, in every format, to a folder that needs up
-to 8 GB and is removed; all is read from the page cache. A loader that is not installed is left out.
-What is compared and what was found: docs/benchmarks.md.
+Each loader runs in its own process. The processes take turns, and a ratio compares two turns of one
+round (loaders/rounds.py). The records are first written in every format to a temporary folder of up
+to 8 GB, and all reads come from the page cache. Loaders that are not installed are skipped.
+Results: docs/benchmarks.md.
 """
 
 import sys
@@ -37,15 +37,15 @@ MB = 1e6
 
 
 def main() -> None:
-    """Measures all that was asked for and prints it."""
+    """Runs the selected parts and prints their tables."""
     args = parse()
     left_out = missing(args.contenders)
     names = [name for name in args.contenders if name not in left_out]
-    figures: dict[str, Any] = setting(args, names, left_out) | {"contents": {}}
+    figures: dict[str, Any] = describe_setup(args, names, left_out) | {"contents": {}}
     for name, reason in left_out.items():
-        print(f"left out: {name}: {reason}")
-    for content in chosen_contents(args) if "contents" in args.parts else ():
-        with written(content, names, args.folder) as folders:
+        print(f"skipped: {name}: {reason}")
+    for content in selected_contents(args) if "contents" in args.parts else ():
+        with write_records(content, names, args.folder) as folders:
             for num_workers in args.workers:
                 found = compare(content, names, folders, num_workers, args)
                 figures["contents"].setdefault(content.name, {}).update(found)
@@ -57,32 +57,36 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description="Compares loaders on the same records.")
     names = [content.name for content in CONTENTS]
     parser.add_argument("--quick", action="store_true", help="under a minute, rough figures")
     parser.add_argument("--content", nargs="+", choices=names, help="default: all, quick: one")
-    parser.add_argument("--records", type=int, help="of each content, at least 256")
-    parser.add_argument("--workers", type=int, nargs="+", help="processes: 0, 2, quick: 0")
+    parser.add_argument("--records", type=int, help="records per content, at least 256")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", help="worker processes; default: 0 2, quick: 0"
+    )
     parser.add_argument("--contenders", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rounds", type=int, help="default: 7, quick: 3")
-    parser.add_argument("--turn", type=float, help="seconds; default: 1, quick: 0.2")
-    parser.add_argument("--folder", type=Path, help="where to write; default: /tmp")
+    parser.add_argument("--turn", type=float, help="seconds per turn; default: 1, quick: 0.2")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder; default: /tmp")
     args = parser.parse_args()
     quick = args.quick
     args.content = args.content or (names[:1] if quick else names)
     args.workers = args.workers or ([0] if quick else [0, 2])
-    asked = {"rounds": args.rounds, "turn_s": args.turn}
-    given = {name: value for name, value in asked.items() if value is not None}
-    args.timing = replace(QUICK_TIMING if quick else Timing(), **given)
+    flags = {"rounds": args.rounds, "turn_s": args.turn}
+    overrides = {name: value for name, value in flags.items() if value is not None}
+    args.timing = replace(QUICK_TIMING if quick else Timing(), **overrides)
     if args.records is not None and args.records < BATCH_SIZE:
         parser.error(f"--records: expected at least {BATCH_SIZE}, found {args.records}")
     return args
 
 
-def setting(args: argparse.Namespace, names: list[str], left_out: dict[str, str]) -> dict[str, Any]:
-    """What the figures depend on."""
+def describe_setup(
+    args: argparse.Namespace, names: list[str], left_out: dict[str, str]
+) -> dict[str, Any]:
+    """Returns the versions and settings that the figures depend on."""
     peers = {found for name in names if (found := ENTRIES[name].distribution)}
     return {
         "benchmark": "loader",
@@ -94,8 +98,8 @@ def setting(args: argparse.Namespace, names: list[str], left_out: dict[str, str]
     }
 
 
-def chosen_contents(args: argparse.Namespace) -> Iterator[Content]:
-    """The contents that were asked for, of the size that was asked for."""
+def selected_contents(args: argparse.Namespace) -> Iterator[Content]:
+    """Yields the selected contents with the selected number of records."""
     for content in CONTENTS:
         if content.name in args.content:
             num_records = args.records or (QUICK_RECORDS if args.quick else content.num_records)
@@ -103,32 +107,36 @@ def chosen_contents(args: argparse.Namespace) -> Iterator[Content]:
 
 
 @contextmanager
-def written(content: Content, names: list[str], folder: Path | None) -> Iterator[dict[str, Path]]:
-    """The folder of each contender's records, as long as they are measured."""
+def write_records(
+    content: Content, names: list[str], folder: Path | None
+) -> Iterator[dict[str, Path]]:
+    """Writes the records and yields each contender's folder; removes them afterwards."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir=folder) as temporary:
         whole = Path(temporary)
-        note(f"{content.name}: {content.num_records} records")
-        asked = {"names": names, "content": asdict(content), "folder": temporary}
-        call("bench.loaders.store", asked)
+        log_progress(f"{content.name}: {content.num_records} records")
+        request = {"names": names, "content": asdict(content), "folder": temporary}
+        call("bench.loaders.store", request)
         yield {name: whole / ENTRIES[name].store for name in names}
 
 
 def compare(
     content: Content, names: list[str], folders: dict[str, Path], workers: int, args: Any
 ) -> dict[str, Any]:
-    """Returns a content's figures with so many worker processes, and prints them."""
+    """Measures a content with the given number of worker processes and prints the table."""
     runners = [
         Runner(name=name, num_workers=workers if ENTRIES[name].has_workers else 0)
         for name in names
-        if not (workers and name == "cache")  # the same as map, once it is full
+        if not (workers and name == "cache")  # a full cache reads like map
     ]
     if workers:
         runners += [Runner(name=name, num_threads=workers) for name in ("map", "copy")]
-    note(f"{content.name}: {workers} workers: {', '.join(runner.label for runner in runners)}")
+    log_progress(
+        f"{content.name}: {workers} workers: {', '.join(runner.label for runner in runners)}"
+    )
     results = run(runners, content, folders, args.timing)
     show(content, workers, results)
     labels = {runner.label: runner.name for runner in runners}
-    figures = {label: of_result(content, result) for label, result in results.items()}
+    figures = {label: result_figures(content, result) for label, result in results.items()}
     if workers:
         return {f"with_{workers}_workers": figures}
     return {
@@ -141,7 +149,7 @@ def compare(
 
 
 def ratios(results: dict[str, Result], labels: dict[str, str]) -> dict[str, Any]:
-    """What the goals are about: map access against the others, each in one process."""
+    """Returns the speed of map access relative to the others, each in one process."""
     if "map" not in results:
         return {}
     times = {label: results["map"].times(result) for label, result in results.items()}
@@ -156,8 +164,8 @@ def ratios(results: dict[str, Result], labels: dict[str, str]) -> dict[str, Any]
     return {key: value and round(value, 3) for key, value in named.items()} | {"best_peer": best}
 
 
-def of_result(content: Content, result: Result) -> dict[str, float]:
-    """A result's figures for the line of JSON."""
+def result_figures(content: Content, result: Result) -> dict[str, float]:
+    """Returns the figures of a result for the line of JSON."""
     return {
         "records_per_s": round(result.rate),
         "slowest": round(min(result.rates)),
@@ -171,12 +179,12 @@ def of_result(content: Content, result: Result) -> dict[str, float]:
 
 
 def show(content: Content, workers: int, results: dict[str, Result]) -> None:
-    """Prints a table of one comparison."""
+    """Prints the table of one comparison."""
     size = content.num_records * content.stored_bytes / 1e9
     processes = f"{workers} worker processes" if workers else "one process"
     print(
         f"\n{content.name}, {processes}: {content.num_records} records, {size:.2f} GB, "
-        f"{content.delivered_bytes / 1e3:.1f} kB of each delivered"
+        f"{content.delivered_bytes / 1e3:.1f} kB delivered per record"
     )
     print(
         f"{'':<18}{'records/s':>10}{'slowest':>10}{'fastest':>10}{'GB/s':>7}{'map is':>9}"
@@ -184,7 +192,7 @@ def show(content: Content, workers: int, results: dict[str, Result]) -> None:
     )
     for label, result in results.items():
         times = f"{results['map'].times(result):.2f}x" if "map" in results else ""
-        figures = of_result(content, result)
+        figures = result_figures(content, result)
         print(
             f"{label:<18}{figures['records_per_s']:>10,}{figures['slowest']:>10,}"
             f"{figures['fastest']:>10,}{figures['gb_per_s']:>7.1f}{times:>9}"
@@ -194,7 +202,7 @@ def show(content: Content, workers: int, results: dict[str, Result]) -> None:
 
 
 def memory(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
-    """Returns the resident memory of a quarter of the records and of all of them; prints it."""
+    """Measures resident memory with a quarter of the records and with all, and prints it."""
     content = next(content for content in CONTENTS if content.name == "32-int8")
     most = 4 * (BATCH_SIZE if args.quick else content.num_records // 4)
     timing = replace(args.timing, rounds=2)
@@ -202,7 +210,7 @@ def memory(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     found: dict[str, Any] = {name: {} for name in measured if name in names}
     for num_records in (most // 4, most):
         smaller = content.resized(num_records)
-        with written(smaller, list(found), args.folder) as folders:
+        with write_records(smaller, list(found), args.folder) as folders:
             results = run([Runner(name=name) for name in found], smaller, folders, timing)
             for name, sizes in found.items():
                 result = results[name]
@@ -211,7 +219,7 @@ def memory(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
                     "anonymous_mb": round(result.peak("anonymous_bytes") / MB),
                     "file_mb": round(result.peak("file_bytes") / MB),
                 }
-    print(f"\nresident memory, {content.name}: the process's own, and mapped files'")
+    print(f"\nresident memory, {content.name}: anonymous, and mapped files")
     print(f"{'':<18}{'records':>10}{'set':>12}{'own':>12}{'mapped':>12}")
     for name, sizes in found.items():
         for num_records, row in sizes.items():
@@ -221,15 +229,15 @@ def memory(args: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 
 
 def opening(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns how opening and the first batch depend on the number of shards; prints it."""
+    """Measures opening and the first batch by the number of shards, and prints it."""
     rows = []
     small = SMALL.resized(SHARD_COUNTS[-1]) if args.quick else SMALL
     for count in SHARD_COUNTS:
         with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as temporary:
-            note(f"{count} shards")
+            log_progress(f"{count} shards")
             write_shards(Path(temporary), small, small.num_records // count)
             rows.append(json.loads(call("bench.loaders.opening", temporary)))
-    print("\nopening map access, and its first batch of 256 random records of all shards")
+    print("\nopening a set for map access, and its first batch of 256 records over all shards")
     print(f"{'':>8}{'':>10}{'page cache warm, ms':>26}{'cold, ms':>22}{'cold, MB read':>22}")
     print(f"{'shards':>8}{'MB':>10}" + f"{'open':>12}{'+ batch':>12}" * 3)
     for row in rows:
@@ -240,13 +248,13 @@ def opening(args: argparse.Namespace) -> list[dict[str, Any]]:
             f"{row['shards']:>8,}{row['bytes'] / MB:>10.1f}"
             + "".join(f"{1e3 * cell:>12.1f}" for cell in cells)
             + "".join(f"{cell / MB:>12.2f}" for cell in read)
-            + ("" if row["evicted"] else "  (not put out of the page cache)")
+            + ("" if row["evicted"] else "  (still in the page cache)")
         )
     return rows
 
 
-def note(text: str) -> None:
-    """Tells how far it is, apart from the tables."""
+def log_progress(text: str) -> None:
+    """Prints progress to standard error."""
     print(f"[{text}]", file=sys.stderr, flush=True)
 
 

@@ -2,11 +2,10 @@
 
     python bench/stage_one.py [--quick] [--size 64 256] [--images DIR --captions FILE]
 
-Each round measures, one after another, on the same JPEG files: decoding alone on all cores, the
-encoders alone on tensors in memory, the whole stage from listing to manifest, and the script that
-most people would write (bench/stages/plain_script.py). On a CPU the bound is what the cores could
-do if they only decoded and encoded: 1 / (1 / decode + 1 / encode); on a GPU it is the encoders
-alone. Loading the networks is left out everywhere. Ratios are medians over rounds.
+Each round measures on the same JPEG files: decoding alone on all cores, the encoders alone on
+tensors in memory, the whole stage from listing to manifest, and the script that most people would
+write (bench/stages/plain_script.py). No measurement includes loading the networks. Ratios are
+medians over rounds.
 """
 
 import sys
@@ -55,41 +54,41 @@ ENCODERS = Path(__file__).resolve().parent.parent / "scenes/encoders"
 
 
 def main() -> None:
-    """Measures each size and prints it."""
+    """Measures each image size and prints its table."""
     args = parse()
-    figures: dict[str, Any] = setting(args) | {"sizes": {}}
+    figures: dict[str, Any] = describe_setup(args) | {"sizes": {}}
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as temporary:
         folder = Path(temporary)
         if args.images is None:
             args.images, args.captions = write_photographs(folder / "coco", args.records)
         for size_px in args.size:
-            figures["sizes"][size_px] = of_size(args, size_px, folder)
+            figures["sizes"][size_px] = measure_size(args, size_px, folder)
     print(json.dumps(figures))
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description="Compares stage one with its bound.")
     parser.add_argument("--quick", action="store_true", help="under a minute, rough figures")
-    parser.add_argument("--size", nargs="+", type=int, default=[64], help="of the images, in px")
-    parser.add_argument("--images", type=Path, help="a COCO folder of images; default: made up")
-    parser.add_argument("--captions", type=Path, help="their captions file")
-    parser.add_argument("--records", type=int, help="images to make up")
+    parser.add_argument("--size", nargs="+", type=int, default=[64], help="image sizes in px")
+    parser.add_argument("--images", type=Path, help="folder of COCO images; default: synthetic")
+    parser.add_argument("--captions", type=Path, help="captions file of --images")
+    parser.add_argument("--records", type=int, help="number of synthetic images")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--vae", default=str(ENCODERS / "vae"))
     parser.add_argument("--text-encoder", default=str(ENCODERS / "clip"))
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--folder", type=Path, help="where to write; default: /tmp")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder; default: /tmp")
     args = parser.parse_args()
     args.records = args.records or (256 if args.quick else 3000)
     args.rounds = args.rounds or (1 if args.quick else 5)
     return args
 
 
-def setting(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
+def describe_setup(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the versions and settings that the figures depend on."""
     device = find_device(args.device, 0)
     on_gpu = device.type == "cuda"
     return {
@@ -103,8 +102,8 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def of_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, Any]:
-    """Returns the figures of one image size, and prints them."""
+def measure_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, Any]:
+    """Measures one image size and prints the medians."""
     config = PipelineConfig(
         name="bench",
         vae=args.vae,
@@ -134,7 +133,7 @@ def of_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, A
 
 
 def decode(batches: Sequence[Batch]) -> float:
-    """Returns the seconds that decoding takes, on all cores."""
+    """Returns the seconds to decode all records on all cores."""
     preprocessing = batches[0].preprocessing
     began = time.perf_counter()
     with ThreadPoolExecutor(num_cores()) as pool:
@@ -145,7 +144,7 @@ def decode(batches: Sequence[Batch]) -> float:
 
 
 def encode(batches: Sequence[Batch], encoders: Encoders) -> float:
-    """Returns the seconds that the encoders take for decoded pictures and all captions."""
+    """Returns the seconds to encode decoded images and all captions."""
     rng = np.random.default_rng(0)
     width, height = batches[0].preprocessing.size_px
     pixels = rng.integers(0, 256, (len(batches[0].records), height, width, 3), np.uint8)
@@ -179,7 +178,7 @@ def stage(config: PipelineConfig, encoders: Encoders) -> float:
 
 
 def script(args: argparse.Namespace, size_px: int, out: Path) -> float:
-    """Returns the seconds that the plain script takes."""
+    """Returns the seconds that the plain script needs."""
     vae, text_encoder = Path(args.vae), Path(args.text_encoder)
     done = plain_script.main(args.images, args.captions, vae, text_encoder, out, size_px)
     shutil.rmtree(out)
@@ -189,8 +188,9 @@ def script(args: argparse.Namespace, size_px: int, out: Path) -> float:
 def show(
     size_px: int, num_records: int, rounds: Sequence[dict[str, float]], *, on_gpu: bool
 ) -> dict[str, Any]:
-    """Returns the medians of one size, and prints them."""
+    """Returns and prints the medians of one image size."""
     for turn in rounds:
+        # On a CPU the same cores decode and encode. A GPU encodes while the CPU decodes.
         both = 1 / (1 / turn["decode"] + 1 / turn["encode"])
         turn["bound"] = turn["encode"] if on_gpu else both
     rates = {name: statistics.median(turn[name] for turn in rounds) for name in rounds[0]}
@@ -202,7 +202,7 @@ def show(
     about = {
         "decode": "decoding alone, all cores",
         "encode": "the encoders alone",
-        "bound": "the encoders alone" if on_gpu else "both, if nothing else cost time",
+        "bound": "the encoders alone" if on_gpu else "decoding and encoding, nothing else",
         "stage": "the whole stage",
         "script": "the plain script",
     }

@@ -1,13 +1,11 @@
-"""Compares a training step from shards with its limit and with the usual way: a table, then JSON.
+"""Compares a training step with its bound and with online encoding: a table, then a line of JSON.
 
     python bench/train_step.py [--quick] [--size 64 256] [--networks embedded|sd]
 
-The training loop of this project from shards (`ours`) takes turns with the bare loop on a resident
-batch (`bare`, the limit), then with the VAE and the text encoder in each step, from JPEGs with a
-DataLoader (`online`): the same denoiser, optimiser, precision and batch. Ratios are the medians of
-those within a round, `ratio_to_bare` and `ratio_to_online`. Then what single settings are worth,
-and the share of the device's fastest matrix product. On a GPU the networks are of Stable
-Diffusion's size with random weights.
+The training loop on shards (`ours`) takes turns with a bare loop on one resident batch (`bare`, the
+bound), and then with a loop that reads JPEGs and runs the VAE and the text encoder in each step
+(`online`). All use the same denoiser, optimizer, precision and batch size. Ratios are medians over
+rounds. Then it measures single settings, and the share of the device's fastest matrix product.
 """
 
 import sys
@@ -47,9 +45,9 @@ MIN_STEPS = 3
 
 
 def main() -> None:
-    """Measures each size and prints it."""
+    """Measures each image size and prints its table."""
     args = parse()
-    figures: dict[str, Any] = setting(args) | {"sizes": {}}
+    figures: dict[str, Any] = describe_setup(args) | {"sizes": {}}
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as temporary:
         folder = Path(temporary)
         if args.networks == "sd":
@@ -59,30 +57,40 @@ def main() -> None:
         args.vae, args.text_encoder = args.vae or str(vae), args.text_encoder or str(text_encoder)
         args.images, args.captions = write_photographs(folder / "coco", args.records)
         for size_px in args.size:
-            figures["sizes"][size_px] = of_size(args, size_px, folder / str(size_px))
+            figures["sizes"][size_px] = measure_size(args, size_px, folder / str(size_px))
     print(json.dumps(figures))
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description="Compares a training step with its limit.")
     parser.add_argument("--quick", action="store_true", help="under a minute, rough figures")
-    parser.add_argument("--size", nargs="+", type=int, help="of images, in px: 64 256, quick: 64")
-    parser.add_argument("--networks", choices=("embedded", "sd"), help="default: sd on a GPU")
-    parser.add_argument("--vae", help="another autoencoder")
-    parser.add_argument("--text-encoder", help="another text encoder")
+    parser.add_argument(
+        "--size", nargs="+", type=int, help="image sizes in px; default: 64 256, quick: 64"
+    )
+    parser.add_argument(
+        "--networks",
+        choices=("embedded", "sd"),
+        help="default: sd on a GPU (random weights), else embedded",
+    )
+    parser.add_argument("--vae", help="autoencoder; default: that of --networks")
+    parser.add_argument("--text-encoder", help="text encoder; default: that of --networks")
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--precision", choices=("bf16", "fp16", "no"), default="bf16")
-    parser.add_argument("--batch-size", type=int, help="default: by size and networks")
-    parser.add_argument("--records", type=int, help="images to make up")
+    parser.add_argument("--batch-size", type=int, help="default: depends on size and networks")
+    parser.add_argument("--records", type=int, help="number of synthetic images")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--turn", type=float, help="seconds of a turn")
-    parser.add_argument("--workers", type=int, default=min(num_cores(), 16), help="of DataLoader")
-    parser.add_argument("--compile", action="store_true", default=on_gpu, help="measure it too")
-    parser.add_argument("--cuda-graph", action="store_true", help="ours plays its steps back")
-    parser.add_argument("--no-changes", action="store_true", help="leave single settings out")
-    parser.add_argument("--folder", type=Path, help="where to write; default: /tmp")
+    parser.add_argument("--turn", type=float, help="seconds per turn")
+    parser.add_argument(
+        "--workers", type=int, default=min(num_cores(), 16), help="workers of the DataLoader"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", default=on_gpu, help="measure torch.compile too"
+    )
+    parser.add_argument("--cuda-graph", action="store_true", help="let ours replay a CUDA graph")
+    parser.add_argument("--no-changes", action="store_true", help="do not measure single settings")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder; default: /tmp")
     args = parser.parse_args()
     args.networks = args.networks or ("sd" if on_gpu else "embedded")
     args.size = args.size or ([64] if args.quick else [64, 256])
@@ -90,14 +98,14 @@ def parse() -> argparse.Namespace:
     args.rounds = args.rounds or (2 if args.quick else 24)
     args.turn = args.turn or (1.0 if args.quick else 1.5)
     if args.precision == "fp16" and not on_gpu:
-        parser.error("--precision fp16: needs a GPU, found none; expected bf16 or no")
+        parser.error("--precision fp16 needs a GPU, found none; expected bf16 or no")
     if args.cuda_graph and not on_gpu:
-        parser.error("--cuda-graph: needs a GPU, found none")
+        parser.error("--cuda-graph needs a GPU, found none")
     return args
 
 
-def setting(args: argparse.Namespace) -> dict[str, Any]:
-    """What the figures depend on."""
+def describe_setup(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the versions and settings that the figures depend on."""
     on_gpu = torch.cuda.is_available()
     return {
         "benchmark": "train_step",
@@ -114,12 +122,14 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def of_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, Any]:
-    """Returns the figures of one image size, and prints them."""
+def measure_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, Any]:
+    """Measures one image size and prints its table."""
     usual = BATCH_SIZES[args.networks].get(size_px, SMALL_BATCH)
     batch_size = args.batch_size or usual
     if batch_size > args.records:
-        raise ValueError(f"--records: expected at least a batch of {batch_size}")
+        raise ValueError(
+            f"--records: expected at least one batch of {batch_size} images, found {args.records}"
+        )
     denoiser = DEMO if args.networks == "embedded" else DenoiserConfig()
     write_shards(args, size_px, folder / "shards")
     run = start_run(args, denoiser, batch_size, folder)
@@ -134,11 +144,7 @@ def of_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, A
         f"\n{size_px} px, {num_weights / 1e6:.1f} M weights, batch {batch_size}, in images/s; "
         f"medians of turns of {num_steps} steps"
     )
-    figures: dict[str, Any] = {
-        "batch_size": batch_size,
-        "steps": num_steps,
-        "weights": num_weights,
-    }
+    figures: dict[str, Any] = {"batch_size": batch_size, "steps": num_steps, "weights": num_weights}
     for other, num_rounds in (("bare", args.rounds), ("online", max(2, args.rounds // 4))):
         rounds = take_turns(turns, other, num_steps, num_rounds)
         figures |= show(other, rounds, batch_size)
@@ -154,7 +160,7 @@ def of_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, A
 
 
 def write_shards(args: argparse.Namespace, size_px: int, folder: Path) -> None:
-    """Runs stage one on the pictures."""
+    """Encodes the images into shards."""
     config = PipelineConfig(
         name="bench",
         vae=args.vae,
@@ -171,7 +177,7 @@ def write_shards(args: argparse.Namespace, size_px: int, folder: Path) -> None:
 def start_run(
     args: argparse.Namespace, denoiser: DenoiserConfig, batch_size: int, folder: Path
 ) -> Run:
-    """Returns a run that is ready to train, by the same call as the training command's."""
+    """Returns a run that is ready to train, set up as the training command does it."""
     config = TrainConfig(
         name="bench",
         vae=args.vae,
@@ -199,9 +205,9 @@ def make_turns(
     size_px: int,
     breakdown: list[dict[str, float]],
 ) -> tuple[dict[str, Callable[[int], float]], Callable[[], None]]:
-    """Returns the contenders, each from a number of steps to seconds, and the bare step.
+    """Returns the contenders, as functions from a number of steps to seconds, and the bare step.
 
-    Where the time of ours goes is added to `breakdown` at each turn.
+    Each turn of `ours` appends its time breakdown to `breakdown`.
     """
     device, precision = run.accelerator.device, run.accelerator.mixed_precision
     channels, height, _ = run.plan.latent_shape
@@ -239,7 +245,7 @@ def make_turns(
     return {
         "bare": lambda number: contenders.time_steps(bare, device, number),
         "ours": ours,
-        "online": lambda number: contenders.and_rest(
+        "online": lambda number: contenders.then_wait(
             lambda: contenders.time_steps(online, device, number), min(2.0, 2 * args.turn)
         ),
     }, bare
@@ -248,7 +254,7 @@ def make_turns(
 def take_turns(
     turns: dict[str, Callable[[int], float]], other: str, num_steps: int, num_rounds: int
 ) -> list[tuple[float, float]]:
-    """Returns the seconds of a step of `other` and of ours, by round; the order alternates."""
+    """Returns the seconds per step of `other` and of ours for each round; the order alternates."""
     rounds = []
     for number in range(num_rounds):
         names = ("ours", other) if number % 2 else (other, "ours")
@@ -259,12 +265,12 @@ def take_turns(
 
 
 def show(other: str, rounds: Sequence[tuple[float, float]], batch_size: int) -> dict[str, float]:
-    """Returns the medians of ours beside another, and prints them."""
+    """Returns and prints the medians of ours and another contender."""
     ratio = statistics.median(theirs / ours for theirs, ours in rounds)
     theirs, ours = (batch_size / statistics.median(times) for times in zip(*rounds, strict=True))
     about = {"bare": "one resident batch", "online": "VAE and text encoder in each step"}
     print(
-        f"{other:<8}{theirs:>9,.1f}   {about[other]:<36}ours beside it {ours:>9,.1f}: {ratio:.3f}x",
+        f"{other:<8}{theirs:>9,.1f}   {about[other]:<36}ours in turns {ours:>9,.1f}: {ratio:.3f}x",
         flush=True,
     )
     return {
@@ -281,13 +287,13 @@ def share_of_ceiling(
     args: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Returns operations per image, the device's ceiling and ours as a share of it."""
+    """Returns the FLOP per image, the device's ceiling, and the share of it that ours reaches."""
     flops = changes.step_flops(bare) / batch_size
     ceiling = changes.ceiling_flops_per_s(device, args.precision, 0.2 * args.turn)
     share = flops * images_per_s / ceiling
     print(
-        f"{flops / 1e9:.2f} GFLOP an image; fastest matrix product {ceiling / 1e12:.3f} TFLOP/s: "
-        f"ours does {share:.1%} of it"
+        f"{flops / 1e9:.2f} GFLOP per image; fastest matrix product {ceiling / 1e12:.3f} TFLOP/s: "
+        f"ours reaches {share:.1%} of it"
     )
     return {
         "flops_per_image": round(flops),
@@ -302,14 +308,14 @@ def measure_changes(
     resident: contenders.Resident,
     num_steps: int,
 ) -> dict[str, float]:
-    """Returns what each change is worth by itself, and prints it."""
+    """Measures the speed-up of each single setting and prints it."""
     found = {}
-    print("single changes to a bare step with plain attention and AdamW by default:")
+    print("speed-up of single settings over a bare step with plain attention and default AdamW:")
     steps = changes.changes_for(resident[0].device, compiled=args.compile)
-    for name, how in steps.items():
+    for name, step in steps.items():
         found[name] = round(
             changes.compare(
-                how,
+                step,
                 denoiser,
                 resident,
                 args.precision,

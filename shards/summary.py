@@ -444,9 +444,9 @@ def show_buckets(folder: Path, arguments: argparse.Namespace) -> Iterator[str]:
         yield from show(folder / bucket.name, arguments, out.with_stem(name))
 
 
-def main() -> int:
+def main(prog: str | None = None) -> int:
     """Describes a set for the command line; returns the exit code."""
-    arguments = _parse_arguments()
+    arguments = _parse_arguments(prog)
     folder: Path = arguments.folder
     try:
         if holds_buckets(folder):
@@ -461,9 +461,9 @@ def main() -> int:
     return 0
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments(prog: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m shards.summary",
+        prog=prog or "python -m shards.summary",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -446,9 +446,9 @@ def _rows(wrong: NDArray[np.bool_]) -> list[int]:
     return np.flatnonzero(wrong.any(1)).tolist() if wrong.any() else []
 
 
-def main() -> int:
+def main(prog: str | None = None) -> int:
     """Runs the check for the command line; returns the exit code."""
-    arguments = _parse_arguments()
+    arguments = _parse_arguments(prog)
     folder: Path = arguments.folder
     if not folder.is_dir():
         print(f"error: {folder}: no such folder", file=sys.stderr)
@@ -487,9 +487,9 @@ def _count(folder: Path) -> str:
     return f"{manifest.num_records} records in {len(manifest.shards)} shards"
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments(prog: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m shards.verify",
+        prog=prog or "python -m shards.verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -12,5 +12,11 @@ from latent_t2i.configs import cli
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.loop import train
 
+
+def main(prog: str | None = None) -> None:
+    """Runs the command; `prog` is its name in the help."""
+    cli.main(train, TrainConfig, "train", prog=prog)
+
+
 if __name__ == "__main__":
-    cli.main(train, TrainConfig, "train")
+    main()

@@ -1,94 +1,83 @@
-"""Who takes part. A loader whose package is not installed is left out, by name."""
+"""The loaders that are compared."""
 
 import importlib
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from bench.loaders.contents import Contender
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Entry:
-    """Where a contender is made, and what it is counted as."""
+    """How to create a contender, and what it needs."""
 
     module: str
-    maker: str
+    cls: str
     arguments: tuple[str, ...] = ()
-    package: str | None = None
-    """What has to be installed."""
-    distribution: str | None = None
-    """That package's name for pip."""
+    _: KW_ONLY
     store: str
-    """The folder of its records; of several contenders, if they read the same."""
+    """Folder of its records; contenders that read the same format share one."""
+    package: str | None = None
+    """Module that must be installed."""
+    distribution: str | None = None
+    """Name of that module's package on PyPI."""
     is_peer: bool = False
     has_workers: bool = True
 
 
 ENTRIES = {
-    "copy": Entry(module="plain_copy", maker="Copy", store="none", has_workers=False),
-    "map": Entry(
-        module="with_shards", maker="Shards", arguments=("map",), store="shards", has_workers=False
-    ),
-    "cache": Entry(
-        module="with_shards",
-        maker="Shards",
-        arguments=("cache",),
-        store="shards",
-        has_workers=False,
-    ),
-    "stream": Entry(module="with_shards", maker="Shards", arguments=("stream",), store="shards"),
+    "copy": Entry("plain_copy", "Copy", store="none", has_workers=False),
+    "map": Entry("with_shards", "Shards", ("map",), store="shards", has_workers=False),
+    "cache": Entry("with_shards", "Shards", ("cache",), store="shards", has_workers=False),
+    "stream": Entry("with_shards", "Shards", ("stream",), store="shards"),
     "webdataset": Entry(
-        module="with_webdataset",
-        maker="Tars",
+        "with_webdataset",
+        "Tars",
+        store="shards",
         package="webdataset",
         distribution="webdataset",
-        store="shards",
         is_peer=True,
     ),
     "streaming": Entry(
-        module="with_streaming",
-        maker="Mds",
+        "with_streaming",
+        "Mds",
+        store="mds",
         package="streaming",
         distribution="mosaicml-streaming",
-        store="mds",
         is_peer=True,
     ),
     "litdata": Entry(
-        module="with_litdata",
-        maker="Chunks",
+        "with_litdata",
+        "Chunks",
+        store="chunks",
         package="litdata",
         distribution="litdata",
-        store="chunks",
         is_peer=True,
     ),
     "datasets": Entry(
-        module="with_datasets",
-        maker="Arrays",
+        "with_datasets",
+        "Arrays",
+        store="arrow",
         package="datasets",
         distribution="datasets",
-        store="arrow",
         is_peer=True,
     ),
     "datasets-bytes": Entry(
-        module="with_datasets",
-        maker="Bytes",
-        package="datasets",
-        distribution="datasets",
-        store="arrow-bytes",
+        "with_datasets", "Bytes", store="arrow-bytes", package="datasets", distribution="datasets"
     ),
 }
 
 
 def make(name: str) -> Contender:
-    """Returns a contender."""
+    """Creates a contender."""
     entry = ENTRIES[name]
     module = importlib.import_module(f"bench.loaders.{entry.module}")
-    made: Contender = getattr(module, entry.maker)(*entry.arguments)
+    made: Contender = getattr(module, entry.cls)(*entry.arguments)
     return made
 
 
 def missing(names: list[str]) -> dict[str, str]:
-    """Returns those that cannot take part, with the reason."""
+    """Returns the contenders whose package is not installed, each with the reason."""
     return {
         name: f"{ENTRIES[name].distribution} is not installed: see docs/benchmarks.md"
         for name in names

@@ -1,9 +1,7 @@
-"""What the loaders are compared on: records of made-up numbers, the same in every format.
+"""The records that the loaders are compared on: random numbers, the same in every format.
 
-A record is what stage one makes of a COCO picture: the moments of its latent, and five captions as
-CLIP-L's hidden states with their token ids. The numbers are cut out of one pool at random places:
-formats that store them as they are cost the same whatever they hold. A record's ids tell its number
-and its caption's, so that what a loader delivers can be held to what was written.
+A record has the fields that stage one makes of a COCO image: the moments of its latent, and five
+captions as CLIP-L's hidden states with their token ids.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,29 +17,27 @@ from torch import Tensor
 
 BATCH_SIZE = 256
 NUM_CAPTIONS = 5
-TEXT_WIDTH = 768
-"""Of CLIP-L."""
-CHANNELS = 8
-"""Moments of a VAE with four."""
+TEXT_WIDTH = 768  # CLIP-L
+CHANNELS = 8  # moments of a VAE with four channels
 POOL_VALUES = 1 << 23
 ITEMS = ("text", "tokens")
-"""The fields that a record has several of: one for each caption."""
+"""Fields with one item per caption."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """The shapes of the records, and how many there are."""
+    """The shapes and the number of the records."""
 
     name: str
     max_tokens: int
     text_dtype: Literal["float16", "int8"]
     latent_px: int
-    """Of the latent's side: an eighth of the image's."""
+    """Side of the latent: an eighth of the image's."""
     num_records: int
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """A record's fields: one view, all captions."""
+        """Shapes of a record's fields: one view, all captions."""
         return {
             "latent": (1, CHANNELS, self.latent_px, self.latent_px),
             "text": (NUM_CAPTIONS, self.max_tokens, TEXT_WIDTH),
@@ -50,21 +46,21 @@ class Content:
 
     @property
     def dtypes(self) -> dict[str, str]:
-        """NumPy's names."""
+        """NumPy's dtype names of the fields."""
         return {"latent": "float16", "text": self.text_dtype, "tokens": "int32"}
 
     @property
     def stored_bytes(self) -> int:
-        """Of a record, without any format's own."""
+        """Bytes of a record's arrays, without a format's overhead."""
         return sum(self._bytes(name, self.shapes[name]) for name in self.shapes)
 
     @property
     def delivered_bytes(self) -> int:
-        """Of a record in a batch: one view, one caption."""
+        """Bytes of a record in a batch: one view, one caption."""
         return sum(self._bytes(name, self.shapes[name][1:]) for name in self.shapes)
 
     def resized(self, num_records: int) -> "Content":
-        """The same with another number of records."""
+        """Returns the content with another number of records."""
         return replace(self, num_records=num_records)
 
     def _bytes(self, name: str, shape: tuple[int, ...]) -> int:
@@ -75,19 +71,15 @@ CONTENTS = (
     Content(name="77-float16", max_tokens=77, text_dtype="float16", latent_px=8, num_records=2048),
     Content(name="32-int8", max_tokens=32, text_dtype="int8", latent_px=8, num_records=8192),
     Content(
-        name="77-float16-512px",
-        max_tokens=77,
-        text_dtype="float16",
-        latent_px=64,
-        num_records=1792,
+        name="77-float16-512px", max_tokens=77, text_dtype="float16", latent_px=64, num_records=1792
     ),
 )
 SMALL = Content(name="small", max_tokens=2, text_dtype="float16", latent_px=8, num_records=4000)
-"""For what depends on the number of shards and not on their size."""
+"""For measurements that depend on the number of shards, not on their size."""
 
 
 class Batch(NamedTuple):
-    """What every loader delivers."""
+    """The batch that every loader delivers."""
 
     latent: Tensor  # (B, 8, h, w) float16
     text: Tensor  # (B, T, D) float16 or int8
@@ -95,24 +87,24 @@ class Batch(NamedTuple):
 
 
 class Contender(Protocol):
-    """One loader."""
+    """A loader and the writer of its format."""
 
     def write(self, folder: Path, content: Content) -> None:
-        """Writes all records in its format."""
+        """Writes all records in the loader's format."""
 
     def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
-        """Yields shuffled batches without end."""
+        """Yields shuffled batches forever."""
 
 
 @cache
 def pool(dtype: str) -> NDArray[Any]:
-    """Numbers to cut records from: normally distributed."""
+    """Returns normally distributed numbers, of which each record is a slice."""
     values = np.random.default_rng(0).standard_normal(POOL_VALUES, np.float32)
     return (values if dtype == "float16" else (values * 32).clip(-127, 127)).astype(dtype)
 
 
 def record(content: Content, number: int) -> dict[str, NDArray[Any]]:
-    """Returns a record's fields."""
+    """Returns a record's fields. Its token ids hold its number and its captions' indices."""
     rng = np.random.default_rng(number)
     fields = {}
     for name in ("latent", "text"):
@@ -125,7 +117,7 @@ def record(content: Content, number: int) -> dict[str, NDArray[Any]]:
 
 
 def split_record(content: Content, number: int) -> dict[str, NDArray[Any]]:
-    """Returns a record's fields with one for each caption: latent, text0.., tokens0.."""
+    """Returns a record's fields with one field per caption: latent, text0.., tokens0.."""
     whole = record(content, number)
     return {"latent": whole["latent"]} | {
         f"{name}{caption}": whole[name][caption]
@@ -135,7 +127,7 @@ def split_record(content: Content, number: int) -> dict[str, NDArray[Any]]:
 
 
 def check(content: Content, batch: Batch, num_rows: int = 8) -> None:
-    """Raises ValueError where a batch is not of the records that were written, or not shuffled."""
+    """Raises ValueError if a batch differs from the records written or is not shuffled."""
     number, caption = batch.tokens[:, 0].numpy(), batch.tokens[:, 1].numpy()
     captions = set(caption.tolist())
     if len(number) != BATCH_SIZE or len(captions) != NUM_CAPTIONS:
@@ -150,7 +142,7 @@ def check(content: Content, batch: Batch, num_rows: int = 8) -> None:
             (batch.tokens, expected["tokens"][caption[row]]),
         ):
             if not torch.equal(found[row], torch.tensor(wanted)):
-                raise ValueError(f"{content.name}: record {number[row]}: another value")
+                raise ValueError(f"{content.name}: record {number[row]}: wrong value")
 
 
 def choose(record: Sequence[Any], caption: int) -> tuple[Any, Any, Any]:

@@ -1,10 +1,9 @@
-"""How long the first batch takes, and what is read for it, by the number of shards.
+"""Measures how long opening a set and its first batch take, and how many bytes they read.
 
     python -m bench.loaders.opening FOLDER
 
-The shards are put out of the page cache first. What of them is in it after opening and after the
-first batch was read from the disk for that; on a file system without a disk (tmpfs) nothing can be
-put out, which `evicted` tells.
+The shards are first evicted from the page cache. The pages in the cache afterwards are those that
+were read from the disk. A file system without a disk (tmpfs) cannot evict; then `evicted` is false.
 """
 
 import ctypes
@@ -25,11 +24,11 @@ from latent_t2i.shards.reader import open_shards
 
 
 def main(folder: Path) -> dict[str, Any]:
-    """Returns the figures of one set, cold and then warm."""
+    """Returns the figures of a set with a cold and then a warm page cache."""
     torch.set_num_threads(1)
     torch.empty(1).clone()
     paths = sorted(folder.glob("*.tar"))
-    measure(folder)  # the code itself, and what torch sets up on first use
+    measure(folder)  # imports, and what torch sets up on first use
     for path in paths:
         evict(path)
     left = resident_bytes(paths)
@@ -47,7 +46,7 @@ def main(folder: Path) -> dict[str, Any]:
 
 
 def measure(folder: Path, paths: list[Path] | None = None) -> dict[str, float]:
-    """Opens a set and asks for one batch; with `paths`, tells how much of them was read."""
+    """Opens a set and reads one batch; with `paths`, counts the bytes read from them."""
     began = time.perf_counter()
     shards = open_shards(folder)
     opened = time.perf_counter()
@@ -61,7 +60,7 @@ def measure(folder: Path, paths: list[Path] | None = None) -> dict[str, float]:
 
 
 def evict(path: Path) -> None:
-    """Asks the system to forget a file's pages."""
+    """Evicts a file from the page cache, if the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -71,17 +70,17 @@ def evict(path: Path) -> None:
 
 
 def resident_bytes(paths: list[Path]) -> int:
-    """Returns how much of some files is in the page cache."""
+    """Returns how many bytes of the files are in the page cache."""
     mincore = ctypes.CDLL(None, use_errno=True).mincore
     mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     pages = 0
     for path in paths:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
             flags = np.zeros(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
-            place = np.frombuffer(mapped, np.uint8)
-            if mincore(place.ctypes.data, len(mapped), flags.ctypes.data):
+            address = np.frombuffer(mapped, np.uint8)
+            if mincore(address.ctypes.data, len(mapped), flags.ctypes.data):
                 raise OSError(ctypes.get_errno(), "mincore", str(path))
-            del place  # else the mapping could not be closed
+            del address  # a mapping with a view cannot be closed
             pages += int((flags & 1).sum())
     return pages * mmap.PAGESIZE
 

@@ -1,8 +1,7 @@
-"""The bound: what a batch delivers, copied in one piece from a random place of a large array.
+"""The bound of a loader: one copy of a batch's bytes from a random offset of 1 GiB of memory.
 
-One `copy_` of 256 records' delivered bytes from 1 GiB of ordinary memory, touched before, into the
-same buffer every time. No loader that hands over its own memory can be faster, and one that gathers
-records from all over a file has more to do.
+A loader that returns its own memory cannot be faster. One that gathers records from all over a file
+has more to do.
 """
 
 import random
@@ -18,13 +17,13 @@ ALIGNMENT = 64
 
 
 class Copy:
-    """No loader."""
+    """Copies memory instead of loading records."""
 
     def write(self, folder: Path, content: Content) -> None:
-        """Writes nothing: what is copied is in memory."""
+        """Writes nothing: the source is in memory."""
 
     def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
-        """Yields the same batch without end, filled anew."""
+        """Yields the same buffer forever, refilled each time."""
         size = BATCH_SIZE * content.delivered_bytes
         source = torch.ones(SOURCE_BYTES, dtype=torch.uint8)
         buffer = torch.empty(size, dtype=torch.uint8)

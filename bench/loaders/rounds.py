@@ -1,8 +1,7 @@
-"""Contenders take turns, so that what else the machine does meets all of them alike.
+"""Runs contenders in turns, so that other load on the machine affects all of them alike.
 
-A round is one turn of each. Two are compared by the ratio of their figures within a round, of which
-the median over the rounds counts. After a turn, workers go on until they have made the batches that
-they make ahead; the next turn waits for that.
+A round is one turn of each contender. A comparison is the median over rounds of the ratio within a
+round. After a turn, workers finish the batches they prefetch, and the next turn waits for that.
 """
 
 import json
@@ -26,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 END_TIMEOUT_S = 30
 SETTLE_TIMEOUT_S = 10
 SETTLE_S = 0.1
+# Share of a core. CPU time is counted in ticks of 10 ms, and waiting threads poll occasionally.
 IDLE_SHARE = 0.11
-"""Of a core: the clock of CPU time ticks every 10 ms, and waiting threads look around at times."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runner:
-    """A contender with its processes and threads."""
+    """A contender with its number of processes and threads."""
 
     name: str
     num_workers: int = 0
@@ -40,53 +39,53 @@ class Runner:
 
     @property
     def label(self) -> str:
-        """Its name in tables."""
+        """The name in tables."""
         return self.name if self.num_threads == 1 else f"{self.name}, {self.num_threads} threads"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a runner did, a figure for each round."""
+    """The figures of a runner, one entry per round."""
 
     start: dict[str, float]
     turns: list[dict[str, float]]
 
     @property
     def rates(self) -> list[float]:
-        """Records per second."""
+        """Records per second of each round."""
         return [turn["records"] / turn["seconds"] for turn in self.turns]
 
     @property
     def rate(self) -> float:
-        """Records per second, the median."""
+        """Median records per second."""
         return statistics.median(self.rates)
 
     def times(self, other: "Result") -> float:
-        """How many times as fast it was as another: the median of the rounds' ratios."""
+        """Returns the median over rounds of this runner's speed divided by the other's."""
         pairs = zip(self.rates, other.rates, strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
     def peak(self, kind: str) -> int:
-        """The most memory of a kind at a turn's end, in bytes."""
+        """Returns the most memory of a kind at the end of a turn, in bytes."""
         return int(max(turn[kind] for turn in self.turns))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """How thoroughly to measure."""
+    """Number and length of the turns."""
 
     rounds: int = 7
     turn_s: float = 1.0
     warm_up_s: float = 2.0
-    """After one pass of the records."""
+    """Added to one pass over the records."""
     start_together: bool = False
-    """Quicker; what starting costs is then not measured well."""
+    """Faster, but the start-up figures are inaccurate."""
 
 
 def run(
     runners: list[Runner], content: Content, folders: dict[str, Path], timing: Timing
 ) -> dict[str, Result]:
-    """Returns each runner's figures by its label."""
+    """Runs all rounds and returns each runner's result by its label."""
     with ExitStack() as stack:
         servers = {}
         for runner in runners:
@@ -107,14 +106,14 @@ def run(
 
 
 class Server:
-    """A process of `serve`."""
+    """A subprocess that runs bench.loaders.serve."""
 
     def __init__(self, runner: Runner, content: Content, folder: Path, warm_up_s: float) -> None:
         self._label = runner.label
-        asked = {**asdict(runner), "content": asdict(content), "folder": str(folder)}
-        asked["warm_up_s"] = warm_up_s
+        request = {**asdict(runner), "content": asdict(content), "folder": str(folder)}
+        request["warm_up_s"] = warm_up_s
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.loaders.serve", json.dumps(asked)],
+            [sys.executable, "-m", "bench.loaders.serve", json.dumps(request)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -133,21 +132,21 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         assert self._process.stdin and self._process.stdout
-        with suppress(BrokenPipeError):  # it ended by itself, which was told
+        with suppress(BrokenPipeError):  # it has ended; _answer reports that
             self._process.stdin.close()
         try:
             self._process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:  # a peer's threads may wait for each other
+        except subprocess.TimeoutExpired:  # the threads of a peer can deadlock at exit
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
 
     def start(self) -> None:
-        """Waits until the process is warm."""
+        """Waits until the process has warmed up."""
         self.figures = self.figures or self._answer()
 
     def turn(self, seconds: float) -> dict[str, float]:
-        """Has it deliver for so long."""
+        """Lets the process deliver batches for some seconds and returns the figures."""
         assert self._process.stdin
         print(seconds, file=self._process.stdin, flush=True)
         figures = self._answer()
@@ -155,7 +154,7 @@ class Server:
         return figures
 
     def _settle(self) -> None:
-        """Waits until the process and its workers do nothing any more."""
+        """Waits until the process and its workers are idle."""
         process = psutil.Process(self._process.pid)
         family = [process, *process.children(recursive=True)]
         deadline = time.monotonic() + SETTLE_TIMEOUT_S
@@ -168,19 +167,21 @@ class Server:
         assert self._process.stdout
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self._label}: its process ended: see above")
+            raise RuntimeError(
+                f"{self._label}: its process ended early; its error is printed above"
+            )
         answer: dict[str, float] = json.loads(line)
         return answer
 
 
 def cpu_s(family: list[psutil.Process]) -> float:
-    """Returns the CPU time that some processes have used, in seconds."""
+    """Returns the CPU time that the processes have used, in seconds."""
     times = [process.cpu_times() for process in family if process.is_running()]
     return sum(time.user + time.system for time in times)
 
 
 def call(module: str, *arguments: Any) -> str:
-    """Runs a module in a process of its own and returns what it prints."""
+    """Runs a module in a subprocess and returns its standard output."""
     command = [sys.executable, "-m", module]
     command += [word if isinstance(word, str) else json.dumps(word) for word in arguments]
     done = subprocess.run(
@@ -190,10 +191,7 @@ def call(module: str, *arguments: Any) -> str:
 
 
 def environment(num_threads: int) -> dict[str, str]:
-    """The environment of a measured process."""
+    """Returns the environment variables of a measured process."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ARROW_NUM_THREADS")
-    quiet = {
-        "PYTHONWARNINGS": "ignore",
-        "HF_HUB_OFFLINE": "1",
-    }
+    quiet = {"PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"}
     return {**os.environ, **quiet, **dict.fromkeys(names, str(num_threads))}

@@ -1,11 +1,9 @@
-"""One contender in a process of its own, which measures when it is told to.
+"""Measures one contender in its own process, controlled over standard input.
 
     python -m bench.loaders.serve '{"name": "map", "content": {...}, "folder": ..., ...}'
 
-It writes a line of JSON when it is warm, then reads a number of seconds from each line of its
-input, delivers batches for that long and writes a line of figures. Whatever else is printed goes to
-standard error. Each turn begins with batches that are not timed: those that workers or the thread
-made before, while nobody asked.
+Writes a line of JSON after the warm-up. Then reads a number of seconds per input line, delivers
+batches for that long, and writes a line of figures. All other output goes to standard error.
 """
 
 import gc
@@ -34,16 +32,16 @@ def main(
     num_threads: int,
     warm_up_s: float,
 ) -> None:
-    """Warms up, then takes a turn for each line of input."""
+    """Warms up, then runs a turn per line of input."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     torch.set_num_threads(num_threads)
     batches, figures = start(name, content, folder, num_workers)
     deliver(batches, warm_up_s)
-    gc.freeze()  # what is there by now need not be looked through again
+    gc.freeze()  # exclude the start-up objects from later collections
     answer(answers, figures)
     for line in sys.stdin:
-        for _ in range(2 * num_workers + 3):
+        for _ in range(2 * num_workers + 3):  # batches that were prefetched between turns
             next(batches)
         answer(answers, deliver(batches, float(line), 2))
 
@@ -51,7 +49,7 @@ def main(
 def start(
     name: str, content: Content, folder: Path, num_workers: int
 ) -> tuple[Iterator[Batch], dict[str, Any]]:
-    """Returns a contender's batches, some of them held to the records, and its first figures."""
+    """Starts a contender, checks some batches, and returns its iterator and start-up figures."""
     contender = make(name)
     began = time.perf_counter()
     batches = contender.batches(folder, content, num_workers)
@@ -68,7 +66,7 @@ def start(
 
 
 def deliver(batches: Iterator[Batch], seconds: float, num_least: int = 0) -> dict[str, Any]:
-    """Asks for batches for so long, and for so many; returns records, seconds and memory."""
+    """Reads batches for `seconds`, at least `num_least`; returns records, seconds and memory."""
     number = 0
     began = now = time.perf_counter()
     while now - began < seconds or number < num_least:
@@ -79,7 +77,7 @@ def deliver(batches: Iterator[Batch], seconds: float, num_least: int = 0) -> dic
 
 
 def memory() -> dict[str, int]:
-    """Returns this process's resident bytes: its own, and those of mapped files."""
+    """Returns this process's resident bytes: anonymous, and of mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     names = {"anonymous_bytes": "RssAnon", "file_bytes": "RssFile"}
@@ -87,11 +85,11 @@ def memory() -> dict[str, int]:
 
 
 def answer(answers: TextIO, figures: dict[str, Any]) -> None:
-    """Writes a line to whoever asked."""
+    """Writes a line of JSON to the original standard output."""
     print(json.dumps(figures), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    content, folder = Content(**asked.pop("content")), Path(asked.pop("folder"))
-    main(content=content, folder=folder, **asked)
+    request = json.loads(sys.argv[1])
+    content, folder = Content(**request.pop("content")), Path(request.pop("folder"))
+    main(content=content, folder=folder, **request)

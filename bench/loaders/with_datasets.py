@@ -1,10 +1,10 @@
-"""Hugging Face datasets: Arrow files, a column for each caption, so that one can be read alone.
+"""Hugging Face datasets: Arrow files with a column per caption, so that one can be read alone.
 
 `Arrays` uses its array types in numpy format, a batch at a time, grouped by caption: 2,300
-records/s (77 tokens, float16) and 3,700 (32, int8). Slower were its torch format (900), all
-captions in one Array3D column (1,000 and 2,200), fixed-size lists (1,100) and record by record
-(1,500 and 1,900). `Bytes` is tuned by hand: the arrays are stored as bare bytes, and shape and
-dtype are the caller's affair, so that a record is a view of the mapped file.
+records/s (77 tokens, float16) and 3,700 (32, int8). These were slower: its torch format (900), all
+captions in one Array3D column (1,000 and 2,200), fixed-size lists (1,100), and record by record
+(1,500 and 1,900). `Bytes` is tuned by hand: it stores bare bytes and the caller knows shape and
+dtype, so a record is a view of the mapped file.
 """
 
 import random
@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from bench.loaders.contents import BATCH_SIZE, ITEMS, NUM_CAPTIONS, Batch, Content, split_record
 
+# Passes over the records in one epoch, so that no turn contains the end of an epoch.
 PASSES = 1000
-"""Over the records in one epoch, so that no epoch's end is measured."""
 Part = tuple[NDArray[np.int64], list[NDArray[Any]]]
 
 
@@ -31,7 +31,7 @@ class Arrays:
     """Arrow files of datasets' array types."""
 
     def write(self, folder: Path, content: Content) -> None:
-        """Writes all records in its format."""
+        """Writes all records in the loader's format."""
         text = datasets.Array2D(shape=content.shapes["text"][1:], dtype=content.text_dtype)
         tokens = datasets.List(datasets.Value("int32"), length=content.max_tokens)
         kinds = {"text": text, "tokens": tokens}
@@ -41,7 +41,7 @@ class Arrays:
         _write(folder, content, features, bare=False)
 
     def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
-        """Yields shuffled batches without end."""
+        """Yields shuffled batches forever."""
         yield from _load(_ArrayRows(folder, "numpy"), _merge, num_workers)
 
 
@@ -49,13 +49,13 @@ class Bytes:
     """Arrow files of bare bytes."""
 
     def write(self, folder: Path, content: Content) -> None:
-        """Writes all records in its format."""
+        """Writes all records in the loader's format."""
         names = ["latent", *(f"{name}{n}" for name in ITEMS for n in range(NUM_CAPTIONS))]
         binary = datasets.Value("large_binary")
         _write(folder, content, dict.fromkeys(names, binary), bare=True)
 
     def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
-        """Yields shuffled batches without end."""
+        """Yields shuffled batches forever."""
 
         def join(rows: list[list[memoryview]]) -> Batch:
             tensors = []
@@ -90,7 +90,7 @@ def _samples(content: Content, bare: bool) -> Iterator[dict[str, Any]]:
 
 
 class _Rows(Dataset[Any]):
-    """A view of the data set for each caption, of its columns alone."""
+    """One view of the data set per caption, with that caption's columns."""
 
     def __init__(self, folder: Path, format: str) -> None:
         whole = datasets.load_from_disk(str(folder)).with_format(format)
@@ -104,15 +104,15 @@ class _Rows(Dataset[Any]):
 
 class _ArrayRows(_Rows):
     def __getitems__(self, indices: Sequence[int]) -> list[Part]:
-        """Returns a batch in parts, one for each caption: places in the batch, and columns."""
+        """Returns a batch in parts, one per caption: positions in the batch, and columns."""
         captions = np.random.default_rng().integers(NUM_CAPTIONS, size=len(indices))
         parts = []
         for caption, view in enumerate(self._views):
-            places = np.flatnonzero(captions == caption)
-            columns = view[np.asarray(indices)[places]]
+            positions = np.flatnonzero(captions == caption)
+            columns = view[np.asarray(indices)[positions]]
             names = ("latent", f"text{caption}", f"tokens{caption}")
             latent, text, tokens = (columns[name] for name in names)
-            parts.append((places, [latent[:, 0], text, tokens]))
+            parts.append((positions, [latent[:, 0], text, tokens]))
         return parts
 
 
@@ -121,8 +121,8 @@ def _merge(parts: list[Part]) -> Batch:
     for number in range(len(Batch._fields)):
         first = parts[0][1][number]
         whole = np.empty((BATCH_SIZE, *first.shape[1:]), first.dtype)
-        for places, columns in parts:
-            whole[places] = columns[number]
+        for positions, columns in parts:
+            whole[positions] = columns[number]
         merged.append(torch.from_numpy(whole))
     return Batch(*merged)
 

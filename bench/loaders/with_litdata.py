@@ -1,8 +1,8 @@
 """litdata: tensors in chunks of 64 MB, all captions in one leaf, chosen in the transform.
 
 `batch_decode=0` and `item_shuffle_window="full"` were the fastest settings: 12,600 records/s (77
-tokens, float16) and 23,000 (32, int8), against 6,100 and 4,200 with its defaults. A leaf for each
-caption was slower: 6,900 (77, float16). It shuffles the chunks, then the records within each.
+tokens, float16) and 23,000 (32, int8), against 6,100 and 4,200 with its defaults. One leaf per
+caption was slower: 6,900 (77, float16). litdata shuffles the chunks, then the records within each.
 """
 
 import json
@@ -18,15 +18,15 @@ import torch
 
 from bench.loaders.contents import BATCH_SIZE, NUM_CAPTIONS, Batch, Content, choose, record
 
+# Passes over the chunks in one epoch, so that no turn contains the end of an epoch.
 PASSES = 64
-"""Over the chunks in one epoch, so that no epoch's end is measured."""
 
 
 class Chunks:
     """StreamingDataset through its StreamingDataLoader."""
 
     def write(self, folder: Path, content: Content) -> None:
-        """Writes all records in its format."""
+        """Writes all records in the loader's format."""
         litdata.optimize(
             fn=partial(_tensors, content),
             inputs=list(range(content.num_records)),
@@ -37,13 +37,9 @@ class Chunks:
         _lengthen(folder / "index.json")
 
     def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
-        """Yields shuffled batches without end."""
+        """Yields shuffled batches forever."""
         dataset = litdata.StreamingDataset(
-            str(folder),
-            shuffle=True,
-            item_shuffle_window="full",
-            batch_decode=0,
-            transform=_choose,
+            str(folder), shuffle=True, item_shuffle_window="full", batch_decode=0, transform=_choose
         )
         loader = litdata.StreamingDataLoader(
             dataset, batch_size=BATCH_SIZE, num_workers=num_workers, drop_last=True
@@ -63,7 +59,7 @@ def _choose(sample: dict[str, torch.Tensor]) -> tuple[Any, Any, Any]:
 
 
 def _lengthen(path: Path) -> None:
-    """Names every chunk many times, as links to the one file: it has no setting for passes."""
+    """Lists each chunk PASSES times through hard links; litdata has no setting for that."""
     index = json.loads(path.read_text())
     chunks = []
     for number in range(PASSES):

@@ -1,4 +1,4 @@
-"""This project's shards, by its three ways to reach them."""
+"""This project's shards with map, cache or stream access."""
 
 import sys
 from collections.abc import Iterator
@@ -6,14 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.loaders.contents import (
-    BATCH_SIZE,
-    NUM_CAPTIONS,
-    TEXT_WIDTH,
-    Batch,
-    Content,
-    record,
-)
+from bench.loaders.contents import BATCH_SIZE, NUM_CAPTIONS, TEXT_WIDTH, Batch, Content, record
 from latent_t2i.shards.access import Access, Kind, make_loader, open_set
 from latent_t2i.shards.loader import batches
 from latent_t2i.shards.schema import (
@@ -31,17 +24,17 @@ RECORDS_PER_SHARD = 128
 
 
 class Shards:
-    """Map, cache or stream access."""
+    """This project's loader with one kind of access."""
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
 
     def write(self, folder: Path, content: Content) -> None:
-        """Writes all records in its format."""
+        """Writes all records in the loader's format."""
         write_shards(folder, content, RECORDS_PER_SHARD)
 
     def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
-        """Yields shuffled batches without end; only streaming has worker processes."""
+        """Yields shuffled batches forever; only stream access has worker processes."""
         access = Access(
             kind=self.kind,
             cache_dir=folder.with_name(f"{folder.name}-cache"),
@@ -54,7 +47,7 @@ class Shards:
 
 
 def write_shards(folder: Path, content: Content, records_per_shard: int) -> None:
-    """Writes the records as a set of shards of this many each."""
+    """Writes the records as a set of shards of `records_per_shard` each."""
     provenance = _provenance(content, records_per_shard)
     layout = make_layout(
         latent=content.shapes["latent"],

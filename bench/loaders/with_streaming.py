@@ -1,7 +1,7 @@
 """mosaicml-streaming: MDS shards with ndarray encodings, all captions in one column.
 
-A column for each caption was slower: 1,950 against 2,900 records/s (77 tokens, float16), 2,600
-against 3,400 (32, int8): it decodes every column of a record.
+One column per caption was slower, because it decodes every column of a record: 1,950 against 2,900
+records/s (77 tokens, float16), 2,600 against 3,400 (32, int8).
 """
 
 import importlib.util
@@ -14,15 +14,15 @@ from typing import Any
 
 from bench.loaders.contents import BATCH_SIZE, NUM_CAPTIONS, Batch, Content, choose, record
 
+# Passes over the records in one epoch, so that no turn contains the end of an epoch.
 PASSES = 100
-"""Over the records in one epoch, so that no epoch's end is measured."""
 
 
 class Mds:
     """StreamingDataset through its StreamingDataLoader."""
 
     def write(self, folder: Path, content: Content) -> None:
-        """Writes all records in its format."""
+        """Writes all records in the loader's format."""
         columns = {
             name: f"ndarray:{content.dtypes[name]}:{','.join(map(str, shape))}"
             for name, shape in content.shapes.items()
@@ -32,7 +32,7 @@ class Mds:
                 writer.write(record(content, number))
 
     def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
-        """Yields shuffled batches without end."""
+        """Yields shuffled batches forever."""
         dataset = _Choosing(
             local=str(folder),
             shuffle=True,
@@ -46,11 +46,8 @@ class Mds:
 
 
 def _import_base() -> Any:
-    """Imports `streaming.base` alone.
-
-    The package's own imports ask for torchvision, for data sets of pictures, and it is to be had
-    only for the torch that it was built with.
-    """
+    """Imports `streaming.base` without the rest of the package."""
+    # The package's __init__ imports torchvision, whose builds each require one version of torch.
     spec = importlib.util.find_spec("streaming")
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError("No module named 'streaming'", name="streaming")

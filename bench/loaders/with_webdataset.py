@@ -1,8 +1,8 @@
-"""webdataset as its documentation has it: shuffled shards, a shuffle buffer, decode, map, batched.
+"""webdataset as in its documentation: shuffled shards, a shuffle buffer, decode, map, batched.
 
-It reads this project's own shards. A member for each caption, of which only the chosen is decoded,
-was slower: 750 against 1,500 records/s (77 tokens, float16), 1,200 against 2,700 (32, int8), since
-the time goes into parsing tar headers.
+It reads this project's own shards. One member per caption, of which only the chosen one is decoded,
+was slower, because parsing tar headers takes most of the time: 750 against 1,500 records/s (77
+tokens, float16), 1,200 against 2,700 (32, int8).
 """
 
 import random
@@ -17,8 +17,8 @@ from bench.loaders.contents import BATCH_SIZE, NUM_CAPTIONS, Batch, Content, cho
 from bench.loaders.with_shards import RECORDS_PER_SHARD, write_shards
 
 SHUFFLE_BUFFER = 1000
+# Passes over the shards in one epoch, so that no turn contains the end of an epoch.
 PASSES = 1000
-"""Over the shards in one epoch, so that no epoch's end is measured."""
 MEMBERS = ("latent.npy", "text.npy", "tokens.npy")
 
 
@@ -26,11 +26,11 @@ class Tars:
     """Stock webdataset."""
 
     def write(self, folder: Path, content: Content) -> None:
-        """Writes all records in its format, which is this project's too."""
+        """Writes the records as this project's shards, which are WebDataset tars."""
         write_shards(folder, content, RECORDS_PER_SHARD)
 
     def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
-        """Yields shuffled batches without end."""
+        """Yields shuffled batches forever."""
         urls = [str(path) for path in sorted(folder.glob("*.tar"))] * PASSES
         dataset = (
             webdataset.WebDataset(urls, shardshuffle=len(urls))

@@ -1,9 +1,9 @@
-"""Resident memory of stage one while it takes a source of many tiny images: a table, then JSON.
+"""Measures stage one's resident memory over a source of many tiny images: a table, then JSON.
 
     python -m bench.stages.memory [--images 100000]
 
-The images are PNG files of 8 x 8 px in a folder with metadata.jsonl, encoded by the embedded
-encoders; memory is read whenever another twentieth of the shards is written.
+The images are PNG files of 8 x 8 px in a folder with metadata.jsonl. Memory is read after every 5 %
+of the shards.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MB = 1e6
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures the memory and prints the table."""
     parser = argparse.ArgumentParser(description="Memory of stage one over a large source.")
     parser.add_argument("--images", type=int, default=100_000)
     args = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def write_images(folder: Path, num_images: int) -> None:
-    """Writes so many files of eight different contents, each with two captions of its own."""
+    """Writes `num_images` files with eight distinct contents and two distinct captions each."""
     folder.mkdir()
     contents = []
     for number in range(8):
@@ -64,7 +64,7 @@ def write_images(folder: Path, num_images: int) -> None:
 
 
 def run(folder: Path, num_images: int) -> list[dict[str, Any]]:
-    """Returns the memory by images done; the first row is before the source is listed."""
+    """Returns memory by number of images; the first row is before the source is listed."""
     config = PipelineConfig(
         name="memory",
         vae=str(ENCODERS / "vae"),
@@ -88,7 +88,7 @@ def run(folder: Path, num_images: int) -> list[dict[str, Any]]:
                 seconds = time.perf_counter() - began
                 rows.append({"images": done, "seconds": round(seconds, 1), **memory()})
 
-    setattr(writing, "ShardWriter", Watched)  # noqa: B010 - to watch it from here
+    setattr(writing, "ShardWriter", Watched)  # noqa: B010 - observe each shard
     with contextlib.redirect_stdout(io.StringIO()):
         make_shards(config, encoders, ProcessInfo())
     return rows

@@ -1,4 +1,4 @@
-"""Pictures of the size, weight and detail of COCO's photographs, in COCO's layout, made up."""
+"""Synthetic images in COCO's layout, with the dimensions, file sizes and detail of COCO."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ under red blue large small street field table beach with and of the two several"
 
 
 def write_photographs(folder: Path, num_images: int) -> tuple[Path, Path]:
-    """Writes so many JPEG files with five captions each; returns their folder and the captions."""
+    """Writes JPEG files with five captions each; returns their folder and the captions file."""
     images, captions = folder / "images", folder / "captions.json"
     images.mkdir(parents=True)
     index, annotations = [], []
@@ -30,7 +30,7 @@ def write_photographs(folder: Path, num_images: int) -> tuple[Path, Path]:
 
 
 def picture(rng: np.random.Generator, size_px: tuple[int, int]) -> Image.Image:
-    """Returns colours that change over all scales, with some noise: some 130 kB as a JPEG."""
+    """Returns colours that vary on all scales, with noise: about 130 kB as a JPEG."""
     width, height = size_px
     layers = np.zeros((height, width, 3), np.float32)
     for cells in (4, 16, 64):

@@ -2,9 +2,9 @@
 
     python -m bench.stages.plain_script IMAGES CAPTIONS VAE TEXT_ENCODER OUT [SIZE_PX]
 
-A worker for each core reads and resizes with Pillow; the loop runs the VAE and the text encoder on
-a batch and saves one file for each image's moments and for each caption's hidden states, padded to
-77 tokens as diffusers' examples do. It is meant to be fair: nobody's worst, nobody's best.
+One worker per core reads and resizes with Pillow. The loop runs the VAE and the text encoder on a
+batch and saves one file per image (moments) and per caption (hidden states, padded to 77 tokens as
+in diffusers' examples). It is meant as a fair baseline: ordinary code without tuning.
 """
 
 import json
@@ -28,7 +28,7 @@ BATCH_SIZE = 32
 
 
 class CocoImages(Dataset[tuple[str, Tensor, list[str]]]):
-    """COCO's images as tensors, with their captions."""
+    """COCO images as tensors, with their captions."""
 
     def __init__(self, images: Path, captions_json: Path, size_px: int) -> None:
         document = json.loads(captions_json.read_text())
@@ -56,7 +56,7 @@ class CocoImages(Dataset[tuple[str, Tensor, list[str]]]):
 
 
 def collate(rows: list[Any]) -> tuple[list[str], Tensor, list[list[str]]]:
-    """Stacks a batch's images."""
+    """Stacks the images of a batch."""
     names, pixels, captions = zip(*rows, strict=True)
     return list(names), torch.stack(pixels), list(captions)
 
@@ -65,7 +65,7 @@ def collate(rows: list[Any]) -> tuple[list[str], Tensor, list[list[str]]]:
 def main(
     images: Path, captions_json: Path, vae_folder: Path, text_folder: Path, out: Path, size_px: int
 ) -> dict[str, Any]:
-    """Encodes everything; returns the images and the seconds, without loading the networks."""
+    """Encodes all images; returns their number and the seconds, without loading the networks."""
     device = find_device("auto", 0)
     with quiet():
         vae = AutoencoderKL.from_pretrained(vae_folder).to(device).eval()

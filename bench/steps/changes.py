@@ -1,7 +1,7 @@
-"""What each setting of a training step is worth by itself, and how near the step is to the device.
+"""Measures single settings of a training step, and the device's ceiling.
 
-A change is measured against the same bare step without it, the two taking turns. The ceiling is
-the fastest of a few square matrix multiplications in the precision of training, on this device.
+Each setting is measured in turns with the same bare step without it. The ceiling is the fastest of
+a few square matrix products in the training precision.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from latent_t2i.model.denoiser import DenoiserConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """How a bare step is taken; the defaults are PyTorch's and diffusers' before any choice."""
+    """Settings of a bare step; the defaults are those of PyTorch and diffusers."""
 
     sdpa: bool = False
     channels_last: bool = False
@@ -38,7 +38,7 @@ SINGLE = {
 
 
 def changes_for(device: torch.device, *, compiled: bool) -> dict[str, Step]:
-    """Returns the single changes that a device can take."""
+    """Returns the single settings that the device supports."""
     on_gpu = device.type == "cuda"
     return {
         name: step
@@ -48,29 +48,32 @@ def changes_for(device: torch.device, *, compiled: bool) -> dict[str, Step]:
 
 
 def make_step(
-    how: Step, config: DenoiserConfig, resident: Resident, precision: str
+    settings: Step, config: DenoiserConfig, resident: Resident, precision: str
 ) -> Callable[[], None]:
-    """Returns a bare step taken in one way."""
+    """Returns a bare step with the given settings."""
     noisy, _, text, _ = resident
     unet = make_unet(
-        replace(config, attention_kernel="sdpa" if how.sdpa else "plain"),
+        replace(config, attention_kernel="sdpa" if settings.sdpa else "plain"),
         latent_channels=noisy.shape[1],
         side=noisy.shape[2],
         text_width=text.shape[-1],
         device=noisy.device,
         precision=precision,
-        channels_last=how.channels_last,
+        channels_last=settings.channels_last,
     )
     optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=1e-4, fused=True if how.fused else None, capturable=how.cuda_graph
+        unet.parameters(),
+        lr=1e-4,
+        fused=True if settings.fused else None,
+        capturable=settings.cuda_graph,
     )
-    model = torch.compile(unet) if how.compile else unet
+    model = torch.compile(unet) if settings.compile else unet
     step = bare_step(model, optimizer, resident, precision)
-    return capture(step, noisy.device) if how.cuda_graph else step
+    return capture(step, noisy.device) if settings.cuda_graph else step
 
 
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Returns what replays a step as one CUDA graph; its inputs stay where they are."""
+    """Captures a step as a CUDA graph and returns its replay; the inputs keep their addresses."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -84,7 +87,7 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
 
 
 def compare(
-    how: Step,
+    settings: Step,
     config: DenoiserConfig,
     resident: Resident,
     precision: str,
@@ -92,10 +95,10 @@ def compare(
     num_steps: int,
     rounds: int,
 ) -> float:
-    """Returns how many times as fast a change makes the step: the median of the rounds' ratios."""
+    """Returns the speed-up of a setting: the median over rounds of the ratio within a round."""
     device = resident[0].device
     plain = make_step(Step(), config, resident, precision)
-    changed = make_step(how, config, resident, precision)
+    changed = make_step(settings, config, resident, precision)
     for step in (plain, changed):
         time_steps(step, device, 1)
     ratios = []
@@ -108,14 +111,14 @@ def compare(
 
 
 def step_flops(step: Callable[[], None]) -> int:
-    """Returns the floating-point operations of a step's matrix products and convolutions."""
+    """Returns the FLOP of a step's matrix products and convolutions."""
     with FlopCounterMode(display=False) as counter:
         step()
     return int(counter.get_total_flops())
 
 
 def ceiling_flops_per_s(device: torch.device, precision: str, seconds: float) -> float:
-    """Returns the operations per second of the fastest square matrix product."""
+    """Returns the FLOP/s of the fastest square matrix product."""
     best = 0.0
     for side in (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048):
         left = torch.randn(side, side, device=device).to(DTYPES[precision])

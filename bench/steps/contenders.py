@@ -1,8 +1,8 @@
-"""Three ways to take the same training steps: with nothing to do but them, ours, and the usual one.
+"""Three ways to run a training step: the bare step, this project's loop, and online encoding.
 
-All have the same denoiser, precision, batch size and fused AdamW; they differ in where batches come
-from and in what surrounds the step. A turn is so many steps after one that is not counted, which
-takes up what the last turn left half done; a GPU is waited for at both ends only.
+All use the same denoiser, precision, batch size and fused AdamW. They differ in where batches come
+from and in what surrounds the step. A turn is a number of steps after an uncounted one, with a
+device synchronisation only at both ends.
 """
 
 import itertools
@@ -26,18 +26,17 @@ from latent_t2i.train.loop import loop
 from latent_t2i.train.optim import make_optimizer
 from latent_t2i.train.setup import Run
 
-MAX_GRAD_NORM = 1.0
-"""That of `optim.max_grad_norm` by default, and of diffusers' example."""
+MAX_GRAD_NORM = 1.0  # the default of `optim.max_grad_norm`, and of diffusers' example
 Resident = tuple[Tensor, Tensor, Tensor, Tensor]
 """Noisy latents (B, C, h, w), timesteps (B,), text (B, T, D), target (B, C, h, w)."""
 
 
 class TurnOverError(Exception):
-    """Leaves the training loop where a turn ends, before it saves anything."""
+    """Raised at the end of a turn, to leave the training loop before it saves anything."""
 
 
 class Turn:
-    """Stands in for train.stop.Stop: ends the loop after so many steps, and times them."""
+    """Replaces train.stop.Stop: ends the loop after `num_steps` steps and times them."""
 
     def __init__(self, run: Run, num_steps: int, num_before: int) -> None:
         self._device, self._timer = run.accelerator.device, run.timer
@@ -46,12 +45,12 @@ class Turn:
         self._began_s = 0.0
         self.seconds = 0.0
         self.phases: dict[str, float] = {}
-        """Seconds of each, from the step timer; of a turn that writes a line, those after."""
+        """Seconds of each phase, from the step timer, since the last line of metrics."""
         self.elapsed_s = 0.0
-        """Seconds of training so far, which no budget depends on here."""
+        """Required by the loop; this benchmark has no time budget."""
 
     def reason(self, step: int, train_s: float) -> None:
-        """Is asked before each step; raises TurnOverError where the turn ends."""
+        """Called before each step; raises TurnOverError at the end of the turn."""
         if self._num_left == self._num_steps:
             wait(self._device)
             self._timer.read()
@@ -66,13 +65,13 @@ class Turn:
 
 
 def wait(device: torch.device) -> None:
-    """Waits for a GPU."""
+    """Synchronises with the device if it is a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_steps(step: Callable[[], None], device: torch.device, num_steps: int) -> float:
-    """Returns the seconds that so many steps take, after one that is not counted."""
+    """Returns the seconds of `num_steps` steps, after an uncounted one."""
     step()
     wait(device)
     began = time.perf_counter()
@@ -82,18 +81,16 @@ def time_steps(step: Callable[[], None], device: torch.device, num_steps: int) -
     return time.perf_counter() - began
 
 
-def and_rest(turn: Callable[[], float], rest_s: float) -> float:
-    """Takes a turn, then waits for the workers of a DataLoader, which go on for some batches."""
+def then_wait(turn: Callable[[], float], rest_s: float) -> float:
+    """Runs a turn, then waits while the workers of a DataLoader finish their prefetching."""
     seconds = turn()
     time.sleep(rest_s)
     return seconds
 
 
 def ours(run: Run, num_steps: int) -> tuple[float, dict[str, float]]:
-    """Returns the seconds of so many steps of the training loop, and of each phase of them.
-
-    If it records its steps, it has done so before.
-    """
+    """Returns the seconds of `num_steps` steps of the training loop, and of each phase."""
+    # With --cuda-graph, the steps that record the graph are not counted.
     num_before = 1 if run.graph_backend is None else NUM_WARMUP_STEPS + 2
     turn: Any = Turn(run, num_steps, num_before)
     with suppress(TurnOverError):
@@ -102,7 +99,7 @@ def ours(run: Run, num_steps: int) -> tuple[float, dict[str, float]]:
 
 
 def resident_batch(run: Run) -> Resident:
-    """Returns the run's first batch, ready to be denoised, on the device."""
+    """Returns the run's first batch on the device, as inputs and target of the denoiser."""
     device = run.accelerator.device
     batch = run.source.batch(0).to(device)
     text = batch.text.float()
@@ -146,9 +143,9 @@ def online_step(
 ) -> Callable[[], None]:
     """Returns a step that decodes JPEGs and runs both encoders, as diffusers' example does.
 
-    examples/text_to_image/train_text_to_image.py: encoders in the precision of training on a GPU
-    (in float32 on a CPU, which is faster there), one caption at random, latents sampled, noise
-    added by DDPMScheduler, gradients clipped, and the loss fetched in every step.
+    It follows examples/text_to_image/train_text_to_image.py: encoders in the training precision on
+    a GPU (float32 on a CPU, where that is faster), one random caption, sampled latents, noise from
+    DDPMScheduler, clipped gradients, and the loss fetched in every step.
     """
     device, precision = run.accelerator.device, run.accelerator.mixed_precision
     dtype = DTYPES[precision] if device.type == "cuda" else torch.float32
@@ -211,6 +208,6 @@ def online_step(
 
 
 def endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Yields a loader's batches, epoch after epoch."""
+    """Yields the batches of a loader, epoch after epoch."""
     for _ in itertools.count():
         yield from loader

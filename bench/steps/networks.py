@@ -1,7 +1,7 @@
-"""The networks that a training step is measured with: the demo's, or Stable Diffusion's in size.
+"""The networks of the training step benchmark: the demo's, or ones of Stable Diffusion's size.
 
-Speed does not depend on the weights, so those of Stable Diffusion's size are random: nothing has to
-be fetched. Their tokenizer is the embedded one, whose ids any larger vocabulary holds.
+The latter have random weights, which need no download and do not change the speed. They use the
+embedded tokenizer, whose ids fit into any larger vocabulary.
 """
 
 import shutil
@@ -20,15 +20,12 @@ from latent_t2i.train.config import TrainConfig
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "scenes/encoders"
 DEMO = cli.parse(TrainConfig, "train", ["--config", "demo"]).model
-"""The demo's denoiser; the default of DenoiserConfig is Stable Diffusion 1's."""
+"""The demo's denoiser. The defaults of DenoiserConfig are Stable Diffusion 1's."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
 def write_sd_encoders(folder: Path) -> tuple[Path, Path]:
-    """Writes an autoencoder and a text encoder of Stable Diffusion 1's size; returns their folders.
-
-    Random weights, drawn alike each time.
-    """
+    """Writes a VAE and a text encoder of Stable Diffusion 1's size, with seeded random weights."""
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -66,7 +63,7 @@ def make_unet(
     precision: str,
     channels_last: bool = False,
 ) -> UNet2DConditionModel:
-    """Returns a denoiser with random weights, on a device, in training mode."""
+    """Returns a denoiser with seeded random weights in training mode."""
     torch.manual_seed(0)
     unet = denoiser.build(
         config, latent_channels=latent_channels, sample_size=side, text_width=text_width
@@ -80,5 +77,5 @@ def make_unet(
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Returns how many weights a network has."""
+    """Returns the number of parameters of a network."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -1,4 +1,4 @@
-"""The loader benchmark: every loader delivers what was written, and the figures add up."""
+"""The loader benchmark: every loader delivers the records written, and the figures add up."""
 
 import importlib.util
 import json
@@ -29,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["map", "cache", "stream"])
-def test_own_accesses_deliver_the_records(folder: Path, name: str) -> None:
-    batches, figures = start(name, TINY, folder / "shards", 0)  # it checks three batches
+def test_own_loaders_deliver_the_records(folder: Path, name: str) -> None:
+    batches, figures = start(name, TINY, folder / "shards", 0)  # start() checks three batches
     assert figures["first_batch_s"] > 0
     delivered = deliver(batches, 0.0, 2)
     batches.close()
@@ -43,25 +43,16 @@ def test_own_accesses_deliver_the_records(folder: Path, name: str) -> None:
 def test_peers_deliver_the_records(tmp_path: Path, name: str) -> None:
     if reason := missing([name]):
         pytest.skip(reason[name])
-    command = [
-        sys.executable,
-        "bench/loader.py",
-        "--quick",
-        "--parts",
-        "contents",
-        "--turn",
-        "0.01",
-    ]
-    command += ["--contenders", name, "--records", "256", "--rounds", "1"]
-    command += ["--folder", str(tmp_path)]
+    flags = f"--quick --parts contents --turn 0.01 --contenders {name} --records 256 --rounds 1"
+    command = [sys.executable, "bench/loader.py", *flags.split(), "--folder", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     figures = json.loads(done.stdout.splitlines()[-1])
     assert figures["contents"]["77-float16"]["one_process"][name]["records_per_s"] > 0
-    assert not [*tmp_path.iterdir()], "what was written should be gone"
+    assert not [*tmp_path.iterdir()], "the temporary folder is removed"
 
 
 def tiny_batch() -> Batch:
-    """A right batch, its records backwards."""
+    """A valid batch with its records in reverse order."""
     rows = [(record(TINY, 300 - number), number % NUM_CAPTIONS) for number in range(BATCH_SIZE)]
     return Batch(
         latent=torch.stack([torch.tensor(fields["latent"][0]) for fields, _ in rows]),
@@ -70,12 +61,12 @@ def tiny_batch() -> Batch:
     )
 
 
-def test_check_sees_what_is_wrong() -> None:
+def test_check_finds_wrong_batches() -> None:
     check(TINY, tiny_batch())
     for field in ("latent", "text"):
         wrong = tiny_batch()
         getattr(wrong, field)[32, 0, 0] += 1
-        with pytest.raises(ValueError, match="record 268: another value"):
+        with pytest.raises(ValueError, match="record 268: wrong value"):
             check(TINY, wrong)
     sorted_batch = Batch(*(tensor.flip(0) for tensor in tiny_batch()))
     with pytest.raises(ValueError, match="not shuffled"):
@@ -87,7 +78,7 @@ def test_check_sees_what_is_wrong() -> None:
 
 
 @pytest.mark.slow
-def test_turns_in_processes_of_their_own(folder: Path) -> None:
+def test_turns_run_in_subprocesses(folder: Path) -> None:
     runners = [Runner(name="copy"), Runner(name="map", num_threads=2)]
     folders = {"copy": folder, "map": folder / "shards"}
     timing = Timing(rounds=2, turn_s=0.02, warm_up_s=0.0, start_together=True)
@@ -96,12 +87,12 @@ def test_turns_in_processes_of_their_own(folder: Path) -> None:
     assert all(len(result.rates) == 2 and min(result.rates) > 0 for result in results.values())
 
 
-def test_ratios_are_of_one_round() -> None:
+def test_ratios_compare_turns_of_one_round() -> None:
     def result(*records: int) -> Result:
         turns = [{"records": number, "seconds": 2.0} for number in records]
         return Result(start={}, turns=turns)
 
-    fast, slow = result(40, 400, 60), result(10, 100, 60)  # all was faster in the second round
+    fast, slow = result(40, 400, 60), result(10, 100, 60)  # both were faster in the second round
     assert fast.times(slow) == 4
     assert fast.rate == 30
 
@@ -124,9 +115,9 @@ def test_missing_peers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
-def test_gpu_script_says_when_there_is_none() -> None:
+def test_gpu_script_needs_a_gpu() -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+        pytest.skip("this machine has a GPU")
     environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         ["bench/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -1,4 +1,4 @@
-"""The table of what presets take: the demo's row is that of the bundle that ships with it."""
+"""The size table of the presets: the demo's row matches the shipped bundle."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from bench import sizes
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def test_the_demo_is_told_without_shards(
+def test_demo_is_sized_without_shards(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["sizes", "--quick"])

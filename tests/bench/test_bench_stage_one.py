@@ -1,4 +1,4 @@
-"""The stage one benchmark: the plain script encodes what this project's own encoders do."""
+"""The stage one benchmark: the plain script's outputs equal those of this project."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> CocoFolder:
 
 @pytest.fixture(scope="module")
 def out(folder: CocoFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the script writes; by its command, since it forks a worker for each core."""
+    """The folder that the script writes. It runs as a subprocess, since it forks workers."""
     out = tmp_path_factory.mktemp("script") / "out"
     paths = [folder.images, folder.captions, VAE, CLIP, out]
     done = subprocess.run(
@@ -44,7 +44,7 @@ def out(folder: CocoFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_script_writes_a_file_for_each_image_and_caption(out: Path) -> None:
+def test_script_writes_one_file_per_image_and_caption(out: Path) -> None:
     expected = {f"{image:012d}.latent.npy" for image in range(1, len(NUM_CAPTIONS) + 1)}
     for image, number in enumerate(NUM_CAPTIONS, 1):
         expected |= {f"{image:012d}.text{caption}.npy" for caption in range(number)}
@@ -52,34 +52,34 @@ def test_the_script_writes_a_file_for_each_image_and_caption(out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_script_encodes_as_this_project_does(out: Path, folder: CocoFolder) -> None:
+def test_script_encodes_as_this_project_does(out: Path, folder: CocoFolder) -> None:
     vae, (tokenizer, encoder) = load_vae(str(VAE)), load_text_encoder(str(CLIP))
     dataset = CocoImages(folder.images, folder.captions, SIZE_PX)
     for index in range(len(dataset)):
         name, pixels, captions = dataset[index]
         moments = np.load(out / f"{name}.latent.npy")
-        near(moments, encode_images(vae, pixels[None])[0])
+        assert_close(moments, encode_images(vae, pixels[None])[0])
         for number, caption in enumerate(captions):
             ids = tokenizer(caption, padding="max_length", max_length=77, return_tensors="pt")
             text = np.load(out / f"{name}.text{number}.npy")
-            near(text, encode_text(encoder, ids.input_ids)[0])
+            assert_close(text, encode_text(encoder, ids.input_ids)[0])
 
 
-def near(found: np.ndarray, expected: torch.Tensor) -> None:
-    """Equal but for float16."""
+def assert_close(found: np.ndarray, expected: torch.Tensor) -> None:
+    """Asserts equality within float16's precision."""
     assert found.dtype == np.float16
     difference = torch.from_numpy(found).float() - expected.float()
     assert difference.abs().max() < 1e-2 * expected.abs().max()
 
 
-def test_the_script_crops_the_middle(folder: CocoFolder) -> None:
+def test_script_crops_the_centre(folder: CocoFolder) -> None:
     _, pixels, _ = CocoImages(folder.images, folder.captions, SIZE_PX)[0]
     noise = np.random.default_rng(1).integers(0, 256, (SIZE_PX, SIZE_PX + 9, 3))  # make_coco's
     middle = torch.from_numpy(noise[:, 4 : 4 + SIZE_PX]).permute(2, 0, 1)
     assert torch.allclose(pixels, middle / 127.5 - 1, atol=1e-6)
 
 
-def test_made_up_photographs_are_like_cocos(tmp_path: Path) -> None:
+def test_synthetic_images_have_the_file_size_of_coco(tmp_path: Path) -> None:
     images, captions = write_photographs(tmp_path, 8)
     sizes = [path.stat().st_size for path in images.iterdir()]
     assert 100_000 < np.mean(sizes) < 200_000, "COCO's have 160 kB"

@@ -1,4 +1,4 @@
-"""The training step's benchmark: every figure is there, and the contenders do the same work."""
+"""The training step benchmark: all figures are present, and variants do the same work."""
 
 import json
 import subprocess
@@ -20,8 +20,8 @@ TINY = DenoiserConfig(
 
 
 @pytest.mark.slow
-def test_every_figure_is_there(tmp_path: Path) -> None:
-    """As a command: its DataLoader's workers must not outlive it in another test."""
+def test_all_figures_are_present(tmp_path: Path) -> None:
+    """Runs in a subprocess, so that the DataLoader's workers end with it."""
     flags = "--size 64 --batch-size 2 --records 4 --rounds 2 --turn 0.01 --workers 1 --no-changes"
     done = subprocess.run(
         [sys.executable, train_step.__file__, *flags.split(), "--folder", str(tmp_path)],
@@ -35,7 +35,7 @@ def test_every_figure_is_there(tmp_path: Path) -> None:
     for name in ("ratio_to_bare", "ratio_to_online", "share_of_ceiling", "flops_per_image"):
         assert figures[name] > 0
     assert sum(figures["time_breakdown"].values()) == pytest.approx(1, abs=1e-3)
-    assert not list(tmp_path.iterdir()), "what it wrote is gone"
+    assert not list(tmp_path.iterdir()), "the temporary folder is removed"
 
 
 def test_ratios_are_medians_within_rounds() -> None:
@@ -54,7 +54,7 @@ def test_ratios_are_medians_within_rounds() -> None:
     assert figures == {"bare": 2.0, "ours_beside_bare": 2.0, "ratio_to_bare": 0.5}
 
 
-def test_a_change_does_the_same_work() -> None:
+def test_settings_do_the_same_work() -> None:
     torch.manual_seed(0)
     resident: Resident = (
         torch.randn(2, 4, 8, 8),

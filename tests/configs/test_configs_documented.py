@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from latent_t2i.cli import COMMANDS as COMMANDS_OF_CLI
 from latent_t2i.configs.cli import PRESETS_DIR, parse
 from tests.commands import COMMANDS
 
@@ -18,6 +19,9 @@ PAGES = [
 ]
 TARGETS = set(re.findall(r"^([a-z0-9]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
 
+# The module of each subcommand of `latent-t2i`.
+INSTALLED = {name: module for name, (module, _) in COMMANDS_OF_CLI.items()}
+
 
 def commands(page: Path) -> Iterator[list[str]]:
     """Returns the words of each shell command on a line of its own."""
@@ -25,14 +29,17 @@ def commands(page: Path) -> Iterator[list[str]]:
     for line in text.splitlines():
         line = line.removeprefix("#").strip()
         line = re.sub(r"^[A-Z_]+=\S+ ", "", line)
-        if re.match(r"(make [a-z]|python -m [a-z]+\.run |accelerate launch )", line):
+        if re.match(
+            r"(make [a-z]|python -m [a-z_0-9.]+\.run |accelerate launch |latent-t2i )", line
+        ):
             yield shlex.split(line, comments=True)
 
 
 def settings(words: list[str]) -> tuple[str, list[str]]:
     """Returns the section and the flags of a command line."""
     for index, word in enumerate(words):
-        found = re.fullmatch(r"([a-z]+)(\.run|/run\.py)", word)
+        word = INSTALLED.get(word, word) if words[0] == "latent-t2i" else word
+        found = re.fullmatch(r"(?:latent_t2i\.)?([a-z]+)(\.run|/run\.py)", word)
         if found:
             return found[1], words[index + 1 :]
     raise AssertionError(f"unknown command: {words}")
@@ -46,7 +53,7 @@ def test_documented_commands_parse(page: Path) -> None:
             assert {name for name, equals, _ in arguments if not equals} <= TARGETS, words
             configs = [value for name, _, value in arguments if name == "CONFIG"]
             assert all((ROOT / config).is_file() for config in configs), words
-        else:
+        elif words[0] != "latent-t2i" or INSTALLED[words[1]].endswith(".run"):
             section, flags = settings(words)
             # A run's config.json is a preset, but exists only after the run.
             flags = [re.sub(r"^runs/(\w+)/config\.json$", r"\1", flag) for flag in flags]
