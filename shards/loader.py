@@ -14,7 +14,7 @@ then; the thread waits for it before it writes.
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol, TypeVar
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.order import Order, choices, share
-from latent_t2i.shards.reader import RawBatch, ShardSet
+from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
 
 NUM_BUFFERS = 2
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class Loader(Protocol):
     def buffer(self, *, pin_memory: bool = False) -> RawBatch:
         """Returns an empty batch of this process's size, and of the largest shape there is."""
 
-    def fill(self, step: int, out: RawBatch) -> RawBatch:
+    def fill(self, step: int, out: BatchT) -> BatchT:
         """Puts this process's share of a step's global batch into `out`, and returns it.
 
         That is `out` itself, or where batches differ in shape what of it the step's takes up.
@@ -66,12 +66,13 @@ class MapLoader:
             self.order.batch_size // self.num_processes, pin_memory=pin_memory
         )
 
-    def fill(self, step: int, out: RawBatch) -> RawBatch:
+    def fill(self, step: int, out: BatchT) -> BatchT:
         """Puts this process's share of a step's global batch into `out`."""
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = choices(self.order.seed, step, self.order.batch_size)
         records = self.order.records(step)[mine]
-        return self.shards.gather(records, caption_u[mine], view_u[mine], out)
+        self.shards.gather(records, caption_u[mine], view_u[mine], out)
+        return out
 
     def nonfinite_keys(self, step: int) -> list[str]:
         """Returns the keys of a step's records, of all processes, that are not finite; or all."""
@@ -100,11 +101,11 @@ class BucketLoader:
         sizes = [prod(shape) for shape in self.latent_shapes]
         return self.loaders[sizes.index(max(sizes))].buffer(pin_memory=pin_memory)
 
-    def fill(self, step: int, out: RawBatch) -> RawBatch:
+    def fill(self, step: int, out: BatchT) -> BatchT:
         """Puts this process's share of a step's global batch into the start of `out`."""
         bucket, local_step = self.order.place(step)
         shape = (len(out.latent), *self.latent_shapes[bucket])
-        part = RawBatch(latent=head(out.latent, shape), text=out.text, tokens=out.tokens)
+        part = replace(out, latent=head(out.latent, shape))
         return self.loaders[bucket].fill(local_step, part)
 
     def nonfinite_keys(self, step: int) -> list[str]:

@@ -16,9 +16,11 @@ import json
 import math
 import mmap
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -46,13 +48,31 @@ CARRIERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 """Bytes are moved as the widest integers that divide them: torch copies those fastest."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RawBatch:
-    """A batch: one caption and one view of each record asked for."""
+    """One view and one caption of each record; the trainer's batch adds fields of its own."""
 
     latent: Tensor  # (B, 2C, h, w) moments or (B, C, h, w), float16
     text: Tensor  # (B, T, D) float16, or int8 in units of the set's text_scale
     tokens: Tensor  # (B, T) int32
+
+    def __len__(self) -> int:
+        return len(self.latent)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Returns the batch with `change` applied to each tensor."""
+        return type(self)(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+    def to(self, device: torch.device) -> Self:
+        """Returns the batch on a device; copies from pinned memory do not block."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def split(self, size: int) -> list[Self]:
+        """Returns the batch in pieces of `size` records, the last one possibly smaller."""
+        return [self.map(itemgetter(slice(i, i + size))) for i in range(0, len(self), size)]
+
+
+BatchT = TypeVar("BatchT", bound=RawBatch)
 
 
 def open_shards(
@@ -143,7 +163,7 @@ class ShardSet:
         """
         shard, first = self._locate(records)
         layout = self._layout[shard]
-        out = out or self.buffer(len(first))
+        out = self.buffer(len(first)) if out is None else out
         for name, rows in self._rows.items():
             item = _choose(view_u if name == "latent" else caption_u, rows.num_items[layout])
             rows.gather(first + rows.offsets[layout] + item * rows.item_bytes, getattr(out, name))

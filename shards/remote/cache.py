@@ -14,8 +14,9 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from latent_t2i.shards.loader import MapLoader, are_finite
 from latent_t2i.shards.order import Cursor, Order, choices, share
-from latent_t2i.shards.reader import RawBatch, ShardSet
+from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
 from latent_t2i.shards.remote.store import Store
 from latent_t2i.shards.schema import FormatError, Manifest
 
@@ -216,7 +217,7 @@ class CacheLoader(MapLoader):
 
     shards: CachedShards
 
-    def fill(self, step: int, out: RawBatch) -> RawBatch:
+    def fill(self, step: int, out: BatchT) -> BatchT:
         """Puts this process's share of a step's global batch into `out`, part by part."""
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = (u[mine] for u in choices(self.order.seed, step, self.order.batch_size))
@@ -224,7 +225,7 @@ class CacheLoader(MapLoader):
         start = step * self.order.batch_size + mine.start
         for cursor, part in parts(self.order, start, len(records)):
             self.shards.advance(self.order, cursor)
-            target = RawBatch(**{f.name: getattr(out, f.name)[part] for f in fields(out)})
+            target = out.map(itemgetter(part))
             self.shards.gather(records[part], caption_u[part], view_u[part], target)
         return out
 

@@ -31,7 +31,7 @@ from webdataset.filters import shuffle
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from latent_t2i.shards.order import Order, mixed_seed
-from latent_t2i.shards.reader import RawBatch, ShardSet
+from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
 from latent_t2i.shards.remote.transport import (
     RemoteError,
     Retry,
@@ -274,7 +274,7 @@ class StreamLoader:
         """Returns an empty batch of this process's size."""
         return self._shards.buffer(self._batch_size, pin_memory=pin_memory)
 
-    def fill(self, step: int, out: RawBatch) -> RawBatch:
+    def fill(self, step: int, out: BatchT) -> BatchT:
         """Puts this process's next batch into `out`.
 
         Raises RemoteError and FormatError as reading the shards does.

@@ -76,10 +76,7 @@ def loader_of(
 
 def copies(loader: BucketLoader, start: int, stop: int) -> list[RawBatch]:
     """Batches in memory of their own."""
-    return [
-        RawBatch(**{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
-        for batch in batches(loader, start=start, stop=stop)
-    ]
+    return [batch.map(torch.clone) for batch in batches(loader, start=start, stop=stop)]
 
 
 def assert_equal(found: list[RawBatch], expected: list[RawBatch]) -> None:

@@ -65,10 +65,7 @@ def open_cache(tmp_path: Path, server: Server) -> Iterator[Callable[..., CachedS
 
 def copies(loader: Any, start: int, stop: int) -> list[RawBatch]:
     """A loader's batches, in memory of their own."""
-    return [
-        RawBatch(**{name: getattr(batch, name).clone() for name in FIELDS})
-        for batch in batches(loader, start=start, stop=stop)
-    ]
+    return [batch.map(torch.clone) for batch in batches(loader, start=start, stop=stop)]
 
 
 def assert_equal(ours: list[RawBatch], theirs: list[RawBatch]) -> None:

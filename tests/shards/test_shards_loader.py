@@ -22,11 +22,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def copy(batch: RawBatch) -> RawBatch:
-    """The batch in memory of its own."""
-    return RawBatch(**{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
-
-
 def assert_equal(first: RawBatch, second: RawBatch) -> None:
     """Compares every tensor bit by bit."""
     for field in fields(RawBatch):
@@ -49,10 +44,10 @@ def join(parts: list[RawBatch]) -> RawBatch:
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
 def test_ranks_together_make_the_global_batches(folder: Path, num_processes: int) -> None:
-    whole = [copy(batch) for batch in batches(make_loader(folder), start=0, stop=6)]
+    whole = [batch.map(torch.clone) for batch in batches(make_loader(folder), start=0, stop=6)]
     parts = [
         [
-            copy(batch)
+            batch.map(torch.clone)
             for batch in batches(
                 make_loader(folder, rank=rank, num_processes=num_processes), start=0, stop=6
             )
@@ -64,7 +59,7 @@ def test_ranks_together_make_the_global_batches(folder: Path, num_processes: int
 
 
 def test_an_interrupted_loader_goes_on_as_if_nothing_had_happened(folder: Path) -> None:
-    whole = [copy(batch) for batch in batches(make_loader(folder), start=0, stop=9)]
+    whole = [batch.map(torch.clone) for batch in batches(make_loader(folder), start=0, stop=9)]
     for cut in range(9):
         loader = make_loader(folder)
         start = loader.order.step(loader.order.cursor(cut))
