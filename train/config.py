@@ -141,7 +141,7 @@ class TrainConfig:
     text_encoder: str | None = None
     """Text encoder for the bundle, a folder or hub name; default: the one that the shards name."""
     shards: str | None = None
-    """Folder or URL of shards, or pipe:COMMAND; default shards/data/NAME/train."""
+    """Folder or URL of shards; default shards/data/NAME/train."""
     out: str | None = None
     """Folder of the run; default runs/NAME."""
     init_from: str | None = None

@@ -11,7 +11,6 @@ each image may cost a whole one.
 
 import errno
 import importlib
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,17 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from latent_t2i.shards.remote import transport
 from latent_t2i.shards.remote.transport import (
-    LOST,
-    REFUSED,
     RemoteError,
     Retry,
     ShortReadError,
-    describe,
     find_filesystem,
     is_remote,
-    refusal,
 )
+from latent_t2i.shards.remote.transport import without_query as without_query
 
 RETRY = Retry()
 KEPT_BYTES = 512 * 2**20
@@ -142,46 +139,14 @@ def last_name(url: str) -> str:
     return without_query(url).rpartition("/")[2]
 
 
-def without_query(url: str) -> str:
-    """Returns an http URL without what follows `?`, such as a signature; others as they are."""
-    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
-
-
 def clean(text: str) -> str:
     """Returns text as UTF-8 can hold it: half a surrogate pair becomes `?`."""
     return text.encode("utf-8", "replace").decode()
 
 
 def with_retries(url: str, read: Callable[[], T]) -> T:
-    """Returns what `read` does, tried again as `shards.remote` does; a local file is read once.
-
-    Raises FileNotFoundError at once, RemoteError for a refusal or when all attempts failed.
-    """
-    if not is_remote(url):
-        return read()
-    num_failures = 0
-    while True:
-        try:
-            return read()
-        except FileNotFoundError:
-            raise
-        except _errors() as error:
-            num_failures += 1
-            shown, reason = without_query(url), refusal(error)
-            if reason:
-                raise RemoteError(f"{shown}: {reason}") from error
-            if num_failures >= RETRY.attempts:
-                raise RemoteError(
-                    f"{shown}: gave up after {num_failures} attempts; the last one: "
-                    f"{describe(error)}"
-                ) from error
-        RETRY.wait(num_failures)
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """What protocol packages raise; they are looked up once a package is loaded."""
-    modules = ((sys.modules.get(module), name) for module, name in (*LOST, *REFUSED))
-    return OSError, *(getattr(module, name) for module, name in modules if hasattr(module, name))
+    """Returns `read()`; for a URL, temporary failures are retried."""
+    return transport.with_retries(url, read, RETRY) if is_remote(url) else read()
 
 
 def _read_range(url: str, offset: int, num_bytes: int) -> bytes:
