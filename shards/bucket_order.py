@@ -146,9 +146,7 @@ def shuffled(
     buckets, indices = sequential(num_batches)
     generator = np.random.Generator(np.random.PCG64(mixed_seed(seed, "buckets", epoch, 0)))
     shuffled_buckets = generator.permutation(buckets)
-    by_bucket = np.argsort(
-        shuffled_buckets, kind="stable"
-    )  # all steps of bucket 0, then of 1
+    by_bucket = np.argsort(shuffled_buckets, kind="stable")  # all steps of bucket 0, then of 1
     shuffled_indices = np.empty_like(indices)
     shuffled_indices[by_bucket] = indices
     return shuffled_buckets, shuffled_indices

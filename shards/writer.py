@@ -11,16 +11,20 @@ several processes may each write shards of their own, and any of them may finish
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 import webdataset
@@ -49,6 +53,10 @@ from latent_t2i.shards.schema import (
 
 PROVENANCE_NAME = "provenance.json"
 TEXT_SCALE_NAME = "text_scale.json"
+ATTEMPT_PATTERN = re.compile(r".+\.[0-9]+-[0-9a-f]{8}\.part")
+"""The temporary name of a file: final name, process id and random digits."""
+LINK_FAILURES = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of hard links: the name is taken, or the file system has no hard links."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,7 @@ def begin_set(folder: Path, provenance: Provenance) -> Manifest | None:
     Raises ValueError, naming both values, if the folder holds another set or a part of one, and if
     it holds anything else.
     """
+    _remove_stale_attempts(folder)
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
         _require_same(folder, manifest, provenance)
@@ -97,8 +106,7 @@ def begin_set(folder: Path, provenance: Provenance) -> Manifest | None:
     progress = folder / PROGRESS_DIR
     path = progress / PROVENANCE_NAME
     if path.exists() and any(progress.glob("shard-*.json")):
-        found = from_json(Provenance, read_document(path), f"{path}: begun by another release")
-        _require_same(folder, found, provenance)
+        _require_same(folder, _read_provenance(folder), provenance)
         if provenance.text_dtype == "int8" and not (progress / TEXT_SCALE_NAME).exists():
             raise ValueError(
                 f"{progress / TEXT_SCALE_NAME}: missing, but finished shards depend on this scale: "
@@ -110,7 +118,9 @@ def begin_set(folder: Path, provenance: Provenance) -> Manifest | None:
     progress.mkdir(parents=True, exist_ok=True)
     content = json.dumps(asdict(provenance)).encode()
     if not path.exists() or path.read_bytes() != content:
-        (progress / TEXT_SCALE_NAME).unlink(missing_ok=True)  # of another set, without a shard
+        # Leftovers of another set, which has no reports yet.
+        for leftover in (progress / TEXT_SCALE_NAME, *folder.glob("shard-*.tar")):
+            leftover.unlink(missing_ok=True)
     write_file(path, content)
     return None
 
@@ -168,9 +178,10 @@ def finish_set(
         text_scale: A `FoundScale` for int8 text, else None.
 
     Raises:
-        ValueError: A shard has no report, no image was written, or `text_scale` and the text in the
-            shards do not match `provenance`.
+        ValueError: Another command has begun the folder, a shard has no report, no image was
+            written, or `text_scale` and the text in the shards do not match `provenance`.
     """
+    _require_same(folder, _read_provenance(folder), provenance)
     done = _read_reports(folder, num_shards)
     written = [report for report in done if report.records]
     if not written:
@@ -207,6 +218,7 @@ def finish_set(
         empty_tokens=_write_array(folder / "empty_tokens.npy", empty_tokens),
         text_scale=text_scale and _write_text_scale(folder, *text_scale),
     )
+    _remove_stale_attempts(folder)
     write_file(folder / MANIFEST_NAME, manifest.dump().encode())
     shutil.rmtree(folder / PROGRESS_DIR)
     return manifest
@@ -227,7 +239,7 @@ class ShardWriter:
         self._sums = LatentSums()
 
     def __enter__(self) -> Self:
-        self._file = _HashingFile(self._temporary())
+        self._file = _HashingFile(self._folder / self._name)
         self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, mode=0o444)
         return self
 
@@ -241,13 +253,12 @@ class ShardWriter:
             if error is None:
                 self._tar.close()
                 self._file.sync()
+                self._publish()
         except BaseException:
             self._discard()
             raise
         if error is not None:
             self._discard()
-        else:
-            self._publish()
 
     def write(self, example: Example) -> None:
         """Adds an example. Raises FormatError if it does not match the layout."""
@@ -303,24 +314,18 @@ class ShardWriter:
         self._tar.close()
         with contextlib.suppress(OSError):  # of a full disk; the first error is being raised
             self._file.close()
-        self._temporary().unlink()
-
-    def _temporary(self) -> Path:
-        return self._folder / f"{self._name}.part"
+        self._file.path.unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        """Renames the shard to its final name, if it has records, and writes its report."""
-        self._file.close()
+        """Gives the shard its final name, if it has records, and writes its report."""
         records = len(self._keys)
-        if records:
-            self._temporary().replace(self._folder / self._name)
-            sync_folder(self._folder)
-        else:
-            self._temporary().unlink()
+        sha256 = self._file.publish(self._folder / self._name) if records else ""
+        self._file.close()
+        self._file.path.unlink(missing_ok=True)
         report = ShardReport(
             name=self._name,
             bytes=self._file.num_bytes if records else 0,
-            sha256=self._file.hexdigest() if records else "",
+            sha256=sha256,
             layout=self._layout,
             records=records,
             num_truncated=self._num_truncated,
@@ -332,11 +337,11 @@ class ShardWriter:
 
 
 class _HashingFile:
-    """A new file that keeps count of its bytes and their sha256."""
+    """A file under a temporary name that keeps count of its bytes and their sha256."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("wb")
+    def __init__(self, final: Path) -> None:
+        self._file = _open_attempt(final)
+        self.path = Path(self._file.name)
         self._hash = hashlib.sha256()
         self._is_muted = False
         self.num_bytes = 0
@@ -346,7 +351,7 @@ class _HashingFile:
             return len(data)
         self._hash.update(data)
         self.num_bytes += len(data)
-        with _naming(self._path):
+        with _naming(self.path):
             return self._file.write(data)
 
     def mute(self) -> None:
@@ -354,16 +359,66 @@ class _HashingFile:
         self._is_muted = True
 
     def sync(self) -> None:
-        with _naming(self._path):
+        with _naming(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with _naming(self._path):
+        with _naming(self.path):
             self._file.close()
 
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+    def publish(self, final: Path) -> str:
+        """Gives the file its final name; returns the sha256 of its bytes on disk.
+
+        If another process was first with the same bytes, its file stays. Raises FormatError if that
+        file has other bytes, and OSError if the disk returns other bytes than were written.
+        """
+        sha256 = _hash_on_disk(self.path)
+        if sha256 != self._hash.hexdigest():
+            raise OSError(errno.EIO, "the disk returns other bytes than were written", str(final))
+        try:
+            os.link(self.path, final)
+        except OSError as error:
+            if error.errno not in LINK_FAILURES:
+                raise
+            if not final.exists() or final.stat().st_size != self.num_bytes:
+                self.path.replace(final)
+            elif (found := _hash_on_disk(final)) != sha256:
+                raise FormatError(
+                    f"{final}: sha256: expected {sha256}, found {found}: another process wrote "
+                    "another shard under this name; delete it and run the command again"
+                ) from error
+        sync_folder(final.parent)
+        return sha256
+
+
+def _hash_on_disk(path: Path) -> str:
+    """Returns the sha256 of a file, read from the disk and not from the page cache if possible."""
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_attempt(final: Path) -> IO[bytes]:
+    """Creates a file under a unique temporary name; it is locked for as long as it is open."""
+    while True:
+        name = f"{final.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+        file = final.with_name(name).open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # 0 if it was deleted as stale before it was locked
+            return file
+        file.close()
+
+
+def _remove_stale_attempts(folder: Path) -> None:
+    """Deletes temporary files of killed processes, which hold no lock any more."""
+    for path in (*folder.glob("*.part"), *folder.glob(f"{PROGRESS_DIR}/*.part")):
+        if not ATTEMPT_PATTERN.fullmatch(path.name):
+            continue
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def _require_same(folder: Path, found: Provenance, expected: Provenance) -> None:
@@ -410,6 +465,11 @@ def _read_reports(folder: Path, num_shards: int) -> list[ShardReport]:
     return [report for report in reports if report is not None]
 
 
+def _read_provenance(folder: Path) -> Provenance:
+    path = folder / PROGRESS_DIR / PROVENANCE_NAME
+    return from_json(Provenance, read_document(path), f"{path}: begun by another release")
+
+
 def _report_path(folder: Path, index: int) -> Path:
     return folder / PROGRESS_DIR / f"shard-{index:06d}.json"
 
@@ -435,12 +495,16 @@ def _write_array(path: Path, array: NDArray[Any]) -> FileEntry:
 
 def write_file(path: Path, content: bytes) -> None:
     """Writes a small file so that it is complete or absent."""
-    temporary = path.with_name(f"{path.name}.part")
-    with _naming(temporary), temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _naming(path), _open_attempt(path) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
 
 

@@ -1,6 +1,7 @@
 """The writer: errors, and the files on disk after an interruption."""
 
 import errno
+import re
 import string
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +103,8 @@ def test_final_names_are_for_complete_files_only(tmp_path: Path) -> None:
     begin_set(tmp_path, make_provenance())
     with ShardWriter(tmp_path, 0, layout_of(examples), "moments") as shard:
         shard.write(examples[0])
-        assert names(tmp_path) == ["progress/provenance.json", "shard-000000.tar.part"]
+        _, temporary = names(tmp_path)
+        assert re.fullmatch(r"shard-000000\.tar\.\d+-[0-9a-f]{8}\.part", temporary)
     assert "shard-000000.tar" in names(tmp_path)
     assert "manifest.json" not in names(tmp_path)
 
@@ -328,7 +330,7 @@ def test_begin_rejects_progress_of_another_release(tmp_path: Path) -> None:
         (
             "float16",
             {"provenance": make_provenance(text_dtype="int8"), "text_scale": make_scale()},
-            "text: the provenance has int8, the shards have float16",
+            "text_dtype: found 'float16', expected 'int8'",
         ),
         (
             "int8",
@@ -351,3 +353,93 @@ def test_finish_rejects_mismatched_text_and_scale(
     with pytest.raises(ValueError, match=message):
         finish(tmp_path, *examples, **changes)
     assert not (tmp_path / "manifest.json").exists()
+
+
+def write_twice(folder: Path, first: list[Example], second: list[Example]) -> None:
+    """Writes one shard by two writers that are open at the same time."""
+    begin_set(folder, make_provenance())
+    writers = [ShardWriter(folder, 0, layout_of(first), "moments").__enter__() for _ in range(2)]
+    for writer, examples in zip(writers, (first, second), strict=True):
+        for example in examples:
+            writer.write(example)
+    for writer in writers:
+        writer.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_two_writers_of_one_shard_do_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
+) -> None:
+    if not has_links:
+
+        def fail(source: Path, target: Path) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr("os.link", fail)
+    examples = make_examples(4)
+    manifest = write_set(tmp_path / "whole", [examples])
+    write_twice(tmp_path / "set", examples, examples)
+    content = (tmp_path / "set/shard-000000.tar").read_bytes()
+    assert content == (tmp_path / "whole/shard-000000.tar").read_bytes()
+    report = read_report(tmp_path / "set", 0)
+    assert report is not None and report.sha256 == manifest.shards[0].sha256
+    assert finish(tmp_path / "set", *examples).shards == manifest.shards
+    assert not list((tmp_path / "set").rglob("*.part"))
+
+
+def test_first_of_two_different_shards_is_kept(tmp_path: Path) -> None:
+    first, second = make_examples(4), make_examples(4, seed=1)
+    with pytest.raises(FormatError, match=r"shard-000000\.tar: sha256: .* another process wrote"):
+        write_twice(tmp_path / "set", first, second)
+    manifest = write_set(tmp_path / "whole", [first])
+    assert finish(tmp_path / "set", *first).shards == manifest.shards
+    assert not list((tmp_path / "set").rglob("*.part"))
+
+
+def test_bytes_that_change_before_publishing_are_noticed(tmp_path: Path) -> None:
+    examples = make_examples(8)
+    begin_set(tmp_path, make_provenance())
+    with (
+        pytest.raises(OSError, match="the disk returns other bytes than were written"),
+        ShardWriter(tmp_path, 0, layout_of(examples), "moments") as shard,
+    ):
+        for example in examples:
+            shard.write(example)
+        (path,) = tmp_path.glob("*.part")
+        shard._file.sync()
+        with path.open("r+b") as file:
+            file.write(b"X")
+    assert names(tmp_path) == ["progress/provenance.json"]
+
+
+def test_begin_deletes_temporary_files_of_killed_processes_only(tmp_path: Path) -> None:
+    examples = make_examples(2)
+    begin_set(tmp_path, make_provenance())
+    stale = tmp_path / "shard-000001.tar.123-0123abcd.part"
+    with ShardWriter(tmp_path, 0, layout_of(examples), "moments") as shard:
+        stale.touch()
+        (tmp_path / "movie.part").touch()
+        shard.write(examples[0])
+        begin_set(tmp_path, make_provenance())
+        assert not stale.exists()
+        assert (tmp_path / "movie.part").exists()
+    assert read_report(tmp_path, 0) is not None
+
+
+def test_finish_rejects_folder_that_another_command_has_begun(tmp_path: Path) -> None:
+    examples = make_examples(2)
+    begin_set(tmp_path, make_provenance())
+    begin_set(tmp_path, make_provenance(records_per_shard=9))
+    write_shard(tmp_path, 0, examples, layout_of(examples))
+    with pytest.raises(ValueError, match="records_per_shard: found 9, expected 4"):
+        finish(tmp_path, *examples)
+
+
+def test_unreported_shard_of_another_set_is_replaced(tmp_path: Path) -> None:
+    examples = make_examples(2)
+    begin_set(tmp_path, make_provenance(records_per_shard=9))
+    (tmp_path / "shard-000000.tar").write_bytes(b"x")
+    begin_set(tmp_path, make_provenance())
+    assert names(tmp_path) == ["progress/provenance.json"]
+    write_shard(tmp_path, 0, examples, layout_of(examples))
+    finish(tmp_path, *examples)

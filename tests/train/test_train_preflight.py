@@ -23,7 +23,7 @@ def test_a_sound_run_has_a_plan(make_config: MakeConfig, shards: Path) -> None:
 @pytest.mark.parametrize(
     ("batch_size", "micro", "num_processes", "message"),
     [
-        (10, None, 4, "batch_size: 10 records over 4 processes are 2.5 each; .* multiple of 4"),
+        (10, None, 4, "batch_size: 10 records cannot be .* use a multiple of 4"),
         (24, 5, 2, "24 examples / 2 processes = 12 each, which 5 does not divide; .* of 12"),
     ],
 )
@@ -50,7 +50,7 @@ def test_another_vae_is_refused_naming_both(make_config: MakeConfig, tmp_path: P
     vae = load_vae(tiny.encoders().vae)
     vae.decoder.conv_out.bias.data[0] += 1
     vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match=r"vae: .*sha256 \w{64}.* asks for one with sha256 \w{64}"):
+    with pytest.raises(ValueError, match=r"vae: .*sha256 \w{64}.* uses one with sha256 \w{64}"):
         validate(make_config(vae=str(tmp_path / "vae")), num_processes=1)
 
 
