@@ -17,6 +17,7 @@ from PIL import Image
 from latent_t2i.model.encoders import fingerprint, latent_channels, load_vae
 from latent_t2i.model.grid import labelled_grid
 from latent_t2i.shards.buckets import holds_buckets, open_buckets
+from latent_t2i.shards.parsing import printable
 from latent_t2i.shards.reader import ShardSet, open_shards
 from latent_t2i.shards.summary import spread
 
@@ -83,7 +84,7 @@ def main() -> int:
         for line in draw_sheets(
             arguments.folder, arguments.num, vae=arguments.vae, out=arguments.out
         ):
-            print(line)
+            print(printable(line))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,9 @@ import functools
 import json
 import math
 import re
+import reprlib
 import types
+from io import BufferedIOBase
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -19,7 +21,9 @@ MAX_DOCUMENT_BYTES = 2**30
 """Upper bound for a JSON document. A manifest takes about 200 bytes per shard."""
 INT_LIMIT = 2**63
 SURROGATES = re.compile("[\ud800-\udfff]")
-SHOWN_CHARACTERS = 200
+
+# Shows a value in a message, without the full length or depth of the value.
+show = reprlib.repr
 
 
 class FormatError(ValueError):
@@ -36,10 +40,16 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def load_json(content: bytes, place: str) -> Any:
-    """Parses JSON. Raises FormatError if it is too large, nested too deeply, or not JSON."""
+def read_limited(file: BufferedIOBase, place: str) -> bytes:
+    """Reads a small file to its end. Raises FormatError if it exceeds MAX_DOCUMENT_BYTES."""
+    content = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(content) > MAX_DOCUMENT_BYTES:
-        raise FormatError(f"{place}: expected at most {MAX_DOCUMENT_BYTES} bytes of JSON")
+        raise FormatError(f"{place}: expected at most {MAX_DOCUMENT_BYTES} bytes, found more")
+    return content
+
+
+def load_json(content: bytes, place: str) -> Any:
+    """Parses JSON. Raises FormatError if it is not JSON, or nested too deeply."""
     try:
         return json.loads(content)
     except RecursionError:
@@ -83,7 +93,7 @@ def _convert(kind: Any, value: Any, place: str, path: str) -> Any:
         }
     if _is_scalar(kind, value):
         return kind(value)
-    raise FormatError(f"{_at(place, path)}: expected {_name(kind)}, found {_show(value)}")
+    raise FormatError(f"{_at(place, path)}: expected {_name(kind)}, found {show(value)}")
 
 
 def _is_scalar(kind: Any, value: Any) -> bool:
@@ -97,11 +107,11 @@ def _is_scalar(kind: Any, value: Any) -> bool:
 
 def _convert_dataclass(kind: Any, value: Any, place: str, path: str) -> Any:
     if not isinstance(value, dict):
-        raise FormatError(f"{_at(place, path)}: expected a JSON object, found {_show(value)}")
+        raise FormatError(f"{_at(place, path)}: expected a JSON object, found {show(value)}")
     hints = _hints(kind)
     for key in value:
         if key not in hints:
-            raise FormatError(f"{_at(place, path)}: unknown key {_show(key)}")
+            raise FormatError(f"{_at(place, path)}: unknown key {show(key)}")
     for name in hints:  # in order; defaults are for callers, a document holds every key
         if name not in value:
             raise FormatError(f"{_at(place, path)}: missing key {name!r}")
@@ -138,8 +148,3 @@ def _name(kind: Any) -> str:
         list: "a list",
     }
     return names.get(get_origin(kind) or kind, "a JSON object")
-
-
-def _show(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}..."

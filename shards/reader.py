@@ -25,7 +25,7 @@ from torch import Tensor
 
 from latent_t2i.shards.mapping import Region
 from latent_t2i.shards.order import Order
-from latent_t2i.shards.parsing import load_json
+from latent_t2i.shards.parsing import load_json, show
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
     MEMBERS,
@@ -180,7 +180,7 @@ class ShardSet:
         place += f"{self.keys(np.array([record]))[0]!r}: field json"
         document = load_json(content, place)
         if not isinstance(document, dict):
-            raise FormatError(f"{place}: expected a JSON object, found {document!r}")
+            raise FormatError(f"{place}: expected a JSON object, found {show(document)}")
         return document
 
     def _locate(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Literal, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_t2i.shards.parsing import MAX_DOCUMENT_BYTES, from_json, load_json
 from latent_t2i.shards.parsing import FormatError as FormatError
+from latent_t2i.shards.parsing import from_json, load_json, printable, read_limited
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -278,7 +278,7 @@ class Manifest(Provenance, Document):
         """Checks that names, sizes, layouts and counts are consistent with each other."""
         if not self.shards:
             raise FormatError(f"{path}: shards: expected at least one, found none")
-        seen: set[str] = set()
+        seen = {MANIFEST_NAME}
         for entry in self.files:
             if not FILE_NAME_PATTERN.fullmatch(entry.name) or entry.name in seen:
                 raise FormatError(
@@ -294,6 +294,18 @@ class Manifest(Provenance, Document):
         pairs = {
             "num_records": (written, self.num_records),
             "num_source": (written + len(self.quarantined), self.num_source),
+            "num_captions": (
+                sum(s.records * self.layouts[s.layout].num_captions for s in self.shards),
+                self.num_captions,
+            ),
+            "num_truncated": (
+                min(max(self.num_truncated, 0), self.num_captions),
+                self.num_truncated,
+            ),
+            "channels of latent_statistics": (
+                [self.latent_channels] * 2,
+                [len(self.latent_statistics.mean), len(self.latent_statistics.std)],
+            ),
         }
         for name, (expected, found) in pairs.items():
             if expected != found:
@@ -409,7 +421,7 @@ def differences(found: Provenance, expected: Provenance) -> list[str]:
             for key in {**old, **new}:
                 if old.get(key) != new.get(key):
                     values = f"found {old.get(key)!r}, expected {new.get(key)!r}"
-                    lines.append(f"{name}.{key}: {values}")
+                    lines.append(f"{name}.{printable(key)}: {values}")
         elif old != new:
             lines.append(f"{name}: found {old!r}, expected {new!r}")
     return lines
@@ -433,7 +445,7 @@ def read_document(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FormatError(f"{path}: missing ({_why_missing(path.parent)})")
     with path.open("rb") as file:
-        document = load_json(file.read(MAX_DOCUMENT_BYTES + 1), str(path))
+        document = load_json(read_limited(file, str(path)), str(path))
     if not isinstance(document, dict):
         raise FormatError(f"{path}: expected a JSON object, found a {type(document).__name__}")
     return document

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from latent_t2i.shards.buckets import BucketedShards, holds_buckets, open_buckets
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
+from latent_t2i.shards.parsing import printable
 from latent_t2i.shards.reader import ShardSet, map_shard, open_shards
 from latent_t2i.shards.schema import BLOCK_BYTES, MEMBERS, Identity, Manifest
 
@@ -271,6 +272,10 @@ def describe_buckets(shards: BucketedShards) -> Iterator[str]:
 
 def summarise(folder: Path, *, num_sample: int, num_captions: int) -> Iterator[str]:
     """Yields the lines that describe a folder: a set, or a bucketed set and each of its sets."""
+    return map(printable, _summarise(folder, num_sample, num_captions))
+
+
+def _summarise(folder: Path, num_sample: int, num_captions: int) -> Iterator[str]:
     folders = [folder]
     if holds_buckets(folder):
         shards = open_buckets(folder)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from latent_t2i.shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
-from latent_t2i.shards.parsing import load_json, printable
+from latent_t2i.shards.parsing import load_json, printable, show
 from latent_t2i.shards.reader import (
     NAME_BYTES,
     check_hash,
@@ -341,12 +341,12 @@ def _check_meta(shard: _Shard, key: str, content: bytes) -> None:
         return
     num_captions = shard.layout.num_captions
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        shard.fault(f"field json: expected a list of captions, found {captions!r}", key=key)
+        shard.fault(f"field json: expected a list of captions, found {show(captions)}", key=key)
     elif len(captions) != num_captions:
         shard.fault(f"field json: expected {num_captions} captions, found {len(captions)}", key=key)
     elif not isinstance(truncated, list) or any(n not in range(num_captions) for n in truncated):
         shard.fault(
-            f"field json: truncated: expected indices of captions, found {truncated!r}", key=key
+            f"field json: truncated: expected indices of captions, found {show(truncated)}", key=key
         )
     else:
         shard.num_captions += len(captions)

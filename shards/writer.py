@@ -150,6 +150,12 @@ def read_report(folder: Path, index: int) -> ShardReport | None:
     if not path.exists():
         return None
     report = from_json(ShardReport, read_document(path), str(path))
+    sums = report.sums
+    is_complete = list(report.layout.fields) == list(MEMBERS) and (
+        not report.records or len(sums.total) == len(sums.squares) > 0 < sums.count
+    )
+    if report.name != f"{path.stem}.tar" or not is_complete:
+        raise FormatError(f"{path}: damaged report: delete it and run the command again")
     shard = folder / report.name
     if report.records and (not shard.is_file() or shard.stat().st_size != report.bytes):
         return None
@@ -218,6 +224,7 @@ def finish_set(
         empty_tokens=_write_array(folder / "empty_tokens.npy", empty_tokens),
         text_scale=text_scale and _write_text_scale(folder, *text_scale),
     )
+    manifest.check(folder / MANIFEST_NAME)
     _remove_stale_attempts(folder)
     write_file(folder / MANIFEST_NAME, manifest.dump().encode())
     shutil.rmtree(folder / PROGRESS_DIR)
@@ -454,7 +461,9 @@ def _require_text(
             f"{folder}: text_scale: expected float32 {shape}, found {scale.dtype} {scale.shape}"
         )
     if not (np.isfinite(scale) & (scale > 0)).all():
-        raise ValueError(f"{folder}: text_scale: expected finite values above 0, found {scale}")
+        raise ValueError(
+            f"{folder}: text_scale: expected finite values above 0, found {scale.min()}"
+        )
 
 
 def _read_reports(folder: Path, num_shards: int) -> list[ShardReport]:

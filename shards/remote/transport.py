@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 import tenacity
 
-from latent_t2i.shards.parsing import MAX_DOCUMENT_BYTES, printable
+from latent_t2i.shards.parsing import printable, read_limited
 from latent_t2i.shards.schema import Document, FileEntry, FormatError, Manifest
 
 T = TypeVar("T")
@@ -147,10 +147,7 @@ def iterate(stream: io.BufferedReader) -> Iterator[bytes]:
 def read_file(url: str, *, size: int | None = None, retry: Retry | None = None) -> bytes:
     """Returns the content of a small file. Raises FormatError if it is too large to be one."""
     with open_stream(url, size=size, retry=retry) as stream:
-        content = stream.read(MAX_DOCUMENT_BYTES + 1)
-    if len(content) > MAX_DOCUMENT_BYTES:
-        raise FormatError(f"{without_query(url)}: expected at most {MAX_DOCUMENT_BYTES} bytes")
-    return content
+        return read_limited(stream, without_query(url))
 
 
 def fetch_document(

@@ -257,11 +257,11 @@ MOMENTS = [
     ("fsync", 1),  # of the provenance
     ("write", 1),  # of the first record
     ("fsync", 3),  # of the first shard
-    ("replace", 2),  # the first shard's rename
-    ("replace", 3),  # its report's rename: the shard has its name
+    ("link", 1),  # the first shard's final name
+    ("replace", 2),  # its report's rename: the shard has its name
     ("fsync", 6),  # of the folder of that report
     ("write", 2),  # the third record, the second being unreadable
-    ("replace", 9),  # the manifest's rename, all shards being finished
+    ("replace", 6),  # the manifest's rename, all shards being finished
     ("fsync", 6),  # of the folder of the manifest
     ("rmtree", 1),  # of the reports
 ]
@@ -272,9 +272,9 @@ INT8_MOMENTS = [
     ("replace", 2),  # the scale's rename
     ("fsync", 4),  # of the folder of the scale, which has its name
     ("write", 1),  # of the first record
-    ("replace", 3),  # the first shard's report's rename: the scale is not written again
+    ("replace", 2),  # the first shard's report's rename: the scale is not written again
     ("write", 2),
-    ("replace", 11),  # the scale's rename in the set, all shards being finished
+    ("replace", 7),  # the scale's rename in the set, all shards being finished
     ("replace", 4),  # the manifest's rename
     ("rmtree", 1),  # of the reports and the scale they have
 ]
@@ -301,7 +301,8 @@ KILLER = """
 
     config = parse(PipelineConfig, "pipeline", sys.argv[2:])
     load_encoders(config, find_device("cpu", 0))  # the children need not import what this imports
-    owners = {"write": writer.ShardWriter, "fsync": os, "replace": Path, "rmtree": writer.shutil}
+    owners = {"write": writer.ShardWriter, "fsync": os, "link": os, "replace": Path}
+    owners["rmtree"] = writer.shutil
     statuses = []
     for name, count in json.loads(sys.argv[1]):
         pid = os.fork()
