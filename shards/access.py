@@ -1,15 +1,15 @@
-"""One door to a set of shards, wherever it lies: mapped, streamed, or cached and then mapped.
+"""Opens a set of shards, local or remote, bucketed or not, for one of three kinds of access.
 
     shards = open_set("https://host/train", Access(kind="cache"))
     loader = make_loader(shards, shards.order(batch_size=256, seed=0), rank=0, num_processes=1)
 
-    map      local folders: any record at memory's speed
-    cache    the same batches from a URL, through a bounded folder on a local disk
-    stream   from a URL, nothing on disk; near records only meet, and resuming is to the shard
+    map      memory-maps local folders; any record at memory speed
+    cache    downloads shards ahead of use to a bounded local folder; the same batches as map
+    stream   reads shards from start to end and keeps nothing on disk; shuffles within a window and
+             resumes at a shard
 
-All three give the same fields. `auto` maps what is local and caches what is not. A bucketed set is
-opened the same way, mapped or cached as a whole; it is not streamed, since readers of a stream go
-their own ways and could not agree on whose turn it is.
+`auto` is map for folders and cache for URLs. Bucketed sets cannot be streamed, because independent
+readers could not agree on the bucket of a step.
 """
 
 import tempfile
@@ -30,8 +30,15 @@ from latent_t2i.shards.remote.stream import (
     check_stream,
     open_streamed,
 )
-from latent_t2i.shards.remote.transport import PIPE, RemoteError, Retry, is_remote, join, read_file
-from latent_t2i.shards.schema import BUCKETS_NAME, FormatError
+from latent_t2i.shards.remote.transport import (
+    RemoteError,
+    Retry,
+    fetch_document,
+    is_remote,
+    join,
+    read_file,
+)
+from latent_t2i.shards.schema import BUCKETS_NAME
 
 Kind = Literal["map", "stream", "cache"]
 AccessMode = Literal["auto", "map", "stream", "cache"]
@@ -42,29 +49,34 @@ WINDOW_RECORDS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Access:
-    """How a set is reached."""
+    """Settings of the access to a set."""
 
     kind: Kind
     cache_dir: Path | None = None
-    """cache: the folder; default: `default_cache_dir()`."""
+    """cache: the folder; None stands for `default_cache_dir()`."""
     cache_bytes: int = CACHE_BYTES
-    """cache: the most that the set's shards may take there."""
+    """cache: upper bound for the size of the folder."""
     num_workers: int = 0
-    """stream: processes that read for each rank; 0: the rank's own."""
+    """stream: reader processes per rank; 0 reads in the rank's own process."""
     window_records: int = WINDOW_RECORDS
-    """stream: among how many records a worker mixes."""
+    """stream: number of records that a worker shuffles together."""
 
 
-def choose_kind(location: str, asked: AccessMode) -> Kind:
-    """Returns how a location is reached. Raises ValueError for a URL that should be mapped."""
-    if asked == "auto":
-        return "cache" if is_remote(location) else "map"
-    if asked == "map" and is_remote(location):
+def choose_kind(location: str, mode: AccessMode) -> Kind:
+    """Returns the access to use. Raises ValueError for map access to a URL."""
+    if location.startswith("pipe:"):
         raise ValueError(
-            f"data.access: map needs a folder on a local disk, found {location!r}; "
-            "expected cache or stream"
+            f"shards: {location!r}: commands are not supported; use a URL of fsspec, such as "
+            "sftp://HOST/FOLDER (pip install paramiko)"
         )
-    return asked
+    if mode == "auto":
+        return "cache" if is_remote(location) else "map"
+    if mode == "map" and is_remote(location):
+        raise ValueError(
+            f"data.access: map needs a folder on a local disk, found {location!r}; use cache or "
+            "stream"
+        )
+    return mode
 
 
 def open_set(
@@ -76,13 +88,13 @@ def open_set(
     verify: bool = False,
     retry: Retry | None = None,
 ) -> ShardSet | BucketedShards:
-    """Opens a finished set of shards, bucketed or not; of one elsewhere, its small files only.
+    """Opens a finished set of shards, bucketed or not. Of a remote set, only small files are read.
 
-    Given hashes are those of the encoders the caller will use. `verify` hashes every shard that is
-    on a local disk; streamed shards cannot be, and fetched ones always are.
+    `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use. `verify`
+    hashes every shard that is on a local disk. Downloads are always hashed.
 
-    Raises FormatError as `open_shards` does, RemoteError for a location that cannot be read, and
-    ValueError for a bucketed set that should be streamed.
+    Raises FormatError like `open_shards`, RemoteError for a location that cannot be read, and
+    ValueError for stream access to a bucketed set.
     """
     shards = _open(location, access, verify=verify, retry=retry)
     require_encoders(location, shards.manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
@@ -93,21 +105,17 @@ def _open(
     location: str, access: Access, *, verify: bool, retry: Retry | None
 ) -> ShardSet | BucketedShards:
     if not is_remote(location):
-        if not holds_buckets(Path(location)):
-            return _open_one(location, access, verify=verify, retry=retry)
-        return _open_buckets(location, access, verify=verify, retry=retry)
-    # To find that a file is not there takes a command all its attempts, so it is asked once before.
-    if location.startswith(PIPE) and _is_there(join(location, BUCKETS_NAME)):
-        return _open_buckets(location, access, verify=verify, retry=retry)
+        open_it = _open_buckets if holds_buckets(Path(location)) else _open_one
+        return open_it(location, access, verify=verify, retry=retry)
     try:
         return _open_one(location, access, verify=verify, retry=retry)
     except RemoteError:
-        if not _is_there(join(location, BUCKETS_NAME)):
+        if not _exists(join(location, BUCKETS_NAME)):
             raise
     return _open_buckets(location, access, verify=verify, retry=retry)
 
 
-def _is_there(url: str) -> bool:
+def _exists(url: str) -> bool:
     try:
         read_file(url, retry=Retry(attempts=1))
     except RemoteError:
@@ -131,31 +139,17 @@ def _open_buckets(
 ) -> BucketedShards:
     if access.kind == "stream":
         raise ValueError(
-            f"data.access: {location} is a bucketed set, which cannot be streamed; expected map or "
-            "cache, found stream"
+            f"data.access: {location} is a bucketed set, which cannot be streamed; use map or cache"
         )
     if access.kind == "map":
         return open_buckets(location, verify=verify)
-    buckets = fetch_buckets(location, retry=retry)
+    with tempfile.TemporaryDirectory(prefix="shards-") as temporary:
+        buckets = fetch_document(Buckets, location, Path(temporary), retry=retry)
     sets = [
         _open_one(join(location, bucket.name), access, verify=verify, retry=retry)
         for bucket in buckets.buckets
     ]
     return BucketedShards(location, buckets, sets)
-
-
-def fetch_buckets(location: str, *, retry: Retry | None = None) -> Buckets:
-    """Reads and checks the list of a bucketed set that lies elsewhere.
-
-    Raises FormatError as `Buckets.load` does, naming the location.
-    """
-    with tempfile.TemporaryDirectory(prefix="shards-") as temporary:
-        content = read_file(join(location, BUCKETS_NAME), retry=retry)
-        (Path(temporary) / BUCKETS_NAME).write_bytes(content)
-        try:
-            return Buckets.load(Path(temporary))
-        except FormatError as error:
-            raise FormatError(str(error).replace(temporary, location)) from error
 
 
 def check_order(
@@ -164,7 +158,7 @@ def check_order(
     access: Access,
     num_processes: int,
 ) -> None:
-    """Raises ValueError for an order that a set so reached cannot be visited in."""
+    """Raises ValueError if the access cannot visit a set in this order."""
     if isinstance(shards, BucketedShards):
         check_room(shards, access)
         return
@@ -176,7 +170,7 @@ def check_order(
 
 
 def check_room(shards: BucketedShards, access: Access) -> None:
-    """Raises ValueError, with the arithmetic, for a cache too small for all buckets at once."""
+    """Raises ValueError, with the arithmetic, if the cache is too small for all buckets."""
     if access.kind != "cache":
         return
     needed = sum(
@@ -185,9 +179,9 @@ def check_room(shards: BucketedShards, access: Access) -> None:
     )
     if access.cache_bytes < needed:
         raise ValueError(
-            f"data.cache_bytes: the {len(shards.sets)} buckets of {shards.location} take turns, so "
-            f"all of their {needed} bytes are kept, and the cache may hold {access.cache_bytes}; "
-            f"give it --data.cache-bytes {needed}"
+            f"data.cache_bytes: the cache must hold all {len(shards.sets)} buckets of "
+            f"{shards.location}, {needed} bytes, and is limited to {access.cache_bytes}; use "
+            f"--data.cache-bytes {needed}"
         )
 
 
@@ -199,10 +193,7 @@ def make_loader(
     rank: int = 0,
     num_processes: int = 1,
 ) -> Loader:
-    """Returns what fills a rank's batches.
-
-    Raises ValueError as `check_order` does.
-    """
+    """Returns the loader of a rank's batches. Raises ValueError like `check_order`."""
     check_order(shards, order, access, num_processes)
     if isinstance(shards, BucketedShards):
         assert isinstance(order, BucketOrder)

@@ -1,22 +1,19 @@
-"""A bucketed set: images of several sizes, an ordinary set of shards for each size.
+"""Bucketed sets: images of several sizes, with an ordinary set of shards for each size.
 
     FOLDER/buckets.json   64x64/manifest.json ...   48x80/manifest.json ...
 
     finish_buckets(folder, ["64x64", "48x80"], quarantined={"dog": "not an image"})
     shards = open_buckets("shards/data/demo/train")
 
-Records of one set have one shape, and so has a batch; hence sets and not shards differ in size, and
-each can be opened, checked and trained on alone. `buckets.json` is written last and pins each set's
-manifest, and through it every byte. Buckets without a record are left out. All must be of the same
-encoders and settings, and of int8 text with one scale: nothing but the size may differ.
+All records of a set have one shape, so each size is a set of its own that can be opened, checked
+and trained on alone. `buckets.json` is written last and contains the hash of each set's manifest.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +25,9 @@ from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
     BUCKETS_NAME,
     MANIFEST_NAME,
+    Document,
     FormatError,
     Manifest,
-    hash_json,
-    read_document,
 )
 from latent_t2i.shards.writer import write_file
 
@@ -48,82 +44,41 @@ SAME = (
     "text_width",
     "text_scale",
 )
-"""What all buckets agree in: encoders by their hashes, the scale by its file's."""
+"""What all buckets have in common. Encoders and scales are compared by their hashes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bucket:
-    """An ordinary set in the sub-folder `name`."""
+    """The ordinary set in the sub-folder `name`."""
 
     name: str
     width_px: int
     height_px: int
     records: int
     quarantined: int
-    """Images of this bucket that were left out; its manifest tells why."""
+    """Quarantined images of this bucket; its manifest has the reasons."""
     sha256: str
-    """Of the bytes of its manifest.json."""
+    """Hash of the bytes of its manifest.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Buckets:
-    """All about a finished bucketed set that its manifests do not tell."""
+class Buckets(Document):
+    """The list of a bucketed set: what the manifests of its sets do not contain."""
+
+    FILE_NAME = BUCKETS_NAME
+    VERSION = BUCKETS_VERSION
 
     schema_version: int = BUCKETS_VERSION
     buckets: tuple[Bucket, ...]
     """Narrowest first."""
     num_source: int
-    """Images that came in: written, quarantined in a bucket, or in none."""
+    """Images in the source: written, quarantined in a bucket, or in no bucket."""
     num_records: int
     quarantined: dict[str, str]
-    """The reason by key of each image that reached no bucket."""
+    """The reason for each image that is in no bucket, by key."""
 
-    @property
-    def sha256(self) -> str:
-        """The hash of the content, and through the manifests' of everything in the folder."""
-        return hash_json(asdict(self))
-
-    def dump(self) -> str:
-        """The content as it stands in the file: the same content, the same bytes."""
-        document = asdict(self) | {"sha256": self.sha256}
-        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads and checks the list of a bucketed set.
-
-        Raises FormatError for a missing, unreadable, altered or inconsistent one, and for a schema
-        version this code does not know.
-        """
-        path = folder / BUCKETS_NAME
-        document = read_document(path, folder)
-        version = document.get("schema_version")
-        if version != BUCKETS_VERSION:
-            raise FormatError(
-                f"{path}: schema_version: expected {BUCKETS_VERSION}, found {version!r}: "
-                "written by another release; make the shards again with this one"
-            )
-        stored = document.pop("sha256", None)
-        try:
-            parts = tuple(Bucket(**bucket) for bucket in document["buckets"])
-            found = cls(**{**document, "buckets": parts})
-            computed = found.sha256
-            found._check(path)
-        except FormatError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(
-                f"{path}: not a list of buckets of version {version}: {error!r}"
-            ) from error
-        if stored != computed:
-            raise FormatError(
-                f"{path}: sha256: expected {computed}, found {stored}: "
-                "the list was altered after it was written"
-            )
-        return found
-
-    def _check(self, path: Path) -> None:
-        """Holds the numbers to each other, so that what opens is also consistent."""
+    def check(self, path: Path) -> None:
+        """Checks that names, sizes and counts are consistent with each other."""
         if not self.buckets:
             raise FormatError(f"{path}: buckets: expected at least one, found none")
         names = [bucket.name for bucket in self.buckets]
@@ -134,10 +89,10 @@ class Buckets:
                     f"{path}: bucket {bucket.name!r}: expected the name {size!r} for its size"
                 )
             if names.count(bucket.name) > 1:
-                raise FormatError(f"{path}: bucket {bucket.name!r}: expected once, found again")
+                raise FormatError(f"{path}: bucket {bucket.name!r}: expected once, found twice")
         written = sum(bucket.records for bucket in self.buckets)
-        left_out = sum(bucket.quarantined for bucket in self.buckets) + len(self.quarantined)
-        for name, expected in (("num_records", written), ("num_source", written + left_out)):
+        lost = sum(bucket.quarantined for bucket in self.buckets) + len(self.quarantined)
+        for name, expected in (("num_records", written), ("num_source", written + lost)):
             if getattr(self, name) != expected:
                 raise FormatError(
                     f"{path}: {name}: expected {expected}, found {getattr(self, name)}"
@@ -147,16 +102,16 @@ class Buckets:
 def finish_buckets(
     folder: Path, names: Sequence[str], *, quarantined: Mapping[str, str]
 ) -> Buckets:
-    """Writes the list of a folder's buckets, last of all, when each one's set is finished.
+    """Writes buckets.json, after the set of each bucket is finished.
 
     Args:
         folder: The folder of the bucketed set.
-        names: Of the buckets that have a set, WIDTHxHEIGHT in pixels: the sub-folders, in any
-            order; those without a record are not among them.
-        quarantined: The reason by key of each image that reached none of these buckets.
+        names: The sub-folders with sets, WIDTHxHEIGHT in pixels, in any order. Buckets without
+            records are not among them.
+        quarantined: The reason for each image that is in none of these buckets, by key.
 
     Raises:
-        FormatError: A bucket has no finished set, or they differ in more than the size.
+        FormatError: A bucket has no finished set, or the sets differ in more than the size.
     """
     path = folder / BUCKETS_NAME
     sizes = {name: parse_size(f"{path}", name) for name in names}
@@ -182,7 +137,7 @@ def finish_buckets(
         num_records=sum(part.num_records for _, part in parts),
         quarantined=dict(quarantined),
     )
-    found._check(path)
+    found.check(path)
     for fault in disagreements(f"{folder}", parts):
         raise FormatError(fault)
     write_file(path, found.dump().encode())
@@ -190,10 +145,10 @@ def finish_buckets(
 
 
 def parse_size(place: str, name: str) -> tuple[int, int]:
-    """Returns the (width, height) in pixels that a bucket is named for. Raises FormatError."""
+    """Returns (width, height) in pixels from a bucket's name. Raises FormatError."""
     found = BUCKET_PATTERN.fullmatch(name)
     if not found:
-        raise FormatError(f"{place}: expected buckets named WIDTHxHEIGHT, found {name!r}")
+        raise FormatError(f"{place}: expected a bucket named WIDTHxHEIGHT, found {name!r}")
     width, height = found.groups()
     return int(width), int(height)
 
@@ -204,9 +159,9 @@ def hash_file(path: Path) -> str:
 
 
 def disagreements(location: str, parts: Sequence[tuple[str, Manifest]]) -> Iterator[str]:
-    """Yields what keeps some sets, by bucket name, from being one, each naming expected and found.
+    """Yields each difference that prevents some sets, given by bucket name, from being one.
 
-    The first says what is expected: what all agree in, and how many pixels a cell of latents spans.
+    The first set is the reference, also for how many pixels a latent cell spans.
     """
     (first_name, first), *_ = parts
     for name, manifest in parts:
@@ -214,8 +169,8 @@ def disagreements(location: str, parts: Sequence[tuple[str, Manifest]]) -> Itera
             expected, found = (_comparable(getattr(part, what)) for part in (first, manifest))
             if found != expected:
                 yield (
-                    f"{location}: bucket {name}: {what}: expected {expected} as in "
-                    f"{first_name}, found {found}"
+                    f"{location}: bucket {name}: {what}: expected {expected} as in {first_name}, "
+                    f"found {found}"
                 )
     scale = downscale(location, first_name, first)
     for name, manifest in parts:
@@ -223,31 +178,31 @@ def disagreements(location: str, parts: Sequence[tuple[str, Manifest]]) -> Itera
         if manifest.latent_shape[1:] != expected_shape:
             height, width = manifest.latent_shape[1:]
             yield (
-                f"{location}: bucket {name}: expected latents of its size over {scale:g}, as in "
+                f"{location}: bucket {name}: expected latents of {name} px over {scale:g}, as in "
                 f"{first_name}, found {width} x {height}"
             )
 
 
 def downscale(location: str, name: str, manifest: Manifest) -> float:
-    """Returns how many pixels a cell of a bucket's latents spans from left to right."""
+    """Returns the number of pixels that a latent cell of a bucket spans, horizontally."""
     width_px, _ = parse_size(location, name)
     return width_px / manifest.latent_shape[2]
 
 
 def _comparable(value: Any) -> Any:
-    """Returns what tells a part of a manifest from another's."""
+    """Returns what identifies a value of a manifest: the hash, where it has one."""
     if hasattr(value, "file"):
         return value.file.sha256
     return getattr(value, "sha256", value)
 
 
 def check_bucket(location: str, bucket: Bucket, manifest: Manifest, sha256: str) -> Iterator[str]:
-    """Yields how a bucket's set, whose manifest's bytes have this hash, differs from the list."""
+    """Yields each difference between the list and a bucket's manifest (`sha256`: of its bytes)."""
     place = f"{location}: bucket {bucket.name}"
     if sha256 != bucket.sha256:
         yield (
-            f"{place}: {MANIFEST_NAME}: sha256: expected {bucket.sha256}, found {sha256}: "
-            "not the set that the list was written for"
+            f"{place}: {MANIFEST_NAME}: sha256: expected {bucket.sha256}, found {sha256}: the list "
+            "was written for another set"
         )
     pairs = {"records": manifest.num_records, "quarantined": len(manifest.quarantined)}
     for name, found in pairs.items():
@@ -255,19 +210,11 @@ def check_bucket(location: str, bucket: Bucket, manifest: Manifest, sha256: str)
             yield f"{place}: {name}: expected {getattr(bucket, name)}, found {found}"
 
 
-class ImageLocator(NamedTuple):
-    """Where a record of a bucketed set is."""
-
-    bucket: int
-    records: NDArray[np.int64]
-    """By their numbers in the bucket's set."""
-
-
 class BucketedShards:
-    """The records of several sets, numbered from 0 in the order of the buckets."""
+    """The records of all buckets, numbered from 0 in the order of the buckets."""
 
     def __init__(self, location: str, buckets: Buckets, sets: Sequence[ShardSet]) -> None:
-        """Takes the set of each bucket. Raises FormatError where they are not those listed."""
+        """Raises FormatError if the sets are not those that `buckets` lists."""
         self.location = location
         self.buckets = buckets
         self.sets = tuple(sets)
@@ -286,7 +233,7 @@ class BucketedShards:
 
     @property
     def main(self) -> ShardSet:
-        """The square bucket's set, else the one with the most records."""
+        """The set of the square bucket, else of the bucket with the most records."""
         listed = self.buckets.buckets
         numbers = range(len(listed))
         square = [n for n in numbers if listed[n].width_px == listed[n].height_px]
@@ -294,31 +241,31 @@ class BucketedShards:
 
     @property
     def manifest(self) -> Manifest:
-        """The main set's, for what all agree in; sizes and counts are its own."""
+        """The main set's manifest. Use it only for what all buckets have in common."""
         return self.main.manifest
 
     @property
     def sha256(self) -> str:
-        """The hash of the list, and through it of everything in the set."""
+        """Hash of the list, which contains the hashes of all manifests."""
         return self.buckets.sha256
 
     @property
     def empty_text(self) -> Tensor:
-        """The main set's hidden states of the empty prompt.  # (T, D) float16"""
+        """Hidden states (T, D) float16 of the empty prompt, from the main set."""
         return self.main.empty_text
 
     @property
     def text_scale(self) -> Tensor | None:
-        """The scale of int8 text, one for all.  # (D,) float32"""
+        """Scale (D,) float32 of int8 text, the same for all buckets."""
         return self.main.text_scale
 
     @property
     def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """One view of a stored latent, by bucket.  # (2C, h, w) moments, or (C, h, w)"""
+        """Shape of one view of a stored latent, by bucket."""
         return tuple(part.manifest.latent_shape for part in self.sets)
 
     def order(self, *, batch_size: int, seed: int, **settings: Any) -> BucketOrder:
-        """Returns an order in which to visit the records; `settings` are BucketOrder's."""
+        """Returns an order to visit the records in; `settings` are those of BucketOrder."""
         sizes = tuple(tuple(shard.records for shard in part.manifest.shards) for part in self.sets)
         return BucketOrder(sizes=sizes, batch_size=batch_size, seed=seed, **settings)
 
@@ -329,29 +276,30 @@ class BucketedShards:
         view_u: NDArray[np.float64],
         out: RawBatch | None = None,
     ) -> RawBatch:
-        """As `ShardSet.gather`; raises ValueError for records of several buckets."""
-        place = self._locate(records)
-        return self.sets[place.bucket].gather(place.records, caption_u, view_u, out)
+        """Like `ShardSet.gather`. Raises ValueError for records of several buckets."""
+        part, local = self._locate(records)
+        return part.gather(local, caption_u, view_u, out)
 
     def keys(self, records: NDArray[np.int64]) -> list[str]:
-        """Returns the keys of some records of one bucket, in that order."""
-        place = self._locate(records)
-        return self.sets[place.bucket].keys(place.records)
+        """Returns the keys of records of one bucket, in that order."""
+        part, local = self._locate(records)
+        return part.keys(local)
 
-    def _locate(self, records: NDArray[np.int64]) -> ImageLocator:
+    def _locate(self, records: NDArray[np.int64]) -> tuple[ShardSet, NDArray[np.int64]]:
+        """Returns the set of some records and their numbers in it."""
         records = np.asarray(records, np.int64)
         if records.size and not 0 <= records.min() <= records.max() < len(self):
-            raise IndexError(f"{self.location}: a record outside 0..{len(self) - 1} was asked for")
+            raise IndexError(f"{self.location}: expected records in 0..{len(self) - 1}")
         found = np.unique(np.searchsorted(self._starts, records, side="right") - 1)
         if len(found) != 1:
             raise ValueError(
-                f"{self.location}: expected records of one bucket, found {len(found)} buckets'"
+                f"{self.location}: expected records of one bucket, found {len(found)} buckets"
             )
-        return ImageLocator(int(found[0]), records - self._starts[found[0]])
+        return self.sets[found[0]], records - self._starts[found[0]]
 
 
 def holds_buckets(folder: Path) -> bool:
-    """Returns whether a local folder is a bucketed set, or was to become one."""
+    """Returns whether a local folder is a bucketed set, finished or not."""
     if (folder / MANIFEST_NAME).exists() or not folder.is_dir():
         return False
     parts = (path for path in folder.iterdir() if BUCKET_PATTERN.fullmatch(path.name))
@@ -359,7 +307,7 @@ def holds_buckets(folder: Path) -> bool:
 
 
 def open_buckets(path: str | Path, *, verify: bool = False) -> BucketedShards:
-    """Opens a bucketed set in a local folder. Raises FormatError as `open_shards` does."""
+    """Opens a bucketed set in a local folder. Raises FormatError like `open_shards`."""
     folder = Path(path)
     buckets = Buckets.load(folder)
     sets = [open_shards(folder / bucket.name, verify=verify) for bucket in buckets.buckets]

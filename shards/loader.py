@@ -1,14 +1,12 @@
-"""Batches of a set for one process, made ahead in a background thread, into buffers used in turn.
+"""Fills batches for one process ahead of use, in a background thread, into two buffers in turn.
 
     shards = open_shards("shards/data/demo/train")
     loader = MapLoader(shards, shards.order(batch_size=256, seed=0), rank=0, num_processes=1)
     for batch in batches(loader, start=0, stop=1000):
         ...
 
-No worker processes: a batch is three indexed copies, which release Python's lock. There are two
-buffers, and a batch is overwritten when the next but one is made: it is good until the next is
-asked for, so copy what is to be kept. With pinned buffers the copy to a GPU may still be under way
-then; the thread waits for it before it writes.
+There are no worker processes: a batch is three indexed copies that release the GIL. A batch is
+valid until the next one is requested; clone what must live longer.
 """
 
 from collections import deque
@@ -25,36 +23,35 @@ from torch import Tensor
 
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.order import Order, choices, share
-from latent_t2i.shards.reader import RawBatch, ShardSet
+from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
 
 NUM_BUFFERS = 2
-B = TypeVar("B", bound=RawBatch)
 T = TypeVar("T")
 U = TypeVar("U")
 
 
 class Loader(Protocol):
-    """What fills the batches of one process."""
+    """Fills the batches of one process."""
 
     def buffer(self, *, pin_memory: bool = False) -> RawBatch:
-        """Returns an empty batch of this process's size, and of the largest shape there is."""
+        """Returns an uninitialised batch of this process's size and the largest shape."""
 
-    def fill(self, step: int, out: B) -> B:
-        """Puts this process's share of a step's global batch into `out`, and returns it.
+    def fill(self, step: int, out: BatchT) -> BatchT:
+        """Writes this process's share of a step's global batch into `out` and returns it.
 
-        That is `out` itself, or where batches differ in shape what of it the step's takes up.
+        The result is `out`, or the part of `out` that this step's bucket fills.
         """
 
     def nonfinite_keys(self, step: int) -> list[str]:
-        """Returns the keys of a step's records with values that are not finite.
+        """Returns the keys of a step's records that hold non-finite values.
 
-        All its keys where every value is finite: then numbers overflowed in training.
+        Returns all keys of the step if all values are finite: training itself overflowed then.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class MapLoader:
-    """Fills batches from mapped shards; any step, in any order."""
+    """Fills batches from mapped shards, for any step in any order."""
 
     shards: ShardSet
     order: Order
@@ -62,13 +59,11 @@ class MapLoader:
     num_processes: int = 1
 
     def buffer(self, *, pin_memory: bool = False) -> RawBatch:
-        """Returns an empty batch of this process's size."""
         return self.shards.buffer(
             self.order.batch_size // self.num_processes, pin_memory=pin_memory
         )
 
-    def fill(self, step: int, out: B) -> B:
-        """Puts this process's share of a step's global batch into `out`."""
+    def fill(self, step: int, out: BatchT) -> BatchT:
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = choices(self.order.seed, step, self.order.batch_size)
         records = self.order.records(step)[mine]
@@ -76,7 +71,6 @@ class MapLoader:
         return out
 
     def nonfinite_keys(self, step: int) -> list[str]:
-        """Returns the keys of a step's records, of all processes, that are not finite; or all."""
         records = self.order.records(step)
         batch = self.shards.gather(records, *choices(self.order.seed, step, len(records)))
         bad = ~are_finite(batch)
@@ -85,37 +79,34 @@ class MapLoader:
 
 @dataclass(frozen=True, kw_only=True)
 class BucketLoader:
-    """Fills each batch from the bucket whose turn it is, by that bucket's own loader.
+    """Fills each batch from the step's bucket, with that bucket's loader.
 
-    One buffer serves all buckets: it is of the largest, and a smaller batch lies at its start. The
-    areas of buckets are much alike, so a buffer for each would take as many times the memory.
+    All buckets share one buffer of the largest size, because a buffer each would multiply memory.
     """
 
     order: BucketOrder
     loaders: tuple[Loader, ...]
-    """Of each bucket, for the same process."""
+    """One per bucket, for this process."""
     latent_shapes: tuple[tuple[int, ...], ...]
-    """Of each bucket: (2C, h, w) or (C, h, w)."""
+    """One per bucket: (2C, h, w) or (C, h, w)."""
 
     def buffer(self, *, pin_memory: bool = False) -> RawBatch:
-        """Returns an empty batch of this process's size, of the largest bucket."""
         sizes = [prod(shape) for shape in self.latent_shapes]
         return self.loaders[sizes.index(max(sizes))].buffer(pin_memory=pin_memory)
 
-    def fill(self, step: int, out: B) -> B:
-        """Puts this process's share of a step's global batch into the start of `out`."""
-        bucket, local_step = self.order.place(step)
-        latent = head(out.latent, (len(out), *self.latent_shapes[bucket]))
-        return self.loaders[bucket].fill(local_step, replace(out, latent=latent))
+    def fill(self, step: int, out: BatchT) -> BatchT:
+        bucket, local_step = self.order.locate(step)
+        shape = (len(out), *self.latent_shapes[bucket])
+        part = replace(out, latent=head(out.latent, shape))
+        return self.loaders[bucket].fill(local_step, part)
 
     def nonfinite_keys(self, step: int) -> list[str]:
-        """Returns the keys of a step's records that are not finite; or all."""
-        bucket, local_step = self.order.place(step)
+        bucket, local_step = self.order.locate(step)
         return self.loaders[bucket].nonfinite_keys(local_step)
 
 
 def head(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns the first values of a contiguous tensor as one of another shape, in its memory."""
+    """Returns a view of a contiguous tensor's first values in another shape."""
     return tensor if tensor.shape == shape else tensor.view(-1)[: prod(shape)].view(shape)
 
 
@@ -135,7 +126,7 @@ def batches(
     pin_memory: bool = False,
     stream: torch.cuda.Stream | None = None,
 ) -> Generator[RawBatch]:
-    """Yields this process's batches of steps `start` to `stop`; each is good until the next."""
+    """Yields this process's batches of steps `start` to `stop`; each is valid until the next."""
     buffers = [loader.buffer(pin_memory=pin_memory) for _ in range(NUM_BUFFERS)]
     return prefetch(loader.fill, buffers, start=start, stop=stop, stream=stream)
 
@@ -149,15 +140,15 @@ def prefetch(
     stream: torch.cuda.Stream | None = None,
     one_core: bool = False,
 ) -> Generator[U]:
-    """Yields what `fill` makes of the buffers in turn, in a background thread, step after step.
+    """Yields the results of `fill(step, buffer)` for steps `start` to `stop`, in order.
 
-    Steps go from `start` to `stop`, in order. What `fill` returns, its buffer or a part of it, is
-    valid until the next one is requested. If `stream` copies from the buffers, a buffer is refilled
-    only after the work that was queued on the stream by then. An error in `fill` is raised at its
-    step.
+    A background thread fills the buffers in turn. A result, its buffer or a part of it, is valid
+    until the next one is requested. If `stream` copies from the buffers, a buffer is refilled only
+    after the work that was queued on the stream by then. An error in `fill` is raised when its step
+    is requested.
 
-    `one_core` keeps PyTorch from using more than the thread itself: for steps on a CPU, which a
-    second team of OpenMP threads slows by a quarter, as both then hand over by system calls.
+    `one_core` limits PyTorch to one thread in the background. Use it if the steps run on the CPU: a
+    second pool of OpenMP threads on the same cores slows each step by a quarter.
     """
 
     def refill(step: int, buffer: T, used: torch.cuda.Event | None) -> tuple[T, U]:
@@ -168,7 +159,7 @@ def prefetch(
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
         if one_core:
             pool.submit(_keep_to_one_core).result()
-            torch.set_num_threads(torch.get_num_threads())  # of threads to come, as it was
+            torch.set_num_threads(torch.get_num_threads())  # for new threads: back to the default
         steps = iter(range(start, stop))
         pending = deque(
             pool.submit(refill, step, buffer, None)
@@ -188,6 +179,6 @@ def prefetch(
 
 
 def _keep_to_one_core() -> None:
-    """Keeps PyTorch's work in this thread from being shared out, and that of threads to come."""
-    torch.get_num_threads()  # or the thread's first work would set it anew
+    """Limits PyTorch to one thread, here and in threads started later."""
+    torch.get_num_threads()  # initialises the value, else the first operation would reset it
     torch.set_num_threads(1)

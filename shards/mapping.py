@@ -1,15 +1,13 @@
-"""Many files mapped side by side into one stretch of addresses: one gather reaches them all.
+"""Maps many files side by side into one range of addresses, so that one gather reaches them all.
 
     region = Region([size of each file])
     region.map(3, path)
     region.bytes[region.starts[3] : region.starts[3] + size]
 
-The addresses of all files are reserved at once, which costs neither memory nor reading; a file is
-put into its place when it is first needed, and can be taken out again. A batch drawn from a
-thousand shards is then one indexed copy rather than a thousand. The price is one call that Python's
-`mmap` does not have (mapping to a fixed address), made through ctypes on Linux and macOS.
+A batch from a thousand shards is then one indexed copy instead of a thousand. The price is an mmap
+at a fixed address, which Python's `mmap` lacks; it is called through ctypes on Linux and macOS.
 
-A file that is cut short while it is mapped ends the process with SIGBUS, as with any mapping.
+A file that is truncated while it is mapped ends the process with SIGBUS, as with any mapping.
 """
 
 import ctypes
@@ -21,12 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-MAP_FIXED = 0x10  # the same on Linux, macOS and the BSDs; Python's mmap does not name it
+MAP_FIXED = 0x10  # on Linux, macOS and the BSDs; not in Python's mmap module
 PROT_NONE = 0
 
 
 class Region:
-    """Places for files of given sizes; reading one that is not mapped ends the process."""
+    """Address ranges for files of given sizes; reading an unmapped one ends the process."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = np.asarray(sizes, np.int64)
@@ -34,28 +32,26 @@ class Region:
         ends = np.cumsum(pages) * mmap.PAGESIZE
         self.starts: NDArray[np.int64] = ends - pages * mmap.PAGESIZE
         self.is_mapped = np.zeros(len(self.sizes), np.bool_)
+        # Reserving addresses takes no memory and reads nothing.
         self._reserved = mmap.mmap(
             -1, int(ends[-1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=PROT_NONE
         )
         self._base = np.frombuffer(self._reserved, np.uint8).ctypes.data
         whole = (ctypes.c_uint8 * int(ends[-1])).from_address(self._base)
-        whole._reserved = self._reserved  # type: ignore[attr-defined]  # lives as long as `bytes`
+        whole._reserved = self._reserved  # type: ignore[attr-defined]  # keeps it alive
         self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(whole)
 
     def map(self, index: int, path: Path) -> None:
-        """Puts a file into its place, read-only. Raises OSError if the system refuses.
-
-        No file stays open: a set may have more shards than a process may have files.
-        """
+        """Maps a file read-only. Raises OSError if the system refuses."""
         descriptor = os.open(path, os.O_RDONLY)
         try:
             self._place(index, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, path)
         finally:
-            os.close(descriptor)
+            os.close(descriptor)  # a set may have more shards than a process may have open files
         self.is_mapped[index] = True
 
     def unmap(self, index: int) -> None:
-        """Takes a file out of its place, which stays reserved."""
+        """Unmaps a file; its addresses stay reserved."""
         self.is_mapped[index] = False
         self._place(index, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, None)
 

@@ -1,13 +1,12 @@
-"""In which order records are visited, and by whom: a function of the seed and the place alone.
+"""The order in which records are visited, and by which rank: a function of the seed and the step.
 
     order = Order(sizes=(...), batch_size=256, seed=0)
     order.records(step)             # the global batch
-    order.cursor(step)              # (epoch, position), all there is to resume from
+    order.cursor(step)              # (epoch, position): the whole state to resume from
 
-An epoch is a permutation of all records by (seed, epoch); position p of a global batch belongs to
-rank p // (batch_size / ranks). So 1, 2 or 8 processes see the same batches, and going on in the
-middle of an epoch reads nothing twice and skips nothing. The price: the permutation is made whole,
-8 bytes a record and 0.1 s a million, once per epoch.
+Position p of a global batch belongs to rank p // (batch_size / ranks), so 1, 2 or 8 processes see
+the same batches, and a run resumes in mid-epoch without reading a record twice or skipping one. The
+price: the permutation of an epoch is held as a whole, 8 bytes and 0.1 us per record.
 """
 
 import math
@@ -27,27 +26,27 @@ USES = get_args(Use)
 
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """A place in a run: the whole state of a loader."""
+    """A position in a run: the whole state of a loader."""
 
     epoch: int
     position: int
-    """Records of this epoch that were visited before."""
+    """Number of records of this epoch that were visited before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The endless sequence of records that a run visits, in steps of `batch_size`."""
+    """The endless sequence of records of a run, in steps of `batch_size`."""
 
     sizes: tuple[int, ...]
-    """Records of each shard."""
+    """Number of records of each shard."""
     batch_size: int
-    """Of the global batch."""
+    """Size of the global batch."""
     seed: int
     shuffle: Shuffle = "full"
     window_shards: int = 16
-    """How many shards `blocks` mixes with each other."""
+    """Number of shards that `blocks` shuffles together."""
     last_batch: LastBatch = "fill"
-    """An epoch's last, partial batch: filled up from the next epoch, or dropped."""
+    """Whether the last, partial batch of an epoch is filled from the next epoch, or dropped."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.window_shards < 1:
@@ -57,45 +56,47 @@ class Order:
             )
         if self.last_batch == "drop" and self.num_records < self.batch_size:
             raise ValueError(
-                f"last_batch: drop leaves nothing of {self.num_records} records in batches of "
-                f"{self.batch_size}; expected fill, or a batch_size of at most {self.num_records}"
+                f"last_batch: drop leaves no batch of {self.num_records} records at a batch_size "
+                f"of {self.batch_size}; use fill, or a batch_size of at most {self.num_records}"
             )
 
     @cached_property
     def num_records(self) -> int:
-        """Over all shards."""
+        """Number of records in all shards."""
         return sum(self.sizes)
 
     @property
     def epoch_records(self) -> int:
-        """How many records an epoch visits."""
+        """Number of records that an epoch visits."""
         if self.last_batch == "drop":
             return self.num_records // self.batch_size * self.batch_size
         return self.num_records
 
     def num_steps(self, num_epochs: int) -> int:
-        """Returns the steps of so many epochs; one that ends within a step is filled up."""
+        """Returns the number of steps in `num_epochs` epochs, rounded up."""
         return math.ceil(num_epochs * self.epoch_records / self.batch_size)
 
     def num_epochs(self, step: int) -> float:
-        """Returns how many epochs the steps before this one are."""
+        """Returns the number of epochs before a step, fractions included."""
         return step * self.batch_size / self.epoch_records
 
     def cursor(self, step: int) -> Cursor:
-        """Returns where a step begins."""
-        return Cursor(**dict(zip(("epoch", "position"), self._place(step), strict=True)))
+        """Returns the epoch and position where a step begins."""
+        epoch, position = self._place(step)
+        return Cursor(epoch=epoch, position=position)
 
     def step(self, cursor: Cursor) -> int:
         """Returns the step that begins at a cursor.
 
-        Raises ValueError where none does: the cursor is of another batch size or data set.
+        Raises ValueError if there is none, because batch size or data set are others.
         """
         visited = cursor.epoch * self.epoch_records + cursor.position
         step, rest = divmod(visited, self.batch_size)
         if rest or cursor.position >= self.epoch_records:
             raise ValueError(
-                f"{cursor}: no step of {self.batch_size} records begins there, in epochs of "
-                f"{self.epoch_records}: it was made with another batch size or other shards"
+                f"{cursor}: no step of {self.batch_size} records begins at this position, in "
+                f"epochs of {self.epoch_records} records: the cursor belongs to another batch size "
+                "or to other shards"
             )
         return step
 
@@ -111,19 +112,20 @@ class Order:
         return np.concatenate(parts)
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Returns the records (epoch_records,) that an epoch visits, in order."""
+        """Returns the record numbers (epoch_records,) of an epoch, in order."""
         if self.shuffle == "none":
             return np.arange(self.epoch_records)
         return self._permutation(epoch)[: self.epoch_records]
 
     @cached_property
     def _permutation(self) -> Callable[[int], NDArray[np.int64]]:
-        """Each order remembers two epochs of its own: those of several buckets are used in turn."""
+        """Returns an epoch's permutation; the last two are cached."""
+        # A cache per order, because the orders of several buckets are used in turn.
         window = self.window_shards if self.shuffle == "blocks" else len(self.sizes)
         return lru_cache(maxsize=2)(partial(epoch_order, self.sizes, self.seed, window))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is worth giving to another process: not what is remembered."""
+        # Cached permutations are not sent to other processes.
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def _place(self, step: int) -> tuple[int, int]:
@@ -133,10 +135,11 @@ class Order:
 def epoch_order(
     sizes: tuple[int, ...], seed: int, window_shards: int, epoch: int
 ) -> NDArray[np.int64]:
-    """Returns the permutation of all records in which an epoch visits them.
+    """Returns an epoch's permutation of all records.
 
-    Shards come in random order, `window_shards` at a time, whose records are mixed: a slow disk
-    reads from few files at once, and with a window of all shards the order is any permutation.
+    The shards come in random order, `window_shards` at a time, and the records of a window are
+    shuffled together. A small window reads from few files at once; a window of all shards gives a
+    full shuffle.
     """
     generator = np.random.Generator(np.random.PCG64(mixed_seed(seed, "order", epoch)))
     if window_shards >= len(sizes):
@@ -156,27 +159,27 @@ def epoch_order(
 def choices(
     seed: int, step: int, batch_size: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Returns which caption and which view of each record of a global batch, (B,) in [0, 1)."""
+    """Returns two draws in [0, 1) per record of a global batch (B,), for caption and view."""
     generator = np.random.Generator(np.random.PCG64(mixed_seed(seed, "choice", step)))
     caption_u, view_u = generator.random((2, batch_size))
     return caption_u, view_u
 
 
 def share(batch_size: int, rank: int, num_processes: int) -> slice:
-    """Returns which positions of a global batch belong to a rank.
+    """Returns the positions of a global batch that belong to a rank.
 
-    Raises ValueError where the batch cannot be divided evenly.
+    Raises ValueError if the batch cannot be divided evenly.
     """
     size, rest = divmod(batch_size, num_processes)
     if rest:
         raise ValueError(
-            f"batch_size: {batch_size} records over {num_processes} processes are "
-            f"{batch_size / num_processes:g} each; expected a multiple of {num_processes}"
+            f"batch_size: {batch_size} records cannot be divided among {num_processes} processes "
+            f"({batch_size / num_processes:g} each); use a multiple of {num_processes}"
         )
     return slice(rank * size, (rank + 1) * size)
 
 
 def mixed_seed(seed: int, use: Use, *numbers: int) -> int:
-    """Returns a 64-bit seed for one use, mixed so that near seeds and numbers share nothing."""
+    """Returns a 64-bit seed; seeds of different uses and numbers are independent."""
     sequence = np.random.SeedSequence(seed, spawn_key=(USES.index(use), *numbers))
     return int(sequence.generate_state(1, np.uint64)[0])

@@ -1,18 +1,14 @@
-"""Opens a set of shards and gathers batches from it: memory-mapped, no tar parsing.
+"""Opens a set of shards and gathers batches from memory-mapped files, without parsing tars.
 
     shards = open_shards("shards/data/demo/train")
     batch = shards.gather(records, caption_u, view_u)
 
-Every record of a shard has the same byte layout, and all shards are mapped side by side
-(mapping.py), so that where any caption of any record begins is arithmetic, and a batch is one
-indexed copy per field, straight into the caller's buffer, that reads only the chosen caption and
-view. Opening looks at the manifest and the files' sizes; a shard is mapped, and its first and last
-record held to the layout, on first use. The price: shards lie on a local disk (cache.py brings
-them there).
+The position of any caption of any record is arithmetic, so a batch is one indexed copy per field,
+straight into the caller's buffer, and reads only the chosen caption and view. The price is that the
+shards must be on a local disk; remote/cache.py downloads them there.
 """
 
 import hashlib
-import json
 import math
 import mmap
 import sys
@@ -20,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -29,12 +25,12 @@ from torch import Tensor
 
 from latent_t2i.shards.mapping import Region
 from latent_t2i.shards.order import Order
+from latent_t2i.shards.parsing import load_json, show
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
     MEMBERS,
     FileEntry,
     FormatError,
-    Identity,
     Layout,
     Manifest,
     ShardEntry,
@@ -42,15 +38,15 @@ from latent_t2i.shards.schema import (
 )
 
 NAME_BYTES = 100
-"""The size of a tar header's first field, the member's name."""
+"""Size of a tar header's first field, the name of the member."""
 TORCH_DTYPES = {"float16": torch.float16, "int8": torch.int8, "int32": torch.int32}
 CARRIERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-"""Bytes are moved as the widest integers that divide them: torch copies those fastest."""
+"""Bytes are copied as the widest integers that divide them, because torch copies those fastest."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RawBatch:
-    """A batch: one caption and one view of each record asked for."""
+    """One view and one caption of each record; the trainer's batch adds fields of its own."""
 
     latent: Tensor  # (B, 2C, h, w) moments or (B, C, h, w), float16
     text: Tensor  # (B, T, D) float16, or int8 in units of the set's text_scale
@@ -64,12 +60,15 @@ class RawBatch:
         return type(self)(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, device: torch.device) -> Self:
-        """Returns the batch on a device; copies from pinned memory are asynchronous."""
+        """Returns the batch on a device; copies from pinned memory do not block."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, size: int) -> list[Self]:
-        """Returns the batch in pieces of `size` examples."""
+        """Returns the batch in pieces of `size` records, the last one possibly smaller."""
         return [self.map(itemgetter(slice(i, i + size))) for i in range(0, len(self), size)]
+
+
+BatchT = TypeVar("BatchT", bound=RawBatch)
 
 
 def open_shards(
@@ -79,13 +78,13 @@ def open_shards(
     text_sha256: str | None = None,
     verify: bool = False,
 ) -> "ShardSet":
-    """Opens a finished set of shards.
+    """Opens a finished set of shards: reads the manifest and compares all file sizes.
 
-    Given hashes are those of the encoders the caller will use; `verify` reads every file and
-    compares its sha256, which takes as long as the disk does.
+    `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use. `verify`
+    reads every file and compares its sha256.
 
-    Raises FormatError (a ValueError) naming what was expected and found: for an unfinished set,
-    another schema version, a missing or cut file, a hash that differs, another encoder's output.
+    Raises FormatError for an unfinished set, another schema version, a missing or truncated file, a
+    wrong hash, or the output of other encoders.
     """
     folder = Path(path)
     manifest = Manifest.load(folder)
@@ -102,7 +101,7 @@ class ShardSet:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         if sys.byteorder != "little":
-            raise FormatError(f"{folder}: shards are little-endian, this machine is not")
+            raise FormatError(f"{folder}: shards need a little-endian machine, this one is not")
         self.folder = folder
         self.manifest = manifest
         small = {
@@ -111,7 +110,7 @@ class ShardSet:
         }
         self.empty_text = small["empty_text"]  # (T, D) float16
         self.empty_tokens = small["empty_tokens"]  # (T,) int32
-        self.text_scale = small.get("text_scale")  # (D,) float32, for int8 text; else None
+        self.text_scale = small.get("text_scale")  # (D,) float32 for int8 text, else None
         counts = [shard.records for shard in manifest.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._region = Region([shard.bytes for shard in manifest.shards])
@@ -124,21 +123,21 @@ class ShardSet:
 
     @property
     def sha256(self) -> str:
-        """The hash of the manifest, and through it of every file."""
+        """Hash of the manifest, which contains the hashes of all files."""
         return self.manifest.sha256
 
     @property
     def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """One view of a stored latent; of a bucketed set there are several."""
+        """Shape of one view of a stored latent; a bucketed set has one per bucket."""
         return (self.manifest.latent_shape,)
 
     def order(self, *, batch_size: int, seed: int, **settings: Any) -> Order:
-        """Returns an order in which to visit the records; `settings` are Order's."""
+        """Returns an order to visit the records in; `settings` are those of Order."""
         sizes = tuple(shard.records for shard in self.manifest.shards)
         return Order(sizes=sizes, batch_size=batch_size, seed=seed, **settings)
 
     def buffer(self, size: int, *, pin_memory: bool = False) -> RawBatch:
-        """Returns an empty batch of `size` records, to gather into."""
+        """Returns an uninitialised batch of `size` records, to gather into."""
         shapes = {name: (size, *rows.shape) for name, rows in self._rows.items()}
         return RawBatch(
             **{
@@ -154,44 +153,41 @@ class ShardSet:
         view_u: NDArray[np.float64],
         out: RawBatch | None = None,
     ) -> RawBatch:
-        """Returns a batch of the records' numbers (B,), in that order, in `out` if given.
+        """Returns a batch of the records (B,), given by number, in `out` if given.
 
-        `caption_u` and `view_u` (B,), in [0, 1), choose a caption and a view of each record.
+        `caption_u` and `view_u` (B,) in [0, 1) choose a caption and a view of each record.
         """
         shard, first = self._locate(records)
         layout = self._layout[shard]
-        out = out or self.buffer(len(first))
+        out = self.buffer(len(first)) if out is None else out
         for name, rows in self._rows.items():
             item = _choose(view_u if name == "latent" else caption_u, rows.num_items[layout])
             rows.gather(first + rows.offsets[layout] + item * rows.item_bytes, getattr(out, name))
         return out
 
     def keys(self, records: NDArray[np.int64]) -> list[str]:
-        """Returns the records' keys, in that order."""
+        """Returns the keys of some records, in that order."""
         _, first = self._locate(records)
         names = self._region.bytes[first[:, None] + np.arange(NAME_BYTES)]
         return [key_of(name.tobytes()) for name in names]
 
     def meta(self, record: int) -> dict[str, Any]:
-        """Returns a record's JSON: `captions`, `truncated` and what the source told."""
+        """Returns the JSON of a record: `captions`, `truncated` and the source's own keys."""
         (shard,), (first,) = self._locate(np.array([record]))
         part = self.manifest.layouts[self._layout[shard]].fields["json"]
         content = self._region.bytes[first + part.offset_bytes :][: part.num_bytes].tobytes()
-        try:
-            document: dict[str, Any] = json.loads(content)
-        except ValueError as error:
-            path = self.folder / self.manifest.shards[shard].name
-            raise FormatError(
-                f"{path}: key {self.keys(np.array([record]))[0]!r}: field json: expected a JSON "
-                f"object, found {error}"
-            ) from error
+        place = f"{self.folder / self.manifest.shards[shard].name}: key "
+        place += f"{self.keys(np.array([record]))[0]!r}: field json"
+        document = load_json(content, place)
+        if not isinstance(document, dict):
+            raise FormatError(f"{place}: expected a JSON object, found {show(document)}")
         return document
 
     def _locate(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns each record's shard (B,) and first byte in the region (B,), mapped by then."""
+        """Maps the shards of some records; returns shard (B,) and offset in the region (B,)."""
         records = np.asarray(records, np.int64)
         if records.size and not 0 <= records.min() <= records.max() < len(self):
-            raise IndexError(f"{self.folder}: a record outside 0..{len(self) - 1} was asked for")
+            raise IndexError(f"{self.folder}: expected records in 0..{len(self) - 1}")
         shard = np.searchsorted(self._starts, records, side="right") - 1
         for absent in np.unique(shard[~self._region.is_mapped[shard]]):
             self._map(int(absent))
@@ -202,7 +198,7 @@ class ShardSet:
         """Maps a shard and checks its first and last record."""
         entry = self.manifest.shards[shard]
         layout, path = self.manifest.layouts[entry.layout], self.folder / entry.name
-        check_size(self.folder, entry)  # again: the set may have been opened long ago
+        check_size(self.folder, entry)  # the set may have been opened long ago
         self._region.map(shard, path)
         try:
             start = int(self._region.starts[shard])
@@ -218,11 +214,7 @@ ITEM_FIELDS = tuple(part.name for part in fields(RawBatch))
 
 
 class _Rows:
-    """A field of a whole set as rows of one matrix: the items (views or captions) of all records.
-
-    The rows overlap: one begins at every `unit` bytes of the region, which all items' places are
-    multiples of.
-    """
+    """One field of a whole set, as rows of a matrix: a row per item (view or caption)."""
 
     def __init__(self, name: str, manifest: Manifest, region: Region) -> None:
         parts = [layout.fields[name] for layout in manifest.layouts]
@@ -232,6 +224,7 @@ class _Rows:
         self.num_items = np.array([part.shape[0] for part in parts])
         self.item_bytes = parts[0].num_bytes // parts[0].shape[0]
         steps = [layout.record_bytes for layout in manifest.layouts]
+        # All items start at multiples of `_unit`. A row starts at each multiple, so rows overlap.
         self._unit = math.gcd(mmap.PAGESIZE, self.item_bytes, *steps, *self.offsets.tolist())
         width = math.gcd(8, self._unit)
         self._carrier = CARRIERS[width]
@@ -245,39 +238,37 @@ class _Rows:
         )
 
     def gather(self, places: NDArray[np.int64], out: Tensor) -> None:
-        """Copies the items that begin at these bytes of the region to `out` (B, ...)."""
+        """Copies the items at some offsets (B,) in the region to `out` (B, ...)."""
         target = out.view(len(out), -1).view(self._carrier) if len(out) else out
         if len(out):
             torch.index_select(self._matrix, 0, torch.from_numpy(places // self._unit), out=target)
 
 
 def map_shard(path: Path, entry: ShardEntry, layout: Layout) -> dict[str, NDArray[Any]]:
-    """Maps one shard and returns its fields, each (records, ...), and `record`, all its bytes.
+    """Maps one shard; returns its fields (records, ...) by name.
 
-    Raises FormatError where the first or last record is not of the layout.
+    Raises FormatError if the first or last record does not match the layout.
     """
     region = Region([entry.bytes])
     region.map(0, path)
 
-    def view(dtype: str, offset_bytes: int, shape: tuple[int, ...]) -> NDArray[Any]:
-        inner = np.empty(shape, dtype).strides
-        return np.ndarray(
-            (entry.records, *shape),
-            np.dtype(dtype).newbyteorder("<"),
-            region.bytes.data,
-            offset_bytes,
-            (layout.record_bytes, *inner),
-        )
-
-    whole = view("uint8", 0, (layout.record_bytes,))
+    records = region.bytes[: entry.records * layout.record_bytes].reshape(entry.records, -1)
     for record in (0, -1):
-        check_record(path, whole[record], layout)
-    laid = {name: view(f.dtype, f.offset_bytes, f.shape) for name, f in layout.fields.items()}
-    return laid | {"record": whole}
+        check_record(path, records[record], layout)
+    return {
+        name: np.ndarray(
+            (entry.records, *part.shape),
+            np.dtype(part.dtype).newbyteorder("<"),
+            region.bytes.data,
+            part.offset_bytes,
+            (layout.record_bytes, *np.empty(part.shape, part.dtype).strides),
+        )
+        for name, part in layout.fields.items()
+    }
 
 
 def check_record(path: Path, record: NDArray[np.uint8], layout: Layout) -> str:
-    """Checks a record's tar headers and array headers against the layout; returns its key."""
+    """Checks the tar and .npy headers of a record against the layout; returns its key."""
     key = key_of(record[:NAME_BYTES].tobytes())
     for name, part in layout.fields.items():
         start = part.offset_bytes - part.header_bytes
@@ -298,12 +289,12 @@ def check_record(path: Path, record: NDArray[np.uint8], layout: Layout) -> str:
 
 
 def key_of(name: bytes) -> str:
-    """Returns the key from the name field of a record's first tar header."""
+    """Returns the key from the name field of a tar header."""
     return _text(name).partition(".")[0]
 
 
 def small_arrays(manifest: Manifest) -> dict[str, tuple[FileEntry, str, tuple[int, ...]]]:
-    """Returns the file, dtype and shape of each array beside the shards, by manifest key."""
+    """Returns file, dtype and shape of each array beside the shards, by manifest key."""
     tokens, width = manifest.max_tokens, manifest.text_width
     arrays: dict[str, tuple[FileEntry, str, tuple[int, ...]]] = {
         "empty_text": (manifest.empty_text, "float16", (tokens, width)),
@@ -315,7 +306,7 @@ def small_arrays(manifest: Manifest) -> dict[str, tuple[FileEntry, str, tuple[in
 
 
 def load_array(folder: Path, entry: FileEntry, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Reads an .npy file. Raises FormatError where it is of another size, dtype or shape."""
+    """Reads an .npy file. Raises FormatError for another size, dtype or shape."""
     check_size(folder, entry)
     content = (folder / entry.name).read_bytes()
     expected = npy_header(dtype, shape)
@@ -335,7 +326,7 @@ def load_array(folder: Path, entry: FileEntry, dtype: str, shape: tuple[int, ...
 
 
 def check_size(folder: Path, entry: FileEntry) -> None:
-    """Raises FormatError where a file is missing or has another size than the manifest says."""
+    """Raises FormatError if a file is missing or its size differs from the manifest's."""
     path = folder / entry.name
     if not path.is_file():
         raise FormatError(f"{path}: missing, expected a file of {entry.bytes} bytes")
@@ -346,35 +337,35 @@ def check_size(folder: Path, entry: FileEntry) -> None:
 
 
 def check_hash(folder: Path, entry: FileEntry) -> None:
-    """Raises FormatError where a file's sha256 differs from the manifest's."""
+    """Raises FormatError if a file's sha256 differs from the manifest's."""
     with (folder / entry.name).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != entry.sha256:
-        raise FormatError(
-            f"{folder / entry.name}: sha256: expected {entry.sha256}, found {found}: "
-            "the file changed after it was written"
-        )
+        raise FormatError(hash_fault(folder / entry.name, entry, found))
+
+
+def hash_fault(path: Path, entry: FileEntry, found: str) -> str:
+    """Returns the message for a file whose sha256 differs from the manifest's."""
+    return (
+        f"{path}: sha256: expected {entry.sha256}, found {found}: the file changed after it was "
+        "written"
+    )
 
 
 def require_encoders(
     location: str | Path, manifest: Manifest, *, vae_sha256: str | None, text_sha256: str | None
 ) -> None:
-    """Raises FormatError where a set was made with other encoders than those asked for, if any."""
-    for part, identity, asked in (
+    """Raises FormatError if a set was made with other encoders than those given."""
+    pairs = (
         ("vae", manifest.vae, vae_sha256),
         ("text_encoder", manifest.text_encoder, text_sha256),
-    ):
-        _require_encoder(location, part, identity, asked)
-
-
-def _require_encoder(
-    location: str | Path, part: str, identity: Identity, asked: str | None
-) -> None:
-    if asked is not None and asked != identity.sha256:
-        raise FormatError(
-            f"{location}: {part}: the shards were made with {identity}, the run asks for one with "
-            f"sha256 {asked}: give it the same weights, or make the shards again"
-        )
+    )
+    for part, found, expected in pairs:
+        if expected is not None and expected != found.sha256:
+            raise FormatError(
+                f"{location}: {part}: the shards were made with {found}, this run uses one with "
+                f"sha256 {expected}: use the same weights, or encode the shards again"
+            )
 
 
 def _choose(draw: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,11 +1,10 @@
-"""What a set of shards is: the types that cross between the stages, and the manifest.
+"""The types that cross between the stages, and the manifest of a set of shards.
 
     FOLDER/manifest.json   empty_text.npy   empty_tokens.npy   shard-000000.tar ...
 
-A shard is a plain WebDataset tar of KEY.json, KEY.latent.npy, KEY.text.npy and KEY.tokens.npy
-whose records all have one byte layout, so that it is a strided array too: item `i` of a field
-starts at `offset_bytes + i * record_bytes`. The price is that all images of a shard have equally
-many captions and that the JSON is padded with spaces. The manifest carries its own hash.
+All records of a shard have the same byte layout, so a shard is a strided array as well as a tar:
+item `i` of a field starts at `offset_bytes + i * record_bytes`. The price is that all images of a
+shard have the same number of captions and that the JSON is padded. README.md is the specification.
 """
 
 import hashlib
@@ -16,55 +15,56 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latent_t2i.shards.parsing import FormatError as FormatError
+from latent_t2i.shards.parsing import from_json, load_json, printable, read_limited
+
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 BUCKETS_NAME = "buckets.json"
-"""In the folder of a bucketed set (buckets.py), whose sub-folders hold the manifests."""
+"""The list of a bucketed set (buckets.py), whose sub-folders hold the manifests."""
 BUCKET_PATTERN = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
 """A bucket's name and sub-folder: WIDTHxHEIGHT of its images in pixels."""
+FILE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 PROGRESS_DIR = "progress"
-"""Holds the plan and the finished shards' reports while stage one runs; removed at the end."""
+"""Holds the provenance and the shard reports while stage one runs; removed at the end."""
 
 BLOCK_BYTES = 512
-"""A tar header's size; every member's data is padded to a multiple of it."""
+"""Size of a tar header; the data of each member is padded to a multiple of it."""
 TAR_RECORD_BYTES = 10240
-"""A tar file is padded to a multiple of this."""
+"""The size of a tar file is a multiple of this."""
 
 MEMBERS = {"json": "json", "latent": "latent.npy", "text": "text.npy", "tokens": "tokens.npy"}
-"""The member's extension by field, in the order of the bytes."""
+"""The extension of each field's member, in the order of the bytes."""
 
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
-"""A key is a file name in the tar: no dot (WebDataset cuts there), and short enough for ustar."""
+"""Keys are file names in the tar: no dot, where WebDataset cuts, and short enough for ustar."""
 
 LatentKind = Literal["moments", "plain"]
 TextDtype = Literal["float16", "int8"]
-
-
-class FormatError(ValueError):
-    """A file is not what the format says it is; the message names the place."""
+FieldDtype = Literal["uint8", "float16", "int8", "int32"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
-    """One image with its captions, encoded: what crosses from stage one to the shards."""
+    """One encoded image with its captions: the type that stage one gives to the shards."""
 
     key: str
     latent: NDArray[np.float16]  # (views, 2C, h, w) moments, or (views, C, h, w)
     text: NDArray[np.float16 | np.int8]  # (captions, T, D)
     tokens: NDArray[np.int32]  # (captions, T)
     meta: Mapping[str, Any]
-    """JSON: `captions` (a list of text) and `truncated` (indices of those cut at T tokens), and
-    whatever else the source knows."""
+    """JSON: `captions` (list of text), `truncated` (indices of captions cut at T tokens), and
+    further keys of the source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Identity:
-    """A network or tokenizer: where it was loaded from, and the hash that tells it from others."""
+    """A network or tokenizer: where it was loaded from, and the hash of its content."""
 
     name: str
     revision: str | None
@@ -77,18 +77,18 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """Where an item of a record lies."""
+    """Where a field lies in a record, and its dtype and shape."""
 
     offset_bytes: int
-    """Of the first data byte, from the record's start."""
+    """From the start of the record to the first data byte."""
     header_bytes: int
-    """What stands before the data and after the tar header: .npy's header; 0 for the JSON."""
-    dtype: str
+    """Size of the .npy header, between the tar header and the data; 0 for the JSON."""
+    dtype: FieldDtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """The size of the data, without padding."""
+        """Size of the data, without padding."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
@@ -106,11 +106,11 @@ class Layout:
 
     @property
     def num_captions(self) -> int:
-        """How many captions each record has."""
+        """Number of captions of each record."""
         return self.fields["tokens"].shape[0]
 
     def shard_bytes(self, num_records: int) -> int:
-        """The size of a shard: its records, two empty blocks, and tar's padding."""
+        """Returns the size of a shard: its records, two empty blocks, and padding."""
         used = num_records * self.record_bytes + 2 * BLOCK_BYTES
         return round_up(used, TAR_RECORD_BYTES)
 
@@ -126,25 +126,26 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry(FileEntry):
-    """A shard; `layout` is an index into the manifest's layouts."""
+    """A shard."""
 
     layout: int
+    """Index into the manifest's layouts."""
     records: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentStatistics:
-    """Of latents sampled from their posteriors, unscaled: per channel, and over all values."""
+    """Statistics of unscaled latents, sampled from their posteriors."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...]  # (C,)
+    std: tuple[float, ...]  # (C,)
     scaling_factor: float
-    """1 / (standard deviation over all values), as Stable Diffusion's 0.18215 was found."""
+    """1 / (standard deviation over all values); Stable Diffusion's 0.18215 was found this way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """What decides a set's content. Two sets with equal hashes and settings hold equal records."""
+    """Everything that determines the content of a set: equal provenance, equal records."""
 
     vae: Identity
     text_encoder: Identity
@@ -152,40 +153,90 @@ class Provenance:
     latent_kind: LatentKind
     text_dtype: TextDtype
     max_tokens: int
-    preprocessing: dict[str, str | int]
+    preprocessing: dict[str, str | int | list[int]]
     source: dict[str, str | int]
-    """Kind, number of records and the hash of their keys, captions and further data."""
+    """Kind, number of records, and the hash of their keys, captions and other data."""
     records_per_shard: int
     max_shard_bytes: int
-    """A shard ends at whichever of the two comes first."""
+    """A shard ends at the first of the two limits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextScale:
-    """How int8 text becomes numbers again: text * scale, one scale per channel."""
+    """The scale of int8 text, per channel: hidden states are text * scale."""
 
     file: FileEntry  # .npy (D,) float32
     relative_error: float
-    """|| text - stored || / || text || over the captions that the scales were found on."""
+    """|| text - stored || / || text || over the sample of captions that gave the scale."""
     num_captions: int
-    """How many those were."""
+    """Size of that sample."""
+
+
+class Document:
+    """A dataclass stored as JSON together with the hash of its content."""
+
+    FILE_NAME: ClassVar[str]
+    VERSION: ClassVar[int]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the content, which contains the hashes of all files that it lists."""
+        return hash_json(asdict(cast(Any, self)))
+
+    def dump(self) -> str:
+        """Returns the text of the file; equal content gives equal bytes."""
+        version = {"schema_version": self.VERSION}
+        document = version | asdict(cast(Any, self)) | {"sha256": self.sha256}
+        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads and checks the file in a folder.
+
+        Raises FormatError if it is missing, unreadable, altered, inconsistent, or of a schema
+        version that this code does not read.
+        """
+        path = folder / cls.FILE_NAME
+        document = read_document(path)
+        version = document.get("schema_version")
+        if type(version) is not int or version != cls.VERSION:
+            raise FormatError(
+                f"{path}: schema_version: expected {cls.VERSION}, found {version!r}: the set was "
+                "written by another release; encode it again with this one"
+            )
+        stored = document.pop("sha256", None)
+        loaded = from_json(cls, document, str(path))
+        if stored != loaded.sha256:
+            raise FormatError(
+                f"{path}: sha256: expected {loaded.sha256}, found {stored!r}: the file was altered "
+                "after it was written"
+            )
+        loaded.check(path)
+        return loaded
+
+    def check(self, path: Path) -> None:
+        """Raises FormatError if the content is inconsistent; `path` is for the message."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest(Provenance):
-    """All about a finished set. Written last: a folder without one is not finished."""
+class Manifest(Provenance, Document):
+    """The description of a finished set. It is written last, so an unfinished set has none."""
+
+    FILE_NAME = MANIFEST_NAME
+    VERSION = SCHEMA_VERSION
 
     schema_version: int = SCHEMA_VERSION
     layouts: tuple[Layout, ...]
     shards: tuple[ShardEntry, ...]
     num_source: int
-    """Images that came in: those written and those quarantined."""
+    """Images in the source: written or quarantined."""
     num_records: int
     quarantined: dict[str, str] = field(default_factory=dict)
-    """The reason by key of each image that was left out."""
+    """The reason for each image that was not written, by key."""
     num_captions: int
     num_truncated: int
-    """Captions longer than `max_tokens`, start and end included."""
+    """Captions longer than `max_tokens`, including the start and end tokens."""
     latent_statistics: LatentStatistics
     empty_text: FileEntry  # .npy (T, D) float16: the empty prompt's hidden states
     empty_tokens: FileEntry  # .npy (T,) int32
@@ -194,28 +245,28 @@ class Manifest(Provenance):
 
     @property
     def files(self) -> tuple[FileEntry, ...]:
-        """Every file of the set but the manifest."""
+        """All files of the set except the manifest."""
         return (*self.shards, *self.small_files)
 
     @property
     def small_files(self) -> tuple[FileEntry, ...]:
-        """The files that are read whole when a set is opened."""
+        """The files that are read in full when a set is opened."""
         scale = (self.text_scale.file,) if self.text_scale else ()
         return (self.empty_text, self.empty_tokens, *scale)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """One view of a stored latent.  # (2C, h, w) moments, or (C, h, w)"""
+        """Shape of one view of a stored latent: (2C, h, w) for moments, else (C, h, w)."""
         return self.layouts[0].fields["latent"].shape[1:]
 
     @property
     def num_views(self) -> int:
-        """1, or 2 when the flipped image is encoded too."""
+        """1, or 2 if the flipped image is encoded too."""
         return self.layouts[0].fields["latent"].shape[0]
 
     @property
     def latent_channels(self) -> int:
-        """C, whether stored as moments or plain."""
+        """C, the channels of a sampled latent."""
         return self.latent_shape[0] // (2 if self.latent_kind == "moments" else 1)
 
     @property
@@ -223,54 +274,17 @@ class Manifest(Provenance):
         """D, the size of a token's hidden state."""
         return self.layouts[0].fields["text"].shape[2]
 
-    @property
-    def sha256(self) -> str:
-        """The hash of the manifest's content, and through it of every shard's."""
-        return hash_json(asdict(self))
-
-    def dump(self) -> str:
-        """The manifest as it stands in the file: the same content, the same bytes."""
-        version = {"schema_version": self.schema_version}
-        document = version | asdict(self) | {"sha256": self.sha256}
-        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads and checks the manifest of a set.
-
-        Raises FormatError for a missing, unreadable, altered or inconsistent one, and for a schema
-        version this code does not know.
-        """
-        path = folder / MANIFEST_NAME
-        document = read_document(path, folder)
-        version = document.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise FormatError(
-                f"{path}: schema_version: expected {SCHEMA_VERSION}, found {version!r}: "
-                "written by another release; make the shards again with this one"
-            )
-        stored = document.pop("sha256", None)
-        try:
-            manifest = cls(**_parse(document))
-            computed = manifest.sha256
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"{path}: not a manifest of version {version}: {error!r}") from error
-        if stored != computed:
-            raise FormatError(
-                f"{path}: sha256: expected {computed}, found {stored}: "
-                "the manifest was altered after it was written"
-            )
-        manifest._check(path)
-        return manifest
-
-    def _check(self, path: Path) -> None:
-        """Holds the numbers to each other, so that what opens is also consistent."""
+    def check(self, path: Path) -> None:
+        """Checks that names, sizes, layouts and counts are consistent with each other."""
         if not self.shards:
             raise FormatError(f"{path}: shards: expected at least one, found none")
-        seen: set[str] = set()
+        seen = {MANIFEST_NAME}
         for entry in self.files:
-            if Path(entry.name).name != entry.name or entry.name in seen:
-                raise FormatError(f"{path}: expected file names, each once, found {entry.name!r}")
+            if not FILE_NAME_PATTERN.fullmatch(entry.name) or entry.name in seen:
+                raise FormatError(
+                    f"{path}: expected unique file names of the form {FILE_NAME_PATTERN.pattern}, "
+                    f"found {entry.name!r}"
+                )
             seen.add(entry.name)
         for number in range(len(self.layouts)):
             self._check_layout(path, number)
@@ -280,6 +294,18 @@ class Manifest(Provenance):
         pairs = {
             "num_records": (written, self.num_records),
             "num_source": (written + len(self.quarantined), self.num_source),
+            "num_captions": (
+                sum(s.records * self.layouts[s.layout].num_captions for s in self.shards),
+                self.num_captions,
+            ),
+            "num_truncated": (
+                min(max(self.num_truncated, 0), self.num_captions),
+                self.num_truncated,
+            ),
+            "channels of latent_statistics": (
+                [self.latent_channels] * 2,
+                [len(self.latent_statistics.mean), len(self.latent_statistics.std)],
+            ),
         }
         for name, (expected, found) in pairs.items():
             if expected != found:
@@ -305,14 +331,15 @@ class Manifest(Provenance):
             )
 
     def _check_layout(self, path: Path, number: int) -> None:
-        """Holds a layout to the format and to the settings, and its items to the first layout's."""
-        found = self.layouts[number]
+        """Checks a layout against the format, the settings and the first layout."""
+        found, place = self.layouts[number], f"{path}: layout {number}"
+        if list(found.fields) != list(MEMBERS):
+            raise FormatError(f"{place}: expected fields {[*MEMBERS]}, found {[*found.fields]}")
         latent, text, room = (found.fields[name].shape for name in ("latent", "text", "json"))
-        place = f"{path}: layout {number}"
-        if (len(latent), len(text), len(room)) != (4, 3, 1):
+        if (len(latent), len(text), len(room)) != (4, 3, 1) or min(*latent, *text, *room) < 1:
             raise FormatError(
                 f"{place}: expected latent (views, channels, h, w), text (captions, T, D) and json "
-                f"(bytes,), found {latent}, {text} and {room}"
+                f"(bytes,), all at least 1, found {latent}, {text} and {room}"
             )
         expected_items = (self.layouts[0].fields["latent"].shape, self.max_tokens, self.text_width)
         if (latent, *text[1:]) != expected_items:
@@ -341,9 +368,14 @@ def make_layout(
     json_bytes: int,
     text_dtype: TextDtype = "float16",
 ) -> Layout:
-    """Lays out a record of latents (views, channels, h, w) and text (captions, T, D)."""
+    """Returns the layout of records with latents (views, channels, h, w), text (captions, T, D)."""
     shapes = {"json": (json_bytes,), "latent": latent, "text": text, "tokens": text[:2]}
-    kinds = {"json": "uint8", "latent": "float16", "text": text_dtype, "tokens": "int32"}
+    kinds: dict[str, FieldDtype] = {
+        "json": "uint8",
+        "latent": "float16",
+        "text": text_dtype,
+        "tokens": "int32",
+    }
     laid: dict[str, Field] = {}
     start = 0
     for name in MEMBERS:
@@ -359,7 +391,7 @@ def make_layout(
 
 
 def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """The bytes that NumPy's .npy format puts before a C-ordered array's data."""
+    """Returns the .npy header of a C-ordered, little-endian array."""
     stream = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype).newbyteorder("<"))
     np.lib.format.write_array_header_1_0(
@@ -369,99 +401,61 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
 
 
 def encode_meta(meta: Mapping[str, Any]) -> bytes:
-    """A record's JSON, without its padding."""
+    """Returns the JSON of a record, without padding."""
     text = json.dumps(meta, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode("utf-8")
 
 
-def differences(found: Provenance, asked: Provenance) -> list[str]:
-    """What tells two sets apart, a line each naming both values; empty for the same set.
+def differences(found: Provenance, expected: Provenance) -> list[str]:
+    """Returns one line with both values for each difference; none for the same set.
 
-    An encoder is told by its hash alone: the same weights loaded from elsewhere are the same.
+    Encoders are compared by hash only: the same weights loaded from elsewhere are the same.
     """
     lines = []
     for name in (part.name for part in fields(Provenance)):
-        old, new = getattr(found, name), getattr(asked, name)
+        old, new = getattr(found, name), getattr(expected, name)
         if isinstance(old, Identity):
             if old.sha256 != new.sha256:
-                lines.append(f"{name}: found {old}, asked for {new}")
+                lines.append(f"{name}: found {old}, expected {new}")
         elif isinstance(old, dict):
             for key in {**old, **new}:
                 if old.get(key) != new.get(key):
-                    found_value, asked_value = old.get(key), new.get(key)
-                    lines.append(f"{name}.{key}: found {found_value!r}, asked for {asked_value!r}")
+                    values = f"found {old.get(key)!r}, expected {new.get(key)!r}"
+                    lines.append(f"{name}.{printable(key)}: {values}")
         elif old != new:
-            lines.append(f"{name}: found {old!r}, asked for {new!r}")
+            lines.append(f"{name}: found {old!r}, expected {new!r}")
     return lines
 
 
 def hash_json(document: Any) -> str:
-    """The sha256 of a JSON document, whatever its key order or spacing."""
+    """Returns the sha256 of a JSON document; key order and spacing do not matter."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The least multiple that is not below `value`."""
+    """Rounds up to a multiple."""
     return -(-value // multiple) * multiple
 
 
-def parse_provenance(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a `Provenance` from its JSON."""
-    parts = {name: Identity(**document[name]) for name in ("vae", "text_encoder", "tokenizer")}
-    return {**document, **parts}
-
-
-def parse_layout(document: Mapping[str, Any]) -> Layout:
-    """A `Layout` from its JSON."""
-    parts = {name: document["fields"][name] for name in MEMBERS}
-    laid = {name: Field(**{**part, "shape": tuple(part["shape"])}) for name, part in parts.items()}
-    return Layout(record_bytes=document["record_bytes"], fields=laid)
-
-
-def _parse(document: Mapping[str, Any]) -> dict[str, Any]:
-    statistics = document["latent_statistics"]
-    return {
-        **parse_provenance(document),
-        "layouts": tuple(parse_layout(layout) for layout in document["layouts"]),
-        "shards": tuple(ShardEntry(**shard) for shard in document["shards"]),
-        "latent_statistics": LatentStatistics(
-            mean=tuple(statistics["mean"]),
-            std=tuple(statistics["std"]),
-            scaling_factor=statistics["scaling_factor"],
-        ),
-        "empty_text": FileEntry(**document["empty_text"]),
-        "empty_tokens": FileEntry(**document["empty_tokens"]),
-        "text_scale": _parse_text_scale(document["text_scale"]),
-    }
-
-
-def _parse_text_scale(document: Mapping[str, Any] | None) -> TextScale | None:
-    if document is None:
-        return None
-    return TextScale(**{**document, "file": FileEntry(**document["file"])})
-
-
-def read_document(path: Path, folder: Path) -> dict[str, Any]:
-    """Reads the JSON object in a file of a set. Raises FormatError where there is none."""
-    if not folder.is_dir():
-        raise FormatError(f"{folder}: no such folder of shards")
+def read_document(path: Path) -> dict[str, Any]:
+    """Reads the JSON object in a file. Raises FormatError if there is none."""
+    if not path.parent.is_dir():
+        raise FormatError(f"{path.parent}: no such folder of shards")
     if not path.is_file():
-        raise FormatError(f"{path}: missing ({_why_missing(folder)})")
-    try:
-        document = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise FormatError(f"{path}: not JSON: {error}") from error
+        raise FormatError(f"{path}: missing ({_why_missing(path.parent)})")
+    with path.open("rb") as file:
+        document = load_json(read_limited(file, str(path)), str(path))
     if not isinstance(document, dict):
         raise FormatError(f"{path}: expected a JSON object, found a {type(document).__name__}")
     return document
 
 
 def _why_missing(folder: Path) -> str:
-    """Says why a folder has no manifest, or no list of its buckets."""
+    """Returns why a folder has no manifest, or no list of buckets."""
     if (folder / BUCKETS_NAME).is_file():
-        return "a bucketed set: open it with shards.access.open_set, or one of its sub-folders"
+        return "a bucketed set: open it with shards.access.open_set, or open one of its sub-folders"
     parts = [path for path in folder.iterdir() if BUCKET_PATTERN.fullmatch(path.name)]
     if parts or (folder / PROGRESS_DIR).is_dir():
-        return "stage one did not finish: start the same command again"
+        return "stage one did not finish: run the same command again"
     return "no shards"

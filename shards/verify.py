@@ -1,24 +1,21 @@
-"""Checks a set of shards through and through, and prints every fault.
+"""Checks every byte of a set of shards and prints every fault.
 
     python -m shards.verify shards/data/demo/train --jobs 8
 
-Reads every byte once: the manifest's own hash and form, each file's size and sha256, each member's
-tar and array header and padding, values that are not finite, tokens, JSON, keys, scales, and the
-sums in the manifest, latent statistics too. The shards are shared out among threads, which do run
-side by side: hashing and numpy's checks let go of Python's lock. Of a bucketed set its list is
-checked and each of its sets. Exit code 0 without a fault, 1 with one, 2 if there is no such folder
-or a flag is wrong.
+Checks the manifest's hash and form, the size and sha256 of each file, all tar and array headers and
+padding, tokens, JSON, keys and scales, that values are finite, and the totals and latent statistics
+in the manifest. Threads check shards in parallel, since hashing and numpy release the GIL. For a
+bucketed set, the list and each set are checked. The exit code is 0 without faults, 1 with faults,
+and 2 for a missing folder or a wrong flag.
 """
 
 import argparse
 import hashlib
-import json
-import math
 import os
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,10 +27,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from latent_t2i.shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
+from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
+from latent_t2i.shards.parsing import load_json, printable, show
 from latent_t2i.shards.reader import (
     NAME_BYTES,
     check_hash,
     check_size,
+    hash_fault,
     key_of,
     load_array,
     small_arrays,
@@ -47,62 +47,27 @@ from latent_t2i.shards.schema import (
     Field,
     FormatError,
     LatentKind,
-    LatentStatistics,
     Layout,
     Manifest,
     ShardEntry,
     round_up,
 )
-from latent_t2i.shards.writer import LOG_VARIANCE_RANGE
 
 READ_BYTES = 1 << 22
-"""So much of a shard is read, hashed and checked at a time, while it is in the CPU's cache."""
+"""Amount read, hashed and checked at a time, so that it stays in the CPU's cache."""
 MAX_FAULTS = 20
-"""So many faults of one shard are told one by one, then their number."""
+"""Faults of one shard that are listed; of the rest, only the number."""
 STATISTICS_TOLERANCE = 1e-4
-"""Relative; the sums here are of float32 terms, the writer's of float64."""
+"""Relative. The terms summed here are float32, the writer's float64."""
 CHECKSUM = slice(148, 156)
-"""Where a tar header keeps the sum of its bytes, taken with spaces here: six octal digits."""
+"""The checksum in a tar header: six octal digits; the sum is taken with spaces in its place."""
 EXPONENT = 0x7C00
-"""float16's exponent bits: all set in NaN and infinity. Ten times as fast as `np.isfinite`."""
-
-
-@dataclass
-class LatentSums:
-    """Sums over sampled latents, from which their statistics follow: E[z²] = mean² + variance."""
-
-    count: int = 0
-    total: NDArray[np.float64] | float = 0.0  # (C,)
-    squares: NDArray[np.float64] | float = 0.0  # (C,)
-
-    def add(self, latents: NDArray[np.float16], kind: LatentKind) -> None:
-        """Adds stored latents (N, views, 2C, h, w) or (N, views, C, h, w)."""
-        values = latents.astype(np.float32)
-        axes = (0, 1, 3, 4)
-        if kind == "moments":
-            values, log_variance = np.split(values, 2, axis=2)
-            variance = np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE))
-            self.squares = self.squares + variance.sum(axes, dtype=np.float64)
-        self.count += values.size // values.shape[2]
-        self.total = self.total + values.sum(axes, dtype=np.float64)
-        self.squares = self.squares + np.square(values).sum(axes, dtype=np.float64)
-
-    def statistics(self) -> LatentStatistics:
-        """Returns the mean and standard deviation per channel, and what follows from them."""
-        mean = np.asarray(self.total) / self.count
-        second = np.asarray(self.squares) / self.count
-        std = np.sqrt(np.maximum(second - mean**2, 0.0))
-        overall = math.sqrt(max(float(second.mean() - mean.mean() ** 2), 0.0))
-        return LatentStatistics(
-            mean=tuple(mean.tolist()),
-            std=tuple(std.tolist()),
-            scaling_factor=1 / overall if overall else 1.0,
-        )
+"""Exponent bits of float16, all set in NaN and infinity. Ten times as fast as `np.isfinite`."""
 
 
 @dataclass
 class _Shard:
-    """A shard under check: what is wrong with it, and what adds up over its records."""
+    """Faults and totals of a shard."""
 
     path: Path
     layout: Layout
@@ -115,20 +80,22 @@ class _Shard:
     sums: LatentSums = field(default_factory=LatentSums)
 
     def fault(self, fault: str, *, key: str | None = None) -> None:
-        """Notes a fault of the shard, or of one of its records."""
+        """Adds a fault of the shard, or of one of its records."""
         self.num_faults += 1
         if self.num_faults <= MAX_FAULTS:
             self.faults.append(f"{self.path}: " + (f"key {key!r}: " if key else "") + fault)
 
 
-def verify(
-    folder: Path, *, jobs: int = 1, advance: Callable[[int], object] = lambda num_bytes: None
-) -> Iterator[str]:
-    """Yields a line for each fault of a set, with shard, key, field, expected and found.
+Advance = Callable[[int], object]
 
-    The set may be a bucketed one. The shards are checked by `jobs` threads, and their faults come
-    in their order all the same. `advance` is called, from any thread, with the number of bytes of
-    shards read since last.
+
+def verify(
+    folder: Path, *, jobs: int = 1, advance: Advance = lambda num_bytes: None
+) -> Iterator[str]:
+    """Yields one line per fault of a set or bucketed set: place, expected, found.
+
+    `jobs` threads check the shards; the order of the faults does not depend on their number.
+    `advance` is called, from any thread, with the number of bytes read since its last call.
     """
     if holds_buckets(folder):
         yield from _verify_buckets(folder, jobs, advance)
@@ -136,81 +103,68 @@ def verify(
         yield from _verify_set(folder, {}, jobs, advance)
 
 
-def _verify_buckets(folder: Path, jobs: int, advance: Callable[[int], object]) -> Iterator[str]:
-    """Yields the faults of a bucketed set: of its list and each set, and what they disagree in."""
+def _verify_buckets(folder: Path, jobs: int, advance: Advance) -> Iterator[str]:
+    path = folder / BUCKETS_NAME
     try:
         listed = Buckets.load(folder)
     except FormatError as error:
         yield str(error)
         return
-    path = folder / BUCKETS_NAME
-    if path.read_bytes() != listed.dump().encode():
-        yield f"{path}: expected the form this code writes, found other spacing or order"
     names = {bucket.name for bucket in listed.buckets} | {BUCKETS_NAME}
-    for stray in sorted({path.name for path in folder.iterdir()} - names):
-        yield f"{folder / stray}: expected only the list's buckets, found this too"
+    yield from _check_form(path, listed.dump(), names)
     place_of_key: dict[str, Path] = {}
     manifests = []
     for bucket in listed.buckets:
-        yield from _verify_set(folder / bucket.name, place_of_key, jobs, advance)
-        try:
-            manifest = Manifest.load(folder / bucket.name)
-        except FormatError:  # which is told of just before
-            continue
-        sha256 = hash_file(folder / bucket.name / MANIFEST_NAME)
-        yield from check_bucket(str(folder), bucket, manifest, sha256)
-        manifests.append((bucket.name, manifest))
+        manifest = yield from _verify_set(folder / bucket.name, place_of_key, jobs, advance)
+        if manifest is not None:
+            sha256 = hash_file(folder / bucket.name / MANIFEST_NAME)
+            yield from check_bucket(str(folder), bucket, manifest, sha256)
+            manifests.append((bucket.name, manifest))
     if manifests:
         yield from disagreements(str(folder), manifests)
-    yield from _check_left_out(path, listed.quarantined, place_of_key)
+    for key in listed.quarantined.keys() & place_of_key.keys():
+        yield (
+            f"{path}: key {key!r}: expected no record, because the list has it as quarantined, "
+            f"found one in {place_of_key[key]}"
+        )
 
 
-def _check_left_out(
-    path: Path, quarantined: Mapping[str, str], place_of_key: Mapping[str, Path]
-) -> Iterator[str]:
-    for key in quarantined:
-        if key in place_of_key:
-            yield (
-                f"{path}: key {key!r}: expected no record, since it is listed as left out, found "
-                f"one in {place_of_key[key]}"
-            )
+def _check_form(path: Path, expected: str, names: set[str]) -> Iterator[str]:
+    """Checks that a file is byte for byte what the writer writes, and alone with `names`."""
+    if path.read_bytes() != expected.encode():
+        yield f"{path}: expected the writer's formatting, found other spacing or order"
+    for stray in sorted({other.name for other in path.parent.iterdir()} - names):
+        yield f"{path.parent / stray}: not listed in {path.name}; expected only files that are"
 
 
 def _verify_set(
-    folder: Path,
-    place_of_key: dict[str, Path],
-    jobs: int,
-    advance: Callable[[int], object],
-) -> Iterator[str]:
-    """Yields the faults of one set, and adds its keys to those met before."""
+    folder: Path, place_of_key: dict[str, Path], jobs: int, advance: Advance
+) -> Generator[str, None, Manifest | None]:
+    """Yields the faults of one set, adds its keys to `place_of_key`, returns its manifest."""
     try:
         manifest = Manifest.load(folder)
     except FormatError as error:
         yield str(error)
-        return
+        return None
     path = folder / MANIFEST_NAME
-    if path.read_bytes() != manifest.dump().encode():
-        yield f"{path}: expected the form this code writes, found other spacing or order"
-    listed = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
-    for stray in sorted({path.name for path in folder.iterdir()} - listed):
-        yield f"{folder / stray}: expected only what the manifest lists, found this too"
+    names = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
+    yield from _check_form(path, manifest.dump(), names)
     yield from _check_small(folder, manifest)
-    found = _Shard(path, manifest.layouts[0], manifest.latent_kind)
+    total = _Shard(path, manifest.layouts[0], manifest.latent_kind)
     for shard in _check_shards(folder, manifest, jobs, advance):
         yield from shard.faults
         if shard.num_faults > MAX_FAULTS:
             yield f"{shard.path}: and {shard.num_faults - MAX_FAULTS} more faults"
         yield from _check_keys(shard, place_of_key, manifest)
-        found.num_captions += shard.num_captions
-        found.num_truncated += shard.num_truncated
-        found.sums.count += shard.sums.count
-        found.sums.total = found.sums.total + shard.sums.total
-        found.sums.squares = found.sums.squares + shard.sums.squares
-    yield from _check_totals(path, manifest, found)
+        total.num_captions += shard.num_captions
+        total.num_truncated += shard.num_truncated
+        total.sums += shard.sums
+    yield from _check_totals(path, manifest, total)
+    return manifest
 
 
 def _check_small(folder: Path, manifest: Manifest) -> Iterator[str]:
-    """Checks the arrays beside the shards."""
+    """Checks the .npy files beside the shards."""
     for name, (entry, dtype, shape) in small_arrays(manifest).items():
         path = folder / entry.name
         try:
@@ -228,11 +182,11 @@ def _check_small(folder: Path, manifest: Manifest) -> Iterator[str]:
         elif name == "text_scale" and array.min() <= 0:
             yield f"{path}: expected scales above 0, found {array.min()}"
         elif name == "empty_tokens" and array.min() < 0:
-            yield f"{path}: expected ids from 0, found {array.min()}"
+            yield f"{path}: expected ids of at least 0, found {array.min()}"
 
 
 def _check_shards(
-    folder: Path, manifest: Manifest, jobs: int, advance: Callable[[int], object]
+    folder: Path, manifest: Manifest, jobs: int, advance: Advance
 ) -> Iterator[_Shard]:
     def check(entry: ShardEntry) -> _Shard:
         return _check_shard(folder, entry, manifest, advance)
@@ -244,33 +198,25 @@ def _check_shards(
         yield from pool.map(check, manifest.shards)
 
 
-def _check_shard(
-    folder: Path, entry: ShardEntry, manifest: Manifest, advance: Callable[[int], object]
-) -> _Shard:
+def _check_shard(folder: Path, entry: ShardEntry, manifest: Manifest, advance: Advance) -> _Shard:
     layout = manifest.layouts[entry.layout]
     shard = _Shard(folder / entry.name, layout, manifest.latent_kind)
     try:
         check_size(folder, entry)
         sha256 = _read(shard, entry.records, advance)
+        if sha256 != entry.sha256:
+            shard.num_faults += 1
+            shard.faults.insert(0, hash_fault(shard.path, entry, sha256))
     except FormatError as error:
         shard.num_faults += 1
         shard.faults.append(str(error))
-        return shard
     except OSError as error:
         shard.fault(f"expected a readable file, found {error.strerror}")
-        return shard
-    if sha256 != entry.sha256:
-        shard.num_faults += 1
-        shard.faults.insert(
-            0,
-            f"{shard.path}: sha256: expected {entry.sha256}, found {sha256}: the file changed "
-            "after it was written",
-        )
     return shard
 
 
-def _read(shard: _Shard, num_records: int, advance: Callable[[int], object]) -> str:
-    """Checks all bytes of a shard in one pass; returns their sha256."""
+def _read(shard: _Shard, num_records: int, advance: Advance) -> str:
+    """Checks all bytes of a shard in one pass and returns their sha256."""
     record_bytes = shard.layout.record_bytes
     buffer = np.empty((max(1, READ_BYTES // record_bytes), record_bytes), np.uint8)
     digest = hashlib.sha256()
@@ -279,7 +225,7 @@ def _read(shard: _Shard, num_records: int, advance: Callable[[int], object]) -> 
             block = buffer[: num_records - first]
             num_bytes = file.readinto(block.data)
             if num_bytes != block.nbytes:
-                raise FormatError(f"{shard.path}: cut short while it was read")
+                raise FormatError(f"{shard.path}: the file was truncated while it was read")
             digest.update(block.data)
             _check_block(shard, block)
             advance(num_bytes)
@@ -287,12 +233,12 @@ def _read(shard: _Shard, num_records: int, advance: Callable[[int], object]) -> 
     digest.update(end)
     advance(len(end))
     if any(end):
-        shard.fault("expected zeros alone after the last record, found other bytes")
+        shard.fault("expected only zeros after the last record, found other bytes")
     return digest.hexdigest()
 
 
 def _check_block(shard: _Shard, block: NDArray[np.uint8]) -> None:
-    """Checks some whole records, (N, record_bytes)."""
+    """Checks whole records (N, record_bytes)."""
     keys = [key_of(name.tobytes()) for name in block[:, :NAME_BYTES]]
     for key in keys:
         if not KEY_PATTERN.fullmatch(key):
@@ -300,14 +246,14 @@ def _check_block(shard: _Shard, block: NDArray[np.uint8]) -> None:
     for name in MEMBERS:
         _check_member(shard, name, keys, block)
     _check_values(shard, keys, block)
-    content = _view(block, shard.layout.fields["json"], np.uint8)
-    for key, document in zip(keys, content, strict=True):
+    documents = _view(block, shard.layout.fields["json"], np.uint8)
+    for key, document in zip(keys, documents, strict=True):
         _check_meta(shard, key, document.tobytes())
     shard.keys += keys
 
 
 def _check_member(shard: _Shard, name: str, keys: list[str], block: NDArray[np.uint8]) -> None:
-    """Checks what is around a member's data, which the layout and the key decide to the byte."""
+    """Checks headers and padding of a member; layout and key determine every byte."""
     part = shard.layout.fields[name]
     start, end = part.offset_bytes - part.header_bytes, part.offset_bytes + part.num_bytes
     members = [f"{key}.{MEMBERS[name]}" for key in keys]
@@ -324,27 +270,26 @@ def _check_member(shard: _Shard, name: str, keys: list[str], block: NDArray[np.u
         )
     for row in _rows(block[:, end : round_up(end, BLOCK_BYTES)] != 0):
         shard.fault(
-            f"field {name}: expected zeros alone after the data, found other bytes", key=keys[row]
+            f"field {name}: expected only zeros after the data, found other bytes", key=keys[row]
         )
 
 
 def _difference(expected: NDArray[np.uint8], found: NDArray[np.uint8], start: int) -> str:
-    """Says where two tar headers differ: in the name, or else where first."""
+    """Describes where two tar headers differ: in the name, or else the first difference."""
     (places,) = np.nonzero(expected != found)
     if places[0] < NAME_BYTES:
-        old, new = (_name(header[:NAME_BYTES]) for header in (expected, found))
+        old, new = (
+            header[:NAME_BYTES].tobytes().rstrip(b"\0").decode("ascii", "backslashreplace")
+            for header in (expected, found)
+        )
         return f"expected member {old!r} at byte {start}, found {new!r}"
     first, last = int(places[0]), int(places[-1])
     old_bytes, new_bytes = (header[first : last + 1].tobytes() for header in (expected, found))
     return f"expected {old_bytes!r} at byte {first} of the tar header, found {new_bytes!r}"
 
 
-def _name(content: NDArray[np.uint8]) -> str:
-    return content.tobytes().rstrip(b"\0").decode("ascii", "backslashreplace")
-
-
 def _tar_headers(names: Sequence[str], num_bytes: int) -> NDArray[np.uint8]:
-    """Returns the headers of files of one size, as the format fixes them.  # (N, 512)"""
+    """Returns the tar headers (N, 512) of files of one size."""
     headers = np.tile(_tar_header(num_bytes), (len(names), 1))
     encoded = np.array([name.encode("ascii", "replace") for name in names], f"S{NAME_BYTES}")
     headers[:, :NAME_BYTES] = encoded.view(np.uint8).reshape(-1, NAME_BYTES)
@@ -377,26 +322,31 @@ def _check_values(shard: _Shard, keys: list[str], block: NDArray[np.uint8]) -> N
                 f"field {name}: expected finite values, found NaN or infinity", key=keys[row]
             )
     for row in _rows(_view(block, fields["tokens"], np.int32) < 0):
-        shard.fault("field tokens: expected ids from 0, found a negative one", key=keys[row])
+        shard.fault("field tokens: expected ids of at least 0, found a negative one", key=keys[row])
     latents = _view(block, fields["latent"], np.float16)[finite]
-    shard.sums.add(latents.reshape(-1, *fields["latent"].shape), shard.kind)
+    if len(latents):
+        stored = latents.reshape(-1, *fields["latent"].shape)
+        shard.sums += LatentSums.of(stored, shard.kind, np.float32)
 
 
 def _check_meta(shard: _Shard, key: str, content: bytes) -> None:
     try:
-        meta: Any = json.loads(content)
+        meta = load_json(content, "field json")
         captions, truncated = meta["captions"], meta["truncated"]
-    except (ValueError, KeyError, TypeError) as error:
+    except FormatError as error:
+        shard.fault(str(error), key=key)
+        return
+    except (KeyError, TypeError) as error:
         shard.fault(f"field json: expected captions and truncated, found {error!r}", key=key)
         return
     num_captions = shard.layout.num_captions
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-        shard.fault(f"field json: expected a list of captions, found {captions!r}", key=key)
+        shard.fault(f"field json: expected a list of captions, found {show(captions)}", key=key)
     elif len(captions) != num_captions:
         shard.fault(f"field json: expected {num_captions} captions, found {len(captions)}", key=key)
     elif not isinstance(truncated, list) or any(n not in range(num_captions) for n in truncated):
         shard.fault(
-            f"field json: truncated: expected numbers of captions, found {truncated!r}", key=key
+            f"field json: truncated: expected indices of captions, found {show(truncated)}", key=key
         )
     else:
         shard.num_captions += len(captions)
@@ -404,31 +354,28 @@ def _check_meta(shard: _Shard, key: str, content: bytes) -> None:
 
 
 def _check_keys(shard: _Shard, place_of_key: dict[str, Path], manifest: Manifest) -> Iterator[str]:
-    """Holds a shard's keys to each other and to those met in earlier shards."""
+    """Checks that a shard's keys are unique in the set and not quarantined."""
     for key in shard.keys:
         place = f"{shard.path}: key {key!r}"
         if key in place_of_key:
-            yield f"{place}: expected once, found in {place_of_key[key]} too"
+            yield f"{place}: expected a unique key, found it in {place_of_key[key]} too"
         if key in manifest.quarantined:
-            yield f"{place}: expected no record, since the manifest says that it was left out"
+            yield f"{place}: expected no record, because the manifest has it as quarantined"
         place_of_key[key] = shard.path
 
 
 def _check_totals(path: Path, manifest: Manifest, found: _Shard) -> Iterator[str]:
-    """Holds the manifest's sums to what was found in all shards."""
+    """Checks the manifest's totals and statistics against those of all shards."""
     for name in ("num_captions", "num_truncated"):
         expected = getattr(found, name)
         if getattr(manifest, name) != expected:
             yield f"{path}: {name}: expected {expected}, found {getattr(manifest, name)}"
     if not found.sums.count:
         return
-    computed, stored = found.sums.statistics(), manifest.latent_statistics
+    computed, stored = latent_statistics([found.sums]), manifest.latent_statistics
     scale = np.abs(computed.mean) + np.array(computed.std)
-    for name, unit in (
-        ("mean", scale),
-        ("std", scale),
-        ("scaling_factor", computed.scaling_factor),
-    ):
+    units = {"mean": scale, "std": scale, "scaling_factor": computed.scaling_factor}
+    for name, unit in units.items():
         new, old = np.array(getattr(computed, name)), np.array(getattr(stored, name))
         place = f"{path}: latent_statistics: {name}"
         if new.shape != old.shape or not (np.abs(new - old) <= STATISTICS_TOLERANCE * unit).all():
@@ -436,18 +383,18 @@ def _check_totals(path: Path, manifest: Manifest, found: _Shard) -> Iterator[str
 
 
 def _view(block: NDArray[np.uint8], part: Field, dtype: type[np.generic]) -> NDArray[Any]:
-    """A field of some records, flat: (N, bytes / size of dtype)."""
+    """Returns a field of some records, flattened: (N, bytes / size of dtype)."""
     data = block[:, part.offset_bytes : part.offset_bytes + part.num_bytes]
     return data.view(np.dtype(dtype).newbyteorder("<"))
 
 
 def _rows(wrong: NDArray[np.bool_]) -> list[int]:
-    """The records, of (N, ...), with anything wrong."""
+    """Returns the indices of records (N, ...) with any fault."""
     return np.flatnonzero(wrong.any(1)).tolist() if wrong.any() else []
 
 
 def main(prog: str | None = None) -> int:
-    """Runs the check for the command line; returns the exit code."""
+    """Runs the command; returns the exit code."""
     arguments = _parse_arguments(prog)
     folder: Path = arguments.folder
     if not folder.is_dir():
@@ -470,16 +417,16 @@ def main(prog: str | None = None) -> int:
 
         for fault in verify(folder, jobs=arguments.jobs, advance=advance):
             num_faults += 1
-            bar.write(f"fault: {fault}")
+            bar.write(printable(f"fault: {fault}"))
     if num_faults:
         print(f"{folder}: {num_faults} faults")
         return 1
-    print(f"{folder}: {_count(folder)}, no fault")
+    print(f"{folder}: {_count(folder)}, no faults")
     return 0
 
 
 def _count(folder: Path) -> str:
-    """Says how much there is in a sound set."""
+    """Describes the size of a set without faults."""
     if holds_buckets(folder):
         listed = Buckets.load(folder)
         return f"{listed.num_records} records in {len(listed.buckets)} buckets"
@@ -493,11 +440,11 @@ def _parse_arguments(prog: str | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="folder that holds the manifest or the buckets")
+    parser.add_argument("folder", type=Path, help="folder with manifest.json or buckets.json")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="threads (default: as many as CPUs)"
+        "--jobs", type=int, default=os.cpu_count() or 1, help="threads (default: one per CPU)"
     )
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    parser.add_argument("--quiet", action="store_true", help="hide the progress bar")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
         parser.error(f"--jobs: expected at least 1, found {arguments.jobs}")

@@ -1,34 +1,37 @@
-"""Writes a set of shards so that it is complete or absent, and survives being killed.
+"""Writes a set of shards that is complete or absent, and resumes after a kill.
 
     manifest = begin_set(folder, provenance)                # refuses a folder of another set
-    with ShardWriter(folder, index, layout) as shard:       # for each index that has no report yet
+    with ShardWriter(folder, index, layout, kind) as shard: # for each index that has no report yet
         shard.write(example)  # or shard.quarantine(key, reason)
-    finish_set(folder, provenance, empty_text=..., empty_tokens=...)
+    finish_set(folder, provenance, num_shards=..., ...)
 
-A shard is written under a temporary name, synced, renamed, and then reported in a small JSON
-beside it; a run that was killed goes on after the last report. The manifest is the sum of the
-reports, so the same examples give the same bytes, killed or not. The scale of int8 text is kept
-before the first shard (`keep_text_scale`), so that all shards share one. All state is on disk:
+Each finished shard leaves a report in FOLDER/progress, and the manifest is the sum of the reports,
+so the same examples give the same bytes whether or not a run was interrupted. All state is on disk:
 several processes may each write shards of their own, and any of them may finish the set.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import io
 import json
-import math
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
+from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
+from latent_t2i.shards.parsing import from_json
 from latent_t2i.shards.schema import (
     KEY_PATTERN,
     MANIFEST_NAME,
@@ -38,7 +41,6 @@ from latent_t2i.shards.schema import (
     FileEntry,
     FormatError,
     LatentKind,
-    LatentStatistics,
     Layout,
     Manifest,
     Provenance,
@@ -46,28 +48,20 @@ from latent_t2i.shards.schema import (
     TextScale,
     differences,
     encode_meta,
-    parse_layout,
-    parse_provenance,
+    read_document,
 )
 
 PROVENANCE_NAME = "provenance.json"
 TEXT_SCALE_NAME = "text_scale.json"
-LOG_VARIANCE_RANGE = (-30.0, 20.0)
-"""diffusers clamps the posterior's log-variance to it before sampling."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LatentSums:
-    """Sums per channel over the values of sampled latents, from which statistics add up."""
-
-    count: int
-    total: tuple[float, ...]
-    squares: tuple[float, ...]
+ATTEMPT_PATTERN = re.compile(r".+\.[0-9]+-[0-9a-f]{8}\.part")
+"""The temporary name of a file: final name, process id and random digits."""
+LINK_FAILURES = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of hard links: the name is taken, or the file system has no hard links."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What became of the source's records of one shard; the shard is on disk when this is."""
+    """The outcome of one shard; it is written after the shard is on disk."""
 
     name: str
     bytes: int
@@ -79,8 +73,17 @@ class ShardReport:
     sums: LatentSums
 
 
+@dataclass(frozen=True, kw_only=True)
+class _StoredScale:
+    """`FoundScale` in progress/text_scale.json."""
+
+    scale: tuple[float, ...]
+    relative_error: float
+    num_captions: int
+
+
 class FoundScale(NamedTuple):
-    """A scale for int8 text, with what was measured when it was found."""
+    """A scale for int8 text, with the error measured on the sample of captions that gave it."""
 
     scale: NDArray[np.float32]  # (D,)
     relative_error: float
@@ -88,49 +91,57 @@ class FoundScale(NamedTuple):
 
 
 def begin_set(folder: Path, provenance: Provenance) -> Manifest | None:
-    """Prepares a folder for a set; returns the manifest if that set is already finished there.
+    """Prepares a folder for a set; returns the manifest if the same set is already finished.
 
-    Raises ValueError, naming both values, if the folder holds another set or a part of one, and for
-    a folder that holds something else.
+    Raises ValueError, naming both values, if the folder holds another set or a part of one, and if
+    it holds anything else.
     """
+    _remove_stale_attempts(folder)
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
         _require_same(folder, manifest, provenance)
-        if (folder / PROGRESS_DIR).exists():  # killed between the manifest and this
+        if (folder / PROGRESS_DIR).exists():  # killed after the manifest was written
             shutil.rmtree(folder / PROGRESS_DIR)
         return manifest
     progress = folder / PROGRESS_DIR
-    noted = progress / PROVENANCE_NAME
-    if noted.exists() and any(progress.glob("shard-*.json")):
-        _require_same(folder, _read_provenance(noted), provenance)
-        _require_scale(folder, provenance)
+    path = progress / PROVENANCE_NAME
+    if path.exists() and any(progress.glob("shard-*.json")):
+        _require_same(folder, _read_provenance(folder), provenance)
+        if provenance.text_dtype == "int8" and not (progress / TEXT_SCALE_NAME).exists():
+            raise ValueError(
+                f"{progress / TEXT_SCALE_NAME}: missing, but finished shards depend on this scale: "
+                "choose another folder, or delete this one"
+            )
         return None
-    if not noted.exists() and folder.is_dir() and {*folder.iterdir()} - {progress}:
-        raise ValueError(f"{folder}: holds other files and no shards: choose an empty folder")
+    if not path.exists() and folder.is_dir() and {*folder.iterdir()} - {progress}:
+        raise ValueError(f"{folder}: contains files but no shards: choose an empty folder")
     progress.mkdir(parents=True, exist_ok=True)
     content = json.dumps(asdict(provenance)).encode()
-    if not noted.exists() or noted.read_bytes() != content:
-        (progress / TEXT_SCALE_NAME).unlink(missing_ok=True)  # of another set, without a shard
-    write_file(noted, content)
+    if not path.exists() or path.read_bytes() != content:
+        # Leftovers of another set, which has no reports yet.
+        for leftover in (progress / TEXT_SCALE_NAME, *folder.glob("shard-*.tar")):
+            leftover.unlink(missing_ok=True)
+    write_file(path, content)
     return None
 
 
 def keep_text_scale(folder: Path, found: FoundScale) -> None:
-    """Notes the scale of a set's int8 text for this run and any that goes on after it.
+    """Stores the scale of int8 text for this run and for runs that resume it.
 
-    Call it before the first shard is written: values of another scale would be another text.
+    Call it before the first shard is written, because all shards share one scale.
     """
     document = {**found._asdict(), "scale": found.scale.tolist()}
     write_file(folder / PROGRESS_DIR / TEXT_SCALE_NAME, json.dumps(document).encode())
 
 
 def read_text_scale(folder: Path) -> FoundScale | None:
-    """Returns the scale that was kept for an unfinished set, bit for bit; None if there is none."""
+    """Returns the stored scale of an unfinished set, bit for bit; None if there is none."""
     path = folder / PROGRESS_DIR / TEXT_SCALE_NAME
     if not path.exists():
         return None
-    document = _read_json(path)
-    return FoundScale(**{**document, "scale": np.array(document["scale"], np.float32)})
+    stored = from_json(_StoredScale, read_document(path), str(path))
+    scale = np.array(stored.scale, np.float32)
+    return FoundScale(scale, stored.relative_error, stored.num_captions)
 
 
 def read_report(folder: Path, index: int) -> ShardReport | None:
@@ -138,17 +149,13 @@ def read_report(folder: Path, index: int) -> ShardReport | None:
     path = _report_path(folder, index)
     if not path.exists():
         return None
-    document = _read_json(path)
-    sums = document["sums"]
-    report = ShardReport(
-        **{
-            **document,
-            "layout": parse_layout(document["layout"]),
-            "sums": LatentSums(
-                count=sums["count"], total=tuple(sums["total"]), squares=tuple(sums["squares"])
-            ),
-        }
+    report = from_json(ShardReport, read_document(path), str(path))
+    sums = report.sums
+    is_complete = list(report.layout.fields) == list(MEMBERS) and (
+        not report.records or len(sums.total) == len(sums.squares) > 0 < sums.count
     )
+    if report.name != f"{path.stem}.tar" or not is_complete:
+        raise FormatError(f"{path}: damaged report: delete it and run the command again")
     shard = folder / report.name
     if report.records and (not shard.is_file() or shard.stat().st_size != report.bytes):
         return None
@@ -165,16 +172,26 @@ def finish_set(
     empty_tokens: NDArray[np.int32],
     text_scale: tuple[NDArray[np.float32], float, int] | None = None,
 ) -> Manifest:
-    """Adds the reports of shards 0..num_shards-1 up to the manifest and writes it, last of all.
+    """Merges the reports of shards 0 to num_shards - 1 into the manifest and writes it.
 
-    `quarantined` are the records that were in no shard to begin with; `empty_text` (T, D) and
-    `empty_tokens` (T,) are the empty prompt's; `text_scale` is a `FoundScale` for int8 text.
-    Raises ValueError if nothing was written, or text of another kind than `provenance` says.
+    Args:
+        folder: The folder of the set.
+        provenance: The same as for `begin_set`.
+        num_shards: Number of shards; each must have a report.
+        quarantined: The reason for each image that is in no shard, by key.
+        empty_text: Hidden states (T, D) of the empty prompt.
+        empty_tokens: Token ids (T,) of the empty prompt.
+        text_scale: A `FoundScale` for int8 text, else None.
+
+    Raises:
+        ValueError: Another command has begun the folder, a shard has no report, no image was
+            written, or `text_scale` and the text in the shards do not match `provenance`.
     """
+    _require_same(folder, _read_provenance(folder), provenance)
     done = _read_reports(folder, num_shards)
     written = [report for report in done if report.records]
     if not written:
-        raise ValueError(f"{folder}: no image could be written, every one was quarantined")
+        raise ValueError(f"{folder}: no image was written, all of them were quarantined")
     layouts: list[Layout] = []
     for report in written:
         if report.layout not in layouts:
@@ -187,24 +204,35 @@ def finish_set(
     manifest = Manifest(
         **{name: getattr(provenance, name) for name in Provenance.__dataclass_fields__},
         layouts=tuple(layouts),
-        shards=tuple(_entry(report, layouts) for report in written),
+        shards=tuple(
+            ShardEntry(
+                name=report.name,
+                layout=layouts.index(report.layout),
+                records=report.records,
+                bytes=report.bytes,
+                sha256=report.sha256,
+            )
+            for report in written
+        ),
         num_source=num_records + len(reasons),
         num_records=num_records,
         quarantined=reasons,
         num_captions=sum(report.records * report.layout.num_captions for report in written),
         num_truncated=sum(report.num_truncated for report in written),
-        latent_statistics=_statistics([report.sums for report in written]),
+        latent_statistics=latent_statistics([report.sums for report in written]),
         empty_text=_write_array(folder / "empty_text.npy", empty_text),
         empty_tokens=_write_array(folder / "empty_tokens.npy", empty_tokens),
-        text_scale=_write_text_scale(folder, text_scale),
+        text_scale=text_scale and _write_text_scale(folder, *text_scale),
     )
+    manifest.check(folder / MANIFEST_NAME)
+    _remove_stale_attempts(folder)
     write_file(folder / MANIFEST_NAME, manifest.dump().encode())
     shutil.rmtree(folder / PROGRESS_DIR)
     return manifest
 
 
 class ShardWriter:
-    """Writes one shard; leaving its `with` block finishes it, or discards it after an error."""
+    """Writes one shard. Leaving its `with` block publishes it, or discards it after an error."""
 
     def __init__(self, folder: Path, index: int, layout: Layout, kind: LatentKind) -> None:
         self._folder = folder
@@ -215,11 +243,10 @@ class ShardWriter:
         self._keys: set[str] = set()
         self._quarantined: dict[str, str] = {}
         self._num_truncated = 0
-        channels = layout.fields["latent"].shape[1] // (2 if kind == "moments" else 1)
-        self._sums = _Sums(channels)
+        self._sums = LatentSums()
 
     def __enter__(self) -> Self:
-        self._file = _HashingFile(self._temporary())
+        self._file = _HashingFile(self._folder / self._name)
         self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, mode=0o444)
         return self
 
@@ -229,36 +256,40 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._discard()
-            return
         try:
-            self._tar.close()
-            self._file.sync()
-            self._file.close()
+            if error is None:
+                self._tar.close()
+                self._file.sync()
+                self._publish()
         except BaseException:
             self._discard()
             raise
-        self._publish()
+        if error is not None:
+            self._discard()
 
     def write(self, example: Example) -> None:
-        """Adds an example. Raises FormatError if it is not of the shard's layout."""
+        """Adds an example. Raises FormatError if it does not match the layout."""
         place = f"{self._name}: key {example.key!r}"
         if not KEY_PATTERN.fullmatch(example.key):
             raise FormatError(f"{place}: expected a key of the form {KEY_PATTERN.pattern}")
         if example.key in self._keys:
-            raise FormatError(f"{place}: there are two records of this key")
+            raise FormatError(f"{place}: expected unique keys, found this one twice")
         members: dict[str, Any] = {"__key__": example.key}
         for name in ("latent", "text", "tokens"):
             members[MEMBERS[name]] = self._encode_array(place, name, getattr(example, name))
         members[MEMBERS["json"]] = self._encode_meta(place, example.meta)
+        sums = LatentSums.of(example.latent, self._kind)
+        if not np.isfinite(sums.squares).all():
+            raise FormatError(
+                f"{place}: field latent: expected finite values, found NaN or infinity"
+            )
         self._tar.write(members)
         self._keys.add(example.key)
         self._num_truncated += len(example.meta["truncated"])
-        self._sums.add(example.latent, self._kind)
+        self._sums += sums
 
     def quarantine(self, key: str, reason: str) -> None:
-        """Notes that a record is left out, and why."""
+        """Records that an image is not written, and why."""
         self._quarantined[key] = reason
 
     def _encode_array(self, place: str, name: str, array: NDArray[Any]) -> bytes:
@@ -277,145 +308,131 @@ class ShardWriter:
             raise FormatError(
                 f"{place}: field json: expected {captions} captions, found {len(meta['captions'])}"
             )
-        (room,) = self._layout.fields["json"].shape
+        (size,) = self._layout.fields["json"].shape
         content = encode_meta(meta)
-        if len(content) > room:
+        if len(content) > size:
             raise FormatError(
-                f"{place}: field json: expected at most {room} bytes, found {len(content)}"
+                f"{place}: field json: expected at most {size} bytes, found {len(content)}"
             )
-        return content.ljust(room)
+        return content.ljust(size)
 
     def _discard(self) -> None:
-        self._file.mute()  # closing a tar writes to it
+        self._file.mute()  # closing the tar writes to it
         self._tar.close()
-        with contextlib.suppress(OSError):  # a full disk, say, of which the error above told
+        with contextlib.suppress(OSError):  # of a full disk; the first error is being raised
             self._file.close()
-        self._temporary().unlink()
-
-    def _temporary(self) -> Path:
-        return self._folder / f"{self._name}.part"
+        self._file.path.unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        """Gives the shard its name, then reports it; one without records leaves only its report."""
+        """Gives the shard its final name, if it has records, and writes its report."""
         records = len(self._keys)
-        if records:
-            self._temporary().replace(self._folder / self._name)
-            sync_folder(self._folder)
-        else:
-            self._temporary().unlink()
+        sha256 = self._file.publish(self._folder / self._name) if records else ""
+        self._file.close()
+        self._file.path.unlink(missing_ok=True)
         report = ShardReport(
             name=self._name,
             bytes=self._file.num_bytes if records else 0,
-            sha256=self._file.hexdigest() if records else "",
+            sha256=sha256,
             layout=self._layout,
             records=records,
             num_truncated=self._num_truncated,
             quarantined=self._quarantined,
-            sums=self._sums.result(),
+            sums=self._sums,
         )
         content = json.dumps(asdict(report)).encode()
         write_file(_report_path(self._folder, self._index), content)
 
 
 class _HashingFile:
-    """A file that knows the size and sha256 of what was written to it."""
+    """A file under a temporary name that keeps count of its bytes and their sha256."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file = path.open("wb")
+    def __init__(self, final: Path) -> None:
+        self._file = _open_attempt(final)
+        self.path = Path(self._file.name)
         self._hash = hashlib.sha256()
-        self._muted = False
+        self._is_muted = False
         self.num_bytes = 0
 
     def write(self, data: bytes) -> int:
-        if self._muted:
+        if self._is_muted:
             return len(data)
         self._hash.update(data)
         self.num_bytes += len(data)
-        with _naming(self._path):
+        with _naming(self.path):
             return self._file.write(data)
 
     def mute(self) -> None:
-        """Makes what is written from now on vanish."""
-        self._muted = True
+        """Discards everything written from now on."""
+        self._is_muted = True
 
     def sync(self) -> None:
-        with _naming(self._path):
+        with _naming(self.path):
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with _naming(self._path):
+        with _naming(self.path):
             self._file.close()
 
-    def hexdigest(self) -> str:
-        return self._hash.hexdigest()
+    def publish(self, final: Path) -> str:
+        """Gives the file its final name; returns the sha256 of its bytes on disk.
+
+        If another process was first with the same bytes, its file stays. Raises FormatError if that
+        file has other bytes, and OSError if the disk returns other bytes than were written.
+        """
+        sha256 = _hash_on_disk(self.path)
+        if sha256 != self._hash.hexdigest():
+            raise OSError(errno.EIO, "the disk returns other bytes than were written", str(final))
+        try:
+            os.link(self.path, final)
+        except OSError as error:
+            if error.errno not in LINK_FAILURES:
+                raise
+            if not final.exists() or final.stat().st_size != self.num_bytes:
+                self.path.replace(final)
+            elif (found := _hash_on_disk(final)) != sha256:
+                raise FormatError(
+                    f"{final}: sha256: expected {sha256}, found {found}: another process wrote "
+                    "another shard under this name; delete it and run the command again"
+                ) from error
+        sync_folder(final.parent)
+        return sha256
 
 
-class _Sums:
-    """Adds latents up, in float64."""
-
-    def __init__(self, channels: int) -> None:
-        self._count = 0
-        self._total = np.zeros(channels)
-        self._squares = np.zeros(channels)
-
-    def add(self, latent: NDArray[np.float16], kind: LatentKind) -> None:
-        """Adds the views of a latent: z = mean + std * noise has E[z²] = mean² + variance."""
-        values = latent.astype(np.float64)  # (views, 2C, h, w) or (views, C, h, w)
-        squares = np.zeros(len(self._total))
-        if kind == "moments":
-            values, log_variance = np.split(values, 2, axis=1)
-            squares = np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE)).sum((0, 2, 3))
-        self._count += values.size // values.shape[1]
-        self._total += values.sum((0, 2, 3))
-        self._squares += squares + np.square(values).sum((0, 2, 3))
-
-    def result(self) -> LatentSums:
-        return LatentSums(
-            count=self._count,
-            total=tuple(self._total.tolist()),
-            squares=tuple(self._squares.tolist()),
-        )
+def _hash_on_disk(path: Path) -> str:
+    """Returns the sha256 of a file, read from the disk and not from the page cache if possible."""
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _statistics(sums: Sequence[LatentSums]) -> LatentStatistics:
-    count = sum(part.count for part in sums)
-    mean = np.sum([part.total for part in sums], axis=0) / count
-    second = np.sum([part.squares for part in sums], axis=0) / count
-    std = np.sqrt(np.maximum(second - mean**2, 0.0))
-    overall = math.sqrt(max(float(second.mean() - mean.mean() ** 2), 0.0))
-    return LatentStatistics(
-        mean=tuple(mean.tolist()),
-        std=tuple(std.tolist()),
-        scaling_factor=1 / overall if overall else 1.0,
-    )
+def _open_attempt(final: Path) -> IO[bytes]:
+    """Creates a file under a unique temporary name; it is locked for as long as it is open."""
+    while True:
+        name = f"{final.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+        file = final.with_name(name).open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # 0 if it was deleted as stale before it was locked
+            return file
+        file.close()
 
 
-def _entry(report: ShardReport, layouts: Sequence[Layout]) -> ShardEntry:
-    return ShardEntry(
-        name=report.name,
-        layout=layouts.index(report.layout),
-        records=report.records,
-        bytes=report.bytes,
-        sha256=report.sha256,
-    )
+def _remove_stale_attempts(folder: Path) -> None:
+    """Deletes temporary files of killed processes, which hold no lock any more."""
+    for path in (*folder.glob("*.part"), *folder.glob(f"{PROGRESS_DIR}/*.part")):
+        if not ATTEMPT_PATTERN.fullmatch(path.name):
+            continue
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
-def _require_same(folder: Path, found: Provenance, asked: Provenance) -> None:
-    lines = differences(found, asked)
+def _require_same(folder: Path, found: Provenance, expected: Provenance) -> None:
+    lines = differences(found, expected)
     if lines:
         raise ValueError(
-            f"{folder}: holds shards of another kind: {'; '.join(lines)}: "
-            "choose another folder, or delete this one"
-        )
-
-
-def _require_scale(folder: Path, provenance: Provenance) -> None:
-    path = folder / PROGRESS_DIR / TEXT_SCALE_NAME
-    if provenance.text_dtype == "int8" and not path.exists():
-        raise ValueError(
-            f"{path}: missing, expected the scale of the shards that are finished: "
+            f"{folder}: contains other shards than those of this command: {'; '.join(lines)}: "
             "choose another folder, or delete this one"
         )
 
@@ -426,15 +443,15 @@ def _require_text(
     layouts: Sequence[Layout],
     text_scale: tuple[NDArray[np.float32], float, int] | None,
 ) -> None:
-    """Holds the layouts and the scale to the dtype of the text."""
-    asked = provenance.text_dtype
-    for found in {layout.fields["text"].dtype for layout in layouts} - {asked}:
-        raise ValueError(f"{folder}: text: expected {asked}, as the provenance says, found {found}")
-    if (asked == "int8") != (text_scale is not None):
-        found = "none" if text_scale is None else "one"
+    """Raises ValueError if layouts or scale do not match the text's dtype in the provenance."""
+    dtype = provenance.text_dtype
+    for found in {layout.fields["text"].dtype for layout in layouts} - {dtype}:
+        raise ValueError(f"{folder}: text: the provenance has {dtype}, the shards have {found}")
+    if (dtype == "int8") != (text_scale is not None):
+        found_scale = "none" if text_scale is None else "one"
         raise ValueError(
-            f"{folder}: text_scale: expected one for int8 and none for float16, "
-            f"found {found} for {asked}"
+            f"{folder}: text_scale: expected one for int8 text and none for float16, "
+            f"found {found_scale} for {dtype}"
         )
     if text_scale is None:
         return
@@ -444,7 +461,9 @@ def _require_text(
             f"{folder}: text_scale: expected float32 {shape}, found {scale.dtype} {scale.shape}"
         )
     if not (np.isfinite(scale) & (scale > 0)).all():
-        raise ValueError(f"{folder}: text_scale: expected finite values above 0, found {scale}")
+        raise ValueError(
+            f"{folder}: text_scale: expected finite values above 0, found {scale.min()}"
+        )
 
 
 def _read_reports(folder: Path, num_shards: int) -> list[ShardReport]:
@@ -455,30 +474,18 @@ def _read_reports(folder: Path, num_shards: int) -> list[ShardReport]:
     return [report for report in reports if report is not None]
 
 
+def _read_provenance(folder: Path) -> Provenance:
+    path = folder / PROGRESS_DIR / PROVENANCE_NAME
+    return from_json(Provenance, read_document(path), f"{path}: begun by another release")
+
+
 def _report_path(folder: Path, index: int) -> Path:
     return folder / PROGRESS_DIR / f"shard-{index:06d}.json"
 
 
-def _read_provenance(path: Path) -> Provenance:
-    try:
-        return Provenance(**parse_provenance(_read_json(path)))
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}: begun by another release ({error!r}): delete the folder and start again"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads(path.read_bytes())
-    return document
-
-
 def _write_text_scale(
-    folder: Path, text_scale: tuple[NDArray[np.float32], float, int] | None
-) -> TextScale | None:
-    if text_scale is None:
-        return None
-    scale, relative_error, num_captions = text_scale
+    folder: Path, scale: NDArray[np.float32], relative_error: float, num_captions: int
+) -> TextScale:
     return TextScale(
         file=_write_array(folder / "text_scale.npy", scale),
         relative_error=float(relative_error),
@@ -496,19 +503,23 @@ def _write_array(path: Path, array: NDArray[Any]) -> FileEntry:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes a small file completely or not at all."""
-    temporary = path.with_name(f"{path.name}.part")
-    with _naming(temporary), temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Writes a small file so that it is complete or absent."""
+    with _naming(path), _open_attempt(path) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     sync_folder(path.parent)
 
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Adds the path to an error of writing to an open file, which comes without: a full disk's."""
+    """Adds the path to errors of open files, which come without one (a full disk, for example)."""
     try:
         yield
     except OSError as error:
@@ -518,7 +529,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes a rename last: it is the folder's content that changed."""
+    """Flushes a folder to disk, so that a rename in it survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

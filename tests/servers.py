@@ -1,4 +1,4 @@
-"""Servers on loopback for tests: HTTP that can be told to misbehave, and an S3 API."""
+"""Servers on loopback for tests: an HTTP server with faults, and an S3 API."""
 
 import contextlib
 import http.server
@@ -23,7 +23,7 @@ NUMBERS = itertools.count()
 
 
 class Server:
-    """What a server was asked for, and what it is told to do instead of answering."""
+    """The requests that a server received, and the faults that it simulates."""
 
     def __init__(self, folder: Path, *, ranges: bool) -> None:
         self.folder = folder
@@ -31,17 +31,17 @@ class Server:
         self.url = ""
         self.asked: list[str] = []
         self.faults: dict[str, list[str]] = {}
-        """By file name, for one request after the other: "503", "drop", "short", "hang up"."""
+        """Faults by file name, one per request: "503", "drop", "short", "hang up", "corrupt"."""
         self.before: Callable[[str], Any] = lambda name: None
-        """Called with the name before each answer."""
+        """Called with the file name before each response."""
 
     @property
     def counts(self) -> Counter[str]:
-        """How often each file was asked for."""
+        """Number of requests for each file."""
         return Counter(self.asked)
 
     def next_fault(self, name: str) -> str:
-        """Takes the next fault from the list; one that ends in "..." stays."""
+        """Removes and returns the next fault; one that ends in "..." is kept."""
         faults = self.faults.get(name, [])
         if not faults:
             return ""
@@ -49,17 +49,17 @@ class Server:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers GET with a file, or a part of it."""
+    """Responds to GET with a file or a range of it."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else each answer takes 40 ms
+    disable_nagle_algorithm = True  # otherwise each response takes 40 ms
 
     def __init__(self, server: Server, *args: Any) -> None:
         self.told = server
         super().__init__(*args)
 
     def log_message(self, *args: Any) -> None:
-        """Says nothing."""
+        """Suppresses the log."""
 
     def do_GET(self) -> None:
         name = self.path.lstrip("/").partition("?")[0]
@@ -93,7 +93,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body[: len(body) // 2] if fault in ("drop", "short") else body)
         if fault in ("drop", "short"):
             self.wfile.flush()
-            time.sleep(0.03)  # else the client may notice the end before it has read what came
+            time.sleep(0.03)  # otherwise the client may see the end before the data
             self._hang_up()
 
     def _hang_up(self) -> None:
@@ -105,15 +105,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(folder: Path, *, ranges: bool = True) -> Iterator[Server]:
-    """Serves a folder over HTTP; without `ranges` as Python's own http.server does."""
-    told = Server(folder, ranges=ranges)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, told))
+    """Serves a folder over HTTP; without `ranges` like Python's http.server."""
+    served = Server(folder, ranges=ranges)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, served))
     server.handle_error = lambda *args: None  # type: ignore[method-assign]  # clients hang up
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    told.url = f"http://127.0.0.1:{server.server_address[1]}"
+    served.url = f"http://127.0.0.1:{server.server_address[1]}"
     try:
-        yield told
+        yield served
     finally:
         server.shutdown()
         thread.join()
@@ -122,7 +122,7 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def serve_s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Serves a folder from an S3 bucket of moto's, which keeps it, and yields its URL."""
+    """Serves a copy of a folder from an S3 bucket of moto, and yields its URL."""
     bucket = f"bucket-{next(NUMBERS)}"
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()

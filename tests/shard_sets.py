@@ -1,14 +1,21 @@
-"""Small sets of shards filled with random numbers, for tests that read them."""
+"""Helpers for tests: small sets of shards filled with random numbers, edits, comparisons."""
 
+import json
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 import webdataset
 
 from latent_t2i.shards.buckets import Buckets, finish_buckets
+from latent_t2i.shards.loader import Loader, batches
+from latent_t2i.shards.reader import RawBatch
 from latent_t2i.shards.schema import (
     Example,
     Identity,
@@ -18,6 +25,7 @@ from latent_t2i.shards.schema import (
     Provenance,
     TextDtype,
     encode_meta,
+    hash_json,
     make_layout,
     round_up,
 )
@@ -26,18 +34,18 @@ from latent_t2i.shards.writer import FoundScale, ShardWriter, begin_set, finish_
 CHANNELS = 4
 SIDE = 8
 DOWNSCALE = 8
-"""Pixels that a cell of latents spans, in a bucket's name."""
+"""Pixels per latent cell, for the names of buckets."""
 MAX_TOKENS = 7
 TEXT_WIDTH = 32
 
 
 def make_identity(part: str) -> Identity:
-    """An identity whose hash is the part's first letter 64 times."""
+    """Returns an identity whose hash is the first letter of `part`, 64 times."""
     return Identity(name=f"some/{part}", revision=None, sha256=part[0] * 64)
 
 
 def make_provenance(kind: LatentKind = "moments", **changes: Any) -> Provenance:
-    """The provenance of a set that no encoder made."""
+    """Returns the provenance of a set of random numbers."""
     values: dict[str, Any] = {
         "vae": make_identity("vae"),
         "text_encoder": make_identity("text_encoder"),
@@ -63,7 +71,7 @@ def make_examples(
     seed: int = 0,
     size: tuple[int, int] = (SIDE, SIDE),
 ) -> list[Example]:
-    """Examples of random numbers, latents of height and width `size`; the keys tell them apart."""
+    """Returns examples of random numbers; keys differ by seed and number of captions."""
     rng = np.random.default_rng([seed, num_captions])
     channels = 2 * CHANNELS if kind == "moments" else CHANNELS
     spread = 40 if text_dtype == "int8" else 1
@@ -83,20 +91,20 @@ def make_examples(
 
 
 def layout_of(examples: Sequence[Example]) -> Layout:
-    """The layout that holds these examples, which are of one shape."""
+    """Returns the layout of examples that have the same shapes."""
     first = examples[0]
-    room = max(len(encode_meta(example.meta)) for example in examples)
+    json_bytes = max(len(encode_meta(example.meta)) for example in examples)
     captions, tokens, width = first.text.shape
     return make_layout(
         latent=first.latent.shape,
         text=(captions, tokens, width),
-        json_bytes=round_up(room, 512),
+        json_bytes=round_up(json_bytes, 512),
         text_dtype="int8" if first.text.dtype == np.int8 else "float16",
     )
 
 
 def make_scale(width: int = TEXT_WIDTH) -> FoundScale:
-    """A scale for int8 text, other for each channel."""
+    """Returns a scale for int8 text with a different value per channel."""
     scale = np.linspace(0.01, 0.1, width, dtype=np.float32)
     return FoundScale(scale=scale, relative_error=0.01, num_captions=9)
 
@@ -108,7 +116,7 @@ def write_set(
     *,
     quarantined: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Writes a whole set, a shard for each sequence of examples."""
+    """Writes a set with one shard per sequence of examples."""
     first = shards[0][0]
     provenance = provenance or make_provenance(text_dtype=first.text.dtype.name)
     found = make_scale(first.text.shape[2]) if provenance.text_dtype == "int8" else None
@@ -138,9 +146,9 @@ def write_buckets(
     quarantined: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Buckets:
-    """Writes a whole bucketed set, of shards of so many records by bucket.
+    """Writes a bucketed set; `sizes` has the number of records of each shard, by bucket.
 
-    `settings` are those of `make_examples`; all keys differ.
+    `settings` are those of `make_examples`. All keys are unique.
     """
     for number, (name, records) in enumerate(sizes.items()):
         width, height = (int(side) // DOWNSCALE for side in name.split("x"))
@@ -153,8 +161,44 @@ def write_buckets(
 
 
 def read_stock(folder: Path) -> list[dict[str, Any]]:
-    """All samples of a set, as a stock WebDataset pipeline gives them."""
+    """Returns all samples of a set as a stock WebDataset pipeline reads them."""
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # it leaves closing files to Python
+        warnings.simplefilter("ignore", ResourceWarning)  # it does not close its files
         return list(webdataset.WebDataset(urls, shardshuffle=False).decode())
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Edits a manifest or buckets.json and stores the matching hash, like a faulty writer."""
+    document = json.loads(path.read_text())
+    change(document)
+    document.pop("sha256", None)
+    document["sha256"] = hash_json(document)
+    path.chmod(0o644)
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def run_main(module: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Runs a module's command; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    code: int = module.main()
+    return code
+
+
+def collect(loader: Loader, start: int, stop: int) -> list[RawBatch]:
+    """Returns copies of a loader's batches of some steps."""
+    return [batch.map(torch.clone) for batch in batches(loader, start=start, stop=stop)]
+
+
+def assert_batches_equal(found: Sequence[RawBatch], expected: Sequence[RawBatch]) -> None:
+    """Compares batches bit by bit."""
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        for field in fields(RawBatch):
+            assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+
+
+def concatenate(parts: Sequence[RawBatch]) -> RawBatch:
+    """Returns the batches of several ranks as one."""
+    names = [field.name for field in fields(RawBatch)]
+    return RawBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

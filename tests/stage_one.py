@@ -101,7 +101,8 @@ def _run(
 
 def _kill_at(name: str, count: int) -> None:
     """Makes this process kill itself at a certain call of a function."""
-    owners = {"write": writer.ShardWriter, "fsync": os, "replace": Path, "rmtree": writer.shutil}
+    owners = {"write": writer.ShardWriter, "fsync": os, "link": os, "replace": Path}
+    owners["rmtree"] = writer.shutil
     original, calls = getattr(owners[name], name), iter(range(1, count + 1))
 
     def counting(*args: Any, **kwargs: Any) -> Any:

@@ -148,7 +148,7 @@ class TrainConfig:
     text_encoder: str | None = None
     """Text encoder for the bundle, a folder or hub name. Default: the one named in the shards."""
     shards: str | None = None
-    """Folder or URL of the shards, or pipe:COMMAND. Default: shards/data/NAME/train."""
+    """Folder or URL of the shards. Default: shards/data/NAME/train."""
     out: str | None = None
     """Output folder of the run. Default: runs/NAME."""
     init_from: str | None = None

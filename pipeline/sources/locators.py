@@ -10,7 +10,6 @@ rows in order read each group once, rows out of order may read a group per image
 
 import errno
 import importlib
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,17 +19,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from latent_t2i.shards.remote import transport
 from latent_t2i.shards.remote.transport import (
-    LOST,
-    REFUSED,
     RemoteError,
     Retry,
     ShortReadError,
-    describe,
     find_filesystem,
     is_remote,
-    refusal,
 )
+from latent_t2i.shards.remote.transport import without_query as without_query
 
 CACHE_BYTES = 512 * 2**20
 """Upper bound for cached row groups, except that two are always kept."""
@@ -184,46 +181,14 @@ def file_name_of(url: str) -> str:
     return without_query(url).rpartition("/")[2]
 
 
-def without_query(url: str) -> str:
-    """Returns an http URL without its query, which may be a signature; other URLs unchanged."""
-    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
-
-
 def replace_surrogates(text: str) -> str:
     """Returns text that UTF-8 can encode: half a surrogate pair becomes `?`."""
     return text.encode("utf-8", "replace").decode()
 
 
 def with_retries(url: str, read: Callable[[], T], retry: Retry | None = None) -> T:
-    """Returns `read()`, repeated for a URL while it fails with an error that a retry may change.
-
-    Raises FileNotFoundError at once, RemoteError for a refusal or when all attempts failed.
-    """
-    if not is_remote(url):
-        return read()
-    retry, num_failures = retry or Retry(), 0
-    while True:
-        try:
-            return read()
-        except FileNotFoundError:
-            raise
-        except _errors() as error:
-            num_failures += 1
-            shown, reason = without_query(url), refusal(error)
-            if reason:
-                raise RemoteError(f"{shown}: {reason}") from error
-            if num_failures >= retry.attempts:
-                raise RemoteError(
-                    f"{shown}: gave up after {num_failures} attempts; the last one: "
-                    f"{describe(error)}"
-                ) from error
-        retry.wait(num_failures)
-
-
-def _errors() -> tuple[type[Exception], ...]:
-    """Returns what protocol packages raise, of the packages that are imported."""
-    modules = ((sys.modules.get(module), name) for module, name in (*LOST, *REFUSED))
-    return OSError, *(getattr(module, name) for module, name in modules if hasattr(module, name))
+    """Returns `read()`; for a URL, temporary failures are retried."""
+    return transport.with_retries(url, read, retry or Retry()) if is_remote(url) else read()
 
 
 def _fetch_range(locator: TarLocator) -> bytes:

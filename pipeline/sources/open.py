@@ -22,7 +22,7 @@ from latent_t2i.pipeline.sources import coco, folder, img2dataset, parquet
 from latent_t2i.pipeline.sources.locators import import_parquet, with_retries, without_query
 from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.scenes.dataset import write_coco
-from latent_t2i.shards.remote.transport import PIPE, find_filesystem, is_remote
+from latent_t2i.shards.remote.transport import find_filesystem, is_remote
 
 FLAG = "--source.images"
 
@@ -81,8 +81,6 @@ def find_files(location: str, suffix: str) -> list[str]:
         raise ValueError(f"{FLAG}: {location!r} has a brace without its counterpart") from None
     found = []
     for part in parts:
-        if part.startswith(PIPE):
-            raise ValueError(f"{FLAG}: {part!r}: a command cannot read a byte range of a file")
         files = _find_remote(part, suffix) if is_remote(part) else _find_local(part, suffix)
         if not files:
             raise ValueError(

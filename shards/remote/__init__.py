@@ -1,1 +1,1 @@
-"""Reading shards that lie elsewhere: transport, local store, cache access, stream access."""
+"""Remote shards: transport, local store, cache access, stream access."""

@@ -1,13 +1,11 @@
-"""Cache access: a set that lies elsewhere, fetched shard by shard ahead of use, then mapped.
+"""Cache access: downloads the shards of a remote set ahead of use, then maps them.
 
     shards = CachedShards(open_store("s3://bucket/train", cache_dir, cache_bytes=10**11))
     loader = CacheLoader(shards=shards, order=shards.order(batch_size=256, seed=0))
 
-The order is known beforehand, so a background thread brings the shards in the order in which they
-are needed, and throws out the one that is needed last; a batch waits for its own shards only.
-Batches are those of map access, bit for bit. The price: with `shuffle` full the first batch needs
-nearly every shard, and all of them must fit; `blocks` starts after one window of shards and needs
-room for one window and one shard more.
+A background thread downloads shards in the order of their first use and evicts the one that is used
+last. Batches are identical to those of map access. The price: with `shuffle` full all shards must
+fit, and the first batch needs nearly all of them; `blocks` needs one window and one shard.
 """
 
 import threading
@@ -22,45 +20,45 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_t2i.shards.loader import B, MapLoader, are_finite
+from latent_t2i.shards.loader import MapLoader, are_finite
 from latent_t2i.shards.order import Cursor, Order, choices, share
-from latent_t2i.shards.reader import RawBatch, ShardSet
+from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
 from latent_t2i.shards.remote.store import Store
 from latent_t2i.shards.schema import FormatError, Manifest
 
 NEVER = np.iinfo(np.int64).max
-"""Not in this epoch and the next."""
-ORDERS_REMEMBERED = 128
-"""Two epochs of each bucket of a bucketed set; a few numbers for each shard."""
+"""Distance of a shard that this epoch and the next do not use."""
+CACHED_EPOCHS = 128
+"""Enough for two epochs of each bucket; each takes a few numbers per shard."""
 POLL_S = 0.1
-"""How often to look what other processes have brought, and whether anyone still wants shards."""
+"""Interval of checks for downloads by other processes, and for the end of use."""
 
 
 class CachedShards(ShardSet):
-    """A set whose shards come to a store while they are used."""
+    """A set whose shards are downloaded while they are used."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store.folder, store.manifest)
         self.store = store
         self._changed = threading.Condition()
-        self._uses = np.zeros(len(store.manifest.shards), np.int64)  # gathers under way, by shard
+        self._uses = np.zeros(len(store.manifest.shards), np.int64)  # current gathers, by shard
         self._schedule: tuple[Order, Cursor] | None = None
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._is_trimmed = False
-        self._num_told = 0  # changes that the thread should look at
+        self._num_events = 0  # changes that the thread has to react to
 
     def advance(self, order: Order, cursor: Cursor) -> None:
-        """Tells what is asked for from now on: an order from a place on."""
+        """Sets the upcoming order and cursor."""
         with self._changed:
             self._schedule = order, cursor
-            self._tell()
+            self._notify()
 
     def close(self) -> None:
-        """Ends the background thread; shards that are mapped stay so."""
+        """Stops the background thread; mapped shards stay mapped."""
         self.store.close()
         with self._changed:
-            self._tell()
+            self._notify()
         if self._thread is not None:
             self._thread.join()
 
@@ -71,35 +69,35 @@ class CachedShards(ShardSet):
         view_u: NDArray[np.float64],
         out: RawBatch | None = None,
     ) -> RawBatch:
-        """As `ShardSet.gather`, once the records' shards are there."""
+        """Like `ShardSet.gather`, after the shards are downloaded."""
         with self._using(records):
             return super().gather(records, caption_u, view_u, out)
 
     def keys(self, records: NDArray[np.int64]) -> list[str]:
-        """As `ShardSet.keys`, once the records' shards are there."""
+        """Like `ShardSet.keys`, after the shards are downloaded."""
         with self._using(records):
             return super().keys(records)
 
     def meta(self, record: int) -> dict[str, Any]:
-        """As `ShardSet.meta`, once the record's shard is there."""
+        """Like `ShardSet.meta`, after the shard is downloaded."""
         with self._using(np.array([record])):
             return super().meta(record)
 
     def shards_of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the index of each record's shard."""
+        """Returns the index of the shard of each record."""
         return np.searchsorted(self._starts, records, side="right") - 1
 
     @contextmanager
     def _using(self, records: NDArray[np.int64]) -> Iterator[None]:
-        """Waits until the records' shards are mapped, and keeps them so.
+        """Waits until the shards of some records are mapped, and keeps them mapped.
 
-        Raises what ended the background thread, if it has not brought them before.
+        Raises the error that ended the background thread, if it failed before.
         """
         shards = np.unique(self.shards_of(records))
         with self._changed:
             self._start()
             self._uses[shards] += 1
-            self._tell()
+            self._notify()
         try:
             with self._changed:
                 while not self._region.is_mapped[shards].all():
@@ -109,10 +107,10 @@ class CachedShards(ShardSet):
         finally:
             with self._changed:
                 self._uses[shards] -= 1
-                self._tell()
+                self._notify()
 
-    def _tell(self) -> None:
-        self._num_told += 1
+    def _notify(self) -> None:
+        self._num_events += 1
         self._changed.notify_all()
 
     def _start(self) -> None:
@@ -126,18 +124,18 @@ class CachedShards(ShardSet):
         if self._error is not None:
             raise self._error
         if self._thread is None or not self._thread.is_alive() or self.store.stopped.is_set():
-            raise RuntimeError(f"{self.store.location}: closed while shards were waited for")
+            raise RuntimeError(f"{self.store.location}: closed while a batch waited for shards")
 
-    def turn(self) -> bool:
-        """Brings the next shard, or waits a while if there is nothing to do.
+    def step(self) -> bool:
+        """Gets the next shard, or waits briefly if there is nothing to do.
 
-        Returns False at the end, after an error too, which those get who wait for a shard.
+        Returns False at the end and after an error, which waiting gathers then raise.
         """
-        num_told = self._num_told
+        num_events = self._num_events
         try:
-            if not self._bring_next():
+            if not self._get_next():
                 with self._changed:
-                    self._changed.wait_for(lambda: self._num_told > num_told, POLL_S)
+                    self._changed.wait_for(lambda: self._num_events > num_events, POLL_S)
         except (OSError, ValueError) as error:
             self._error = error
             self.store.stopped.set()
@@ -145,8 +143,8 @@ class CachedShards(ShardSet):
                 self._changed.notify_all()
         return not self.store.stopped.is_set()
 
-    def _bring_next(self) -> bool:
-        """Fetches or finds the shard that is needed next, if there is room; then returns True."""
+    def _get_next(self) -> bool:
+        """Gets and maps the shard that is needed next; returns False if it cannot."""
         mapped = self._region.is_mapped.copy()
         if mapped.all():
             return False
@@ -161,7 +159,7 @@ class CachedShards(ShardSet):
             full = sizes[mapped].sum() + sizes[shard] > self.store.room_bytes
             if full and not (mapped & later).any():
                 return False
-            outcome = self.store.bring(shard, _nearest_first(away, later)[::-1], self._drop)
+            outcome = self.store.get(shard, _nearest_first(away, later)[::-1], self._drop)
             if outcome == "no room":
                 return False
             if outcome == "here" and self._adopt(shard):
@@ -169,9 +167,9 @@ class CachedShards(ShardSet):
         return False
 
     def _tidy(self, away: NDArray[np.int64]) -> None:
-        """Unmaps what other processes have thrown out: until then it takes its place on disk.
+        """Unmaps shards that other processes evicted, because mapped files still take disk space.
 
-        The first time, throws out what an earlier run with a larger bound has left.
+        The first call also evicts what an earlier run with a larger bound left behind.
         """
         lost = self._region.is_mapped & (away > 0)
         for shard in set(np.flatnonzero(lost).tolist()) - self.store.present():
@@ -181,7 +179,7 @@ class CachedShards(ShardSet):
             self._is_trimmed = True
 
     def _adopt(self, shard: int) -> bool:
-        """Maps a shard; returns False if another process has just thrown it out."""
+        """Maps a shard; returns False if another process has just evicted it."""
         with self._changed:
             try:
                 self._map(shard)
@@ -193,7 +191,7 @@ class CachedShards(ShardSet):
         return True
 
     def _drop(self, shard: int) -> bool:
-        """Unmaps a shard that is to go; returns False if it has come into use."""
+        """Unmaps a shard before its eviction; returns False if it is in use."""
         with self._changed:
             if self._uses[shard]:
                 return False
@@ -203,22 +201,22 @@ class CachedShards(ShardSet):
 
 
 def _fetch_ahead(reference: "weakref.ref[CachedShards]") -> None:
-    """Turns until the set is closed, or nobody has it any more."""
-    going = True
-    while going:
+    """Runs until the set is closed or garbage collected."""
+    is_running = True
+    while is_running:
         shards = reference()
-        going = shards is not None and shards.turn()
+        is_running = shards is not None and shards.step()
         del shards
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheLoader(MapLoader):
-    """Fills batches as MapLoader does, and tells the cache where it is."""
+    """Fills batches like MapLoader, and reports its position to the cache."""
 
     shards: CachedShards
 
-    def fill(self, step: int, out: B) -> B:
-        """Puts this process's share of a step's global batch into `out`, part by part."""
+    def fill(self, step: int, out: BatchT) -> BatchT:
+        """Writes this process's share of a step's global batch into `out`, part by part."""
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = (u[mine] for u in choices(self.order.seed, step, self.order.batch_size))
         records = self.order.records(step)[mine]
@@ -230,7 +228,7 @@ class CacheLoader(MapLoader):
         return out
 
     def nonfinite_keys(self, step: int) -> list[str]:
-        """As MapLoader's, a shard at a time: the cache may hold few, and these may be gone."""
+        """Like MapLoader's, one shard at a time, because the cache may not hold all of them."""
         records = self.order.records(step)
         caption_u, view_u = choices(self.order.seed, step, len(records))
         shards = self.shards.shards_of(records)
@@ -249,30 +247,31 @@ def _nearest_first(away: NDArray[np.int64], which: NDArray[np.bool_]) -> list[in
 
 
 def check_cache(order: Order, manifest: Manifest, cache_bytes: int) -> None:
-    """Raises ValueError, with the arithmetic, for a cache too small for an order."""
+    """Raises ValueError, with the arithmetic, if the cache is too small for an order."""
     sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
     small = sum(entry.bytes for entry in manifest.small_files) + len(manifest.dump().encode())
     window = {"full": len(sizes), "blocks": order.window_shards, "none": 1}[order.shuffle]
     least = min(sum(sizes[:window]) + sizes[0], sum(sizes)) + small
     if cache_bytes >= least:
         return
-    keeps = f"shuffle {order.shuffle} keeps {min(window + 1, len(sizes))} of {len(sizes)} shards"
+    needs = f"shuffle {order.shuffle} needs {min(window + 1, len(sizes))} of {len(sizes)} shards"
     remedy = ""
     if order.shuffle == "blocks":
-        remedy = ", or fewer --data.window-shards"
+        remedy = ", or a smaller --data.window-shards"
     elif order.shuffle == "full":
         blocks = min(sum(sizes[: order.window_shards]) + sizes[0], sum(sizes)) + small
         remedy = f", or --data.shuffle blocks, which needs {blocks} at {order.window_shards} shards"
     raise ValueError(
-        f"data.cache_bytes: {keeps}, {least} bytes with what lies beside them, and the cache may "
-        f"hold {cache_bytes}; give it --data.cache-bytes {least}{remedy}"
+        f"data.cache_bytes: {needs} in the cache, {least} bytes with the small files, and the "
+        f"limit is {cache_bytes}; use --data.cache-bytes {least}{remedy}"
     )
 
 
 def records_until(order: Order, cursor: Cursor) -> NDArray[np.int64]:
-    """Returns how many records come before each shard (num_shards,) is needed.
+    """Returns the number of records before each shard (num_shards,) is needed.
 
-    0 from its first to its last record in the epoch, NEVER if this epoch and the next lack it.
+    The value is 0 between the shard's first and last record in the epoch, and NEVER if neither this
+    epoch nor the next uses it.
     """
     first, last = spans(order, cursor.epoch)
     away = np.where(last >= cursor.position, np.maximum(first - cursor.position, 0), NEVER)
@@ -283,10 +282,10 @@ def records_until(order: Order, cursor: Cursor) -> NDArray[np.int64]:
 
 
 def parts(order: Order, start: int, size: int) -> Iterator[tuple[Cursor, slice]]:
-    """Cuts records `start` to `start + size` of a run where nothing before is needed after.
+    """Splits records `start` to `start + size` of a run at the ends of windows and epochs.
 
-    Such cuts lie between windows and between epochs. Yields where each part begins, and which of
-    the records it has. So no more than one window need be in the cache at a time.
+    Yields the cursor of each part and the slice of the records in it. No shard is used on both
+    sides of such a split, so the cache never has to hold more than one window.
     """
     done = 0
     while done < size:
@@ -298,21 +297,21 @@ def parts(order: Order, start: int, size: int) -> Iterator[tuple[Cursor, slice]]
         done += num
 
 
-@lru_cache(maxsize=ORDERS_REMEMBERED)
+@lru_cache(maxsize=CACHED_EPOCHS)
 def spans(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the positions of each shard's first and last record in an epoch, -1 for none."""
+    """Returns the positions of each shard's first and last record in an epoch; -1 if unused."""
     starts = np.cumsum(order.sizes)
     shard = np.searchsorted(starts, order.epoch(epoch), side="right")
     position = np.arange(len(shard))
     first, last = np.full((2, len(starts)), -1)
-    first[shard[::-1]] = position[::-1]  # of equal indices the last value stays
+    first[shard[::-1]] = position[::-1]  # for equal indices, the last value wins
     last[shard] = position
     return first, last
 
 
-@lru_cache(maxsize=ORDERS_REMEMBERED)
+@lru_cache(maxsize=CACHED_EPOCHS)
 def cuts(order: Order, epoch: int) -> NDArray[np.int64]:
-    """Returns the positions, the epoch's end included, at which no shard is half used."""
+    """Returns the positions, including the epoch's end, between uses of any shard."""
     first, last = spans(order, epoch)
     used = np.flatnonzero(last >= 0)
     used = used[np.argsort(first[used])]

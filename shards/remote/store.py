@@ -1,12 +1,10 @@
-"""A bounded folder of one set's shards, filled from elsewhere; several processes may share it.
+"""A bounded local folder for the shards of one remote set; several processes may share it.
 
     CACHE/<manifest's hash>/manifest.json   empty_text.npy   shard-000003.tar ...
 
-A shard is fetched under a hidden name, held to its size and hash, synced and renamed, so what bears
-a shard's name is that shard. Its hidden file is also its lock: whoever holds it is fetching it, and
-one that nobody holds was left by a killed process and goes. Room is made under the folder's lock,
-so that the files together, unfinished ones too, never exceed the bound. The price: a shard that one
-process throws out may be one that another would have liked to keep.
+A shard is downloaded under a hidden name, checked against its size and hash, and renamed, so a file
+with a shard's name is that shard. Space is freed under a folder lock, so all files together, also
+unfinished ones, never exceed the bound. The price: a process may evict a shard that another needs.
 """
 
 import contextlib
@@ -26,27 +24,28 @@ from latent_t2i.shards.reader import check_hash
 from latent_t2i.shards.remote.transport import (
     Retry,
     check_sha256,
-    fetch_manifest,
+    fetch_document,
     fetch_small_files,
     iterate,
     join,
     open_stream,
+    without_query,
 )
 from latent_t2i.shards.schema import MANIFEST_NAME, FormatError, Manifest, ShardEntry
 from latent_t2i.shards.writer import sync_folder
 
 HASH_TRIES = 3
-"""How often a shard with a wrong hash is fetched: once more for the network, once for a proxy."""
+"""Number of download attempts before a hash mismatch is reported."""
 FOLDER_LOCK = ".lock"
 IN_USE_LOCK = ".in-use"
 ID_LENGTH = 16
 
 Outcome = Literal["here", "elsewhere", "no room"]
-"""Of an attempt to bring a shard; `elsewhere`: another process is fetching it."""
+"""Result of an attempt to get a shard; `elsewhere`: another process is downloading it."""
 
 
 def default_cache_dir() -> Path:
-    """Returns where shards are kept unless told: in the user's cache folder."""
+    """Returns the default folder, in the user's cache folder."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "latent-t2i" / "shards"
 
@@ -59,19 +58,19 @@ def open_store(
     verify: bool = False,
     retry: Retry | None = None,
 ) -> "Store":
-    """Brings a set's manifest and small files to the cache, and returns its store.
+    """Downloads a set's manifest and small files to the cache, and returns its store.
 
-    Shards are hashed when they are fetched; `verify` hashes those that were there before too, and
-    throws out the damaged. Other sets that no process uses go, the longest unused first, while the
-    cache with all that this one may hold would exceed `cache_bytes`.
+    Shards are hashed when they are downloaded. `verify` also hashes those that are already there,
+    and deletes damaged ones. To make room for this set within `cache_bytes`, other sets that no
+    process uses are deleted, the least recently used first.
 
-    Raises RemoteError and FormatError for a location that does not hold a finished set.
+    Raises RemoteError and FormatError for a location without a finished set.
     """
     with tempfile.TemporaryDirectory(prefix="shards-") as temporary:
-        manifest = fetch_manifest(location, Path(temporary), retry=retry)
+        manifest = fetch_document(Manifest, location, Path(temporary), retry=retry)
         content = (Path(temporary) / MANIFEST_NAME).read_bytes()
     folder = cache_dir.expanduser() / manifest.sha256[:ID_LENGTH]
-    in_use = _share(folder / IN_USE_LOCK)
+    store = Store(location, folder, manifest, cache_bytes, retry or Retry())
     with _locked(folder):
         _remove_leftovers(folder)
         fetch_small_files(location, folder, manifest, retry=retry)
@@ -80,46 +79,39 @@ def open_store(
         partial.rename(folder / MANIFEST_NAME)
     whole = sum(entry.bytes for entry in manifest.files) + len(content)
     _make_room_among_sets(folder, cache_bytes - min(cache_bytes, whole))
-    store = Store(location, folder, manifest, cache_bytes, retry or Retry(), in_use)
     for shard in store.present() if verify else ():
         store.remove_damaged(shard)
     return store
 
 
 class Store:
-    """The shards of a set that are on disk, by their index."""
+    """The shards of a set that are on the local disk, by index."""
 
     def __init__(
-        self,
-        location: str,
-        folder: Path,
-        manifest: Manifest,
-        cache_bytes: int,
-        retry: Retry,
-        in_use: IO[bytes],
+        self, location: str, folder: Path, manifest: Manifest, cache_bytes: int, retry: Retry
     ) -> None:
         self.location = location
         self.folder = folder
         self.manifest = manifest
         self.cache_bytes = cache_bytes
         self.stopped = threading.Event()
-        """Set it to end a download and its waits."""
+        """Setting it stops a download and its retries."""
         self.retry = replace(retry, pause=self.stopped.wait)
-        self._release = weakref.finalize(self, in_use.close)
+        self._release = weakref.finalize(self, _share(folder / IN_USE_LOCK).close)
 
     def close(self) -> None:
-        """Ends a download under way, and lets the set go from the cache if room is needed."""
+        """Stops the current download, and allows other processes to delete the set."""
         self.stopped.set()
         self._release()
 
     @property
     def room_bytes(self) -> int:
-        """What the bound leaves for shards."""
+        """The part of the bound that is left for shards."""
         small = sum(entry.bytes for entry in self.manifest.small_files)
         return self.cache_bytes - small - (self.folder / MANIFEST_NAME).stat().st_size
 
     def has(self, shard: int) -> bool:
-        """Returns whether a shard is on disk, of the right size."""
+        """Returns whether a shard is on disk with the right size."""
         entry = self.manifest.shards[shard]
         try:
             return (self.folder / entry.name).stat().st_size == entry.bytes
@@ -131,17 +123,17 @@ class Store:
         names = {path.name for path in self.folder.iterdir()}
         return {i for i, entry in enumerate(self.manifest.shards) if entry.name in names}
 
-    def bring(self, shard: int, spare: Sequence[int], drop: Callable[[int], bool]) -> Outcome:
-        """Fetches a shard, in place of others if there is no room for it beside them.
+    def get(self, shard: int, spare: Sequence[int], drop: Callable[[int], bool]) -> Outcome:
+        """Downloads a shard, and evicts others if there is no room for it.
 
         Args:
-            shard: Its index.
-            spare: Those that may go, the first first.
-            drop: Is told which one goes, and may refuse it.
+            shard: Index of the shard.
+            spare: Shards that may be evicted, in this order.
+            drop: Called before a shard is evicted; returns False to keep it.
 
         Raises:
             RemoteError: The location cannot be read.
-            FormatError: What lies there is not the manifest's shard.
+            FormatError: The remote file is not the manifest's shard.
         """
         entry = self.manifest.shards[shard]
         partial = self.folder / _hidden(entry)
@@ -166,7 +158,7 @@ class Store:
         return "here"
 
     def used_bytes(self) -> int:
-        """Returns the size of the shards on disk, whole or still to come."""
+        """Returns the size of all shards on disk; unfinished ones count in full."""
         names = {path.name for path in self.folder.iterdir()}
         return sum(
             entry.bytes
@@ -175,7 +167,7 @@ class Store:
         )
 
     def remove_damaged(self, shard: int) -> None:
-        """Removes a shard whose content is not the manifest's."""
+        """Deletes a shard if its hash differs from the manifest's."""
         entry = self.manifest.shards[shard]
         try:
             check_hash(self.folder, entry)
@@ -183,7 +175,7 @@ class Store:
             (self.folder / entry.name).unlink(missing_ok=True)
 
     def trim(self, spare: Sequence[int], drop: Callable[[int], bool]) -> None:
-        """Throws out what exceeds the bound; of a cache whose bound was lowered."""
+        """Evicts shards down to the bound, which may be lower than in an earlier run."""
         with _locked(self.folder):
             self._make_room(spare, drop)
 
@@ -207,7 +199,7 @@ class Store:
         return False
 
     def _download(self, entry: ShardEntry, file: IO[bytes]) -> None:
-        """Fills the claimed file; tries again after a wrong hash, which may be a proxy's fault."""
+        """Downloads a shard to an open file, again after a hash mismatch (a faulty proxy, say)."""
         url = join(self.location, entry.name)
         tries = min(HASH_TRIES, self.retry.attempts)
         for _ in range(tries):
@@ -219,7 +211,7 @@ class Store:
                     digest.update(chunk)
                     self._write(entry, file, chunk)
                     if self.stopped.is_set():
-                        raise InterruptedError(f"{url}: stopped")
+                        raise InterruptedError(f"{without_query(url)}: the download was stopped")
             if digest.hexdigest() == entry.sha256:
                 file.flush()
                 os.fsync(file.fileno())
@@ -229,17 +221,17 @@ class Store:
     def _write(self, entry: ShardEntry, file: IO[bytes], chunk: bytes) -> None:
         try:
             file.write(chunk)
-        except OSError as error:  # which says nothing about the place
+        except OSError as error:  # it does not name the file
             raise OSError(error.errno, error.strerror, str(self.folder / entry.name)) from error
 
 
 def _hidden(entry: ShardEntry) -> str:
-    """The name under which a shard is fetched."""
+    """Returns the name of a shard while it is downloaded."""
     return f".{entry.name}.partial"
 
 
 def _claim(path: Path) -> IO[bytes] | None:
-    """Returns a file that only this process writes; None where another does."""
+    """Opens a file and locks it; returns None if another process holds the lock."""
     file = path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -253,13 +245,13 @@ def _claim(path: Path) -> IO[bytes] | None:
 
 
 def _share(path: Path) -> IO[bytes]:
-    """Marks a set's folder as used by this process, for as long as the file is open."""
+    """Marks a set's folder as in use for as long as the returned file is open."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = path.open("ab")
         except FileNotFoundError:
-            continue  # removed between these two lines
+            continue  # the folder was deleted in between
         fcntl.flock(file, fcntl.LOCK_SH)
         if _is_still_at(path, file):
             os.utime(path)
@@ -268,7 +260,7 @@ def _share(path: Path) -> IO[bytes]:
 
 
 def _is_still_at(path: Path, file: IO[bytes]) -> bool:
-    """Returns whether an open file still has its name: it may have gone while we took the lock."""
+    """Returns whether an open file still exists; it may be deleted before it is locked."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
@@ -283,7 +275,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes unfinished files that no process is writing."""
+    """Deletes unfinished downloads of killed processes."""
     for path in folder.glob(".*.partial"):
         file = _claim(path)
         if file is not None:
@@ -292,7 +284,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _make_room_among_sets(mine: Path, room_bytes: int) -> None:
-    """Removes other sets that no process uses, the longest unused first, down to `room_bytes`."""
+    """Deletes unused other sets, the least recently used first, down to `room_bytes`."""
     marks = [path for path in mine.parent.glob(f"*/{IN_USE_LOCK}") if path.parent != mine]
     sizes = {mark: _folder_bytes(mark.parent) for mark in marks}
     for mark in sorted(marks, key=_used_at):
@@ -309,7 +301,7 @@ def _remove_unused(mark: Path) -> bool:
             doomed = Path(tempfile.mkdtemp(prefix=".removed-", dir=mark.parent.parent))
             mark.parent.rename(doomed)
     except (BlockingIOError, FileNotFoundError):
-        return False  # in use, or another process was faster
+        return False  # in use, or just deleted by another process
     shutil.rmtree(doomed, ignore_errors=True)
     return True
 
@@ -325,4 +317,4 @@ def _folder_bytes(folder: Path) -> int:
     try:
         return sum(path.stat().st_size for path in folder.iterdir())
     except FileNotFoundError:
-        return 0  # another process is removing it
+        return 0  # another process is deleting it

@@ -1,14 +1,16 @@
-"""Stream access: shards read front to back, wherever they lie, by WebDataset; nothing is kept.
+"""Stream access: WebDataset reads shards from start to end, local or remote; nothing is stored.
 
-    loader = StreamLoader(shards=open_streamed("pipe:cat /data/train"), order=order)
+    loader = StreamLoader(shards=open_streamed("s3://bucket/train"), order=order)
 
-The shards of an epoch come in an order by (seed, epoch), dealt out to ranks and workers; a worker
-mixes records within a window, of which it keeps the one caption and view that it has chosen. So
-memory holds a window and the disk nothing. The price: a record meets only those near it; the tar is
-parsed in Python, a twentieth of map access's speed; a rank that has read its shards goes on to
-its next epoch, alone; and a run resumes only to the shard: shards that it had read whole are
-not read again, those it was in the middle of are read from their start, and what waited in a window
-is left to the next epoch. Map and cache access resume exactly.
+The shards of an epoch come in an order by (seed, epoch) and are divided among ranks and workers. A
+worker shuffles records within a window, of which it keeps only the chosen caption and view. So
+memory holds a window and the disk nothing. The price:
+
+* a record is only mixed with records near it;
+* parsing tars in Python is 20 times as slow as map access;
+* ranks do not stay in the same epoch;
+* a run resumes at a shard: shards read completely are not read again, interrupted ones are read
+  from their start, and records that were left in a window are skipped until the next epoch.
 """
 
 import io
@@ -30,26 +32,25 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from latent_t2i.shards.loader import B
 from latent_t2i.shards.order import Order, mixed_seed
-from latent_t2i.shards.reader import RawBatch, ShardSet
+from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
 from latent_t2i.shards.remote.transport import (
     RemoteError,
     Retry,
-    fetch_manifest,
+    fetch_document,
     fetch_small_files,
     join,
     open_stream,
 )
 from latent_t2i.shards.schema import MEMBERS, Field, FormatError, Layout, Manifest, ShardEntry
 
-STEPS_REMEMBERED = 1000
-"""For how many steps the keys are kept, to name nonfinite_keys."""
+KEPT_STEPS = 1000
+"""Number of recent steps whose keys are kept for `nonfinite_keys`."""
 ARRAYS = tuple(part.name for part in fields(RawBatch))
 
 
 class StreamedShards(ShardSet):
-    """A set that is read front to back: it knows its manifest and its small files only."""
+    """A set that is read from start to end; only its manifest and small files are loaded."""
 
     def __init__(
         self, location: str, folder: Path, manifest: Manifest, retry: Retry | None = None
@@ -59,37 +60,36 @@ class StreamedShards(ShardSet):
         self.retry = retry or Retry()
 
     def _map(self, shard: int) -> None:
-        raise ValueError(f"{self.location}: stream access reads no record by its number")
+        raise ValueError(f"{self.location}: stream access cannot read records by number")
 
 
 def open_streamed(location: str, *, retry: Retry | None = None) -> StreamedShards:
     """Reads a set's manifest and small files.
 
-    Raises RemoteError and FormatError for a location that does not hold a finished set.
+    Raises RemoteError and FormatError for a location without a finished set.
     """
     with tempfile.TemporaryDirectory(prefix="shards-") as temporary:
         folder = Path(temporary)
-        manifest = fetch_manifest(location, folder, retry=retry)
+        manifest = fetch_document(Manifest, location, folder, retry=retry)
         fetch_small_files(location, folder, manifest, retry=retry)
         return StreamedShards(location, folder, manifest, retry)
 
 
 def check_stream(order: Order, num_processes: int, num_workers: int) -> None:
-    """Raises ValueError, with the arithmetic, for fewer shards than there are readers."""
+    """Raises ValueError, with the arithmetic, if there are fewer shards than readers."""
     workers = max(num_workers, 1)
     readers = num_processes * workers
     if len(order.sizes) < readers:
         raise ValueError(
-            f"data.access: stream gives each reader its own shards; {len(order.sizes)} shards for "
-            f"{num_processes} processes x {workers} workers = {readers} readers leave "
-            f"{readers - len(order.sizes)} without; use fewer --data.num-workers, smaller shards, "
-            "or --data.access cache"
+            f"data.access: stream needs a shard per reader: {num_processes} processes x {workers} "
+            f"workers = {readers} readers, but there are {len(order.sizes)} shards; use fewer "
+            "--data.num-workers, smaller shards, or --data.access cache"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a rank reads: the shards' places and layouts, and how they are visited."""
+    """The shards that a rank reads, and their order."""
 
     location: str
     shards: tuple[ShardEntry, ...]
@@ -98,12 +98,12 @@ class Reading:
     rank: int
     num_processes: int
     num_workers: int
-    """Readers of this rank, at least 1."""
+    """Number of readers of this rank, at least 1."""
     window_records: int
     retry: Retry
 
     def records(self, worker: int, num_visited: int) -> Iterator["Record"]:
-        """Yields a worker's records without end, but for the whole shards of the first so many."""
+        """Yields a worker's records endlessly, without the complete shards among `num_visited`."""
         epoch = 0
         while True:
             mine = self.shards_of(epoch, worker)
@@ -125,7 +125,7 @@ class Reading:
         return list(islice(by_node, worker, None, self.num_workers))
 
     def epoch(self, epoch: int, worker: int, shards: list[int]) -> Iterator["Record"]:
-        """Yields the records of some shards, mixed within the window."""
+        """Yields the records of some shards, shuffled within the window."""
         choice = self.generator("choice", epoch, self.rank, worker)
         records = (record for shard in shards for record in self.shard(shard, choice))
         if self.order.shuffle == "none":
@@ -137,7 +137,7 @@ class Reading:
         return mixed
 
     def shard(self, index: int, choice: np.random.Generator) -> Iterator["Record"]:
-        """Yields the records of a shard. Raises FormatError where it is not of its layout."""
+        """Yields the records of a shard. Raises FormatError if it differs from its layout."""
         entry = self.shards[index]
         url = join(self.location, entry.name)
         layout, num_found = self.layouts[entry.layout], 0
@@ -148,23 +148,23 @@ class Reading:
         except FormatError as error:
             raise FormatError(_message(error)) from error
         except (tarfile.TarError, ValueError) as error:
-            raise FormatError(f"{url}: not a shard of this layout: {_message(error)}") from error
+            raise FormatError(f"{url}: does not match its layout: {_message(error)}") from error
         if num_found != entry.records:
             raise FormatError(f"{url}: expected {entry.records} records, found {num_found}")
 
     def opened(self, url: str, entry: ShardEntry) -> Iterator[dict[str, Any]]:
-        """Yields a shard as WebDataset's readers of tars take it, open until they are done."""
+        """Yields an open shard in the form that WebDataset's tar readers expect."""
         with open_stream(url, size=entry.bytes, retry=self.retry) as stream:
             yield {"url": url, "stream": stream}
 
     def generator(self, use: Any, *numbers: int) -> np.random.Generator:
-        """Returns a generator of the run's seed, for one use."""
+        """Returns a random generator from the run's seed."""
         return np.random.Generator(np.random.PCG64(mixed_seed(self.order.seed, use, *numbers)))
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record's chosen view and caption."""
+    """The chosen view and caption of a record."""
 
     key: str
     latent: NDArray[np.float16]  # (2C, h, w) or (C, h, w)
@@ -173,10 +173,7 @@ class Record:
 
 
 def parse(url: str, sample: dict[str, Any], layout: Layout) -> dict[str, NDArray[Any]]:
-    """Returns a sample's arrays, whole, after holding each member to the layout.
-
-    Raises FormatError naming shard, key, field, expected and found.
-    """
+    """Returns the arrays of a sample. Raises FormatError if a member differs from the layout."""
     arrays = {}
     for name, part in layout.fields.items():
         content = sample.get(MEMBERS[name])
@@ -192,14 +189,14 @@ def parse(url: str, sample: dict[str, Any], layout: Layout) -> dict[str, NDArray
     others = sample.keys() - {"__key__", "__url__", *MEMBERS.values()}
     if others:
         raise FormatError(
-            f"{url}: key {sample['__key__']!r}: expected members {', '.join(MEMBERS.values())}, "
-            f"found {', '.join(sorted(others))} too"
+            f"{url}: key {sample['__key__']!r}: expected only {', '.join(MEMBERS.values())}, found "
+            f"{', '.join(sorted(others))} too"
         )
     return arrays
 
 
 def choose(arrays: dict[str, NDArray[Any]], key: str, choice: np.random.Generator) -> Record:
-    """Returns one caption and one view, copied, so that the rest of the record can go."""
+    """Returns one caption and one view, copied so that the rest of the record can be freed."""
     caption = int(choice.integers(len(arrays["tokens"])))
     view = int(choice.integers(len(arrays["latent"])))
     return Record(
@@ -211,10 +208,10 @@ def choose(arrays: dict[str, NDArray[Any]], key: str, choice: np.random.Generato
 
 
 class Batches(IterableDataset[Any]):
-    """A rank's batches from a step on, as DataLoader's workers make them, each every n-th.
+    """A rank's batches from a step on; each of DataLoader's n workers makes every n-th.
 
-    An item is (keys, latent, text, tokens), or the error that ended the reading: it is raised in
-    the consumer, where it is still itself.
+    An item is (keys, latent, text, tokens), or an error: DataLoader would change the type of an
+    error raised in a worker, so the consumer raises it.
     """
 
     def __init__(self, reading: Reading, batch_size: int, start: int) -> None:
@@ -226,7 +223,7 @@ class Batches(IterableDataset[Any]):
         info = get_worker_info()
         number = self.reading.num_workers
         worker = (self.start + (info.id if info else 0)) % number
-        num_steps = len(range(worker, self.start, number))  # that were this worker's
+        num_steps = len(range(worker, self.start, number))  # earlier steps of this worker
         records = self.reading.records(worker, num_steps * self.batch_size)
         try:
             while True:
@@ -240,7 +237,7 @@ class Batches(IterableDataset[Any]):
 
 
 class StreamLoader:
-    """Fills batches from streams, step after step; another step than the next begins anew."""
+    """Fills batches from streams, step after step; any other step restarts the streams."""
 
     def __init__(
         self,
@@ -269,16 +266,16 @@ class StreamLoader:
         )
         self._batches: Iterator[Any] = iter(())
         self._next_step = -1
-        self._keys: deque[tuple[int, list[str]]] = deque(maxlen=STEPS_REMEMBERED)
+        self._keys: deque[tuple[int, list[str]]] = deque(maxlen=KEPT_STEPS)
 
     def buffer(self, *, pin_memory: bool = False) -> RawBatch:
-        """Returns an empty batch of this process's size."""
+        """Returns an uninitialised batch of this process's size."""
         return self._shards.buffer(self._batch_size, pin_memory=pin_memory)
 
-    def fill(self, step: int, out: B) -> B:
-        """Puts this process's next batch into `out`.
+    def fill(self, step: int, out: BatchT) -> BatchT:
+        """Writes this process's next batch into `out`.
 
-        Raises RemoteError and FormatError as reading the shards does.
+        Raises RemoteError and FormatError if the shards cannot be read.
         """
         if step != self._next_step:
             self._begin(step)
@@ -295,11 +292,11 @@ class StreamLoader:
         return out
 
     def nonfinite_keys(self, step: int) -> list[str]:
-        """Returns the keys of a recent step's records of this process; none of an older step's."""
+        """Returns this process's keys of a recent step; an empty list for an older step."""
         return next((keys for past, keys in self._keys if past == step), [])
 
     def close(self) -> None:
-        """Ends the workers; another step begins anew."""
+        """Stops the workers; the next step restarts them."""
         self._batches = iter(())
         self._next_step = -1
 
@@ -310,22 +307,22 @@ class StreamLoader:
                 Batches(self._reading, self._batch_size, step),
                 batch_size=None,
                 num_workers=self._num_workers,
-                generator=torch.Generator(),  # else it draws from that of the training
+                generator=torch.Generator(),  # otherwise it would draw from the global generator
             )
         )
 
 
 def _message(error: Exception) -> str:
-    """Returns an error's text without what WebDataset adds to it on the way."""
+    """Returns an error's text without what WebDataset appends to it."""
     return str(error.args[0]).partition(" @ <")[0]
 
 
 def _describe(content: bytes, part: Field) -> str:
-    """Says what a member holds in place of its field."""
+    """Describes a member that does not match its field."""
     if not part.header_bytes:
         return f"{len(content)} bytes"
     try:
         array = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError):
-        return f"{len(content)} bytes that are no .npy array"
+        return f"{len(content)} bytes that are not a .npy array"
     return f"{array.dtype} {array.shape}"

@@ -1,38 +1,36 @@
-"""Reading a set of shards from where it lies: a folder, a URL that fsspec knows, or a command.
+"""Reads the files of a set from a local folder or from a URL that fsspec knows, with retries.
 
     with open_stream(join("https://host/train", "shard-000000.tar"), size=entry.bytes) as stream:
         stream.read(4096)
 
-`pipe:COMMAND` reads what COMMAND/NAME prints: `pipe:ssh host cat /data/train`. fsspec speaks the
-protocols; credentials and endpoints are its own settings. Here a lost connection, a busy server, a
-short file and a failed command are tried again, with longer and longer waits; reading goes on where
-it broke off if the place can seek, else it begins anew and what was read before is passed over. The
-price of a full stop is that a file that is not there is named at once, and never waited for.
+Lost connections, busy servers and truncated responses are retried with exponential backoff. Reading
+continues where it broke off if the server supports ranges, else the file is read again up to that
+position. Protocols, credentials and endpoints are fsspec's.
 """
 
 import hashlib
 import io
-import random
-import shlex
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
+import tenacity
 
-from latent_t2i.shards.schema import MANIFEST_NAME, FileEntry, FormatError, Manifest
+from latent_t2i.shards.parsing import printable, read_limited
+from latent_t2i.shards.schema import Document, FileEntry, FormatError, Manifest
+
+T = TypeVar("T")
+DocumentT = TypeVar("DocumentT", bound=Document)
 
 BLOCK_BYTES = 8 * 2**20
-"""Asked for at a time where a file is read by ranges."""
+"""Size of a request if a file is read in ranges."""
 BUFFER_BYTES = 2**20
-PIPE = "pipe:"
 
-# What protocol packages raise beside OSError; they are looked up once the package is loaded.
+# Errors of protocol packages besides OSError. They are looked up once a package is loaded.
 LOST = (
     ("aiohttp", "ClientError"),
     ("botocore.exceptions", "ConnectionError"),
@@ -43,54 +41,88 @@ LOST = (
 )
 REFUSED = (("botocore.exceptions", "BotoCoreError"), ("google.auth.exceptions", "GoogleAuthError"))
 NOT_LOST = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
-"""A ValueError that is also one of the above: an impossible URL, an untrusted certificate."""
+"""ValueError: some of the errors above are one too, for an invalid URL or certificate."""
 BUSY_STATUS = (408, 425, 429)
-"""HTTP answers below 500 that another try may change."""
+"""HTTP statuses below 500 that a retry may change."""
 WAIT_FOR_CONNECTION_S = 30
 WAIT_FOR_DATA_S = 60
 
 
 class RemoteError(OSError):
-    """A place could not be read; the message names it, the attempts and the last cause."""
+    """A remote file could not be read; the message names it, the attempts and the last error."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = printable(message)
 
     def __str__(self) -> str:
-        return self.message  # readers of tar files add to `args`
+        return self.message  # tar readers append to `args`
 
 
 class ShortReadError(OSError):
-    """A file ended before its size; often a connection that broke off without a sign."""
+    """A file ended before its size; often a connection that was lost without an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """How often, and with what waits, reading is tried again when it fails without progress."""
+    """How often, and after which waits, a failed read is repeated."""
 
     attempts: int = 8
+    """Number of attempts without progress before the read fails."""
     first_wait_s: float = 0.5
-    """Doubled each time; up to half of a wait is left off by chance, so that processes that failed
-    together do not come back together."""
+    """Doubled after each failure. Half of each wait is random, to spread out many processes."""
     longest_wait_s: float = 30.0
-    pause: Callable[[float], object] = time.sleep
+    pause: Callable[[float], Any] = time.sleep
 
     def wait(self, num_failures: int) -> None:
-        """Waits after so many failures in a row."""
-        wait_s = min(self.first_wait_s * 2 ** (num_failures - 1), self.longest_wait_s)
-        self.pause(wait_s * random.uniform(0.5, 1.0))
+        """Waits after so many failures, without jitter; for pipeline/fetch.py."""
+        self.pause(min(self.first_wait_s * 2 ** (num_failures - 1), self.longest_wait_s))
+
+
+def with_retries(
+    url: str, read: Callable[[], T], retry: Retry | None = None, *, position: int | None = None
+) -> T:
+    """Returns `read()`, repeated while it fails with an error that a retry may change.
+
+    `url` and `position` (in bytes) are for error messages. Raises FileNotFoundError and, for other
+    final errors, RemoteError at once, and RemoteError after the last attempt.
+    """
+    retry = retry or Retry()
+    half = {"multiplier": retry.first_wait_s / 2, "max": retry.longest_wait_s / 2}
+    retrying = tenacity.Retrying(
+        stop=tenacity.stop_after_attempt(retry.attempts),
+        wait=tenacity.wait_exponential(**half) + tenacity.wait_random_exponential(**half),
+        retry=tenacity.retry_if_exception(lambda e: isinstance(e, _errors()) and not refusal(e)),
+        sleep=retry.pause,
+        reraise=True,
+    )
+    try:
+        return retrying(read)
+    except _errors() as error:
+        shown, reason = without_query(url), refusal(error)
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{shown}: {reason}") from error
+        if reason:
+            raise RemoteError(f"{shown}: {reason}") from error
+        at = "" if position is None else f" at byte {position}"
+        raise RemoteError(
+            f"{shown}: gave up{at} after {retry.attempts} attempts; the last error: "
+            f"{describe(error)}"
+        ) from error
 
 
 def is_remote(location: str) -> bool:
-    """Returns whether a location is a URL or a command rather than a folder."""
-    return location.startswith(PIPE) or "://" in location
+    """Returns whether a location is a URL rather than a local folder."""
+    return "://" in location
+
+
+def without_query(url: str) -> str:
+    """Returns an http URL without its query, which may contain a signature; others unchanged."""
+    return url.partition("?")[0] if _is_http(url) else url
 
 
 def join(location: str, name: str) -> str:
-    """Returns where a file of a set lies; an http URL keeps its query."""
-    if location.startswith(PIPE):
-        return f"{location.rstrip('/')}/{shlex.quote(name)}"
+    """Returns the path or URL of a file in a location; an http URL keeps its query."""
     base, mark, query = location.partition("?") if _is_http(location) else (location, "", "")
     return f"{base.rstrip('/')}/{name}{mark}{query}"
 
@@ -98,35 +130,37 @@ def join(location: str, name: str) -> str:
 def open_stream(
     url: str, *, size: int | None = None, retry: Retry | None = None
 ) -> io.BufferedReader:
-    """Returns a file to read front to back, of `size` bytes where that is known.
+    """Opens a file for reading from start to end; `size` is in bytes, where it is known.
 
-    Reading raises RemoteError once all attempts failed, or at once for what is not there or not
-    allowed, and FormatError for a file longer than `size`.
+    Reading raises RemoteError if the file is missing, not accessible, or all attempts failed, and
+    FormatError if it is longer than `size`.
     """
     return io.BufferedReader(Stream(url, size=size, retry=retry), BUFFER_BYTES)
 
 
 def iterate(stream: io.BufferedReader) -> Iterator[bytes]:
-    """Yields what is left of a stream in pieces."""
+    """Yields the rest of a stream in chunks."""
     while chunk := stream.read(BUFFER_BYTES):
         yield chunk
 
 
 def read_file(url: str, *, size: int | None = None, retry: Retry | None = None) -> bytes:
-    """Returns a small file's content."""
+    """Returns the content of a small file. Raises FormatError if it is too large to be one."""
     with open_stream(url, size=size, retry=retry) as stream:
-        return stream.read()
+        return read_limited(stream, without_query(url))
 
 
-def fetch_manifest(location: str, folder: Path, *, retry: Retry | None = None) -> Manifest:
-    """Reads and checks a set's manifest, and leaves it in a local folder.
+def fetch_document(
+    kind: type[DocumentT], location: str, folder: Path, *, retry: Retry | None = None
+) -> DocumentT:
+    """Downloads a manifest or list of buckets to a local folder and checks it.
 
-    Raises FormatError as `Manifest.load` does, naming the location.
+    Raises FormatError like `Document.load`, with the location in place of the folder.
     """
-    content = read_file(join(location, MANIFEST_NAME), retry=retry)
-    (folder / MANIFEST_NAME).write_bytes(content)
+    content = read_file(join(location, kind.FILE_NAME), retry=retry)
+    (folder / kind.FILE_NAME).write_bytes(content)
     try:
-        return Manifest.load(folder)
+        return kind.load(folder)
     except FormatError as error:
         raise FormatError(str(error).replace(str(folder), location)) from error
 
@@ -134,9 +168,9 @@ def fetch_manifest(location: str, folder: Path, *, retry: Retry | None = None) -
 def fetch_small_files(
     location: str, folder: Path, manifest: Manifest, *, retry: Retry | None = None
 ) -> None:
-    """Brings the files beside the shards into a local folder, unless they are there.
+    """Downloads the files beside the shards to a local folder, unless they are there already.
 
-    Raises FormatError for one whose hash is not the manifest's.
+    Raises FormatError if the hash of a file differs from the manifest's.
     """
     for entry in manifest.small_files:
         path = folder / entry.name
@@ -151,38 +185,42 @@ def fetch_small_files(
 
 
 def check_sha256(url: str, entry: FileEntry, found: str, *, tries: int = 1) -> None:
-    """Raises FormatError where what was read is not what the manifest says."""
+    """Raises FormatError if the sha256 of a download differs from the manifest's."""
     if found != entry.sha256:
         times = f" in each of {tries} downloads" if tries > 1 else ""
         raise FormatError(
-            f"{url}: sha256: expected {entry.sha256}, found {found}{times}: "
-            "not the file that the manifest was written with"
+            f"{without_query(url)}: sha256: expected {entry.sha256}, found {found}{times}: "
+            "the manifest was written for another file"
         )
 
 
 class Stream(io.RawIOBase):
-    """A file read front to back, over as many connections as it takes."""
+    """A file that is read from start to end, over as many connections as necessary."""
 
     def __init__(self, url: str, *, size: int | None = None, retry: Retry | None = None) -> None:
         self._url = url
         self._size = size
-        self._retry = retry or Retry()
+        self._retry = retry
         self._position = 0
-        self._num_failures = 0
         self._file: BinaryIO | None = None
 
     def readable(self) -> bool:
-        """True: that is all it can."""
+        """Returns True."""
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        """Reads up to the buffer's size and returns how many bytes, 0 at the end."""
+        """Reads into the buffer and returns the number of bytes, 0 at the end."""
         want = len(buffer)
         if self._size is not None:
             want = min(want, self._size - self._position)
         if want == 0:
             return 0
-        chunk = self._read(want)
+        try:
+            chunk = with_retries(
+                self._url, lambda: self._read(want), self._retry, position=self._position
+            )
+        except FileNotFoundError as error:
+            raise RemoteError(str(error)) from error
         buffer[: len(chunk)] = chunk
         self._position += len(chunk)
         if self._position == self._size:
@@ -190,48 +228,34 @@ class Stream(io.RawIOBase):
         return len(chunk)
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         self._drop()
         super().close()
 
     def _read(self, want: int) -> bytes:
-        while True:
-            try:
-                if self._file is None:
-                    self._file, to_skip = open_at(self._url, self._position)
-                    pass_over(self._file, to_skip)
-                chunk = self._file.read(want)
-                if not chunk and self._size is not None:
-                    raise ShortReadError(
-                        f"ended after {self._position} bytes, expected {self._size}"
-                    )
-                self._num_failures = 0
-                return chunk
-            except _errors() as error:
-                self._drop()
-                self._give_up_or_wait(error)
-
-    def _give_up_or_wait(self, error: Exception) -> None:
-        self._num_failures += 1
-        reason = refusal(error)
-        if reason:
-            raise RemoteError(f"{self._url}: {reason}") from error
-        if self._num_failures >= self._retry.attempts:
-            raise RemoteError(
-                f"{self._url}: gave up at byte {self._position} after {self._num_failures} "
-                f"attempts; the last one: {describe(error)}"
-            ) from error
-        self._retry.wait(self._num_failures)
+        try:
+            if self._file is None:
+                self._file, to_skip = open_at(self._url, self._position)
+                pass_over(self._file, to_skip)
+            chunk = self._file.read(want)
+            if not chunk and self._size is not None:
+                raise ShortReadError(f"ended after {self._position} bytes, expected {self._size}")
+        except _errors():
+            self._drop()
+            raise
+        return chunk
 
     def _expect_end(self) -> None:
-        """Raises FormatError for more bytes than there should be."""
+        """Raises FormatError if the file continues after its size."""
         assert self._file is not None
         try:
             more = self._file.read(1)
         except _errors():
-            return  # all that was wanted is here
+            return  # all bytes of the file are here
         if more:
-            raise FormatError(f"{self._url}: too long: expected {self._size} bytes, found more")
+            raise FormatError(
+                f"{without_query(self._url)}: too long: expected {self._size} bytes, found more"
+            )
 
     def _drop(self) -> None:
         file, self._file = self._file, None
@@ -240,27 +264,23 @@ class Stream(io.RawIOBase):
 
 
 def open_at(url: str, offset: int) -> tuple[BinaryIO, int]:
-    """Opens a location's file; returns it and how many bytes of it come before `offset`.
+    """Opens a file near `offset`; returns it and the number of bytes to skip up to `offset`.
 
-    Raises what fsspec and the protocol's package raise, and ValueError where that is missing.
+    Raises the errors of fsspec and of the protocol's package, and ValueError if that is missing.
     """
     if _is_http(url):
         return _open_http(url, offset)
-    if url.startswith(PIPE):
-        file = cast(BinaryIO, Pipe(url))
-    elif is_remote(url):
+    if is_remote(url):
         system, path = find_filesystem(url)
         file = system.open(path, "rb", block_size=BLOCK_BYTES)
     else:
         file = Path(url).open("rb")  # noqa: SIM115 - the caller closes it
-    if not offset or not file.seekable():
-        return file, offset
     file.seek(offset)
     return file, 0
 
 
 def pass_over(file: BinaryIO, num_bytes: int) -> None:
-    """Reads bytes that were read before. Raises ShortReadError if there are not so many."""
+    """Skips bytes by reading them. Raises ShortReadError if there are fewer."""
     left = num_bytes
     while left:
         chunk = file.read(min(left, BUFFER_BYTES))
@@ -270,83 +290,50 @@ def pass_over(file: BinaryIO, num_bytes: int) -> None:
 
 
 def find_filesystem(url: str) -> tuple[Any, str]:
-    """Returns fsspec's filesystem of a URL, and the path within it.
+    """Returns the fsspec filesystem of a URL, and the path in it.
 
-    Raises ValueError for an unknown protocol and for one whose package is not installed.
+    Raises ValueError for an unknown protocol, or if the protocol's package is not installed.
     """
     try:
         system, path = fsspec.core.url_to_fs(url)
     except ImportError as error:
-        raise ValueError(f"{url}: a package is missing for this protocol: {error}") from error
+        raise ValueError(f"{url}: this protocol needs a package: {error}") from error
     except ValueError as error:
         raise ValueError(f"{url}: {error}") from error
     return system, path
 
 
 def refusal(error: Exception) -> str:
-    """Returns what a final answer says; nothing for an error that another try may change."""
+    """Returns the reason if an error is final; an empty string if a retry may change it."""
     if isinstance(error, FileNotFoundError):
-        return "not found"
+        return "not found: there is no such file at this address"
     status = _status(error)
-    denied = status is not None and 400 <= status < 500 and status not in BUSY_STATUS
-    refused = isinstance(error, _loaded(REFUSED)) and not isinstance(error, _loaded(LOST))
-    final = denied or refused or isinstance(error, NOT_LOST)
-    return describe(error) if final else ""
+    is_denied = status is not None and 400 <= status < 500 and status not in BUSY_STATUS
+    is_refused = isinstance(error, _loaded(REFUSED)) and not isinstance(error, _loaded(LOST))
+    return describe(error) if is_denied or is_refused or isinstance(error, NOT_LOST) else ""
 
 
 def describe(error: Exception) -> str:
-    """Returns an error as a few words: its HTTP status, or its kind and its text."""
+    """Returns a short description of an error: its HTTP status, or its type and text."""
     status, message = _status(error), getattr(error, "message", "")
     if status is not None:
         return f"HTTP status {status}" + (f" ({message})" if message else "")
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-class Pipe:
-    """What a command prints, as a file; a command that fails is an OSError at its end."""
-
-    def __init__(self, url: str) -> None:
-        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the pipe
-        self._process = subprocess.Popen(
-            url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE, stderr=self._messages
-        )
-
-    def read(self, size: int) -> bytes:
-        """Returns up to `size` bytes, none at the end."""
-        assert self._process.stdout is not None
-        chunk = self._process.stdout.read(size)
-        if not chunk and (code := self._process.wait()):
-            self._messages.seek(0)
-            lines = self._messages.read().decode(errors="replace").splitlines()
-            raise OSError(": ".join([f"exit code {code}", *lines[-1:]]))
-        return chunk
-
-    def seekable(self) -> bool:
-        """False."""
-        return False
-
-    def close(self) -> None:
-        """Ends the command."""
-        assert self._process.stdout is not None
-        self._process.kill()
-        self._process.stdout.close()
-        self._process.wait()
-        self._messages.close()
-
-
 def _open_http(url: str, offset: int) -> tuple[BinaryIO, int]:
-    """Opens one long answer: by ranges, each block would wait for the one before it.
+    """Opens a single long response, because one request per range would wait for each other.
 
-    A server that knows no ranges sends the whole file again.
+    A server without ranges sends the whole file.
     """
     system, path = find_filesystem(url)
     headers = system.kwargs.get("headers", {}) | {"Accept-Encoding": "identity"}
     headers |= {"Range": f"bytes={offset}-"} if offset else {}
-    patience = sys.modules["aiohttp"].ClientTimeout(
+    timeout = sys.modules["aiohttp"].ClientTimeout(
         total=None, sock_connect=WAIT_FOR_CONNECTION_S, sock_read=WAIT_FOR_DATA_S
     )
-    # A size, whatever it is, spares fsspec a request that hides what went wrong.
-    file = system.open(path, "rb", block_size=0, size=1, headers=headers, timeout=patience)
+    # With any `size`, fsspec skips a HEAD request that would hide the real error.
+    file = system.open(path, "rb", block_size=0, size=1, headers=headers, timeout=timeout)
     return cast(BinaryIO, file), 0 if file.r.status == 206 else offset
 
 
@@ -364,7 +351,7 @@ def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:
 
 
 def _status(error: Exception) -> int | None:
-    """Returns the HTTP status that an error carries, as aiohttp, gcsfs or httpx name it."""
+    """Returns the HTTP status of an error of aiohttp, gcsfs or httpx."""
     for owner, name in (
         (error, "status"),
         (getattr(error, "response", None), "status_code"),

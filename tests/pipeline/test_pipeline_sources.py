@@ -193,7 +193,6 @@ def test_remote_files(memory: Any) -> None:
     ("location", "message"),
     [
         ("http://host/*.tar", "http has no patterns, name the files with braces"),
-        ("pipe:cat a.tar", "a command cannot read a byte range of a file"),
         ("memory://set/*.tar", "no .tar file in"),
         ("https://host/0.tar.gz?a=b", "https://host/0.tar.gz is compressed"),
     ],

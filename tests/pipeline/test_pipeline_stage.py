@@ -219,7 +219,7 @@ def test_no_shard_is_larger_than_the_limits(folder: CocoFolder, out: Path) -> No
     sizes = [path.stat().st_size for path in out.with_name("cut").glob("*.tar")]
     assert max(sizes) <= limit
     assert list(verify(out.with_name("cut"))) == []
-    with pytest.raises(ValueError, match=rf"max_shard_bytes: found {limit}, asked for 1000000000"):
+    with pytest.raises(ValueError, match=rf"max_shard_bytes: found {limit}, expected 1000000000"):
         build(make_config(folder, out.with_name("cut"), records_per_shard=9))
 
 
@@ -237,14 +237,14 @@ def test_finished_shards_are_not_encoded_again(
 
 def test_a_folder_of_another_command_is_refused(folder: CocoFolder, out: Path) -> None:
     build(make_config(folder, out))
-    with pytest.raises(ValueError, match="max_tokens: found 16, asked for 20"):
+    with pytest.raises(ValueError, match="max_tokens: found 16, expected 20"):
         build(make_config(folder, out, max_tokens=20))
     other = tiny.make_encoders(out.with_name("encoders"), seed=1)
-    message = rf"vae: found .*{tiny.encoders().vae}.* asked for '{other.vae}'"
+    message = rf"vae: found .*{tiny.encoders().vae}.* expected '{other.vae}'"
     with pytest.raises(ValueError, match=message):
         build(make_config(folder, out, vae=other.vae))
     folder.change("captions", annotations=folder.read("captions")["annotations"][1:])
-    with pytest.raises(ValueError, match=r"source\.sha256: found '\w{64}', asked for '\w{64}'"):
+    with pytest.raises(ValueError, match=r"source\.sha256: found '\w{64}', expected '\w{64}'"):
         build(make_config(folder, out))
 
 

@@ -1,4 +1,4 @@
-"""Buckets take turns by (seed, step): each record once an epoch of its bucket, in whole batches."""
+"""BucketOrder: one bucket per batch, each record once per epoch of its bucket."""
 
 import pickle
 
@@ -17,7 +17,7 @@ SIZES = st.lists(
 
 @st.composite
 def orders(draw: st.DrawFn, last_batch: str | None = None) -> BucketOrder:
-    """Any order; with `drop`, one bucket at least holds a batch."""
+    """Any order; with `drop`, at least one bucket has a full batch."""
     sizes = draw(SIZES)
     last_batch = last_batch or draw(st.sampled_from(["fill", "drop"]))
     largest = max(map(sum, sizes)) if last_batch == "drop" else 40
@@ -32,15 +32,15 @@ def orders(draw: st.DrawFn, last_batch: str | None = None) -> BucketOrder:
 
 
 def bucket_of(order: BucketOrder, records: np.ndarray) -> int:
-    """The one bucket that all records of a batch are of."""
+    """Returns the bucket of all records of a batch."""
     (bucket,) = np.unique(np.searchsorted(np.cumsum(order.counts), records, side="right"))
     return int(bucket)
 
 
 @given(order=orders("fill"), epoch=st.integers(0, 50))
 @settings(deadline=None, max_examples=80)
-def test_filled_epochs_visit_every_record_of_a_bucket_once(order: BucketOrder, epoch: int) -> None:
-    """And by the end of each epoch that of every bucket has ended, with no batch to spare."""
+def test_filled_epochs_visit_each_bucket_record_once(order: BucketOrder, epoch: int) -> None:
+    """At the end of each epoch, each bucket has finished its epoch, with no batch more."""
     steps = order.num_steps(epoch + 1)
     visited: dict[int, list[int]] = {bucket: [] for bucket in range(len(order.sizes))}
     for step in range(steps):
@@ -58,9 +58,7 @@ def test_filled_epochs_visit_every_record_of_a_bucket_once(order: BucketOrder, e
 
 @given(order=orders("drop"), epoch=st.integers(0, 10**4))
 @settings(deadline=None, max_examples=80)
-def test_dropped_epochs_visit_whole_batches_and_no_record_twice(
-    order: BucketOrder, epoch: int
-) -> None:
+def test_dropped_epochs_of_buckets_have_full_batches(order: BucketOrder, epoch: int) -> None:
     steps = range(order.num_steps(epoch), order.num_steps(epoch + 1))
     batches = [order.records(step) for step in steps]
     found = np.concatenate(batches).tolist()
@@ -71,7 +69,7 @@ def test_dropped_epochs_visit_whole_batches_and_no_record_twice(
 
 @given(order=orders(), step=st.integers(0, 10**5))
 @settings(deadline=None, max_examples=80)
-def test_two_integers_are_the_whole_state(order: BucketOrder, step: int) -> None:
+def test_bucket_cursor_is_the_whole_state(order: BucketOrder, step: int) -> None:
     resumed: BucketOrder = pickle.loads(pickle.dumps(order))
     cursor = Cursor(**vars(order.cursor(step)))
     assert resumed.step(cursor) == step
@@ -83,7 +81,7 @@ def test_two_integers_are_the_whole_state(order: BucketOrder, step: int) -> None
 
 @given(order=orders("fill"), num_processes=st.sampled_from([1, 2, 4]), step=st.integers(0, 500))
 @settings(deadline=None, max_examples=50)
-def test_ranks_divide_a_batch_of_one_bucket(
+def test_ranks_divide_batches_of_one_bucket(
     order: BucketOrder, num_processes: int, step: int
 ) -> None:
     size = order.batch_size * num_processes
@@ -94,10 +92,10 @@ def test_ranks_divide_a_batch_of_one_bucket(
     assert len({bucket_of(wide, part) for part in parts}) == 1
 
 
-def test_the_sequence_is_shuffled_and_other_in_each_epoch_and_for_each_seed() -> None:
+def test_bucket_sequence_differs_by_epoch_and_seed() -> None:
     made = [BucketOrder(sizes=((40,), (24,)), batch_size=4, seed=seed) for seed in range(3)]
     found = {
-        tuple(order.place(step)[0] for step in range(16 * epoch, 16 * epoch + 16))
+        tuple(order.locate(step)[0] for step in range(16 * epoch, 16 * epoch + 16))
         for order in made
         for epoch in range(3)
     }
@@ -105,35 +103,35 @@ def test_the_sequence_is_shuffled_and_other_in_each_epoch_and_for_each_seed() ->
     assert {sum(sequence) for sequence in found} == {6}
 
 
-def test_without_shuffling_buckets_come_one_after_the_other() -> None:
+def test_unshuffled_buckets_come_in_order() -> None:
     order = BucketOrder(sizes=((2, 3), (2,)), batch_size=2, seed=3, shuffle="none")
     found = [order.records(step).tolist() for step in range(7)]
     assert found == [[0, 1], [2, 3], [4, 0], [5, 6], [1, 2], [3, 4], [5, 6]]
 
 
-def test_buckets_of_one_size_are_not_visited_in_one_order() -> None:
+def test_buckets_of_equal_size_have_different_orders() -> None:
     order = BucketOrder(sizes=((30,), (30,)), batch_size=5, seed=0)
     first, second = (own.epoch(0).tolist() for own in order.orders)
     assert first != second
 
 
-def test_a_bucket_smaller_than_a_batch_comes_as_often_as_its_size_asks() -> None:
+def test_small_bucket_is_visited_in_proportion() -> None:
     order = BucketOrder(sizes=((3,), (40,)), batch_size=10, seed=0)
-    places = [order.place(step) for step in range(order.num_steps(10))]
+    places = [order.locate(step) for step in range(order.num_steps(10))]
     assert sum(bucket == 0 for bucket, _ in places) == 3
     assert order.batches_before(1).tolist() == [1, 4]
     dropped = BucketOrder(sizes=((3,), (40,)), batch_size=10, seed=0, last_batch="drop")
-    assert {dropped.place(step)[0] for step in range(99)} == {1}
+    assert {dropped.locate(step)[0] for step in range(99)} == {1}
     assert (order.epoch_records, dropped.epoch_records) == (43, 40)
 
 
-def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(ValueError, match="drop leaves nothing of buckets of at most 5 records in"):
+def test_impossible_bucket_orders_are_rejected() -> None:
+    with pytest.raises(ValueError, match="drop leaves no batch: the largest bucket has 5 records"):
         BucketOrder(sizes=((3,), (4, 1)), batch_size=6, seed=0, last_batch="drop")
     with pytest.raises(ValueError, match="expected 1 or more, found 0, 16"):
         BucketOrder(sizes=((3,),), batch_size=0, seed=0)
     order = BucketOrder(sizes=((10,),), batch_size=4, seed=0)
     assert order.num_steps(1) == 3
     for position in (3, 12):
-        with pytest.raises(ValueError, match="no step of 4 records begins there in that epoch"):
+        with pytest.raises(ValueError, match="no step of 4 records begins at this position"):
             order.step(Cursor(epoch=0, position=position))

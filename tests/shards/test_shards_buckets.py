@@ -1,10 +1,9 @@
-"""A bucketed set: its list holds its sets together, and its batches are each of one of them."""
+"""Bucketed sets: their list, and batches that each come from one bucket."""
 
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_t2i.shards import summary, verify
-from latent_t2i.shards.access import Access, fetch_buckets, make_loader, open_set
+from latent_t2i.shards.access import Access, make_loader, open_set
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.buckets import BucketedShards, Buckets, finish_buckets, open_buckets
 from latent_t2i.shards.loader import NUM_BUFFERS, BucketLoader, batches
-from latent_t2i.shards.reader import RawBatch, ShardSet, open_shards
+from latent_t2i.shards.reader import ShardSet, open_shards
 from latent_t2i.shards.remote.transport import RemoteError
-from latent_t2i.shards.schema import FormatError, Manifest, hash_json
+from latent_t2i.shards.schema import FormatError, Manifest
 from tests.servers import QUICK, Server, serve
-from tests.shard_sets import make_examples, make_identity, make_provenance, write_buckets, write_set
+from tests.shard_sets import (
+    assert_batches_equal,
+    collect,
+    concatenate,
+    edit_json,
+    make_examples,
+    make_identity,
+    make_provenance,
+    run_main,
+    write_buckets,
+    write_set,
+)
 
 SIZES = {"64x64": (10, 7), "96x40": (9,), "40x96": (5, 4), "48x80": (3,)}
 MAP = Access(kind="map")
@@ -32,7 +42,7 @@ BATCH = 4
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set of four buckets, one smaller than a batch."""
+    """A set of four buckets, one of them smaller than a batch."""
     folder = tmp_path_factory.mktemp("bucketed") / "train"
     write_buckets(folder, SIZES, quarantined={"bad": "not an image"}, views=2)
     return folder
@@ -40,7 +50,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(sound: Path, tmp_path: Path) -> Path:
-    """A copy of it that may be spoilt."""
+    """A copy of the set that tests may damage."""
     copied = shutil.copytree(sound, tmp_path / "train")
     for path in copied.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -49,7 +59,7 @@ def folder(sound: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(sound: Path) -> Iterator[Server]:
-    """A server of it."""
+    """A server of the set."""
     with serve(sound) as served:
         yield served
 
@@ -74,40 +84,14 @@ def loader_of(
     return loader
 
 
-def copies(loader: BucketLoader, start: int, stop: int) -> list[RawBatch]:
-    """Batches in memory of their own."""
-    return [
-        RawBatch(**{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
-        for batch in batches(loader, start=start, stop=stop)
-    ]
-
-
-def assert_equal(found: list[RawBatch], expected: list[RawBatch]) -> None:
-    """Compares every tensor bit by bit."""
-    for first, second in zip(found, expected, strict=True):
-        for field in fields(RawBatch):
-            assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
-
-
-def save(folder: Path, document: dict[str, Any]) -> None:
-    """Writes a changed list with the right hash and in the right form."""
-    document.pop("sha256", None)
-    whole = document | {"sha256": hash_json(document)}
-    text = json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-    (folder / "buckets.json").write_text(text)
-
-
-def changed(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes the list as a writer with a fault would."""
-    document = json.loads((folder / "buckets.json").read_text())
-    change(document)
-    save(folder, document)
+def change_list(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    edit_json(folder / "buckets.json", change)
 
 
 # The list
 
 
-def test_the_list_adds_up_and_opens_as_written(tmp_path: Path) -> None:
+def test_list_round_trips_with_its_totals(tmp_path: Path) -> None:
     written = write_buckets(
         tmp_path / "set", {"64x64": (3,), "128x32": (2,), "32x128": (1,)}, quarantined={"a": "b"}
     )
@@ -118,7 +102,7 @@ def test_the_list_adds_up_and_opens_as_written(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_images_left_out_in_a_bucket_count_too(tmp_path: Path) -> None:
+def test_quarantined_images_of_a_bucket_count(tmp_path: Path) -> None:
     write_set(tmp_path / "64x64", [make_examples(2)], quarantined={"x": "broken", "y": "broken"})
     found = finish_buckets(tmp_path, ["64x64"], quarantined={"z": "too small"})
     assert (found.num_source, found.num_records, found.buckets[0].quarantined) == (5, 2, 2)
@@ -126,13 +110,13 @@ def test_images_left_out_in_a_bucket_count_too(tmp_path: Path) -> None:
     assert not list(verify.verify(tmp_path))
 
 
-def test_the_same_buckets_in_any_order_are_the_same_bytes(folder: Path) -> None:
+def test_list_does_not_depend_on_the_order_of_names(folder: Path) -> None:
     before = (folder / "buckets.json").read_bytes()
     finish_buckets(folder, [*SIZES][::-1], quarantined={"bad": "not an image"})
     assert (folder / "buckets.json").read_bytes() == before
 
 
-def test_each_bucket_is_a_set_of_its_own(sound: Path) -> None:
+def test_each_bucket_opens_as_a_set(sound: Path) -> None:
     for name in SIZES:
         shards = open_set(str(sound / name), MAP)
         assert isinstance(shards, ShardSet)
@@ -140,7 +124,7 @@ def test_each_bucket_is_a_set_of_its_own(sound: Path) -> None:
         assert shards.manifest.latent_shape == (8, height, width)
 
 
-def test_what_is_common_is_the_square_buckets(sound: Path, tmp_path: Path) -> None:
+def test_main_set_is_the_square_or_largest_bucket(sound: Path, tmp_path: Path) -> None:
     shards = open_buckets(sound)
     assert shards.manifest.latent_shape == (8, 8, 8)
     assert len(shards) == 38
@@ -150,7 +134,7 @@ def test_what_is_common_is_the_square_buckets(sound: Path, tmp_path: Path) -> No
     assert open_buckets(tmp_path / "set").manifest.latent_shape == (8, 6, 10)
 
 
-def test_a_changed_set_is_another(sound: Path, tmp_path: Path) -> None:
+def test_hash_changes_with_a_set(sound: Path, tmp_path: Path) -> None:
     first = open_buckets(sound).sha256
     second = write_buckets(tmp_path / "set", {**SIZES, "48x80": (4,)}, views=2).sha256
     assert first != second
@@ -178,7 +162,7 @@ def different(**changes: Any) -> Callable[[Path], object]:
         (different(max_tokens=6), "layout 0: expected latents, tokens"),
     ],
 )
-def test_buckets_that_differ_in_more_than_size_are_refused(
+def test_finish_rejects_buckets_that_differ(
     tmp_path: Path, write: Callable[[Path], object], message: str
 ) -> None:
     write_set(tmp_path / "64x64", [make_examples(1)])
@@ -188,7 +172,7 @@ def test_buckets_that_differ_in_more_than_size_are_refused(
     assert not (tmp_path / "buckets.json").exists()
 
 
-def test_buckets_of_another_shape_are_refused(tmp_path: Path) -> None:
+def test_finish_rejects_buckets_of_other_shapes(tmp_path: Path) -> None:
     long = [
         replace(e, text=np.repeat(e.text, 2, 1), tokens=np.repeat(e.tokens, 2, 1))
         for e in make_examples(1, seed=1)
@@ -201,7 +185,7 @@ def test_buckets_of_another_shape_are_refused(tmp_path: Path) -> None:
         "wide": (wide, None, "text_width: expected 32 as in 64x64, found 64"),
         "more": (more, None, "latent_channels: expected 4 as in 64x64, found 8"),
         "views": (views, None, "num_views: expected 1 as in 64x64, found 2"),
-        "flat": (make_examples(1, seed=5), None, "latents of its size over 8, .* found 8 x 8"),
+        "flat": (make_examples(1, seed=5), None, "latents of 65x64 px over 8, .* found 8 x 8"),
     }
     for name, (examples, provenance, message) in cases.items():
         write_set(tmp_path / name / "64x64", [make_examples(1)])
@@ -210,7 +194,7 @@ def test_buckets_of_another_shape_are_refused(tmp_path: Path) -> None:
             finish_buckets(tmp_path / name, ["64x64", "65x64"], quarantined={})
 
 
-def test_int8_text_has_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finish_rejects_different_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_buckets(tmp_path / "set", {"64x64": (2,), "128x32": (2,)}, text_dtype="int8")
     assert open_buckets(tmp_path / "set").text_scale is not None
     from tests import shard_sets
@@ -223,12 +207,12 @@ def test_int8_text_has_one_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", ["64", "064x64", "64x64/..", "64X64", "0x64"])
-def test_a_bucket_of_another_name_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(FormatError, match="expected buckets named WIDTHxHEIGHT, found '"):
+def test_finish_rejects_bad_names(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FormatError, match="expected a bucket named WIDTHxHEIGHT, found '"):
         finish_buckets(tmp_path, [name], quarantined={})
 
 
-def test_a_bucket_that_is_not_finished_is_refused(folder: Path) -> None:
+def test_finish_rejects_unfinished_bucket(folder: Path) -> None:
     (folder / "48x80" / "manifest.json").unlink()
     with pytest.raises(FormatError, match=r"48x80/manifest.json: missing"):
         finish_buckets(folder, [*SIZES], quarantined={})
@@ -236,14 +220,14 @@ def test_a_bucket_that_is_not_finished_is_refused(folder: Path) -> None:
         finish_buckets(folder, [], quarantined={})
 
 
-def test_a_folder_without_its_list_is_not_finished(folder: Path) -> None:
+def test_open_rejects_folder_without_list(folder: Path) -> None:
     (folder / "buckets.json").unlink()
     for attempt in (lambda: open_set(str(folder), MAP), lambda: open_shards(folder)):
         with pytest.raises(FormatError, match=r"missing \(stage one did not finish"):
             attempt()
 
 
-def test_a_reader_of_plain_sets_says_what_it_is(folder: Path) -> None:
+def test_open_shards_explains_bucketed_sets(folder: Path) -> None:
     with pytest.raises(FormatError, match=r"manifest.json: missing \(a bucketed set: open it with"):
         open_shards(folder)
 
@@ -255,16 +239,19 @@ def test_a_reader_of_plain_sets_says_what_it_is(folder: Path) -> None:
         (lambda d: d.update(num_source=40), "num_source: expected 39, found 40"),
         (lambda d: d.update(num_records=40), "num_records: expected 38, found 40"),
         (lambda d: d.update(buckets=[]), "buckets: expected at least one, found none"),
-        (lambda d: d.pop("quarantined"), "not a list of buckets of version 1: "),
-        (lambda d: d["buckets"][0].update(extra=1), "not a list of buckets of version 1: "),
-        (lambda d: d["buckets"][0].update(records="a"), "not a list of buckets of version 1: "),
+        (lambda d: d.pop("quarantined"), "missing key 'quarantined'"),
+        (lambda d: d["buckets"][0].update(extra=1), r"buckets\[0\]: unknown key 'extra'"),
+        (
+            lambda d: d["buckets"][0].update(records="a"),
+            r"buckets\[0\]\.records: expected an integer, found 'a'",
+        ),
         (
             lambda d: d["buckets"][0].update(width_px=41),
             "bucket '40x96': expected the name '41x96' for its size",
         ),
         (
             lambda d: d["buckets"][0].update(d["buckets"][1]),
-            "bucket '48x80': expected once, found again",
+            "bucket '48x80': expected once, found twice",
         ),
         (
             lambda d: d["buckets"][0].update(sha256="0" * 64),
@@ -276,68 +263,60 @@ def test_a_reader_of_plain_sets_says_what_it_is(folder: Path) -> None:
         ),
     ],
 )
-def test_a_wrong_list_is_refused_and_found(
+def test_wrong_list_is_rejected(
     folder: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    changed(folder, change)
+    change_list(folder, change)
     with pytest.raises(FormatError, match=message):
         open_set(str(folder), MAP)
     assert list(verify.verify(folder))
 
 
-def test_an_altered_list_is_refused(folder: Path) -> None:
+def test_altered_list_is_rejected(folder: Path) -> None:
     path = folder / "buckets.json"
     path.write_text(path.read_text().replace("not an image", "not an Image"))
-    with pytest.raises(FormatError, match="the list was altered after it was written"):
+    with pytest.raises(FormatError, match="the file was altered after it was written"):
         open_set(str(folder), MAP)
 
 
-# verify and inspect
+# verify and summary
 
 
-def run(module: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> int:
-    monkeypatch.setattr(sys, "argv", [module.__name__, str(folder), *flags])
-    code: int = module.main()
-    return code
-
-
-def test_a_sound_set_has_no_fault(
+def test_verify_passes_sound_set(
     sound: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(verify, monkeypatch, sound) == 0
-    assert capsys.readouterr().out == f"{sound}: 38 records in 4 buckets, no fault\n"
+    assert run_main(verify, monkeypatch, sound) == 0
+    assert capsys.readouterr().out == f"{sound}: 38 records in 4 buckets, no faults\n"
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_fault_in_any_set_exits_with_1(
+def test_verify_finds_fault_in_any_set(
     folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = folder / name / "shard-000000.tar"
     content = bytearray(path.read_bytes())
     content[5000] ^= 1
     path.write_bytes(content)
-    assert run(verify, monkeypatch, folder, "--quiet") == 1
+    assert run_main(verify, monkeypatch, folder, "--quiet") == 1
     assert f"fault: {path}: " in capsys.readouterr().out
 
 
-def test_every_byte_of_the_list_counts(tmp_path: Path) -> None:
+def test_verify_finds_each_changed_byte_of_the_list(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_buckets(folder, {"64x64": (1,), "128x32": (1,)}, quarantined={"ä": "not an image"})
     path = folder / "buckets.json"
     content = path.read_bytes()
     for place in range(len(content)):
-        spoilt = bytearray(content)
-        spoilt[place] ^= 1 << place % 8
-        path.write_bytes(spoilt)
+        changed = bytearray(content)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
         assert list(verify.verify(folder)), f"byte {place}"
     path.write_bytes(content)
     assert not list(verify.verify(folder))
 
 
 @pytest.mark.parametrize("spoil", ["removed", "other", "reformatted"])
-def test_a_manifest_that_is_not_the_lists_is_a_fault(
-    folder: Path, tmp_path: Path, spoil: str
-) -> None:
+def test_verify_compares_manifests_with_the_list(folder: Path, tmp_path: Path, spoil: str) -> None:
     path = folder / "48x80" / "manifest.json"
     if spoil == "removed":
         path.unlink()
@@ -355,51 +334,38 @@ def test_a_manifest_that_is_not_the_lists_is_a_fault(
     assert expected[spoil] in faults
 
 
-def test_what_is_in_no_bucket_or_in_two_is_a_fault(folder: Path) -> None:
+def test_verify_finds_stray_files_and_duplicate_keys(folder: Path) -> None:
     (folder / "notes.txt").touch()
     (folder / "8x8").mkdir()
     shutil.rmtree(folder / "48x80")
     write_set(folder / "48x80", [make_examples(3, views=2, size=(10, 6))])
     finish_buckets(folder, [*SIZES], quarantined={"00-3-000009": "twice"})
     faults = list(verify.verify(folder))
-    for fault in ("notes.txt: expected only", "8x8: expected only", "expected once, found in"):
+    for fault in ("notes.txt: not listed", "8x8: not listed", "a unique key, found it in"):
         assert any(fault in line for line in faults)
-    assert "key '00-3-000009': expected no record, since it is listed as left out" in faults[-1]
+    assert "key '00-3-000009': expected no record, because the list has it" in faults[-1]
 
 
-def test_summary_tells_of_all_and_of_each(
+def test_summary_describes_the_list_and_each_set(
     sound: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(summary, monkeypatch, sound) == 0
+    assert run_main(summary, monkeypatch, sound) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(sound)
-    assert "  records         38 in 4 buckets, 1 left out" in lines
+    assert "  records         38 in 4 buckets, 1 quarantined" in lines
     table = [" ".join(line.split()) for line in lines[:12]]
-    assert "48x80 3 7.89% 0 left out latents 6 x 10" in table
-    assert "left out before any bucket: 1 images" in table
+    assert "48x80 3 7.89% 0 quarantined latents 6 x 10" in table
+    assert "quarantined before bucketing: 1 images" in table
     for name in SIZES:
         assert str(sound / name) in lines
     assert max(len(line) for line in lines if str(sound) not in line) <= 80
 
 
-def test_summary_draws_a_sheet_for_each(
-    sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def draw(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str:
-        out.touch()
-        return f"{out}: drawn"
-
-    monkeypatch.setattr(summary, "draw_sheet", draw)
-    out = tmp_path / "sheet.png"
-    assert run(summary, monkeypatch, sound, "--decode", "2", "--out", str(out)) == 0
-    assert {path.name for path in tmp_path.glob("*.png")} == {f"sheet-{name}.png" for name in SIZES}
-
-
-def test_summary_of_a_set_that_does_not_open(
+def test_summary_of_unfinished_set(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "buckets.json").unlink()
-    assert run(summary, monkeypatch, folder) == 2
+    assert run_main(summary, monkeypatch, folder) == 2
     assert "buckets.json: missing (stage one did not finish" in capsys.readouterr().err
 
 
@@ -407,19 +373,15 @@ def test_summary_of_a_set_that_does_not_open(
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4])
-def test_ranks_together_make_the_global_batches(sound: Path, num_processes: int) -> None:
+def test_ranks_of_bucketed_set_share_global_batches(sound: Path, num_processes: int) -> None:
     shards = open_buckets(sound)
-    whole = copies(loader_of(shards), 0, 30)
+    whole = collect(loader_of(shards), 0, 30)
     parts = [
-        copies(loader_of(shards, rank=rank, num_processes=num_processes), 0, 30)
+        collect(loader_of(shards, rank=rank, num_processes=num_processes), 0, 30)
         for rank in range(num_processes)
     ]
     for step, batch in enumerate(whole):
-        joined = {
-            f.name: torch.cat([getattr(part[step], f.name) for part in parts])
-            for f in fields(RawBatch)
-        }
-        assert_equal([RawBatch(**joined)], [batch])
+        assert_batches_equal([concatenate([part[step] for part in parts])], [batch])
 
 
 @given(
@@ -429,16 +391,16 @@ def test_ranks_together_make_the_global_batches(sound: Path, num_processes: int)
     cut=st.integers(0, 40),
 )
 @settings(deadline=None, max_examples=25)
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+def test_resumed_bucketed_run_is_identical(
     sound: Path, seed: int, batch_size: int, last_batch: str, cut: int
 ) -> None:
     shards = open_buckets(sound)
     settings_ = {"seed": seed, "batch_size": batch_size, "last_batch": last_batch}
     loader = loader_of(shards, **settings_)
-    whole = copies(loader, cut, cut + 4)
+    whole = collect(loader, cut, cut + 4)
     again = loader_of(shards, **settings_)
     start = again.order.step(loader.order.cursor(cut))
-    assert_equal(copies(again, start + 2, start + 4), whole[2:])
+    assert_batches_equal(collect(again, start + 2, start + 4), whole[2:])
 
 
 @given(
@@ -447,14 +409,14 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     epoch=st.integers(0, 3),
 )
 @settings(deadline=None, max_examples=25)
-def test_every_record_comes_once_per_epoch_with_its_own_content(
+def test_bucketed_epoch_has_every_record_once(
     sound: Path, seed: int, batch_size: int, epoch: int
 ) -> None:
-    """By latents, of which each is the record's own: what is gathered is what the order says."""
+    """Identifies records by their latents, and compares them with the order."""
     shards = open_buckets(sound)
     loader = loader_of(shards, seed=seed, batch_size=batch_size)
     found: dict[tuple[int, ...], list[str]] = {}
-    for step, batch in enumerate(copies(loader, 0, loader.order.num_steps(epoch + 1))):
+    for step, batch in enumerate(collect(loader, 0, loader.order.num_steps(epoch + 1))):
         records = loader.order.records(step)
         zeros = np.zeros(len(records))
         views = [shards.gather(records, zeros, zeros + view).latent for view in (0, 0.5)]
@@ -468,7 +430,7 @@ def test_every_record_comes_once_per_epoch_with_its_own_content(
             assert len(set(keys[start : start + num])) == num
 
 
-def test_one_pair_of_buffers_serves_all_shapes(sound: Path) -> None:
+def test_all_shapes_share_the_buffers(sound: Path) -> None:
     loader = loader_of(open_buckets(sound))
     places: list[int] = []
     shapes = set()
@@ -481,20 +443,18 @@ def test_one_pair_of_buffers_serves_all_shapes(sound: Path) -> None:
     assert loader.buffer().latent.shape == (BATCH, 8, 8, 8)
 
 
-def test_epochs_are_not_mixed_anew_at_every_step(
-    sound: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Buckets take turns, and each remembers its own epoch."""
+def test_permutations_are_cached_per_bucket(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buckets alternate, and each caches its own permutation."""
     from latent_t2i.shards import order as orders
 
     made: list[int] = []
     whole = orders.epoch_order
     monkeypatch.setattr(orders, "epoch_order", lambda *args: made.append(args[-1]) or whole(*args))
-    copies(loader_of(open_buckets(sound), batch_size=1), 0, 38)
+    collect(loader_of(open_buckets(sound), batch_size=1), 0, 38)
     assert made == [0] * 4
 
 
-def test_suspects_are_the_buckets_records_that_are_not_finite(folder: Path) -> None:
+def test_nonfinite_keys_of_a_bucket(folder: Path) -> None:
     manifest = Manifest.load(folder / "96x40")
     layout = manifest.layouts[0]
     with (folder / "96x40" / "shard-000000.tar").open("r+b") as file:
@@ -510,11 +470,11 @@ def test_suspects_are_the_buckets_records_that_are_not_finite(folder: Path) -> N
     assert any("10-3-000002" in found for found in keys.values())
 
 
-def test_records_of_several_buckets_are_no_batch(sound: Path) -> None:
+def test_gather_rejects_records_of_several_buckets(sound: Path) -> None:
     shards = open_buckets(sound)
-    with pytest.raises(ValueError, match="expected records of one bucket, found 4 buckets'"):
+    with pytest.raises(ValueError, match="expected records of one bucket, found 4 buckets"):
         shards.keys(np.arange(38))
-    with pytest.raises(IndexError, match=r"a record outside 0\.\.37 was asked for"):
+    with pytest.raises(IndexError, match=r"expected records in 0\.\.37"):
         shards.keys(np.array([38]))
 
 
@@ -525,28 +485,28 @@ def cached(tmp_path: Path, cache_bytes: int = 10**9) -> Access:
     return Access(kind="cache", cache_dir=tmp_path / "cache", cache_bytes=cache_bytes)
 
 
-@pytest.mark.parametrize("place", ["url", "folder", "pipe"])
-def test_the_cache_gives_the_batches_of_map(
+@pytest.mark.parametrize("place", ["url", "folder"])
+def test_cached_batches_equal_mapped_batches(
     sound: Path, server: Server, tmp_path: Path, place: str
 ) -> None:
-    location = {"url": server.url, "folder": str(sound), "pipe": f"pipe:cat {sound}"}[place]
+    location = {"url": server.url, "folder": str(sound)}[place]
     access = cached(tmp_path)
     shards = opened(location, access)
     assert shards.sha256 == open_buckets(sound).sha256
     try:
-        found = copies(loader_of(shards, access), 0, 25)
+        found = collect(loader_of(shards, access), 0, 25)
     finally:
         for part in shards.sets:
             part.close()  # type: ignore[attr-defined]
-    assert_equal(found, copies(loader_of(opened(sound)), 0, 25))
+    assert_batches_equal(found, collect(loader_of(opened(sound)), 0, 25))
     assert len(list((tmp_path / "cache").glob("*/*.tar"))) == 6
 
 
-def test_a_cache_too_small_for_all_buckets_is_refused(server: Server, tmp_path: Path) -> None:
+def test_cache_must_hold_all_buckets(server: Server, tmp_path: Path) -> None:
     access = cached(tmp_path, 100_000)
     shards = opened(server.url, access)
     with pytest.raises(
-        ValueError, match=r"the 4 buckets of .* may hold 100000; give it --data.cac"
+        ValueError, match=r"hold all 4 buckets of .* limited to 100000; use --data.cac"
     ):
         make_loader(shards, shards.order(batch_size=4, seed=0), access)
     assert not [name for name in server.asked if name.endswith(".tar")]
@@ -554,35 +514,33 @@ def test_a_cache_too_small_for_all_buckets_is_refused(server: Server, tmp_path: 
         part.close()  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("place", ["url", "folder", "pipe"])
-def test_a_bucketed_set_is_not_streamed(sound: Path, server: Server, place: str) -> None:
-    location = {"url": server.url, "folder": str(sound), "pipe": f"pipe:cat {sound}"}[place]
-    with pytest.raises(ValueError, match="a bucketed set, which cannot be streamed; expected map"):
+@pytest.mark.parametrize("place", ["url", "folder"])
+def test_bucketed_set_cannot_be_streamed(sound: Path, server: Server, place: str) -> None:
+    location = {"url": server.url, "folder": str(sound)}[place]
+    with pytest.raises(ValueError, match="a bucketed set, which cannot be streamed; use map"):
         open_set(location, Access(kind="stream"), retry=QUICK)
 
 
-def test_a_list_elsewhere_is_checked_and_named(folder: Path, tmp_path: Path) -> None:
-    changed(folder, lambda d: d.update(num_records=40))
-    with serve(folder) as served:
-        for attempt in (
-            lambda: open_set(served.url, cached(tmp_path), retry=QUICK),
-            lambda: fetch_buckets(served.url, retry=QUICK),
-        ):
-            with pytest.raises(FormatError, match=rf"^{served.url}/buckets.json: num_records: exp"):
-                attempt()
+def test_remote_list_is_checked(folder: Path, tmp_path: Path) -> None:
+    change_list(folder, lambda d: d.update(num_records=40))
+    with (
+        serve(folder) as served,
+        pytest.raises(FormatError, match=rf"^{served.url}/buckets.json: num_records: exp"),
+    ):
+        open_set(served.url, cached(tmp_path), retry=QUICK)
 
 
-def test_a_url_of_neither_kind_names_the_manifest(server: Server, tmp_path: Path) -> None:
+def test_missing_remote_set_is_named(server: Server, tmp_path: Path) -> None:
     with pytest.raises(RemoteError, match=rf"^{server.url}/no/manifest.json: not found"):
         open_set(f"{server.url}/no", cached(tmp_path), retry=QUICK)
 
 
-def test_other_encoders_than_asked_for_are_refused(sound: Path) -> None:
+def test_bucketed_set_of_other_encoders_is_rejected(sound: Path) -> None:
     with pytest.raises(FormatError, match="vae: the shards were made with 'some/vae'"):
         open_set(str(sound), MAP, vae_sha256="0" * 64)
 
 
-def test_verifying_reads_every_set(folder: Path) -> None:
+def test_open_verifies_every_bucket(folder: Path) -> None:
     path = folder / "40x96" / "shard-000001.tar"
     path.write_bytes(path.read_bytes().replace(b"caption 1", b"caption 7"))
     open_set(str(folder), MAP)
@@ -590,7 +548,7 @@ def test_verifying_reads_every_set(folder: Path) -> None:
         open_set(str(folder), MAP, verify=True)
 
 
-def test_an_order_of_buckets_has_the_sets_sizes(sound: Path) -> None:
+def test_order_has_the_sizes_of_all_shards(sound: Path) -> None:
     order = open_buckets(sound).order(batch_size=2, seed=3, shuffle="blocks", window_shards=1)
     assert order == BucketOrder(
         sizes=((5, 4), (3,), (10, 7), (9,)),

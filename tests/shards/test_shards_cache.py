@@ -1,4 +1,4 @@
-"""Cache access: the batches of map access, from a small folder that holds whole shards only."""
+"""Cache access: the batches of map access, from a bounded folder of complete shards."""
 
 import os
 import signal
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from latent_t2i.shards.access import Access, make_loader, open_set
 from latent_t2i.shards.loader import MapLoader, batches
@@ -25,10 +24,9 @@ from latent_t2i.shards.remote.store import default_cache_dir, open_store
 from latent_t2i.shards.remote.transport import RemoteError
 from latent_t2i.shards.schema import FormatError, Manifest
 from tests.servers import QUICK, Server, serve, serve_s3
-from tests.shard_sets import make_examples, write_set
+from tests.shard_sets import assert_batches_equal, collect, make_examples, write_set
 
 SIZES = (5, 7, 4, 6, 5, 7, 3, 6)
-FIELDS = ("latent", "text", "tokens")
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +39,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def server(folder: Path) -> Iterator[Server]:
-    """A server of that set."""
+    """A server of the set."""
     with serve(folder) as served:
         yield served
 
 
 @pytest.fixture
 def open_cache(tmp_path: Path, server: Server) -> Iterator[Callable[..., CachedShards]]:
-    """Opens the served set through a cache; all of them are closed at the end."""
+    """Opens the served set through a cache and closes it after the test."""
     opened: list[CachedShards] = []
 
     def open_(cache_bytes: int = 10**9, location: str = "", **settings: Any) -> CachedShards:
@@ -63,24 +61,8 @@ def open_cache(tmp_path: Path, server: Server) -> Iterator[Callable[..., CachedS
         shards.close()
 
 
-def copies(loader: Any, start: int, stop: int) -> list[RawBatch]:
-    """A loader's batches, in memory of their own."""
-    return [
-        RawBatch(**{name: getattr(batch, name).clone() for name in FIELDS})
-        for batch in batches(loader, start=start, stop=stop)
-    ]
-
-
-def assert_equal(ours: list[RawBatch], theirs: list[RawBatch]) -> None:
-    """Compares batches bit by bit."""
-    assert len(ours) == len(theirs) > 0
-    for one, other in zip(ours, theirs, strict=True):
-        for name in FIELDS:
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
-
-
 def least_bytes(order: Order, manifest: Manifest) -> int:
-    """The smallest cache that is not refused."""
+    """Returns the smallest size of a cache that is accepted."""
     low, high = 0, sum(entry.bytes for entry in manifest.files) * 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -93,13 +75,13 @@ def least_bytes(order: Order, manifest: Manifest) -> int:
 
 
 def used_bytes(folder: Path) -> int:
-    """All that lies in a folder; a file that is renamed while we look counts once."""
+    """Returns the size of all files; a file that is renamed meanwhile counts once."""
     sizes: dict[int, int] = {}
     for path in folder.rglob("*"):
         try:
             found = path.stat()
         except FileNotFoundError:
-            continue  # thrown out while we looked
+            continue  # evicted meanwhile
         if stat.S_ISREG(found.st_mode):
             sizes[found.st_ino] = found.st_size
     return sum(sizes.values())
@@ -115,7 +97,7 @@ ORDERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("settings", ORDERS)
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_batches_are_those_of_map_access_within_the_bound(
+def test_batches_equal_map_access_within_the_bound(
     folder: Path,
     tmp_path: Path,
     open_cache: Callable[..., CachedShards],
@@ -140,29 +122,29 @@ def test_batches_are_those_of_map_access_within_the_bound(
                 shards=open_cache(bound), order=order, rank=rank, num_processes=num_processes
             )
             plain = MapLoader(shards=mapped, order=order, rank=rank, num_processes=num_processes)
-            assert_equal(copies(loader, 2, 16), copies(plain, 2, 16))
+            assert_batches_equal(collect(loader, 2, 16), collect(plain, 2, 16))
     finally:
         stop.set()
         watcher.join()
     assert 0.3 * bound < max(most) <= bound
 
 
-def test_what_is_needed_last_goes_first(
+def test_shard_needed_last_is_evicted_first(
     folder: Path, server: Server, open_cache: Callable[..., CachedShards]
 ) -> None:
     mapped = open_shards(folder)
     order = mapped.order(batch_size=4, seed=3, shuffle="blocks", window_shards=2)
     shards = open_cache(int(0.8 * used_bytes(folder)))
     num_steps = 4 * sum(SIZES) // 4
-    copies(CacheLoader(shards=shards, order=order), 0, num_steps)
+    collect(CacheLoader(shards=shards, order=order), 0, num_steps)
     fetched = sum(server.counts[entry.name] for entry in mapped.manifest.shards)
-    # 8 in the first epoch; of a later one's, those that it begins with have been kept
+    # 8 in the first epoch; later epochs find their first shards in the cache
     assert 8 < fetched <= 8 + 3 * 3
     assert max(server.counts.values()) <= 4
 
 
-@pytest.mark.parametrize("location", ["s3", "pipe", "folder"])
-def test_other_places(
+@pytest.mark.parametrize("location", ["s3", "folder"])
+def test_other_locations(
     folder: Path,
     open_cache: Callable[..., CachedShards],
     monkeypatch: pytest.MonkeyPatch,
@@ -170,25 +152,24 @@ def test_other_places(
 ) -> None:
     mapped = open_shards(folder)
     order = mapped.order(batch_size=8, seed=0)
-    expected = copies(MapLoader(shards=mapped, order=order), 0, 6)
+    expected = collect(MapLoader(shards=mapped, order=order), 0, 6)
     if location == "s3":
         with serve_s3(folder, monkeypatch) as url:
             loader = CacheLoader(shards=open_cache(location=url), order=order)
-            assert_equal(copies(loader, 0, 6), expected)
+            assert_batches_equal(collect(loader, 0, 6), expected)
         return
-    place = f"pipe:cat {folder}" if location == "pipe" else str(folder)
-    loader = CacheLoader(shards=open_cache(location=place), order=order)
-    assert_equal(copies(loader, 0, 6), expected)
+    loader = CacheLoader(shards=open_cache(location=str(folder)), order=order)
+    assert_batches_equal(collect(loader, 0, 6), expected)
 
 
-def test_training_starts_when_the_first_shards_are_there(
+def test_first_batch_needs_only_its_shards(
     folder: Path, server: Server, open_cache: Callable[..., CachedShards]
 ) -> None:
     shards = open_cache()
     order = shards.order(batch_size=4, seed=1, shuffle="blocks", window_shards=2)
     needed = list(dict.fromkeys(shards.shards_of(order.epoch(0)).tolist()))
     names = [entry.name for entry in shards.manifest.shards]
-    assert not set(server.asked) & set(names), "opening reads no shard"
+    assert not set(server.asked) & set(names), "opening must not read shards"
     release = threading.Event()
     held = {names[index] for index in needed[2:]}
     server.before = lambda name: release.wait(20) if name in held else None
@@ -203,24 +184,24 @@ def test_training_starts_when_the_first_shards_are_there(
     assert [set(asked[at : at + 2]) for at in range(0, len(asked), 2)] == window
 
 
-def test_a_restart_finds_what_is_there(
+def test_restart_reuses_the_cache(
     server: Server, tmp_path: Path, open_cache: Callable[..., CachedShards]
 ) -> None:
     shards = open_cache()
     order = shards.order(batch_size=8, seed=0)
-    before = copies(CacheLoader(shards=shards, order=order), 0, 6)
+    before = collect(CacheLoader(shards=shards, order=order), 0, 6)
     shards.close()
     server.asked.clear()
-    assert_equal(copies(CacheLoader(shards=open_cache(), order=order), 0, 6), before)
+    assert_batches_equal(collect(CacheLoader(shards=open_cache(), order=order), 0, 6), before)
     assert server.asked == ["manifest.json"]
 
 
-def test_a_cut_shard_and_leftovers_of_a_kill_are_fetched_anew(
+def test_truncated_and_unfinished_shards_are_replaced(
     server: Server, tmp_path: Path, open_cache: Callable[..., CachedShards]
 ) -> None:
     shards = open_cache()
     order = shards.order(batch_size=8, seed=0)
-    before = copies(CacheLoader(shards=shards, order=order), 0, 6)
+    before = collect(CacheLoader(shards=shards, order=order), 0, 6)
     shards.close()
     first, second, third = (shards.store.folder / e.name for e in shards.manifest.shards[:3])
     os.truncate(first, 1000)
@@ -230,16 +211,16 @@ def test_a_cut_shard_and_leftovers_of_a_kill_are_fetched_anew(
     server.asked.clear()
     again = open_cache()
     assert not list(again.store.folder.glob(".*.partial"))
-    assert_equal(copies(CacheLoader(shards=again, order=order), 0, 6), before)
+    assert_batches_equal(collect(CacheLoader(shards=again, order=order), 0, 6), before)
     assert sorted(server.asked) == ["manifest.json", first.name, second.name, third.name]
 
 
-def test_damage_of_the_same_size_is_found_when_verified(
+def test_verify_replaces_damaged_shard(
     server: Server, open_cache: Callable[..., CachedShards]
 ) -> None:
     shards = open_cache()
     order = shards.order(batch_size=8, seed=0)
-    before = copies(CacheLoader(shards=shards, order=order), 0, 6)
+    before = collect(CacheLoader(shards=shards, order=order), 0, 6)
     shards.close()
     path = shards.store.folder / shards.manifest.shards[2].name
     content = bytearray(path.read_bytes())
@@ -247,18 +228,18 @@ def test_damage_of_the_same_size_is_found_when_verified(
     path.write_bytes(content)
     server.asked.clear()
     again = open_cache(verify=True)
-    assert_equal(copies(CacheLoader(shards=again, order=order), 0, 6), before)
+    assert_batches_equal(collect(CacheLoader(shards=again, order=order), 0, 6), before)
     assert server.asked == ["manifest.json", path.name]
 
 
-def test_a_wrong_hash_is_tried_again_then_named_and_never_kept(
+def test_wrong_hash_is_retried_then_reported(
     server: Server, open_cache: Callable[..., CachedShards]
 ) -> None:
     shards = open_cache()
     order = shards.order(batch_size=8, seed=0)
     name = shards.manifest.shards[5].name
     server.faults[name] = ["corrupt"]
-    copies(CacheLoader(shards=shards, order=order), 0, 6)
+    collect(CacheLoader(shards=shards, order=order), 0, 6)
     assert server.counts[name] == 2
     shards.close()
     (shards.store.folder / name).unlink()
@@ -266,7 +247,7 @@ def test_a_wrong_hash_is_tried_again_then_named_and_never_kept(
     seen: list[bool] = []
     server.before = lambda _: seen.append((shards.store.folder / name).exists())
     with pytest.raises(FormatError, match=rf"{server.url}/{name}: sha256: .* in each of 3 downl"):
-        copies(CacheLoader(shards=open_cache(), order=order), 0, 6)
+        collect(CacheLoader(shards=open_cache(), order=order), 0, 6)
     assert not any(seen)
     assert not (shards.store.folder / name).exists()
     assert not list(shards.store.folder.glob(".*.partial"))
@@ -276,7 +257,7 @@ def test_a_wrong_hash_is_tried_again_then_named_and_never_kept(
     ("fault", "message"),
     [("503...", "after 4 attempts; .* HTTP status 503"), ("404", "not found")],
 )
-def test_errors_of_the_background_come_out_where_the_batch_is_asked_for(
+def test_background_errors_are_raised_by_the_batch(
     server: Server, open_cache: Callable[..., CachedShards], fault: str, message: str
 ) -> None:
     shards = open_cache()
@@ -290,7 +271,7 @@ def test_errors_of_the_background_come_out_where_the_batch_is_asked_for(
     assert len(seen) == (SIZES[0] + SIZES[1]) // 2
 
 
-def test_lost_connections_are_not_seen(
+def test_lost_connections_do_not_change_batches(
     folder: Path, server: Server, open_cache: Callable[..., CachedShards]
 ) -> None:
     shards = open_cache()
@@ -298,10 +279,12 @@ def test_lost_connections_are_not_seen(
         server.faults[entry.name] = ["drop", "503", "short"]
     order = shards.order(batch_size=8, seed=0)
     plain = MapLoader(shards=open_shards(folder), order=order)
-    assert_equal(copies(CacheLoader(shards=shards, order=order), 0, 6), copies(plain, 0, 6))
+    assert_batches_equal(
+        collect(CacheLoader(shards=shards, order=order), 0, 6), collect(plain, 0, 6)
+    )
 
 
-def test_a_full_disk_is_named_with_the_shard(
+def test_full_disk_is_reported(
     open_cache: Callable[..., CachedShards], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:
@@ -311,11 +294,11 @@ def test_a_full_disk_is_named_with_the_shard(
     monkeypatch.setattr("latent_t2i.shards.remote.store.os.fsync", full)
     order = shards.order(batch_size=8, seed=0)
     with pytest.raises(OSError, match="No space left"):
-        copies(CacheLoader(shards=shards, order=order), 0, 1)
+        collect(CacheLoader(shards=shards, order=order), 0, 1)
     assert not list(shards.store.folder.glob("*.tar"))
 
 
-def test_a_closed_cache_does_not_leave_its_reader_waiting(
+def test_closing_ends_a_waiting_read(
     server: Server, open_cache: Callable[..., CachedShards]
 ) -> None:
     shards = open_cache()
@@ -326,7 +309,7 @@ def test_a_closed_cache_does_not_leave_its_reader_waiting(
         shards.keys(np.array([0]))
 
 
-def test_a_set_that_nobody_has_ends_its_thread(
+def test_thread_ends_with_its_set(
     open_cache: Callable[..., CachedShards], server: Server, tmp_path: Path
 ) -> None:
     shards = CachedShards(open_store(server.url, tmp_path / "other", 10**9, retry=QUICK))
@@ -338,14 +321,14 @@ def test_a_set_that_nobody_has_ends_its_thread(
     assert not thread.is_alive()
 
 
-def test_suspects_are_found_though_their_shards_are_gone(
+def test_nonfinite_keys_of_evicted_shards(
     folder: Path, open_cache: Callable[..., CachedShards]
 ) -> None:
     mapped = open_shards(folder)
     order = mapped.order(batch_size=8, seed=3, shuffle="blocks", window_shards=2)
     shards = open_cache(least_bytes(order, mapped.manifest))
     loader = CacheLoader(shards=shards, order=order)
-    copies(loader, 0, 10)
+    collect(loader, 0, 10)
     plain = MapLoader(shards=mapped, order=order)
     assert loader.nonfinite_keys(0) == plain.nonfinite_keys(0)
     assert shards.meta(40) == mapped.meta(40)
@@ -354,12 +337,12 @@ def test_suspects_are_found_though_their_shards_are_gone(
 @pytest.mark.parametrize(
     ("settings", "share", "message"),
     [
-        ({"shuffle": "full"}, 0.9, r"full keeps 8 of 8 shards, \d+ .* --data.shuffle blocks, wh"),
-        ({"shuffle": "blocks", "window_shards": 5}, 0.5, r"keeps 6 of 8 .* fewer --data.window"),
-        ({"shuffle": "none"}, 0.2, r"none keeps 2 of 8 .* give it --data.cache-bytes \d+$"),
+        ({"shuffle": "full"}, 0.9, r"full needs 8 of 8 shards .* \d+ .* --data.shuffle blocks, wh"),
+        ({"shuffle": "blocks", "window_shards": 5}, 0.5, r"needs 6 of 8 .* smaller --data.window"),
+        ({"shuffle": "none"}, 0.2, r"none needs 2 of 8 .* use --data.cache-bytes \d+$"),
     ],
 )
-def test_a_cache_that_is_too_small_is_refused_with_the_arithmetic(
+def test_small_cache_is_rejected_with_the_arithmetic(
     folder: Path, open_cache: Callable[..., CachedShards], settings: Any, share: float, message: str
 ) -> None:
     bound = int(share * used_bytes(folder))
@@ -367,24 +350,24 @@ def test_a_cache_that_is_too_small_is_refused_with_the_arithmetic(
     order = shards.order(batch_size=8, seed=0, **settings)
     with pytest.raises(ValueError, match=rf"^data.cache_bytes: .*{message}") as raised:
         make_loader(shards, order, Access(kind="cache", cache_bytes=bound))
-    assert f"the cache may hold {bound};" in str(raised.value)
+    assert f"the limit is {bound};" in str(raised.value)
 
 
-def test_a_smaller_bound_throws_out_what_a_larger_one_left(
+def test_smaller_bound_evicts_shards(
     folder: Path, tmp_path: Path, open_cache: Callable[..., CachedShards]
 ) -> None:
     whole = open_cache()
     order = whole.order(batch_size=8, seed=3, shuffle="blocks", window_shards=2)
-    before = copies(CacheLoader(shards=whole, order=order), 0, 12)
+    before = collect(CacheLoader(shards=whole, order=order), 0, 12)
     whole.close()
     bound = least_bytes(order, whole.manifest)
     assert used_bytes(tmp_path / "cache") > bound
     small = open_cache(bound)
-    assert_equal(copies(CacheLoader(shards=small, order=order), 0, 12), before)
+    assert_batches_equal(collect(CacheLoader(shards=small, order=order), 0, 12), before)
     assert used_bytes(tmp_path / "cache") <= bound
 
 
-def test_another_set_never_mixes_and_goes_when_room_is_needed(
+def test_unused_sets_are_deleted_for_room(
     server: Server, tmp_path: Path, open_cache: Callable[..., CachedShards]
 ) -> None:
     other = write_set(tmp_path / "other", [make_examples(5, seed=9)])
@@ -420,9 +403,7 @@ print(total)
 """
 
 
-def test_processes_share_a_cache_within_its_bound(
-    folder: Path, server: Server, tmp_path: Path
-) -> None:
+def test_processes_share_a_bounded_cache(folder: Path, server: Server, tmp_path: Path) -> None:
     mapped = open_shards(folder)
     order = mapped.order(batch_size=8, seed=3, shuffle="blocks", window_shards=2)
     bound = least_bytes(order, mapped.manifest)
@@ -439,10 +420,10 @@ def test_processes_share_a_cache_within_its_bound(
     assert 0 < most <= bound
     for rank in range(2):
         loader = MapLoader(shards=mapped, order=order, rank=rank, num_processes=2)
-        assert found[rank] == sum(int(b.tokens.sum()) for b in copies(loader, 0, 30))
+        assert found[rank] == sum(int(b.tokens.sum()) for b in collect(loader, 0, 30))
 
 
-def test_sets_opened_twice_fetch_each_shard_once(
+def test_concurrent_readers_download_each_shard_once(
     server: Server, open_cache: Callable[..., CachedShards]
 ) -> None:
     server.before = lambda name: time.sleep(0.02)
@@ -451,18 +432,18 @@ def test_sets_opened_twice_fetch_each_shard_once(
     made: list[list[RawBatch]] = [[], []]
 
     def make(index: int) -> None:
-        made[index] = copies(CacheLoader(shards=both[index], order=order), 0, 6)
+        made[index] = collect(CacheLoader(shards=both[index], order=order), 0, 6)
 
     threads = [threading.Thread(target=make, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert_equal(made[0], made[1])
+    assert_batches_equal(made[0], made[1])
     assert {server.counts[entry.name] for entry in both[0].manifest.shards} == {1}
 
 
-def test_a_killed_process_leaves_nothing_under_a_shards_name(
+def test_killed_process_leaves_only_complete_shards(
     server: Server, tmp_path: Path, open_cache: Callable[..., CachedShards]
 ) -> None:
     begun = threading.Event()
@@ -483,14 +464,14 @@ def test_a_killed_process_leaves_nothing_under_a_shards_name(
     assert len(shards.keys(np.arange(len(shards)))) == sum(SIZES)
 
 
-def test_another_encoder_is_refused(server: Server, tmp_path: Path) -> None:
+def test_cached_set_of_other_encoders_is_rejected(server: Server, tmp_path: Path) -> None:
     access = Access(kind="cache", cache_dir=tmp_path / "cache")
     open_set(server.url, access, vae_sha256="v" * 64, text_sha256="t" * 64)
     with pytest.raises(FormatError, match=rf"{server.url}: vae: the shards were made with"):
         open_set(server.url, access, vae_sha256="w" * 64)
 
 
-def test_a_damaged_manifest_is_named_by_its_url(folder: Path, tmp_path: Path) -> None:
+def test_damaged_remote_manifest_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     content = (folder / "manifest.json").read_bytes()
     (tmp_path / "bad" / "manifest.json").write_bytes(
@@ -503,7 +484,7 @@ def test_a_damaged_manifest_is_named_by_its_url(folder: Path, tmp_path: Path) ->
             open_store(f"{server.url}/no", tmp_path / "cache", 10**9, retry=QUICK)
 
 
-def test_the_default_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert default_cache_dir() == tmp_path / "latent-t2i" / "shards"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -511,7 +492,7 @@ def test_the_default_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.parametrize("settings", ORDERS)
-def test_parts_hold_whole_windows_only(settings: dict[str, Any]) -> None:
+def test_parts_end_with_windows(settings: dict[str, Any]) -> None:
     order = Order(sizes=SIZES, batch_size=8, seed=5, **settings)
     shard_of = np.repeat(np.arange(len(SIZES)), SIZES)
     seen: list[int] = []
@@ -528,11 +509,11 @@ def test_parts_hold_whole_windows_only(settings: dict[str, Any]) -> None:
     assert seen == np.concatenate([order.records(step) for step in range(20)]).tolist()
 
 
-def test_choices_are_those_of_the_global_batch(
+def test_cached_choices_are_those_of_the_global_batch(
     folder: Path, open_cache: Callable[..., CachedShards]
 ) -> None:
     shards = open_cache()
     order = shards.order(batch_size=8, seed=0)
     caption_u, view_u = choices(0, 4, 8)
     direct = shards.gather(order.records(4), caption_u, view_u)
-    assert_equal(copies(CacheLoader(shards=shards, order=order), 4, 5), [direct])
+    assert_batches_equal(collect(CacheLoader(shards=shards, order=order), 4, 5), [direct])

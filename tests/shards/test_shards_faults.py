@@ -1,4 +1,4 @@
-"""Writers that are killed or run out of room, and every byte of a set turned over."""
+"""Killed writers, full disks, and every changed byte of a set."""
 
 import errno
 import json
@@ -42,7 +42,7 @@ PAUSE_S = 0.002
 
 
 def write_slowly(folder: Path, pause_s: float = 0.0) -> None:
-    """Writes a set as stage one does: what is finished is kept, what is not is made again."""
+    """Writes or resumes a set like stage one."""
     provenance = make_provenance(text_dtype="int8")
     if begin_set(folder, provenance):
         return
@@ -68,7 +68,7 @@ def write_slowly(folder: Path, pause_s: float = 0.0) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of all files, by path in the folder."""
+    """Returns the bytes of all files, by path in the folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -77,7 +77,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def assert_none_partial(folder: Path, whole: dict[str, bytes]) -> None:
-    """What has its final name must be as it is in the finished set."""
+    """Checks that files with final names equal those of the finished set."""
     for name, content in contents(folder).items():
         if name.endswith(".part"):
             continue
@@ -89,7 +89,7 @@ def assert_none_partial(folder: Path, whole: dict[str, bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of a set whose writer was left alone."""
+    """The files of a set that was written without interruption."""
     folder = tmp_path_factory.mktemp("whole")
     write_slowly(folder)
     found = contents(folder)
@@ -97,7 +97,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found
 
 
-def test_a_writer_killed_anywhere_ends_with_the_same_bytes(
+def test_killed_writer_resumes_to_identical_bytes(
     tmp_path: Path, forks: ForkServerContext, whole: dict[str, bytes]
 ) -> None:
     def start(name: str) -> "multiprocessing.process.BaseProcess":
@@ -122,19 +122,19 @@ def test_a_writer_killed_anywhere_ends_with_the_same_bytes(
             process.join()
             if process.exitcode != 0:
                 break
-            delay_s *= 0.9  # it had ended before
+            delay_s *= 0.9  # it had finished before
         assert process.exitcode == -9
         folder = tmp_path / name
         assert_none_partial(folder, whole)
         num_files.add(len(contents(folder)))
         write_slowly(folder)
         assert contents(folder) == whole
-    assert len(num_files) >= 4, "killed at much the same moment each time"
+    assert len(num_files) >= 4, "all kills came at the same stage"
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A file system of a size that can be given again."""
+    """Mounts a file system of a given size, or changes its size."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -162,9 +162,9 @@ def assert_disk_full(folder: Path, number: int, whole: dict[str, bytes]) -> None
     assert "manifest.json" not in contents(folder)
 
 
-# Room for a part of the first shard, of the third, or for all but the files beside the shards.
+# Space for a part of the first or third shard, or for all shards but not the small files.
 @pytest.mark.parametrize(("num_shards", "num_pages"), [(0, 4), (2, 9), (4, 7)])
-def test_a_full_disk_is_named_and_going_on_is_exact(
+def test_writer_resumes_after_full_disk(
     small_disk: Callable[[str], Path], whole: dict[str, bytes], num_shards: int, num_pages: int
 ) -> None:
     pages = num_pages + num_shards * -(-len(whole["shard-000000.tar"]) // 4096)
@@ -177,10 +177,10 @@ def test_a_full_disk_is_named_and_going_on_is_exact(
 
 
 @pytest.mark.parametrize("limit_bytes", [100, 700, 30000])
-def test_a_file_past_its_limit_is_named_and_going_on_is_exact(
+def test_writer_resumes_after_file_size_limit(
     tmp_path: Path, whole: dict[str, bytes], limit_bytes: int
 ) -> None:
-    """As a full disk, where nothing can be mounted: files may not grow past a limit."""
+    """Like a full disk, but works where nothing can be mounted."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limits[1]))
     try:
@@ -193,7 +193,7 @@ def test_a_file_past_its_limit_is_named_and_going_on_is_exact(
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
-    """A set of one shard of two records, each field as small as may be."""
+    """A set of one shard with two records and the smallest possible fields."""
     folder = tmp_path / "tiny"
     examples = [
         replace(
@@ -217,7 +217,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def faults_by_flip(path: Path, flips: Iterator[tuple[int, int]]) -> Iterator[tuple[int, list[str]]]:
-    """Yields each place with the faults that a flip of its bits makes `verify` find."""
+    """Yields each place with the faults that `verify` finds after its bits were flipped."""
     path.chmod(0o644)
     content = path.read_bytes()
     with path.open("r+b", buffering=0) as file:
@@ -229,7 +229,7 @@ def faults_by_flip(path: Path, flips: Iterator[tuple[int, int]]) -> Iterator[tup
 
 
 def part_at(layout: Layout, place: int) -> tuple[str, str]:
-    """The field that a byte of a record belongs to, and whether to headers, data or padding."""
+    """Returns the field of a byte of a record, and whether it is header, data or padding."""
     *_, (name, part) = (
         (name, part)
         for name, part in layout.fields.items()
@@ -243,7 +243,7 @@ def part_at(layout: Layout, place: int) -> tuple[str, str]:
 @pytest.mark.parametrize(
     "name", ["manifest.json", "empty_text.npy", "empty_tokens.npy", "text_scale.npy"]
 )
-def test_every_byte_beside_the_shards_counts(tiny: Path, name: str) -> None:
+def test_verify_finds_each_changed_byte_beside_the_shards(tiny: Path, name: str) -> None:
     path = tiny / name
     flips = ((place, 1 << place % 8) for place in range(path.stat().st_size))
     for place, faults in faults_by_flip(path, flips):
@@ -251,11 +251,8 @@ def test_every_byte_beside_the_shards_counts(tiny: Path, name: str) -> None:
         assert all(str(path) in fault for fault in faults)
 
 
-def test_every_byte_of_a_shard_counts(tiny: Path) -> None:
-    """A record's headers byte by byte, the rest in steps; around the data a fault names its field.
-
-    No step of 17 falls on the same place of two blocks.
-    """
+def test_verify_finds_changed_bytes_of_a_shard(tiny: Path) -> None:
+    """Flips each byte of a record's headers, and every 17th byte of the rest."""
     (layout,) = Manifest.load(tiny).layouts
     size = 2 * layout.record_bytes
     path = tiny / "shard-000000.tar"
@@ -267,13 +264,13 @@ def test_every_byte_of_a_shard_counts(tiny: Path) -> None:
         assert "sha256: expected" in faults[0], f"byte {place}"
         name, kind = parts[place] if place < size else ("", "end")
         if kind == "end":
-            assert any("zeros alone after the last record" in fault for fault in faults)
+            assert any("only zeros after the last record" in fault for fault in faults)
         elif kind != "data":
             assert any(f"field {name}: expected" in fault for fault in faults), f"byte {place}"
 
 
 @pytest.mark.slow
-def test_every_bit_of_a_set_counts(tiny: Path) -> None:
+def test_verify_finds_each_changed_bit_of_a_set(tiny: Path) -> None:
     for path in sorted(tiny.iterdir()):
         flips = ((place, 1 << bit) for place in range(path.stat().st_size) for bit in range(8))
         num_flips = 0

@@ -1,7 +1,6 @@
-"""Batches made ahead are those asked for; buffers are used in turn; errors come out."""
+"""Loaders: contents of batches, buffers, threads and errors."""
 
 import threading
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -9,70 +8,54 @@ import pytest
 import torch
 
 from latent_t2i.shards.loader import NUM_BUFFERS, MapLoader, batches, prefetch
-from latent_t2i.shards.reader import RawBatch, open_shards
+from latent_t2i.shards.reader import open_shards
 from tests import shard_sets, tiny
+from tests.shard_sets import assert_batches_equal, collect, concatenate
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two shards of two layouts, and two views."""
+    """Two shards with different layouts, and two views."""
     first = shard_sets.make_examples(10, views=2)
     second = shard_sets.make_examples(7, views=2, num_captions=5, seed=1)
     shard_sets.write_set(tmp_path / "set", [first, second])
     return tmp_path / "set"
 
 
-def copy(batch: RawBatch) -> RawBatch:
-    """The batch in memory of its own."""
-    return RawBatch(**{f.name: getattr(batch, f.name).clone() for f in fields(batch)})
-
-
-def assert_equal(first: RawBatch, second: RawBatch) -> None:
-    """Compares every tensor bit by bit."""
-    for field in fields(RawBatch):
-        assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
-
-
 def make_loader(folder: Path, *, rank: int = 0, num_processes: int = 1) -> MapLoader:
-    """A loader of global batches of twelve."""
+    """Returns a loader with a global batch size of twelve."""
     shards = open_shards(folder)
     order = shards.order(batch_size=12, seed=5)
     return MapLoader(shards=shards, order=order, rank=rank, num_processes=num_processes)
 
 
-def join(parts: list[RawBatch]) -> RawBatch:
-    """The parts of several ranks, one after the other."""
-    return RawBatch(
-        **{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(RawBatch)}
-    )
-
-
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 4])
-def test_ranks_together_make_the_global_batches(folder: Path, num_processes: int) -> None:
-    whole = [copy(batch) for batch in batches(make_loader(folder), start=0, stop=6)]
+def test_ranks_share_the_global_batches(folder: Path, num_processes: int) -> None:
+    whole = collect(make_loader(folder), 0, 6)
+    ranks = range(num_processes)
     parts = [
-        [
-            copy(batch)
-            for batch in batches(
-                make_loader(folder, rank=rank, num_processes=num_processes), start=0, stop=6
-            )
-        ]
-        for rank in range(num_processes)
+        collect(make_loader(folder, rank=rank, num_processes=num_processes), 0, 6) for rank in ranks
     ]
-    for step in range(6):
-        assert_equal(join([part[step] for part in parts]), whole[step])
+    assert_batches_equal([concatenate(part) for part in zip(*parts, strict=True)], whole)
 
 
-def test_an_interrupted_loader_goes_on_as_if_nothing_had_happened(folder: Path) -> None:
-    whole = [copy(batch) for batch in batches(make_loader(folder), start=0, stop=9)]
+def test_resumed_loader_gives_identical_batches(folder: Path) -> None:
+    whole = collect(make_loader(folder), 0, 9)
     for cut in range(9):
         loader = make_loader(folder)
         start = loader.order.step(loader.order.cursor(cut))
-        for step, batch in enumerate(batches(loader, start=start, stop=9), start=cut):
-            assert_equal(batch, whole[step])
+        assert_batches_equal(collect(loader, start, 9), whole[cut:])
 
 
-def test_every_caption_and_view_comes_up(folder: Path) -> None:
+def test_batch_is_split_into_pieces(folder: Path) -> None:
+    (batch,) = collect(make_loader(folder), 0, 1)
+    pieces = batch.split(5)
+    assert [len(piece) for piece in pieces] == [5, 5, 2]
+    assert_batches_equal([concatenate(pieces)], [batch])
+    assert batch.to(torch.device("meta")).latent.is_meta
+
+
+def test_every_caption_and_view_is_used(folder: Path) -> None:
     loader = make_loader(folder)
     seen: dict[str, set[bytes]] = {}
     latents: dict[str, set[bytes]] = {}
@@ -87,14 +70,14 @@ def test_every_caption_and_view_comes_up(folder: Path) -> None:
     assert {len(views) for views in latents.values()} == {2}
 
 
-def test_buffers_are_used_in_turn(folder: Path) -> None:
+def test_buffers_alternate(folder: Path) -> None:
     places = [batch.text.data_ptr() for batch in batches(make_loader(folder), start=0, stop=8)]
     assert len(set(places)) == NUM_BUFFERS
     assert places == places[:NUM_BUFFERS] * 4
 
 
-def test_the_buffer_in_use_is_not_written_to() -> None:
-    """The next batch is made while one is in use, but not into it, and no further ahead."""
+def test_buffer_in_use_is_not_overwritten() -> None:
+    """The thread fills the other buffer while one is in use, and does not run further ahead."""
     started: list[int] = []
     reached = threading.Semaphore(0)
 
@@ -107,17 +90,17 @@ def test_the_buffer_in_use_is_not_written_to() -> None:
     steps = prefetch(fill, [[-1], [-1]], start=0, stop=6)
     for step, buffer in enumerate(steps):
         for _ in range(NUM_BUFFERS if step == 0 else 1 if step + NUM_BUFFERS <= 6 else 0):
-            assert reached.acquire(timeout=5)  # all buffers are filled, this one and those ahead
+            assert reached.acquire(timeout=5)  # until all buffers are filled
         assert buffer == [step]
         assert len(started) <= step + NUM_BUFFERS
     assert started == list(range(6))
 
 
-def test_the_thread_can_be_kept_to_one_core() -> None:
-    """And no other thread with it: not this one, nor one that is started later."""
+def test_thread_can_be_limited_to_one_core() -> None:
+    """Other threads, including those started later, keep their setting."""
 
     def fill(step: int, out: list[int]) -> list[int]:
-        torch.randn(10**5).mul(2)  # what would set the thread's number anew
+        torch.randn(10**5).mul(2)  # initialises the thread's setting
         out[0] = torch.get_num_threads()
         return out
 
@@ -131,7 +114,7 @@ def test_the_thread_can_be_kept_to_one_core() -> None:
         torch.set_num_threads(num_threads)
 
 
-def test_an_error_comes_out_at_its_step_and_the_thread_ends() -> None:
+def test_error_is_raised_at_its_step() -> None:
     def fill(step: int, out: list[int]) -> list[int]:
         if step == 2:
             raise OSError("the disk is gone")
@@ -145,27 +128,27 @@ def test_an_error_comes_out_at_its_step_and_the_thread_ends() -> None:
     assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
 
 
-def test_leaving_early_ends_the_thread(folder: Path) -> None:
+def test_closing_early_ends_the_thread(folder: Path) -> None:
     steps = batches(make_loader(folder), start=0, stop=10**6)
     next(steps)
     steps.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("batches")]
 
 
-def test_suspects_are_the_records_that_are_not_finite(tmp_path: Path) -> None:
+def test_nonfinite_keys_are_those_of_all_ranks(tmp_path: Path) -> None:
     folder = tiny.make_shards(tmp_path / "train", sizes=(6, 6))
     tiny.plant_nan(folder, shard=1, records=[2])
     shards = open_shards(folder)
     order = shards.order(batch_size=6, seed=0)
     bad_step = next(step for step in range(2) if 8 in order.records(step))
-    for rank in range(2):  # every rank names what any rank saw
+    for rank in range(2):  # each rank reports the keys of all ranks
         loader = MapLoader(shards=shards, order=order, rank=rank, num_processes=2)
         assert loader.nonfinite_keys(bad_step) == ["01-3-000002"]
         assert loader.nonfinite_keys(1 - bad_step) == shards.keys(order.records(1 - bad_step))
 
 
-def test_a_thousand_shards_are_one_gather(tmp_path: Path) -> None:
-    """More shards than a process may have files, in one batch, and none read before it is asked."""
+def test_gather_from_a_thousand_shards(tmp_path: Path) -> None:
+    """One batch uses more shards than a process may have open files; none is mapped before."""
     num = 1100
     examples = [
         shard_sets.make_examples(1, num_captions=1, kind="plain", seed=seed) for seed in range(num)

@@ -1,4 +1,4 @@
-"""Files lie side by side at their places, read-only, and can be taken out again."""
+"""Region maps files side by side, read-only, and unmaps them again."""
 
 import gc
 import mmap
@@ -14,7 +14,7 @@ from latent_t2i.shards.mapping import Region
 
 
 def make_files(folder: Path, sizes: list[int]) -> list[Path]:
-    """Files of random bytes."""
+    """Writes files of random bytes."""
     rng = np.random.default_rng(0)
     paths = [folder / f"{index}" for index in range(len(sizes))]
     for path, size in zip(paths, sizes, strict=True):
@@ -23,12 +23,12 @@ def make_files(folder: Path, sizes: list[int]) -> list[Path]:
 
 
 def bytes_of(region: Region, index: int) -> bytes:
-    """What lies at a file's place."""
+    """Returns the bytes at a file's addresses."""
     start = region.starts[index]
     return region.bytes[start : start + region.sizes[index]].tobytes()
 
 
-def test_files_lie_at_their_places(tmp_path: Path) -> None:
+def test_files_are_mapped_at_their_addresses(tmp_path: Path) -> None:
     sizes = [1, mmap.PAGESIZE, mmap.PAGESIZE + 1, 10_240]
     paths = make_files(tmp_path, sizes)
     region = Region(sizes)
@@ -41,7 +41,7 @@ def test_files_lie_at_their_places(tmp_path: Path) -> None:
     assert (region.starts % mmap.PAGESIZE == 0).all()
 
 
-def test_a_file_taken_out_makes_room_for_another(tmp_path: Path) -> None:
+def test_unmapped_addresses_can_be_reused(tmp_path: Path) -> None:
     first, second = make_files(tmp_path, [5000, 5000])
     region = Region([5000, 5000])
     region.map(0, first)
@@ -65,7 +65,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     assert len(list(opened.iterdir())) == before
 
 
-def test_a_deleted_file_is_read_to_its_end(tmp_path: Path) -> None:
+def test_deleted_file_stays_readable(tmp_path: Path) -> None:
     (path,) = make_files(tmp_path, [9000])
     content = path.read_bytes()
     region = Region([9000])
@@ -74,7 +74,7 @@ def test_a_deleted_file_is_read_to_its_end(tmp_path: Path) -> None:
     assert bytes_of(region, 0) == content
 
 
-def test_the_mapping_lives_as_long_as_its_bytes(tmp_path: Path) -> None:
+def test_mapping_lives_as_long_as_its_bytes(tmp_path: Path) -> None:
     (path,) = make_files(tmp_path, [9000])
     region = Region([9000])
     region.map(0, path)
@@ -84,19 +84,19 @@ def test_the_mapping_lives_as_long_as_its_bytes(tmp_path: Path) -> None:
     assert view.tobytes() == path.read_bytes()
 
 
-def test_reserving_takes_no_memory() -> None:
+def test_reserving_needs_no_memory() -> None:
     region = Region([2**30] * 1000)  # a terabyte
     assert len(region.bytes) == 1000 * 2**30
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Region([10]).map(0, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("use", ["region.bytes[0]", "region.bytes.__setitem__(4096, 1)"])
-def test_what_is_not_there_cannot_be_read_nor_what_is_written(tmp_path: Path, use: str) -> None:
-    """The process ends rather than reading or changing other memory."""
+def test_bad_memory_access_ends_the_process(tmp_path: Path, use: str) -> None:
+    """Neither reading unmapped addresses nor writing to a file is possible."""
     make_files(tmp_path, [10, 4096])
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"

@@ -1,6 +1,7 @@
-"""The order is a function of (seed, step): every record once per epoch, however it is asked for."""
+"""Order: every record once per epoch, as a function of (seed, step)."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,25 +30,19 @@ ORDERS = st.builds(
 
 
 def with_last_batch(order: Order, last_batch: LastBatch) -> Order:
-    """The same order with another end of its epochs; a batch fits an epoch."""
-    return Order(
-        sizes=order.sizes,
-        batch_size=min(order.batch_size, order.num_records),
-        seed=order.seed,
-        shuffle=order.shuffle,
-        window_shards=order.window_shards,
-        last_batch=last_batch,
-    )
+    """Returns the order with another `last_batch`, and a batch size within an epoch."""
+    batch_size = min(order.batch_size, order.num_records)
+    return replace(order, batch_size=batch_size, last_batch=last_batch)
 
 
 def visits(order: Order, start: int, stop: int) -> list[int]:
-    """All records of the steps from `start` to `stop`."""
+    """Returns all records of steps `start` to `stop`."""
     return np.concatenate([order.records(step) for step in range(start, stop)]).tolist()
 
 
 @given(order=ORDERS, epoch=st.integers(0, 10**4))
 @settings(deadline=None, max_examples=100)
-def test_filled_epochs_visit_every_record_once(order: Order, epoch: int) -> None:
+def test_filled_epochs_visit_each_record_once(order: Order, epoch: int) -> None:
     num, size = order.num_records, order.batch_size
     first = epoch * num // size
     found = visits(order, first, -(-(epoch + 1) * num // size))
@@ -57,7 +52,7 @@ def test_filled_epochs_visit_every_record_once(order: Order, epoch: int) -> None
 
 @given(order=ORDERS, epoch=st.integers(0, 10**4))
 @settings(deadline=None, max_examples=100)
-def test_dropped_epochs_visit_whole_batches_and_no_record_twice(order: Order, epoch: int) -> None:
+def test_dropped_epochs_have_full_batches(order: Order, epoch: int) -> None:
     order = with_last_batch(order, "drop")
     steps = order.num_records // order.batch_size
     found = visits(order, epoch * steps, (epoch + 1) * steps)
@@ -72,14 +67,14 @@ def test_dropped_epochs_visit_whole_batches_and_no_record_twice(order: Order, ep
     cut=st.integers(0, 10**5),
 )
 @settings(deadline=None, max_examples=100)
-def test_resumed_is_uninterrupted_on_any_number_of_ranks(
+def test_resumed_order_is_identical_on_any_number_of_ranks(
     order: Order, last_batch: LastBatch, num_processes: int, cut: int
 ) -> None:
     order = with_last_batch(order, last_batch)
-    resumed = Order(**{name: getattr(order, name) for name in Order.__dataclass_fields__})
-    step = resumed.step(order.cursor(cut))  # two integers are all that is kept
+    resumed = replace(order)
+    step = resumed.step(order.cursor(cut))
     assert step == cut
-    size = order.batch_size * num_processes  # which all ranks can divide
+    size = order.batch_size * num_processes  # divisible by the number of ranks
     wide = Order(sizes=order.sizes * num_processes, batch_size=size, seed=order.seed)
     parts = [wide.records(step)[share(size, rank, num_processes)] for rank in range(num_processes)]
     assert [len(part) for part in parts] == [order.batch_size] * num_processes
@@ -89,14 +84,8 @@ def test_resumed_is_uninterrupted_on_any_number_of_ranks(
 
 @given(order=ORDERS)
 @settings(deadline=None, max_examples=50)
-def test_the_sequence_is_one_whatever_the_batch_size(order: Order) -> None:
-    single = Order(
-        sizes=order.sizes,
-        batch_size=1,
-        seed=order.seed,
-        shuffle=order.shuffle,
-        window_shards=order.window_shards,
-    )
+def test_sequence_does_not_depend_on_the_batch_size(order: Order) -> None:
+    single = replace(order, batch_size=1)
     steps = -(-80 // order.batch_size)
     assert visits(order, 0, steps)[:80] == visits(single, 0, 80)
 
@@ -111,7 +100,7 @@ def test_blocks_read_few_shards_at_a_time(sizes: tuple[int, ...], window: int, s
     order = Order(sizes=sizes, batch_size=1, seed=seed, shuffle="blocks", window_shards=window)
     shard_of = np.repeat(np.arange(len(sizes)), sizes)[order.epoch(3)]
     blocks = []
-    while len(shard_of):  # a block ends when all records of its shards have come
+    while len(shard_of):  # a block ends with the last record of its shards
         first_shards = list(dict.fromkeys(shard_of.tolist()))[:window]
         length = sum(sizes[shard] for shard in first_shards)
         assert set(shard_of[:length].tolist()) == set(first_shards)
@@ -120,14 +109,14 @@ def test_blocks_read_few_shards_at_a_time(sizes: tuple[int, ...], window: int, s
     assert len(blocks) == -(-len(sizes) // window)
 
 
-def test_blocks_mix_the_records_of_a_window() -> None:
+def test_blocks_shuffle_the_records_of_a_window() -> None:
     order = Order(sizes=(50,) * 8, batch_size=1, seed=0, shuffle="blocks", window_shards=4)
     shard_of = order.epoch(0) // 50
     assert (np.diff(shard_of[:200]) != 0).sum() > 100
-    assert set(shard_of[:200]) != {0, 1, 2, 3}, "the shards of a window are drawn at random"
+    assert set(shard_of[:200]) != {0, 1, 2, 3}, "windows have random shards"
 
 
-def test_without_shuffling_the_order_is_the_shards() -> None:
+def test_unshuffled_order_is_that_of_the_shards() -> None:
     order = Order(sizes=(2, 3), batch_size=4, seed=3, shuffle="none")
     assert [order.records(step).tolist() for step in range(2)] == [[0, 1, 2, 3], [4, 0, 1, 2]]
     dropped = Order(sizes=(2, 3), batch_size=4, seed=3, shuffle="none", last_batch="drop")
@@ -144,7 +133,7 @@ def test_epochs_and_seeds_differ(shuffle: Shuffle) -> None:
     assert len(found) == 9
 
 
-def test_seeds_of_steps_and_uses_share_nothing() -> None:
+def test_seeds_of_steps_and_uses_are_unique() -> None:
     seeds = {
         mixed_seed(seed, use, step) for use in USES for seed in range(20) for step in range(99)
     }
@@ -159,26 +148,26 @@ def test_choices_are_uniform_and_independent() -> None:
     assert not np.array_equal(caption_u, choices(0, 8, 4096)[0])
 
 
-def test_a_step_late_in_a_large_set_is_found_at_once() -> None:
+def test_late_step_of_a_large_set_is_fast() -> None:
     order = Order(sizes=(10_000,) * 100, batch_size=256, seed=0)
-    order.records(0)  # makes epoch 0's permutation
+    order.records(0)  # computes the permutation of epoch 0
     start = time.perf_counter()
     order.records(3900)
-    assert time.perf_counter() - start < 0.5, "resuming must not walk through what came before"
+    assert time.perf_counter() - start < 0.5, "resuming must not iterate over earlier steps"
 
 
-def test_a_place_of_another_order_is_refused() -> None:
+def test_cursor_of_another_order_is_rejected() -> None:
     order = Order(sizes=(10,), batch_size=4, seed=0)
-    with pytest.raises(ValueError, match=r"position=3\): no step of 4 records begins there"):
+    with pytest.raises(ValueError, match=r"position=3\): no step of 4 records begins at this"):
         order.step(Cursor(epoch=0, position=3))
     with pytest.raises(ValueError, match="in epochs of 10"):
         order.step(Cursor(epoch=0, position=12))
 
 
-def test_what_cannot_be_divided_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"batch_size: 7 records over 2 processes are 3\.5 each"):
+def test_impossible_orders_are_rejected() -> None:
+    with pytest.raises(ValueError, match=r"7 records cannot .* among 2 processes \(3\.5 each\)"):
         share(7, 0, 2)
-    with pytest.raises(ValueError, match="last_batch: drop leaves nothing of 3 records in batches"):
+    with pytest.raises(ValueError, match="last_batch: drop leaves no batch of 3 records"):
         Order(sizes=(3,), batch_size=4, seed=0, last_batch="drop")
     with pytest.raises(ValueError, match="expected 1 or more, found 0, 16"):
         Order(sizes=(3,), batch_size=0, seed=0)

@@ -223,7 +223,7 @@ def test_sides_that_cannot_be_halved_are_refused(
         (DataConfig(access="stream"), "is a bucketed set, which cannot be streamed"),
         (
             DataConfig(access="cache", cache_dir="CACHE", cache_bytes=90_000),
-            "the 3 buckets of .* take turns, so all of their",
+            "the cache must hold all 3 buckets of",
         ),
     ],
 )

@@ -51,7 +51,7 @@ def test_another_vae_is_refused_naming_both(make_config: MakeConfig, tmp_path: P
     vae = load_vae(tiny.encoders().vae)
     vae.decoder.conv_out.bias.data[0] += 1
     vae.save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match=r"vae: .*sha256 \w{64}.* asks for one with sha256 \w{64}"):
+    with pytest.raises(ValueError, match=r"vae: .*sha256 \w{64}.* uses one with sha256 \w{64}"):
         validate(make_config(vae=str(tmp_path / "vae")), num_processes=1)
 
 
