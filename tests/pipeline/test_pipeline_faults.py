@@ -33,11 +33,11 @@ KILLS = [
     ("fsync", 1),  # of the provenance
     ("write", 1),  # of the first record
     ("fsync", 3),  # of the first shard
-    ("replace", 2),  # the first shard's rename
-    ("replace", 3),  # its report's rename, after the shard's
+    ("link", 1),  # the first shard's final name
+    ("replace", 2),  # its report's rename, after the shard's link
     ("fsync", 6),  # of the folder of that report
     ("write", 2),  # the third record, as the second is unreadable
-    ("replace", 9),  # the manifest's rename, after all shards
+    ("replace", 6),  # the manifest's rename, after all shards
     ("fsync", 6),  # of the folder of the manifest
     ("rmtree", 1),  # of the reports
 ]
@@ -47,9 +47,9 @@ INT8_KILLS = [
     ("replace", 2),  # the scale's rename
     ("fsync", 4),  # of the folder of the scale, after its rename
     ("write", 1),  # of the first record
-    ("replace", 3),  # the first shard's report's rename; the scale is not written again
+    ("replace", 2),  # the first shard's report's rename; the scale is not written again
     ("write", 2),
-    ("replace", 11),  # the scale's rename in the set, after all shards
+    ("replace", 7),  # the scale's rename in the set, after all shards
     ("replace", 4),  # the manifest's rename
     ("rmtree", 1),  # of the reports and the scale
 ]
