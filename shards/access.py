@@ -21,7 +21,7 @@ from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.buckets import BucketedShards, Buckets, holds_buckets, open_buckets
 from latent_t2i.shards.loader import BucketLoader, Loader, MapLoader
 from latent_t2i.shards.order import Order
-from latent_t2i.shards.reader import ShardSet, open_shards, require_encoders
+from latent_t2i.shards.reader import ShardSet, Verify, open_shards, require_encoders
 from latent_t2i.shards.remote.cache import CachedShards, CacheLoader, check_cache
 from latent_t2i.shards.remote.store import default_cache_dir, open_store
 from latent_t2i.shards.remote.stream import (
@@ -85,13 +85,13 @@ def open_set(
     *,
     vae_sha256: str | None = None,
     text_sha256: str | None = None,
-    verify: bool = False,
+    verify: Verify = "lazy",
     retry: Retry | None = None,
 ) -> ShardSet | BucketedShards:
     """Opens a finished set of shards, bucketed or not. Of a remote set, only small files are read.
 
     `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use. `verify`
-    hashes every shard that is on a local disk. Downloads are always hashed.
+    applies to shards on a local disk. Downloads and streams are always hashed.
 
     Raises FormatError like `open_shards`, RemoteError for a location that cannot be read, and
     ValueError for stream access to a bucketed set.
@@ -102,7 +102,7 @@ def open_set(
 
 
 def _open(
-    location: str, access: Access, *, verify: bool, retry: Retry | None
+    location: str, access: Access, *, verify: Verify, retry: Retry | None
 ) -> ShardSet | BucketedShards:
     if not is_remote(location):
         open_it = _open_buckets if holds_buckets(Path(location)) else _open_one
@@ -123,19 +123,18 @@ def _exists(url: str) -> bool:
     return True
 
 
-def _open_one(location: str, access: Access, *, verify: bool, retry: Retry | None) -> ShardSet:
+def _open_one(location: str, access: Access, *, verify: Verify, retry: Retry | None) -> ShardSet:
     if access.kind == "map":
         return open_shards(location, verify=verify)
     if access.kind == "stream":
         return open_streamed(location, retry=retry)
     folder = access.cache_dir or default_cache_dir()
-    return CachedShards(
-        open_store(location, folder, access.cache_bytes, verify=verify, retry=retry)
-    )
+    store = open_store(location, folder, access.cache_bytes, verify=verify == "full", retry=retry)
+    return CachedShards(store, is_lazy=verify == "lazy")
 
 
 def _open_buckets(
-    location: str, access: Access, *, verify: bool, retry: Retry | None
+    location: str, access: Access, *, verify: Verify, retry: Retry | None
 ) -> BucketedShards:
     if access.kind == "stream":
         raise ValueError(

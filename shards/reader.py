@@ -11,12 +11,15 @@ shards must be on a local disk; remote/cache.py downloads them there.
 import hashlib
 import math
 import mmap
+import queue
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from latent_t2i.shards.order import Order
 from latent_t2i.shards.parsing import load_json, show
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
+    KEY_PATTERN,
     MEMBERS,
     FileEntry,
     FormatError,
@@ -69,6 +73,8 @@ class RawBatch:
 
 
 BatchT = TypeVar("BatchT", bound=RawBatch)
+Verify = Literal["lazy", "full", "none"]
+"""When shards are hashed: in the background after their first use, on opening, or never."""
 
 
 def open_shards(
@@ -76,12 +82,11 @@ def open_shards(
     *,
     vae_sha256: str | None = None,
     text_sha256: str | None = None,
-    verify: bool = False,
+    verify: Verify = "lazy",
 ) -> "ShardSet":
     """Opens a finished set of shards: reads the manifest and compares all file sizes.
 
-    `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use. `verify`
-    reads every file and compares its sha256.
+    `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use.
 
     Raises FormatError for an unfinished set, another schema version, a missing or truncated file, a
     wrong hash, or the output of other encoders.
@@ -91,15 +96,74 @@ def open_shards(
     require_encoders(folder, manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
     for entry in manifest.files:
         check_size(folder, entry)
-        if verify:
+        if verify == "full":
             check_hash(folder, entry)
-    return ShardSet(folder, manifest)
+    return ShardSet(folder, manifest, is_lazy=verify == "lazy")
+
+
+class BackgroundVerifier:
+    """Hashes files in a background thread; a mismatch is raised by the next `check`."""
+
+    def __init__(self, folder: Path, remedy: str = "") -> None:
+        self._folder = folder
+        self._remedy = remedy
+        self._queue: queue.Queue[FileEntry | None] = queue.Queue()
+        self._faults: list[str] = []
+        self._is_started = False
+
+    def add(self, entry: FileEntry) -> None:
+        """Adds a file."""
+        if not self._is_started:
+            self._is_started = True
+            stopped = threading.Event()
+            arguments = (self._folder, self._queue, self._faults, stopped)
+            # A daemon, so that the process can end while files are left.
+            threading.Thread(target=_hash_files, args=arguments, name="verify", daemon=True).start()
+            weakref.finalize(self, _stop, self._queue, stopped)
+        self._queue.put(entry)
+
+    def check(self) -> None:
+        """Raises FormatError if a file has another hash than the manifest."""
+        if self._faults:
+            raise FormatError(self._faults[0] + self._remedy)
+
+    def finish(self) -> None:
+        """Waits until all files are hashed, then checks."""
+        self._queue.join()
+        self.check()
+
+
+def _hash_files(
+    folder: Path,
+    files: "queue.Queue[FileEntry | None]",
+    faults: list[str],
+    stopped: threading.Event,
+) -> None:
+    while (entry := files.get()) is not None:
+        try:
+            if not stopped.is_set():
+                check_hash(folder, entry)
+        except FormatError as error:
+            faults.append(str(error))
+        except FileNotFoundError:
+            pass  # deleted or evicted after it was mapped, which does not change what was read
+        except OSError as error:
+            faults.append(f"{folder / entry.name}: cannot be read: {error.strerror}")
+        finally:
+            files.task_done()
+
+
+def _stop(files: "queue.Queue[FileEntry | None]", stopped: threading.Event) -> None:
+    stopped.set()
+    files.put(None)
 
 
 class ShardSet:
     """The records of a set, numbered from 0 in the order of the manifest."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, is_lazy: bool = False, remedy: str = ""
+    ) -> None:
         if sys.byteorder != "little":
             raise FormatError(f"{folder}: shards need a little-endian machine, this one is not")
         self.folder = folder
@@ -117,6 +181,7 @@ class ShardSet:
         self._layout = np.array([shard.layout for shard in manifest.shards])
         self._record_bytes = np.array([layout.record_bytes for layout in manifest.layouts])
         self._rows = {name: _Rows(name, manifest, self._region) for name in ITEM_FIELDS}
+        self._verifier = BackgroundVerifier(folder, remedy) if is_lazy else None
 
     def __len__(self) -> int:
         return self.manifest.num_records
@@ -183,11 +248,18 @@ class ShardSet:
             raise FormatError(f"{place}: expected a JSON object, found {show(document)}")
         return document
 
+    def finish_verification(self) -> None:
+        """Waits until all shards used so far are hashed. Raises FormatError for a mismatch."""
+        if self._verifier is not None:
+            self._verifier.finish()
+
     def _locate(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Maps the shards of some records; returns shard (B,) and offset in the region (B,)."""
         records = np.asarray(records, np.int64)
         if records.size and not 0 <= records.min() <= records.max() < len(self):
             raise IndexError(f"{self.folder}: expected records in 0..{len(self) - 1}")
+        if self._verifier is not None:
+            self._verifier.check()
         shard = np.searchsorted(self._starts, records, side="right") - 1
         for absent in np.unique(shard[~self._region.is_mapped[shard]]):
             self._map(int(absent))
@@ -208,6 +280,11 @@ class ShardSet:
         except FormatError:
             self._region.unmap(shard)
             raise
+        if self._verifier is not None and not self._is_hashed(shard):
+            self._verifier.add(entry)
+
+    def _is_hashed(self, shard: int) -> bool:
+        return False
 
 
 ITEM_FIELDS = tuple(part.name for part in fields(RawBatch))
@@ -267,9 +344,11 @@ def map_shard(path: Path, entry: ShardEntry, layout: Layout) -> dict[str, NDArra
     }
 
 
-def check_record(path: Path, record: NDArray[np.uint8], layout: Layout) -> str:
+def check_record(path: str | Path, record: NDArray[np.uint8], layout: Layout) -> str:
     """Checks the tar and .npy headers of a record against the layout; returns its key."""
     key = key_of(record[:NAME_BYTES].tobytes())
+    if not KEY_PATTERN.fullmatch(key):
+        raise FormatError(f"{path}: key {key!r}: expected a key of the form {KEY_PATTERN.pattern}")
     for name, part in layout.fields.items():
         start = part.offset_bytes - part.header_bytes
         member = _text(record[start - BLOCK_BYTES :][:NAME_BYTES].tobytes())
@@ -344,7 +423,7 @@ def check_hash(folder: Path, entry: FileEntry) -> None:
         raise FormatError(hash_fault(folder / entry.name, entry, found))
 
 
-def hash_fault(path: Path, entry: FileEntry, found: str) -> str:
+def hash_fault(path: str | Path, entry: FileEntry, found: str) -> str:
     """Returns the message for a file whose sha256 differs from the manifest's."""
     return (
         f"{path}: sha256: expected {entry.sha256}, found {found}: the file changed after it was "

@@ -8,6 +8,7 @@ from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.shards.access import CACHE_BYTES, WINDOW_RECORDS, AccessMode
 from latent_t2i.shards.order import LastBatch, Shuffle
+from latent_t2i.shards.reader import Verify
 from latent_t2i.train.trackers import TrackerName, check_names
 
 Precision = Literal["no", "fp16", "bf16"]
@@ -68,8 +69,10 @@ class DataConfig:
     """How many shards `blocks` mixes with each other."""
     last_batch: LastBatch = "fill"
     """An epoch's last, partial batch: filled up from the next epoch, or dropped."""
-    verify: bool = False
-    """Hash every shard against the manifest before the first step; a fetched one always is."""
+    verify: Verify = "lazy"
+    """Compare the hash of shards on a local disk with the manifest: `lazy`, in the background after
+    a shard's first use; `full`, all shards before the first step; `none`, never. Downloads and
+    streams are always hashed."""
 
     def __post_init__(self) -> None:
         for name, least in (("cache_bytes", 1), ("num_workers", 0), ("window_records", 1)):

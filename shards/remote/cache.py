@@ -37,8 +37,9 @@ POLL_S = 0.1
 class CachedShards(ShardSet):
     """A set whose shards are downloaded while they are used."""
 
-    def __init__(self, store: Store) -> None:
-        super().__init__(store.folder, store.manifest)
+    def __init__(self, store: Store, *, is_lazy: bool = False) -> None:
+        remedy = "; run with --data.verify full to download it again"
+        super().__init__(store.folder, store.manifest, is_lazy=is_lazy, remedy=remedy)
         self.store = store
         self._changed = threading.Condition()
         self._uses = np.zeros(len(store.manifest.shards), np.int64)  # current gathers, by shard
@@ -82,6 +83,9 @@ class CachedShards(ShardSet):
         """Like `ShardSet.meta`, after the shard is downloaded."""
         with self._using(np.array([record])):
             return super().meta(record)
+
+    def _is_hashed(self, shard: int) -> bool:
+        return shard in self.store.hashed
 
     def shards_of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the index of the shard of each record."""
@@ -217,6 +221,7 @@ class CacheLoader(MapLoader):
 
     def fill(self, step: int, out: BatchT) -> BatchT:
         """Writes this process's share of a step's global batch into `out`, part by part."""
+        self.finish_epoch(step)
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = (u[mine] for u in choices(self.order.seed, step, self.order.batch_size))
         records = self.order.records(step)[mine]

@@ -97,6 +97,8 @@ class Store:
         self.stopped = threading.Event()
         """Setting it stops a download and its retries."""
         self.retry = replace(retry, pause=self.stopped.wait)
+        self.hashed: set[int] = set()
+        """Shards whose hash was checked by this process."""
         self._release = weakref.finalize(self, _share(folder / IN_USE_LOCK).close)
 
     def close(self) -> None:
@@ -151,6 +153,7 @@ class Store:
             try:
                 self._download(entry, file)
                 partial.rename(self.folder / entry.name)
+                self.hashed.add(shard)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
@@ -171,6 +174,7 @@ class Store:
         entry = self.manifest.shards[shard]
         try:
             check_hash(self.folder, entry)
+            self.hashed.add(shard)
         except FormatError:
             (self.folder / entry.name).unlink(missing_ok=True)
 

@@ -215,6 +215,23 @@ def test_truncated_and_unfinished_shards_are_replaced(
     assert sorted(server.asked) == ["manifest.json", first.name, second.name, third.name]
 
 
+def test_lazy_verification_finds_damaged_shard(
+    server: Server, open_cache: Callable[..., CachedShards]
+) -> None:
+    shards = open_cache()
+    shards.keys(np.arange(len(shards)))
+    shards.close()
+    path = shards.store.folder / shards.manifest.shards[2].name
+    content = bytearray(path.read_bytes())
+    content[3000] ^= 1
+    path.write_bytes(content)
+    again = CachedShards(open_store(server.url, path.parent.parent, 10**9), is_lazy=True)
+    with pytest.raises(FormatError, match=rf"{path}: sha256: .*; run with --data.verify full to"):
+        again.keys(np.arange(len(again)))
+        again.finish_verification()
+    again.close()
+
+
 def test_verify_replaces_damaged_shard(
     server: Server, open_cache: Callable[..., CachedShards]
 ) -> None:
