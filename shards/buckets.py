@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latent_t2i.shards.bucket_order import BucketOrder
+from latent_t2i.shards.files import write_file
 from latent_t2i.shards.reader import RawBatch, ShardSet, Verify, open_shards
 from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
@@ -29,7 +30,6 @@ from latent_t2i.shards.schema import (
     FormatError,
     Manifest,
 )
-from latent_t2i.shards.writer import write_file
 
 BUCKETS_VERSION = 1
 SAME = (

@@ -27,13 +27,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from latent_t2i.shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
+from latent_t2i.shards.checks import check_hash, check_size, hash_fault
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import load_json, printable, show
 from latent_t2i.shards.reader import (
     NAME_BYTES,
-    check_hash,
-    check_size,
-    hash_fault,
     key_of,
     load_array,
     small_arrays,

@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Literal
 
-from latent_t2i.shards.reader import check_hash
+from latent_t2i.shards.checks import check_hash
+from latent_t2i.shards.files import sync_folder
 from latent_t2i.shards.remote.transport import (
     Retry,
     check_sha256,
@@ -32,7 +33,6 @@ from latent_t2i.shards.remote.transport import (
     without_query,
 )
 from latent_t2i.shards.schema import MANIFEST_NAME, FormatError, Manifest, ShardEntry
-from latent_t2i.shards.writer import sync_folder
 
 HASH_TRIES = 3
 """Number of download attempts before a hash mismatch is reported."""

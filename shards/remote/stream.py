@@ -31,8 +31,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
+from latent_t2i.shards.checks import hash_fault
 from latent_t2i.shards.order import Order, mixed_seed
-from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet, check_record, hash_fault
+from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet, check_record
 from latent_t2i.shards.remote.transport import (
     RemoteError,
     Retry,

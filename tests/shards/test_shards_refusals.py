@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from latent_t2i.shards import reader
+from latent_t2i.shards import checks
 from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import BLOCK_BYTES, MEMBERS, FormatError, Manifest
@@ -206,7 +206,7 @@ def test_unreadable_file_is_reported_by_lazy_verification(
     def fail(folder: Path, entry: Any) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(reader, "check_hash", fail)
+    monkeypatch.setattr(checks, "check_hash", fail)
     shards = open_shards(folder)
     shards.keys(np.array([0]))
     with pytest.raises(FormatError, match=r"shard-000000\.tar: cannot be read: Input/output error"):

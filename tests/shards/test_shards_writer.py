@@ -339,7 +339,7 @@ def test_begin_rejects_progress_of_another_release(tmp_path: Path) -> None:
         ),
         (
             "int8",
-            {"text_scale": (np.zeros(TEXT_WIDTH, np.float32), 0.01, 9)},
+            {"text_scale": FoundScale(np.zeros(TEXT_WIDTH, np.float32), 0.01, 9)},
             "text_scale: expected finite values above 0",
         ),
     ],
