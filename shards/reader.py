@@ -326,19 +326,19 @@ def small_arrays(manifest: Manifest) -> dict[str, tuple[FileEntry, str, tuple[in
 
 def load_array(folder: Path, entry: FileEntry, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Reads an .npy file. Raises FormatError for another size, dtype or shape."""
-    check_size(folder, entry)
-    content = (folder / entry.name).read_bytes()
+    path = folder / entry.name
     expected = npy_header(dtype, shape)
+    size = len(expected) + math.prod(shape) * np.dtype(dtype).itemsize
+    if entry.bytes != size:
+        raise FormatError(f"{path}: expected {size} bytes for {dtype} {shape}, found {entry.bytes}")
+    check_size(folder, entry)
+    content = path.read_bytes()
     found = content[: len(expected)]
     if found != expected:
-        raise FormatError(
-            f"{folder / entry.name}: expected array header {expected!r}, found {found!r}"
-        )
-    size = len(expected) + math.prod(shape) * np.dtype(dtype).itemsize
+        raise FormatError(f"{path}: expected array header {expected!r}, found {found!r}")
     if len(content) != size:
         raise FormatError(
-            f"{folder / entry.name}: expected {size} bytes for {dtype} {shape}, "
-            f"found {len(content)}"
+            f"{path}: expected {size} bytes for {dtype} {shape}, found {len(content)}"
         )
     array = np.frombuffer(content, np.dtype(dtype).newbyteorder("<"), offset=len(expected))
     return array.reshape(shape).copy()
