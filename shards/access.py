@@ -37,6 +37,7 @@ from latent_t2i.shards.remote.transport import (
     is_remote,
     join,
     read_file,
+    without_query,
 )
 from latent_t2i.shards.schema import BUCKETS_NAME
 
@@ -97,7 +98,8 @@ def open_set(
     ValueError for stream access to a bucketed set.
     """
     shards = _open(location, access, verify=verify, retry=retry)
-    require_encoders(location, shards.manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
+    shown = without_query(location)
+    require_encoders(shown, shards.manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
     return shards
 
 

@@ -336,10 +336,6 @@ def load_array(folder: Path, entry: FileEntry, dtype: str, shape: tuple[int, ...
     found = content[: len(expected)]
     if found != expected:
         raise FormatError(f"{path}: expected array header {expected!r}, found {found!r}")
-    if len(content) != size:
-        raise FormatError(
-            f"{path}: expected {size} bytes for {dtype} {shape}, found {len(content)}"
-        )
     array = np.frombuffer(content, np.dtype(dtype).newbyteorder("<"), offset=len(expected))
     return array.reshape(shape).copy()
 

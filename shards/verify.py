@@ -30,12 +30,7 @@ from latent_t2i.shards.buckets import Buckets, check_bucket, disagreements, hash
 from latent_t2i.shards.checks import check_hash, check_size, hash_fault
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import load_json, printable, show
-from latent_t2i.shards.reader import (
-    NAME_BYTES,
-    key_of,
-    load_array,
-    small_arrays,
-)
+from latent_t2i.shards.reader import NAME_BYTES, key_of, load_array, small_arrays
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
     BUCKETS_NAME,

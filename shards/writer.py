@@ -346,10 +346,7 @@ def _require_same(folder: Path, found: Provenance, expected: Provenance) -> None
 
 
 def _require_text(
-    folder: Path,
-    provenance: Provenance,
-    layouts: Sequence[Layout],
-    text_scale: FoundScale | None,
+    folder: Path, provenance: Provenance, layouts: Sequence[Layout], text_scale: FoundScale | None
 ) -> None:
     """Raises ValueError if layouts or scale do not match the text's dtype in the provenance."""
     dtype = provenance.text_dtype

@@ -185,12 +185,7 @@ class Record:
 
 
 def choose(
-    key: str,
-    content: bytes,
-    layout: Layout,
-    choice: np.random.Generator,
-    *,
-    visit: tuple[int, int],
+    key: str, content: bytes, layout: Layout, choice: np.random.Generator, *, visit: tuple[int, int]
 ) -> Record:
     """Returns one caption and one view, copied so that the rest of the record can be freed."""
     caption = int(choice.integers(layout.num_captions))

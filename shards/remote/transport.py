@@ -162,7 +162,7 @@ def fetch_document(
     try:
         return kind.load(folder)
     except FormatError as error:
-        raise FormatError(str(error).replace(str(folder), location)) from error
+        raise FormatError(str(error).replace(str(folder), without_query(location))) from error
 
 
 def fetch_small_files(

@@ -404,11 +404,7 @@ def test_resumed_bucketed_run_is_identical(
     assert_batches_equal(collect(again, start + 2, start + 4), whole[2:])
 
 
-@given(
-    seed=st.integers(0, 2**30),
-    batch_size=st.integers(1, 20),
-    epoch=st.integers(0, 3),
-)
+@given(seed=st.integers(0, 2**30), batch_size=st.integers(1, 20), epoch=st.integers(0, 3))
 @settings(deadline=None, max_examples=25)
 def test_bucketed_epoch_has_every_record_once(
     sound: Path, seed: int, batch_size: int, epoch: int
@@ -553,9 +549,5 @@ def test_open_verifies_every_bucket(folder: Path) -> None:
 def test_order_has_the_sizes_of_all_shards(sound: Path) -> None:
     order = open_buckets(sound).order(batch_size=2, seed=3, shuffle="blocks", window_shards=1)
     assert order == BucketOrder(
-        sizes=((5, 4), (3,), (10, 7), (9,)),
-        batch_size=2,
-        seed=3,
-        shuffle="blocks",
-        window_shards=1,
+        sizes=((5, 4), (3,), (10, 7), (9,)), batch_size=2, seed=3, shuffle="blocks", window_shards=1
     )

@@ -125,8 +125,7 @@ def test_permanent_fault_is_reported_with_the_attempts(folder: Path, fault: str)
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
-    [("", "not found: there is no such file at"), ("403", "HTTP status 403")],
+    ("fault", "message"), [("", "not found: there is no such file at"), ("403", "HTTP status 403")]
 )
 def test_final_errors_are_not_retried(server: Server, fault: str, message: str) -> None:
     server.faults["b.tar"] = [fault]
