@@ -111,7 +111,7 @@ def _open(
         return open_it(location, access, verify=verify, retry=retry)
     try:
         return _open_one(location, access, verify=verify, retry=retry)
-    except RemoteError:
+    except RemoteError:  # no manifest: a bucketed set, or the error is right
         if not _exists(join(location, BUCKETS_NAME)):
             raise
     return _open_buckets(location, access, verify=verify, retry=retry)

@@ -71,6 +71,7 @@ class HashingFile:
         except OSError as error:
             if error.errno not in LINK_FAILURES:
                 raise
+            # A file of another size is no finished shard; something truncated it.
             if not final.exists() or final.stat().st_size != self.num_bytes:
                 self.path.replace(final)
             elif (found := _hash_on_disk(final)) != sha256:

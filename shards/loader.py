@@ -152,7 +152,7 @@ def prefetch(
 
     def refill(step: int, buffer: T, used: torch.cuda.Event | None) -> tuple[T, U]:
         if used is not None:
-            used.synchronize()
+            used.synchronize()  # a copy to the GPU may still read this buffer
         return buffer, fill(step, buffer)
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:

@@ -271,6 +271,7 @@ class ShardWriter:
         for name in ("latent", "text", "tokens"):
             members[MEMBERS[name]] = self._encode_array(place, name, getattr(example, name))
         members[MEMBERS["json"]] = self._encode_meta(place, example.meta)
+        # All checks come before the write, so that a rejected example leaves no bytes.
         sums = LatentSums.of(example.latent, self._kind)
         if not np.isfinite(sums.squares).all():
             raise FormatError(

@@ -141,7 +141,7 @@ class CachedShards(ShardSet):
                 with self._changed:
                     self._changed.wait_for(lambda: self._num_events > num_events, POLL_S)
         except (OSError, ValueError) as error:
-            self._error = error
+            self._error = error  # gathers that wait raise it
             self.store.stopped.set()
             with self._changed:
                 self._changed.notify_all()
@@ -155,12 +155,13 @@ class CachedShards(ShardSet):
         with self._changed:
             schedule, uses = self._schedule, self._uses.copy()
         away = np.full(len(uses), NEVER) if schedule is None else records_until(*schedule)
-        away[uses > 0] = -1
+        away[uses > 0] = -1  # a gather waits for these
         self._tidy(away)
         sizes = self._region.sizes
         for shard in _nearest_first(away, ~mapped & (away < NEVER)):
             later = away > away[shard]
             full = sizes[mapped].sum() + sizes[shard] > self.store.room_bytes
+            # To evict a shard that is needed earlier would gain nothing.
             if full and not (mapped & later).any():
                 return False
             outcome = self.store.get(shard, _nearest_first(away, later)[::-1], self._drop)
@@ -206,6 +207,7 @@ class CachedShards(ShardSet):
 
 def _fetch_ahead(reference: "weakref.ref[CachedShards]") -> None:
     """Runs until the set is closed or garbage collected."""
+    # A weak reference, so that a set that is not used any more can be collected.
     is_running = True
     while is_running:
         shards = reference()

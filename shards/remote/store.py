@@ -70,6 +70,7 @@ def open_store(
         manifest = fetch_document(Manifest, location, Path(temporary), retry=retry)
         content = (Path(temporary) / MANIFEST_NAME).read_bytes()
     folder = cache_dir.expanduser() / manifest.sha256[:ID_LENGTH]
+    # The store marks the folder as in use, so that no other process deletes it from here on.
     store = Store(location, folder, manifest, cache_bytes, retry or Retry())
     with _locked(folder):
         _remove_leftovers(folder)
@@ -142,6 +143,7 @@ class Store:
         with _locked(self.folder):
             if self.has(shard):
                 return "here"
+            # The hidden file is also the lock of the download, so a killed process leaves no lock.
             file = _claim(partial)
             if file is None:
                 return "elsewhere"
@@ -205,6 +207,7 @@ class Store:
     def _download(self, entry: ShardEntry, file: IO[bytes]) -> None:
         """Downloads a shard to an open file, again after a hash mismatch (a faulty proxy, say)."""
         url = join(self.location, entry.name)
+        # Once more for the network, and once for a proxy that stored a damaged file.
         tries = min(HASH_TRIES, self.retry.attempts)
         for _ in range(tries):
             file.seek(0)

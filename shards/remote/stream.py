@@ -153,7 +153,7 @@ class Reading:
                 digest.update(content)
                 key = check_record(without_query(url), np.frombuffer(content, np.uint8), layout)
                 yield choose(key, content, layout, choice, visit=(epoch, index))
-            for chunk in iterate(stream):
+            for chunk in iterate(stream):  # the end of the tar, which has no records
                 digest.update(chunk)
         if digest.hexdigest() != entry.sha256:
             message = hash_fault(without_query(url), entry, digest.hexdigest())
@@ -216,6 +216,7 @@ class Batches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         number = self.reading.num_workers
+        # DataLoader takes the first batch from worker 0, the next from worker 1, and so on.
         step = self.start + (info.id if info else 0)
         worker = step % number
         num_steps = len(range(worker, self.start, number))  # earlier steps of this worker
@@ -228,7 +229,7 @@ class Batches(IterableDataset[Any]):
                     first, _ = used.get(record.visit, (step, step))
                     used[record.visit] = first, step
                 while len(used) > 2 * len(self.reading.shards):
-                    del used[next(iter(used))]
+                    del used[next(iter(used))]  # the oldest; its shard was read to the end
                 parts = [np.stack([getattr(record, name) for record in batch]) for name in ARRAYS]
                 yield [record.key for record in batch], *map(torch.from_numpy, parts)
                 step += number
