@@ -21,7 +21,7 @@ from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.buckets import BucketedShards, Buckets, holds_buckets, open_buckets
 from latent_t2i.shards.loader import BucketLoader, Loader, MapLoader
 from latent_t2i.shards.order import Order
-from latent_t2i.shards.reader import ShardSet, Verify, open_shards, require_encoders
+from latent_t2i.shards.reader import ShardSet, open_shards, require_encoders
 from latent_t2i.shards.remote.cache import CachedShards, CacheLoader, check_cache
 from latent_t2i.shards.remote.store import default_cache_dir, open_store
 from latent_t2i.shards.remote.stream import (
@@ -40,12 +40,9 @@ from latent_t2i.shards.remote.transport import (
     without_query,
 )
 from latent_t2i.shards.schema import BUCKETS_NAME
+from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, Verify
 
 Kind = Literal["map", "stream", "cache"]
-AccessMode = Literal["auto", "map", "stream", "cache"]
-
-CACHE_BYTES = 100_000_000_000
-WINDOW_RECORDS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)

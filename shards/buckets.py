@@ -21,7 +21,7 @@ from torch import Tensor
 
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.files import write_file
-from latent_t2i.shards.reader import RawBatch, ShardSet, Verify, open_shards
+from latent_t2i.shards.reader import RawBatch, ShardSet, open_shards
 from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
     BUCKETS_NAME,
@@ -30,6 +30,7 @@ from latent_t2i.shards.schema import (
     FormatError,
     Manifest,
 )
+from latent_t2i.shards.settings import Verify
 
 BUCKETS_VERSION = 1
 SAME = (

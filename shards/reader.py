@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from latent_t2i.shards.schema import (
     ShardEntry,
     npy_header,
 )
+from latent_t2i.shards.settings import Verify
 
 NAME_BYTES = 100
 """Size of a tar header's first field, the name of the member."""
@@ -70,8 +71,6 @@ class RawBatch:
 
 
 BatchT = TypeVar("BatchT", bound=RawBatch)
-Verify = Literal["lazy", "full", "none"]
-"""When shards are hashed: in the background after their first use, on opening, or never."""
 
 
 def open_shards(

@@ -6,9 +6,8 @@ from typing import Literal
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
-from latent_t2i.shards.access import CACHE_BYTES, WINDOW_RECORDS, AccessMode
 from latent_t2i.shards.order import LastBatch, Shuffle
-from latent_t2i.shards.reader import Verify
+from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, Verify
 from latent_t2i.train.trackers import TrackerName, check_names
 
 Precision = Literal["no", "fp16", "bf16"]

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latent_t2i.model.paths import ROOT
-from latent_t2i.shards.reader import Verify
 from latent_t2i.shards.schema import Manifest
+from latent_t2i.shards.settings import Verify
 from latent_t2i.train import checkpoint, loop
 from latent_t2i.train.config import DataConfig, OptimConfig
 from latent_t2i.train.loop import Streak, longest_streak, train
