@@ -127,7 +127,7 @@ def test_preflight_reads_no_shard(make_config: MakeConfig, server: Server, cache
         ),
         (DataConfig(access="stream", last_batch="drop"), True, r"data.last_batch: has no effect"),
         (DataConfig(access="stream", shuffle="blocks"), True, r"data.shuffle: stream access mixes"),
-        (DataConfig(access="stream", num_workers=4), True, r"3 shards for 1 processes x 4 workers"),
+        (DataConfig(access="stream", num_workers=4), True, r"1 processes x 4 workers = 4 readers"),
         (
             DataConfig(cache_dir="CACHE", cache_bytes=50_000),
             True,
@@ -180,4 +180,6 @@ def test_a_url_without_shards_is_one_line_and_exit_code_two(
         cli.main(train, TrainConfig, "train")
     assert exit_.value.code == 2
     (line,) = [s for s in capsys.readouterr().err.splitlines() if not s.startswith("warning")]
-    assert line == f"error: {server.url}/no/manifest.json: not found"
+    assert line.startswith(
+        f"error: {server.url}/no/manifest.json: not found: there is no such file"
+    )
