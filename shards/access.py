@@ -37,14 +37,12 @@ from latent_t2i.shards.remote.transport import (
     is_remote,
     join,
     read_file,
+    without_query,
 )
 from latent_t2i.shards.schema import BUCKETS_NAME
+from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, Verify
 
 Kind = Literal["map", "stream", "cache"]
-AccessMode = Literal["auto", "map", "stream", "cache"]
-
-CACHE_BYTES = 100_000_000_000
-WINDOW_RECORDS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,31 +83,32 @@ def open_set(
     *,
     vae_sha256: str | None = None,
     text_sha256: str | None = None,
-    verify: bool = False,
+    verify: Verify = "lazy",
     retry: Retry | None = None,
 ) -> ShardSet | BucketedShards:
     """Opens a finished set of shards, bucketed or not. Of a remote set, only small files are read.
 
     `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use. `verify`
-    hashes every shard that is on a local disk. Downloads are always hashed.
+    applies to shards on a local disk. Downloads and streams are always hashed.
 
     Raises FormatError like `open_shards`, RemoteError for a location that cannot be read, and
     ValueError for stream access to a bucketed set.
     """
     shards = _open(location, access, verify=verify, retry=retry)
-    require_encoders(location, shards.manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
+    shown = without_query(location)
+    require_encoders(shown, shards.manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
     return shards
 
 
 def _open(
-    location: str, access: Access, *, verify: bool, retry: Retry | None
+    location: str, access: Access, *, verify: Verify, retry: Retry | None
 ) -> ShardSet | BucketedShards:
     if not is_remote(location):
         open_it = _open_buckets if holds_buckets(Path(location)) else _open_one
         return open_it(location, access, verify=verify, retry=retry)
     try:
         return _open_one(location, access, verify=verify, retry=retry)
-    except RemoteError:
+    except RemoteError:  # no manifest: a bucketed set, or the error is right
         if not _exists(join(location, BUCKETS_NAME)):
             raise
     return _open_buckets(location, access, verify=verify, retry=retry)
@@ -123,19 +122,18 @@ def _exists(url: str) -> bool:
     return True
 
 
-def _open_one(location: str, access: Access, *, verify: bool, retry: Retry | None) -> ShardSet:
+def _open_one(location: str, access: Access, *, verify: Verify, retry: Retry | None) -> ShardSet:
     if access.kind == "map":
         return open_shards(location, verify=verify)
     if access.kind == "stream":
         return open_streamed(location, retry=retry)
     folder = access.cache_dir or default_cache_dir()
-    return CachedShards(
-        open_store(location, folder, access.cache_bytes, verify=verify, retry=retry)
-    )
+    store = open_store(location, folder, access.cache_bytes, verify=verify == "full", retry=retry)
+    return CachedShards(store, is_lazy=verify == "lazy")
 
 
 def _open_buckets(
-    location: str, access: Access, *, verify: bool, retry: Retry | None
+    location: str, access: Access, *, verify: Verify, retry: Retry | None
 ) -> BucketedShards:
     if access.kind == "stream":
         raise ValueError(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latent_t2i.shards.bucket_order import BucketOrder
+from latent_t2i.shards.files import write_file
 from latent_t2i.shards.reader import RawBatch, ShardSet, open_shards
 from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
@@ -29,7 +30,7 @@ from latent_t2i.shards.schema import (
     FormatError,
     Manifest,
 )
-from latent_t2i.shards.writer import write_file
+from latent_t2i.shards.settings import Verify
 
 BUCKETS_VERSION = 1
 SAME = (
@@ -285,6 +286,11 @@ class BucketedShards:
         part, local = self._locate(records)
         return part.keys(local)
 
+    def finish_verification(self) -> None:
+        """Like `ShardSet.finish_verification`, for all buckets."""
+        for part in self.sets:
+            part.finish_verification()
+
     def _locate(self, records: NDArray[np.int64]) -> tuple[ShardSet, NDArray[np.int64]]:
         """Returns the set of some records and their numbers in it."""
         records = np.asarray(records, np.int64)
@@ -306,7 +312,7 @@ def holds_buckets(folder: Path) -> bool:
     return (folder / BUCKETS_NAME).exists() or any(part.is_dir() for part in parts)
 
 
-def open_buckets(path: str | Path, *, verify: bool = False) -> BucketedShards:
+def open_buckets(path: str | Path, *, verify: Verify = "lazy") -> BucketedShards:
     """Opens a bucketed set in a local folder. Raises FormatError like `open_shards`."""
     folder = Path(path)
     buckets = Buckets.load(folder)

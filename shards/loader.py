@@ -64,11 +64,17 @@ class MapLoader:
         )
 
     def fill(self, step: int, out: BatchT) -> BatchT:
+        self.finish_epoch(step)
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = choices(self.order.seed, step, self.order.batch_size)
         records = self.order.records(step)[mine]
         self.shards.gather(records, caption_u[mine], view_u[mine], out)
         return out
+
+    def finish_epoch(self, step: int) -> None:
+        """At an epoch's first step, waits for the verification of the epoch before."""
+        if step and self.order.cursor(step).epoch != self.order.cursor(step - 1).epoch:
+            self.shards.finish_verification()
 
     def nonfinite_keys(self, step: int) -> list[str]:
         records = self.order.records(step)
@@ -153,7 +159,7 @@ def prefetch(
 
     def refill(step: int, buffer: T, used: torch.cuda.Event | None) -> tuple[T, U]:
         if used is not None:
-            used.synchronize()
+            used.synchronize()  # a copy to the GPU may still read this buffer
         return buffer, fill(step, buffer)
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:

@@ -68,12 +68,7 @@ class Region:
 def _load_mmap() -> "ctypes._NamedFuncPointer":
     function = ctypes.CDLL(None, use_errno=True).mmap
     function.restype = ctypes.c_void_p
-    function.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_size_t,
-        *[ctypes.c_int] * 3,
-        ctypes.c_long,
-    ]
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     return function
 
 

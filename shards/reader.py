@@ -8,7 +8,6 @@ straight into the caller's buffer, and reads only the chosen caption and view. T
 shards must be on a local disk; remote/cache.py downloads them there.
 """
 
-import hashlib
 import math
 import mmap
 import sys
@@ -23,11 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from latent_t2i.shards.checks import BackgroundVerifier, check_hash, check_size
 from latent_t2i.shards.mapping import Region
 from latent_t2i.shards.order import Order
 from latent_t2i.shards.parsing import load_json, show
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
+    KEY_PATTERN,
     MEMBERS,
     FileEntry,
     FormatError,
@@ -36,6 +37,7 @@ from latent_t2i.shards.schema import (
     ShardEntry,
     npy_header,
 )
+from latent_t2i.shards.settings import Verify
 
 NAME_BYTES = 100
 """Size of a tar header's first field, the name of the member."""
@@ -76,12 +78,11 @@ def open_shards(
     *,
     vae_sha256: str | None = None,
     text_sha256: str | None = None,
-    verify: bool = False,
+    verify: Verify = "lazy",
 ) -> "ShardSet":
     """Opens a finished set of shards: reads the manifest and compares all file sizes.
 
-    `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use. `verify`
-    reads every file and compares its sha256.
+    `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use.
 
     Raises FormatError for an unfinished set, another schema version, a missing or truncated file, a
     wrong hash, or the output of other encoders.
@@ -91,15 +92,17 @@ def open_shards(
     require_encoders(folder, manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
     for entry in manifest.files:
         check_size(folder, entry)
-        if verify:
+        if verify == "full":
             check_hash(folder, entry)
-    return ShardSet(folder, manifest)
+    return ShardSet(folder, manifest, is_lazy=verify == "lazy")
 
 
 class ShardSet:
     """The records of a set, numbered from 0 in the order of the manifest."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, is_lazy: bool = False, remedy: str = ""
+    ) -> None:
         if sys.byteorder != "little":
             raise FormatError(f"{folder}: shards need a little-endian machine, this one is not")
         self.folder = folder
@@ -117,6 +120,7 @@ class ShardSet:
         self._layout = np.array([shard.layout for shard in manifest.shards])
         self._record_bytes = np.array([layout.record_bytes for layout in manifest.layouts])
         self._rows = {name: _Rows(name, manifest, self._region) for name in ITEM_FIELDS}
+        self._verifier = BackgroundVerifier(folder, remedy) if is_lazy else None
 
     def __len__(self) -> int:
         return self.manifest.num_records
@@ -183,11 +187,18 @@ class ShardSet:
             raise FormatError(f"{place}: expected a JSON object, found {show(document)}")
         return document
 
+    def finish_verification(self) -> None:
+        """Waits until all shards used so far are hashed. Raises FormatError for a mismatch."""
+        if self._verifier is not None:
+            self._verifier.finish()
+
     def _locate(self, records: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Maps the shards of some records; returns shard (B,) and offset in the region (B,)."""
         records = np.asarray(records, np.int64)
         if records.size and not 0 <= records.min() <= records.max() < len(self):
             raise IndexError(f"{self.folder}: expected records in 0..{len(self) - 1}")
+        if self._verifier is not None:
+            self._verifier.check()
         shard = np.searchsorted(self._starts, records, side="right") - 1
         for absent in np.unique(shard[~self._region.is_mapped[shard]]):
             self._map(int(absent))
@@ -208,6 +219,11 @@ class ShardSet:
         except FormatError:
             self._region.unmap(shard)
             raise
+        if self._verifier is not None and not self._is_hashed(shard):
+            self._verifier.add(entry)
+
+    def _is_hashed(self, shard: int) -> bool:
+        return False
 
 
 ITEM_FIELDS = tuple(part.name for part in fields(RawBatch))
@@ -267,9 +283,11 @@ def map_shard(path: Path, entry: ShardEntry, layout: Layout) -> dict[str, NDArra
     }
 
 
-def check_record(path: Path, record: NDArray[np.uint8], layout: Layout) -> str:
+def check_record(path: str | Path, record: NDArray[np.uint8], layout: Layout) -> str:
     """Checks the tar and .npy headers of a record against the layout; returns its key."""
     key = key_of(record[:NAME_BYTES].tobytes())
+    if not KEY_PATTERN.fullmatch(key):
+        raise FormatError(f"{path}: key {key!r}: expected a key of the form {KEY_PATTERN.pattern}")
     for name, part in layout.fields.items():
         start = part.offset_bytes - part.header_bytes
         member = _text(record[start - BLOCK_BYTES :][:NAME_BYTES].tobytes())
@@ -307,49 +325,18 @@ def small_arrays(manifest: Manifest) -> dict[str, tuple[FileEntry, str, tuple[in
 
 def load_array(folder: Path, entry: FileEntry, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Reads an .npy file. Raises FormatError for another size, dtype or shape."""
-    check_size(folder, entry)
-    content = (folder / entry.name).read_bytes()
+    path = folder / entry.name
     expected = npy_header(dtype, shape)
+    size = len(expected) + math.prod(shape) * np.dtype(dtype).itemsize
+    if entry.bytes != size:
+        raise FormatError(f"{path}: expected {size} bytes for {dtype} {shape}, found {entry.bytes}")
+    check_size(folder, entry)
+    content = path.read_bytes()
     found = content[: len(expected)]
     if found != expected:
-        raise FormatError(
-            f"{folder / entry.name}: expected array header {expected!r}, found {found!r}"
-        )
-    size = len(expected) + math.prod(shape) * np.dtype(dtype).itemsize
-    if len(content) != size:
-        raise FormatError(
-            f"{folder / entry.name}: expected {size} bytes for {dtype} {shape}, "
-            f"found {len(content)}"
-        )
+        raise FormatError(f"{path}: expected array header {expected!r}, found {found!r}")
     array = np.frombuffer(content, np.dtype(dtype).newbyteorder("<"), offset=len(expected))
     return array.reshape(shape).copy()
-
-
-def check_size(folder: Path, entry: FileEntry) -> None:
-    """Raises FormatError if a file is missing or its size differs from the manifest's."""
-    path = folder / entry.name
-    if not path.is_file():
-        raise FormatError(f"{path}: missing, expected a file of {entry.bytes} bytes")
-    found = path.stat().st_size
-    if found != entry.bytes:
-        state = "cut short" if found < entry.bytes else "too long"
-        raise FormatError(f"{path}: {state}: expected {entry.bytes} bytes, found {found}")
-
-
-def check_hash(folder: Path, entry: FileEntry) -> None:
-    """Raises FormatError if a file's sha256 differs from the manifest's."""
-    with (folder / entry.name).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != entry.sha256:
-        raise FormatError(hash_fault(folder / entry.name, entry, found))
-
-
-def hash_fault(path: Path, entry: FileEntry, found: str) -> str:
-    """Returns the message for a file whose sha256 differs from the manifest's."""
-    return (
-        f"{path}: sha256: expected {entry.sha256}, found {found}: the file changed after it was "
-        "written"
-    )
 
 
 def require_encoders(

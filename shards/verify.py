@@ -27,17 +27,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from latent_t2i.shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
+from latent_t2i.shards.checks import check_hash, check_size, hash_fault
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import load_json, printable, show
-from latent_t2i.shards.reader import (
-    NAME_BYTES,
-    check_hash,
-    check_size,
-    hash_fault,
-    key_of,
-    load_array,
-    small_arrays,
-)
+from latent_t2i.shards.reader import NAME_BYTES, key_of, load_array, small_arrays
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
     BUCKETS_NAME,
@@ -293,7 +286,7 @@ def _tar_headers(names: Sequence[str], num_bytes: int) -> NDArray[np.uint8]:
     headers = np.tile(_tar_header(num_bytes), (len(names), 1))
     encoded = np.array([name.encode("ascii", "replace") for name in names], f"S{NAME_BYTES}")
     headers[:, :NAME_BYTES] = encoded.view(np.uint8).reshape(-1, NAME_BYTES)
-    headers[:, CHECKSUM] = ord(" ")
+    headers[:, CHECKSUM] = ord(" ")  # the sum is taken with spaces here
     sums = headers.sum(1, dtype=np.int64)
     octal = ord("0") + (sums[:, None] >> np.arange(15, -1, -3) & 7)  # (N, 6)
     headers[:, CHECKSUM.start : CHECKSUM.start + 6] = octal
@@ -324,7 +317,7 @@ def _check_values(shard: _Shard, keys: list[str], block: NDArray[np.uint8]) -> N
     for row in _rows(_view(block, fields["tokens"], np.int32) < 0):
         shard.fault("field tokens: expected ids of at least 0, found a negative one", key=keys[row])
     latents = _view(block, fields["latent"], np.float16)[finite]
-    if len(latents):
+    if len(latents):  # without records that have NaN, which is a fault already
         stored = latents.reshape(-1, *fields["latent"].shape)
         shard.sums += LatentSums.of(stored, shard.kind, np.float32)
 

@@ -11,25 +11,21 @@ several processes may each write shards of their own, and any of them may finish
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import io
 import json
-import os
-import re
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import webdataset
 from numpy.typing import NDArray
 
+from latent_t2i.shards.files import HashingFile, remove_stale_attempts, write_file
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import from_json
 from latent_t2i.shards.schema import (
@@ -53,10 +49,6 @@ from latent_t2i.shards.schema import (
 
 PROVENANCE_NAME = "provenance.json"
 TEXT_SCALE_NAME = "text_scale.json"
-ATTEMPT_PATTERN = re.compile(r".+\.[0-9]+-[0-9a-f]{8}\.part")
-"""The temporary name of a file: final name, process id and random digits."""
-LINK_FAILURES = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""Errors of hard links: the name is taken, or the file system has no hard links."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +88,8 @@ def begin_set(folder: Path, provenance: Provenance) -> Manifest | None:
     Raises ValueError, naming both values, if the folder holds another set or a part of one, and if
     it holds anything else.
     """
-    _remove_stale_attempts(folder)
+    remove_stale_attempts(folder)
+    remove_stale_attempts(folder / PROGRESS_DIR)
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
         _require_same(folder, manifest, provenance)
@@ -170,7 +163,7 @@ def finish_set(
     quarantined: Mapping[str, str],
     empty_text: NDArray[np.float16],
     empty_tokens: NDArray[np.int32],
-    text_scale: tuple[NDArray[np.float32], float, int] | None = None,
+    text_scale: FoundScale | None = None,
 ) -> Manifest:
     """Merges the reports of shards 0 to num_shards - 1 into the manifest and writes it.
 
@@ -225,7 +218,7 @@ def finish_set(
         text_scale=text_scale and _write_text_scale(folder, *text_scale),
     )
     manifest.check(folder / MANIFEST_NAME)
-    _remove_stale_attempts(folder)
+    remove_stale_attempts(folder)
     write_file(folder / MANIFEST_NAME, manifest.dump().encode())
     shutil.rmtree(folder / PROGRESS_DIR)
     return manifest
@@ -246,7 +239,7 @@ class ShardWriter:
         self._sums = LatentSums()
 
     def __enter__(self) -> Self:
-        self._file = _HashingFile(self._folder / self._name)
+        self._file = HashingFile(self._folder / self._name)
         self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, mode=0o444)
         return self
 
@@ -278,6 +271,7 @@ class ShardWriter:
         for name in ("latent", "text", "tokens"):
             members[MEMBERS[name]] = self._encode_array(place, name, getattr(example, name))
         members[MEMBERS["json"]] = self._encode_meta(place, example.meta)
+        # All checks come before the write, so that a rejected example leaves no bytes.
         sums = LatentSums.of(example.latent, self._kind)
         if not np.isfinite(sums.squares).all():
             raise FormatError(
@@ -343,91 +337,6 @@ class ShardWriter:
         write_file(_report_path(self._folder, self._index), content)
 
 
-class _HashingFile:
-    """A file under a temporary name that keeps count of its bytes and their sha256."""
-
-    def __init__(self, final: Path) -> None:
-        self._file = _open_attempt(final)
-        self.path = Path(self._file.name)
-        self._hash = hashlib.sha256()
-        self._is_muted = False
-        self.num_bytes = 0
-
-    def write(self, data: bytes) -> int:
-        if self._is_muted:
-            return len(data)
-        self._hash.update(data)
-        self.num_bytes += len(data)
-        with _naming(self.path):
-            return self._file.write(data)
-
-    def mute(self) -> None:
-        """Discards everything written from now on."""
-        self._is_muted = True
-
-    def sync(self) -> None:
-        with _naming(self.path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        with _naming(self.path):
-            self._file.close()
-
-    def publish(self, final: Path) -> str:
-        """Gives the file its final name; returns the sha256 of its bytes on disk.
-
-        If another process was first with the same bytes, its file stays. Raises FormatError if that
-        file has other bytes, and OSError if the disk returns other bytes than were written.
-        """
-        sha256 = _hash_on_disk(self.path)
-        if sha256 != self._hash.hexdigest():
-            raise OSError(errno.EIO, "the disk returns other bytes than were written", str(final))
-        try:
-            os.link(self.path, final)
-        except OSError as error:
-            if error.errno not in LINK_FAILURES:
-                raise
-            if not final.exists() or final.stat().st_size != self.num_bytes:
-                self.path.replace(final)
-            elif (found := _hash_on_disk(final)) != sha256:
-                raise FormatError(
-                    f"{final}: sha256: expected {sha256}, found {found}: another process wrote "
-                    "another shard under this name; delete it and run the command again"
-                ) from error
-        sync_folder(final.parent)
-        return sha256
-
-
-def _hash_on_disk(path: Path) -> str:
-    """Returns the sha256 of a file, read from the disk and not from the page cache if possible."""
-    with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _open_attempt(final: Path) -> IO[bytes]:
-    """Creates a file under a unique temporary name; it is locked for as long as it is open."""
-    while True:
-        name = f"{final.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
-        file = final.with_name(name).open("xb")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:  # 0 if it was deleted as stale before it was locked
-            return file
-        file.close()
-
-
-def _remove_stale_attempts(folder: Path) -> None:
-    """Deletes temporary files of killed processes, which hold no lock any more."""
-    for path in (*folder.glob("*.part"), *folder.glob(f"{PROGRESS_DIR}/*.part")):
-        if not ATTEMPT_PATTERN.fullmatch(path.name):
-            continue
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-
-
 def _require_same(folder: Path, found: Provenance, expected: Provenance) -> None:
     lines = differences(found, expected)
     if lines:
@@ -438,10 +347,7 @@ def _require_same(folder: Path, found: Provenance, expected: Provenance) -> None
 
 
 def _require_text(
-    folder: Path,
-    provenance: Provenance,
-    layouts: Sequence[Layout],
-    text_scale: tuple[NDArray[np.float32], float, int] | None,
+    folder: Path, provenance: Provenance, layouts: Sequence[Layout], text_scale: FoundScale | None
 ) -> None:
     """Raises ValueError if layouts or scale do not match the text's dtype in the provenance."""
     dtype = provenance.text_dtype
@@ -500,38 +406,3 @@ def _write_array(path: Path, array: NDArray[Any]) -> FileEntry:
     write_file(path, content)
     digest = hashlib.sha256(content).hexdigest()
     return FileEntry(name=path.name, bytes=len(content), sha256=digest)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a small file so that it is complete or absent."""
-    with _naming(path), _open_attempt(path) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    sync_folder(path.parent)
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Adds the path to errors of open files, which come without one (a full disk, for example)."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder to disk, so that a rename in it survives a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,5 +1,6 @@
 """Helpers for tests: small sets of shards filled with random numbers, edits, comparisons."""
 
+import hashlib
 import json
 import sys
 import warnings
@@ -176,6 +177,28 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document["sha256"] = hash_json(document)
     path.chmod(0o644)
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def update_hash(folder: Path, name: str) -> None:
+    """Stores the hash of a changed file in the manifest, and in the list of a bucketed set."""
+    sha256 = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+    def change(document: dict[str, Any]) -> None:
+        scale = document["text_scale"]
+        entries = [*document["shards"], document["empty_text"], document["empty_tokens"]]
+        for entry in [*entries, *([scale["file"]] if scale else [])]:
+            if entry["name"] == name:
+                entry["sha256"] = sha256
+
+    def change_list(document: dict[str, Any]) -> None:
+        for bucket in document["buckets"]:
+            if bucket["name"] == folder.name:
+                bucket["sha256"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
+
+    manifest, listed = folder / "manifest.json", folder.parent / "buckets.json"
+    edit_json(manifest, change)
+    if listed.exists():
+        edit_json(listed, change_list)
 
 
 def run_main(module: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:

@@ -304,3 +304,4 @@ def plant_nan(folder: Path, *, shard: int, records: Sequence[int]) -> None:
         for record in records:
             file.seek(record * layout.record_bytes + layout.fields["latent"].offset_bytes)
             file.write(np.full(4, np.nan, np.float16).tobytes())
+    shard_sets.update_hash(folder, entry.name)

@@ -7,8 +7,8 @@ from latent_t2i.model.checks import check_number
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
-from latent_t2i.shards.access import CACHE_BYTES, WINDOW_RECORDS, AccessMode
 from latent_t2i.shards.order import LastBatch, Shuffle
+from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, Verify
 from latent_t2i.train.trackers import TrackerName, check_names
 
 Precision = Literal["no", "fp16", "bf16"]
@@ -72,9 +72,10 @@ class DataConfig:
     """Number of shards whose records are shuffled together (shuffle `blocks`)."""
     last_batch: LastBatch = "fill"
     """The last, partial batch of an epoch is filled from the next epoch or dropped."""
-    verify: bool = False
-    """Compare every shard's hash with the manifest before the first step. Downloaded shards are
-    always verified."""
+    verify: Verify = "lazy"
+    """Compare the hash of shards on a local disk with the manifest: `lazy`, in the background after
+    a shard's first use; `full`, all shards before the first step; `none`, never. Downloads and
+    streams are always hashed."""
 
     def __post_init__(self) -> None:
         check_number("data.num_workers", self.num_workers, least=0, whole=True)

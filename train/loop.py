@@ -295,6 +295,9 @@ def save(run: Run) -> None:
 
 def finish(run: Run, reason: StopReason) -> Path:
     """Writes the bundle, unless this run has written it already, and returns its folder."""
+    run.plan.shards.finish_verification()
+    if run.plan.validation is not None:
+        run.plan.validation.shards.finish_verification()
     folder, step = run.plan.folder / "bundle", run.state.step
     if (folder / INFO_FILE).is_file() and read_info(folder)["step"] == step:
         run.progress.say(

@@ -37,8 +37,9 @@ POLL_S = 0.1
 class CachedShards(ShardSet):
     """A set whose shards are downloaded while they are used."""
 
-    def __init__(self, store: Store) -> None:
-        super().__init__(store.folder, store.manifest)
+    def __init__(self, store: Store, *, is_lazy: bool = False) -> None:
+        remedy = "; run with --data.verify full to download it again"
+        super().__init__(store.folder, store.manifest, is_lazy=is_lazy, remedy=remedy)
         self.store = store
         self._changed = threading.Condition()
         self._uses = np.zeros(len(store.manifest.shards), np.int64)  # current gathers, by shard
@@ -82,6 +83,9 @@ class CachedShards(ShardSet):
         """Like `ShardSet.meta`, after the shard is downloaded."""
         with self._using(np.array([record])):
             return super().meta(record)
+
+    def _is_hashed(self, shard: int) -> bool:
+        return shard in self.store.hashed
 
     def shards_of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the index of the shard of each record."""
@@ -137,7 +141,7 @@ class CachedShards(ShardSet):
                 with self._changed:
                     self._changed.wait_for(lambda: self._num_events > num_events, POLL_S)
         except (OSError, ValueError) as error:
-            self._error = error
+            self._error = error  # gathers that wait raise it
             self.store.stopped.set()
             with self._changed:
                 self._changed.notify_all()
@@ -151,12 +155,13 @@ class CachedShards(ShardSet):
         with self._changed:
             schedule, uses = self._schedule, self._uses.copy()
         away = np.full(len(uses), NEVER) if schedule is None else records_until(*schedule)
-        away[uses > 0] = -1
+        away[uses > 0] = -1  # a gather waits for these
         self._tidy(away)
         sizes = self._region.sizes
         for shard in _nearest_first(away, ~mapped & (away < NEVER)):
             later = away > away[shard]
             full = sizes[mapped].sum() + sizes[shard] > self.store.room_bytes
+            # To evict a shard that is needed earlier would gain nothing.
             if full and not (mapped & later).any():
                 return False
             outcome = self.store.get(shard, _nearest_first(away, later)[::-1], self._drop)
@@ -202,6 +207,7 @@ class CachedShards(ShardSet):
 
 def _fetch_ahead(reference: "weakref.ref[CachedShards]") -> None:
     """Runs until the set is closed or garbage collected."""
+    # A weak reference, so that a set that is not used any more can be collected.
     is_running = True
     while is_running:
         shards = reference()
@@ -217,6 +223,7 @@ class CacheLoader(MapLoader):
 
     def fill(self, step: int, out: BatchT) -> BatchT:
         """Writes this process's share of a step's global batch into `out`, part by part."""
+        self.finish_epoch(step)
         mine = share(self.order.batch_size, self.rank, self.num_processes)
         caption_u, view_u = (u[mine] for u in choices(self.order.seed, step, self.order.batch_size))
         records = self.order.records(step)[mine]

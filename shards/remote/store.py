@@ -20,7 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Literal
 
-from latent_t2i.shards.reader import check_hash
+from latent_t2i.shards.checks import check_hash
+from latent_t2i.shards.files import sync_folder
 from latent_t2i.shards.remote.transport import (
     Retry,
     check_sha256,
@@ -32,7 +33,6 @@ from latent_t2i.shards.remote.transport import (
     without_query,
 )
 from latent_t2i.shards.schema import MANIFEST_NAME, FormatError, Manifest, ShardEntry
-from latent_t2i.shards.writer import sync_folder
 
 HASH_TRIES = 3
 """Number of download attempts before a hash mismatch is reported."""
@@ -70,6 +70,7 @@ def open_store(
         manifest = fetch_document(Manifest, location, Path(temporary), retry=retry)
         content = (Path(temporary) / MANIFEST_NAME).read_bytes()
     folder = cache_dir.expanduser() / manifest.sha256[:ID_LENGTH]
+    # The store marks the folder as in use, so that no other process deletes it from here on.
     store = Store(location, folder, manifest, cache_bytes, retry or Retry())
     with _locked(folder):
         _remove_leftovers(folder)
@@ -97,6 +98,8 @@ class Store:
         self.stopped = threading.Event()
         """Setting it stops a download and its retries."""
         self.retry = replace(retry, pause=self.stopped.wait)
+        self.hashed: set[int] = set()
+        """Shards whose hash was checked by this process."""
         self._release = weakref.finalize(self, _share(folder / IN_USE_LOCK).close)
 
     def close(self) -> None:
@@ -140,6 +143,7 @@ class Store:
         with _locked(self.folder):
             if self.has(shard):
                 return "here"
+            # The hidden file is also the lock of the download, so a killed process leaves no lock.
             file = _claim(partial)
             if file is None:
                 return "elsewhere"
@@ -151,6 +155,7 @@ class Store:
             try:
                 self._download(entry, file)
                 partial.rename(self.folder / entry.name)
+                self.hashed.add(shard)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
@@ -171,6 +176,7 @@ class Store:
         entry = self.manifest.shards[shard]
         try:
             check_hash(self.folder, entry)
+            self.hashed.add(shard)
         except FormatError:
             (self.folder / entry.name).unlink(missing_ok=True)
 
@@ -201,6 +207,7 @@ class Store:
     def _download(self, entry: ShardEntry, file: IO[bytes]) -> None:
         """Downloads a shard to an open file, again after a hash mismatch (a faulty proxy, say)."""
         url = join(self.location, entry.name)
+        # Once more for the network, and once for a proxy that stored a damaged file.
         tries = min(HASH_TRIES, self.retry.attempts)
         for _ in range(tries):
             file.seek(0)

@@ -1,4 +1,4 @@
-"""Stream access: WebDataset reads shards from start to end, local or remote; nothing is stored.
+"""Stream access: reads shards from start to end, local or remote, and stores nothing.
 
     loader = StreamLoader(shards=open_streamed("s3://bucket/train"), order=order)
 
@@ -7,20 +7,20 @@ worker shuffles records within a window, of which it keeps only the chosen capti
 memory holds a window and the disk nothing. The price:
 
 * a record is only mixed with records near it;
-* parsing tars in Python is 20 times as slow as map access;
+* a damaged shard is noticed at its end, after some of its records were used;
 * ranks do not stay in the same epoch;
 * a run resumes at a shard: shards read completely are not read again, interrupted ones are read
   from their start, and records that were left in a window are skipped until the next epoch.
 """
 
-import io
+import hashlib
 import random
-import tarfile
 import tempfile
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from latent_t2i.shards.checks import hash_fault
 from latent_t2i.shards.order import Order, mixed_seed
-from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
+from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet, check_record
 from latent_t2i.shards.remote.transport import (
     RemoteError,
     Retry,
     fetch_document,
     fetch_small_files,
+    iterate,
     join,
     open_stream,
+    without_query,
 )
-from latent_t2i.shards.schema import MEMBERS, Field, FormatError, Layout, Manifest, ShardEntry
+from latent_t2i.shards.schema import FormatError, Layout, Manifest, ShardEntry
 
 KEPT_STEPS = 1000
 """Number of recent steps whose keys are kept for `nonfinite_keys`."""
@@ -127,7 +129,7 @@ class Reading:
     def epoch(self, epoch: int, worker: int, shards: list[int]) -> Iterator["Record"]:
         """Yields the records of some shards, shuffled within the window."""
         choice = self.generator("choice", epoch, self.rank, worker)
-        records = (record for shard in shards for record in self.shard(shard, choice))
+        records = (record for shard in shards for record in self.shard(shard, epoch, choice))
         if self.order.shuffle == "none":
             return records
         mix = random.Random(mixed_seed(self.order.seed, "order", epoch, self.rank, worker))
@@ -136,30 +138,38 @@ class Reading:
         )
         return mixed
 
-    def shard(self, index: int, choice: np.random.Generator) -> Iterator["Record"]:
-        """Yields the records of a shard. Raises FormatError if it differs from its layout."""
-        entry = self.shards[index]
-        url = join(self.location, entry.name)
-        layout, num_found = self.layouts[entry.layout], 0
-        try:
-            for sample in group_by_keys(tar_file_expander(self.opened(url, entry))):
-                yield choose(parse(url, sample, layout), sample["__key__"], choice)
-                num_found += 1
-        except FormatError as error:
-            raise FormatError(_message(error)) from error
-        except (tarfile.TarError, ValueError) as error:
-            raise FormatError(f"{url}: does not match its layout: {_message(error)}") from error
-        if num_found != entry.records:
-            raise FormatError(f"{url}: expected {entry.records} records, found {num_found}")
+    def shard(self, index: int, epoch: int, choice: np.random.Generator) -> Iterator["Record"]:
+        """Yields the records of a shard.
 
-    def opened(self, url: str, entry: ShardEntry) -> Iterator[dict[str, Any]]:
-        """Yields an open shard in the form that WebDataset's tar readers expect."""
+        Raises FormatError if a record's headers differ from the layout, and, after the last record,
+        ShardHashError if the shard's hash differs from the manifest's.
+        """
+        entry = self.shards[index]
+        url, layout = join(self.location, entry.name), self.layouts[entry.layout]
+        digest = hashlib.sha256()
         with open_stream(url, size=entry.bytes, retry=self.retry) as stream:
-            yield {"url": url, "stream": stream}
+            for _ in range(entry.records):
+                content = stream.read(layout.record_bytes)
+                digest.update(content)
+                key = check_record(without_query(url), np.frombuffer(content, np.uint8), layout)
+                yield choose(key, content, layout, choice, visit=(epoch, index))
+            for chunk in iterate(stream):  # the end of the tar, which has no records
+                digest.update(chunk)
+        if digest.hexdigest() != entry.sha256:
+            message = hash_fault(without_query(url), entry, digest.hexdigest())
+            raise ShardHashError(message, visit=(epoch, index))
 
     def generator(self, use: Any, *numbers: int) -> np.random.Generator:
         """Returns a random generator from the run's seed."""
         return np.random.Generator(np.random.PCG64(mixed_seed(self.order.seed, use, *numbers)))
+
+
+class ShardHashError(FormatError):
+    """A shard's hash differs from the manifest's."""
+
+    def __init__(self, message: str, visit: tuple[int, int]) -> None:
+        super().__init__(message)
+        self.visit = visit
 
 
 @dataclass(frozen=True)
@@ -170,41 +180,25 @@ class Record:
     latent: NDArray[np.float16]  # (2C, h, w) or (C, h, w)
     text: NDArray[np.float16 | np.int8]  # (T, D)
     tokens: NDArray[np.int32]  # (T,)
+    visit: tuple[int, int]
+    """Epoch and index of its shard."""
 
 
-def parse(url: str, sample: dict[str, Any], layout: Layout) -> dict[str, NDArray[Any]]:
-    """Returns the arrays of a sample. Raises FormatError if a member differs from the layout."""
-    arrays = {}
-    for name, part in layout.fields.items():
-        content = sample.get(MEMBERS[name])
-        place = f"{url}: key {sample['__key__']!r}: field {name}"
-        if content is None:
-            member = f"{sample['__key__']}.{MEMBERS[name]}"
-            raise FormatError(f"{place}: expected member {member!r}, found none")
-        header, data = content[: part.header_bytes], memoryview(content)[part.header_bytes :]
-        if header != part.header or len(data) != part.num_bytes:
-            expected = f"{part.dtype} {part.shape}"
-            raise FormatError(f"{place}: expected {expected}, found {_describe(content, part)}")
-        arrays[name] = np.frombuffer(data, part.dtype).reshape(part.shape)
-    others = sample.keys() - {"__key__", "__url__", *MEMBERS.values()}
-    if others:
-        raise FormatError(
-            f"{url}: key {sample['__key__']!r}: expected only {', '.join(MEMBERS.values())}, found "
-            f"{', '.join(sorted(others))} too"
-        )
-    return arrays
-
-
-def choose(arrays: dict[str, NDArray[Any]], key: str, choice: np.random.Generator) -> Record:
+def choose(
+    key: str, content: bytes, layout: Layout, choice: np.random.Generator, *, visit: tuple[int, int]
+) -> Record:
     """Returns one caption and one view, copied so that the rest of the record can be freed."""
-    caption = int(choice.integers(len(arrays["tokens"])))
-    view = int(choice.integers(len(arrays["latent"])))
-    return Record(
-        key=key,
-        latent=arrays["latent"][view].copy(),
-        text=arrays["text"][caption].copy(),
-        tokens=arrays["tokens"][caption].copy(),
-    )
+    caption = int(choice.integers(layout.num_captions))
+    view = int(choice.integers(layout.fields["latent"].shape[0]))
+
+    def item(name: str, index: int) -> NDArray[Any]:
+        part = layout.fields[name]
+        shape = part.shape[1:]
+        size = prod(shape)
+        start = part.offset_bytes + index * size * np.dtype(part.dtype).itemsize
+        return np.frombuffer(content, part.dtype, size, start).reshape(shape).copy()
+
+    return Record(key, item("latent", view), item("text", caption), item("tokens", caption), visit)
 
 
 class Batches(IterableDataset[Any]):
@@ -222,16 +216,29 @@ class Batches(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
         number = self.reading.num_workers
-        worker = (self.start + (info.id if info else 0)) % number
+        # DataLoader takes the first batch from worker 0, the next from worker 1, and so on.
+        step = self.start + (info.id if info else 0)
+        worker = step % number
         num_steps = len(range(worker, self.start, number))  # earlier steps of this worker
         records = self.reading.records(worker, num_steps * self.batch_size)
+        used: dict[tuple[int, int], tuple[int, int]] = {}  # first and last step, by visit
         try:
             while True:
                 batch = list(islice(records, self.batch_size))
+                for record in batch:
+                    first, _ = used.get(record.visit, (step, step))
+                    used[record.visit] = first, step
+                while len(used) > 2 * len(self.reading.shards):
+                    del used[next(iter(used))]  # the oldest; its shard was read to the end
                 parts = [np.stack([getattr(record, name) for record in batch]) for name in ARRAYS]
                 yield [record.key for record in batch], *map(torch.from_numpy, parts)
+                step += number
         except RemoteError as error:
             yield RemoteError(str(error))
+        except ShardHashError as error:
+            first, last = used.get(error.visit, (-1, -1))
+            steps = "no step used it" if first < 0 else f"steps {first} to {last} used it"
+            yield FormatError(f"{error}; {steps}")
         except FormatError as error:
             yield FormatError(str(error))
 
@@ -310,19 +317,3 @@ class StreamLoader:
                 generator=torch.Generator(),  # otherwise it would draw from the global generator
             )
         )
-
-
-def _message(error: Exception) -> str:
-    """Returns an error's text without what WebDataset appends to it."""
-    return str(error.args[0]).partition(" @ <")[0]
-
-
-def _describe(content: bytes, part: Field) -> str:
-    """Describes a member that does not match its field."""
-    if not part.header_bytes:
-        return f"{len(content)} bytes"
-    try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError):
-        return f"{len(content)} bytes that are not a .npy array"
-    return f"{array.dtype} {array.shape}"

@@ -16,7 +16,7 @@ import pytest
 
 from latent_t2i.shards.access import Access, make_loader, open_set
 from latent_t2i.shards.loader import MapLoader, batches
-from latent_t2i.shards.order import Order, choices
+from latent_t2i.shards.order import Order
 from latent_t2i.shards.reader import RawBatch, open_shards
 from latent_t2i.shards.remote import cache
 from latent_t2i.shards.remote.cache import CachedShards, CacheLoader, check_cache, parts
@@ -215,6 +215,23 @@ def test_truncated_and_unfinished_shards_are_replaced(
     assert sorted(server.asked) == ["manifest.json", first.name, second.name, third.name]
 
 
+def test_lazy_verification_finds_damaged_shard(
+    server: Server, open_cache: Callable[..., CachedShards]
+) -> None:
+    shards = open_cache()
+    shards.keys(np.arange(len(shards)))
+    shards.close()
+    path = shards.store.folder / shards.manifest.shards[2].name
+    content = bytearray(path.read_bytes())
+    content[3000] ^= 1
+    path.write_bytes(content)
+    again = CachedShards(open_store(server.url, path.parent.parent, 10**9), is_lazy=True)
+    with pytest.raises(FormatError, match=rf"{path}: sha256: .*; run with --data.verify full to"):
+        again.keys(np.arange(len(again)))
+        again.finish_verification()
+    again.close()
+
+
 def test_verify_replaces_damaged_shard(
     server: Server, open_cache: Callable[..., CachedShards]
 ) -> None:
@@ -254,8 +271,7 @@ def test_wrong_hash_is_retried_then_reported(
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
-    [("503...", "after 4 attempts; .* HTTP status 503"), ("404", "not found")],
+    ("fault", "message"), [("503...", "after 4 attempts; .* HTTP status 503"), ("404", "not found")]
 )
 def test_background_errors_are_raised_by_the_batch(
     server: Server, open_cache: Callable[..., CachedShards], fault: str, message: str
@@ -507,13 +523,3 @@ def test_parts_end_with_windows(settings: dict[str, Any]) -> None:
             assert (away[shard_of[records[part]]] < 8).all()
             seen += records[part].tolist()
     assert seen == np.concatenate([order.records(step) for step in range(20)]).tolist()
-
-
-def test_cached_choices_are_those_of_the_global_batch(
-    folder: Path, open_cache: Callable[..., CachedShards]
-) -> None:
-    shards = open_cache()
-    order = shards.order(batch_size=8, seed=0)
-    caption_u, view_u = choices(0, 4, 8)
-    direct = shards.gather(order.records(4), caption_u, view_u)
-    assert_batches_equal(collect(CacheLoader(shards=shards, order=order), 4, 5), [direct])

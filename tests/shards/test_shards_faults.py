@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -41,8 +42,8 @@ NUM_SHARDS, RECORDS_PER_SHARD = 4, 6
 PAUSE_S = 0.002
 
 
-def write_slowly(folder: Path, pause_s: float = 0.0) -> None:
-    """Writes or resumes a set like stage one."""
+def write_slowly(folder: Path, pause_s: float = 0.0, finish: bool = True) -> None:
+    """Writes or resumes a set like stage one, `finish` including the manifest."""
     provenance = make_provenance(text_dtype="int8")
     if begin_set(folder, provenance):
         return
@@ -56,6 +57,8 @@ def write_slowly(folder: Path, pause_s: float = 0.0) -> None:
             for example in examples:
                 shard.write(example)
                 time.sleep(pause_s)
+    if not finish:
+        return
     finish_set(
         folder,
         provenance,
@@ -130,6 +133,29 @@ def test_killed_writer_resumes_to_identical_bytes(
         write_slowly(folder)
         assert contents(folder) == whole
     assert len(num_files) >= 4, "all kills came at the same stage"
+
+
+def test_two_processes_on_one_set_end_with_identical_bytes(
+    tmp_path: Path, forks: ForkServerContext, whole: dict[str, bytes]
+) -> None:
+    rng = np.random.default_rng(0)
+    for attempt in range(4):
+        folder = tmp_path / str(attempt)
+        processes = [
+            forks.Process(target=write_slowly, args=(folder, PAUSE_S, False)) for _ in range(2)
+        ]
+        for process in processes:
+            process.start()
+            time.sleep(0.05 * rng.random())
+        os.kill(processes[0].pid, signal.SIGSTOP)
+        time.sleep(0.1 * rng.random())
+        os.kill(processes[0].pid, signal.SIGCONT)
+        for process in processes:
+            process.join()
+        assert [process.exitcode for process in processes] == [0, 0]
+        assert_none_partial(folder, whole)
+        write_slowly(folder)
+        assert contents(folder) == whole
 
 
 @pytest.fixture

@@ -107,10 +107,7 @@ def test_from_json_round_trips() -> None:
         ({"inner": {"ratio": 1.0}}, "f: inner: missing key 'sizes'"),
         ({"more": 1}, "f: unknown key 'more'"),
         ({"settings": {"n": None}}, "f: settings.n: expected text, found None"),
-        (
-            {"settings": {"n": 2**64}},
-            "f: settings.n: expected an integer, found 1844674407370955",
-        ),
+        ({"settings": {"n": 2**64}}, "f: settings.n: expected an integer, found 1844674407370955"),
     ],
 )
 def test_from_json_names_the_place(change: dict[str, Any], message: str) -> None:

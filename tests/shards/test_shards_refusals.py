@@ -1,6 +1,8 @@
 """Damaged sets that the reader rejects, with what was expected and found."""
 
+import gc
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import webdataset
 
+from latent_t2i.shards import checks
+from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import BLOCK_BYTES, MEMBERS, FormatError, Manifest
 from tests.shard_sets import edit_json, make_examples, write_set
@@ -31,7 +35,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
 
 
 def use_shard_0(folder: Path) -> None:
-    open_shards(folder).gather(np.array([0]), np.array([0.0]), np.array([0.0]))
+    open_shards(folder, verify="none").gather(np.array([0]), np.array([0.0]), np.array([0.0]))
 
 
 def test_other_schema_version(folder: Path) -> None:
@@ -146,14 +150,67 @@ def test_missing_empty_prompt(folder: Path, name: str) -> None:
         open_shards(folder)
 
 
-def test_wrong_hash_is_found_by_verify(folder: Path) -> None:
-    path = shard_of(folder)
+def flip(path: Path, position: int) -> None:
     content = bytearray(path.read_bytes())
-    content[2000] ^= 1
+    content[position] ^= 1
     path.write_bytes(content)
-    open_shards(folder)
+
+
+def test_wrong_hash_is_found_by_verify(folder: Path) -> None:
+    flip(shard_of(folder), 2000)
+    use_shard_0(folder)
     with pytest.raises(FormatError, match=r"shard-000000\.tar: sha256: expected \w{64}, found \w"):
-        open_shards(folder, verify=True)
+        open_shards(folder, verify="full")
+
+
+def test_lazy_verification_finds_flipped_byte_after_first_use(folder: Path) -> None:
+    flip(shard_of(folder), 2000)
+    shards = open_shards(folder)
+    shards.finish_verification()
+    shards.keys(np.array([0]))
+    for _ in range(2):
+        with pytest.raises(FormatError, match=r"shard-000000\.tar: sha256: expected \w{64}, fou"):
+            shards.finish_verification()
+        with pytest.raises(FormatError, match=r"shard-000000\.tar: sha256"):
+            shards.gather(np.array([0]), np.array([0.0]), np.array([0.0]))
+
+
+@pytest.mark.parametrize("shuffle", ["full", "none"])
+def test_lazy_verification_ends_with_the_epoch(tmp_path: Path, shuffle: str) -> None:
+    folder = tmp_path / "set"
+    write_set(folder, [make_examples(3, seed=seed) for seed in range(4)])
+    flip(folder / "shard-000003.tar", 9000)
+    shards = open_shards(folder)
+    loader = MapLoader(shards=shards, order=shards.order(batch_size=2, seed=0, shuffle=shuffle))
+    out = loader.buffer()
+    with pytest.raises(FormatError, match=r"shard-000003\.tar: sha256"):
+        for step in range(7):  # an epoch has six
+            loader.fill(step, out)
+
+
+def test_verification_thread_ends_with_its_set(folder: Path) -> None:
+    before = set(threading.enumerate())
+    shards = open_shards(folder)
+    shards.keys(np.array([0]))
+    shards.finish_verification()
+    (thread,) = set(threading.enumerate()) - before
+    del shards
+    gc.collect()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+
+
+def test_unreadable_file_is_reported_by_lazy_verification(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path, entry: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checks, "check_hash", fail)
+    shards = open_shards(folder)
+    shards.keys(np.array([0]))
+    with pytest.raises(FormatError, match=r"shard-000000\.tar: cannot be read: Input/output error"):
+        shards.finish_verification()
 
 
 def test_manifest_of_another_set(tmp_path: Path, folder: Path) -> None:
@@ -166,7 +223,7 @@ def test_manifest_of_another_set(tmp_path: Path, folder: Path) -> None:
     shutil.copy(tmp_path / "other" / "manifest.json", folder / "manifest.json")
     open_shards(folder)
     with pytest.raises(FormatError, match=r"shard-000000\.tar: sha256: expected \w{64}, found"):
-        open_shards(folder, verify=True)
+        open_shards(folder, verify="full")
 
 
 def test_other_encoders(folder: Path) -> None:
@@ -257,7 +314,7 @@ def test_shard_truncated_after_opening(folder: Path) -> None:
 def test_damaged_record_json(folder: Path) -> None:
     path = shard_of(folder)
     path.write_bytes(path.read_bytes().replace(b'"caption 1 of 1"', b'"caption 1 of 1 '))
-    shards = open_shards(folder)
+    shards = open_shards(folder, verify="none")
     assert shards.meta(0)
     message = r"shard-000000\.tar: key '00-3-000001': field json: not JSON: "
     with pytest.raises(FormatError, match=message):

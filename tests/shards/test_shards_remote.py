@@ -124,7 +124,9 @@ def test_permanent_fault_is_reported_with_the_attempts(folder: Path, fault: str)
         assert len(server.asked) == (8 if fault == "hang up" else 4)
 
 
-@pytest.mark.parametrize(("fault", "message"), [("", "not found"), ("403", "HTTP status 403")])
+@pytest.mark.parametrize(
+    ("fault", "message"), [("", "not found: there is no such file at"), ("403", "HTTP status 403")]
+)
 def test_final_errors_are_not_retried(server: Server, fault: str, message: str) -> None:
     server.faults["b.tar"] = [fault]
     with pytest.raises(RemoteError, match=rf"^{server.url}/b.tar: {message}"):

@@ -14,19 +14,8 @@ from tests.shard_sets import (
     TEXT_WIDTH,
     make_examples,
     make_provenance,
-    read_stock,
     write_set,
 )
-
-
-def assert_same(examples: list[Example], samples: list[dict[str, Any]]) -> None:
-    assert [sample["__key__"] for sample in samples] == [example.key for example in examples]
-    for example, sample in zip(examples, samples, strict=True):
-        for name in ("latent", "text", "tokens"):
-            expected, found = getattr(example, name), sample[f"{name}.npy"]
-            assert found.dtype == expected.dtype
-            np.testing.assert_array_equal(found, expected)
-        assert sample["json"] == example.meta
 
 
 @pytest.fixture
@@ -39,10 +28,6 @@ def examples() -> list[Example]:
 def folder(tmp_path: Path, examples: list[Example]) -> Path:
     write_set(tmp_path / "set", [examples[:5], examples[5:]])
     return tmp_path / "set"
-
-
-def test_stock_webdataset_reads_equal_arrays(folder: Path, examples: list[Example]) -> None:
-    assert_same(examples, read_stock(folder))
 
 
 def test_gather_returns_chosen_captions_and_views(folder: Path, examples: list[Example]) -> None:

@@ -164,10 +164,7 @@ def test_missing_set_gives_exit_code_2(
 
 @pytest.mark.parametrize("flag", ["--sample=0", "--captions=-1", "--captions=x"])
 def test_flags_out_of_range(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    flag: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flag: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_main(summary, monkeypatch, tmp_path, flag)

@@ -3,7 +3,6 @@
 test_shards_faults.py flips every byte of a set.
 """
 
-import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from tests.shard_sets import (
     make_provenance,
     read_stock,
     run_main,
+    update_hash,
     write_set,
 )
 
@@ -37,15 +37,7 @@ def rewrite(folder: Path, name: str, content: bytes) -> None:
     """Replaces a file and stores the matching hashes, like a faulty writer."""
     (folder / name).chmod(0o644)
     (folder / name).write_bytes(content)
-
-    def change(document: dict[str, Any]) -> None:
-        scale = document["text_scale"]
-        entries = [*document["shards"], document["empty_text"], document["empty_tokens"]]
-        for entry in [*entries, *([scale["file"]] if scale else [])]:
-            if entry["name"] == name:
-                entry["sha256"] = hashlib.sha256(content).hexdigest()
-
-    edit_json(folder / "manifest.json", change)
+    update_hash(folder, name)
 
 
 def test_sound_set(

@@ -247,7 +247,7 @@ def test_all_shapes_and_dtypes_round_trip(
     manifest = write_set(folder, [examples], make_provenance(kind, **changes))
     assert manifest.layouts == (layout_of(examples),)
     assert (manifest.num_views, manifest.latent_shape) == (len(latents), latents.shape[1:])
-    shards, samples = open_shards(folder, verify=True), read_stock(folder)
+    shards, samples = open_shards(folder, verify="full"), read_stock(folder)
     assert len(shards) == len(samples) == len(examples)
     for record, (example, sample) in enumerate(zip(examples, samples, strict=True)):
         assert shards.meta(record) == sample["json"] == example.meta
@@ -267,7 +267,7 @@ def test_int8_text_round_trips_with_its_scale(tmp_path: Path) -> None:
     manifest = write_set(tmp_path, [make_examples(3, text_dtype="int8")])
     assert manifest.text_dtype == "int8" and manifest.text_scale is not None
     assert (manifest.text_scale.relative_error, manifest.text_scale.num_captions) == (0.01, 9)
-    shards = open_shards(tmp_path, verify=True)
+    shards = open_shards(tmp_path, verify="full")
     assert shards.text_scale is not None
     np.testing.assert_array_equal(shards.text_scale, make_scale().scale)
     assert shards.empty_text.dtype.itemsize == 2  # the empty prompt is not quantized
@@ -339,7 +339,7 @@ def test_begin_rejects_progress_of_another_release(tmp_path: Path) -> None:
         ),
         (
             "int8",
-            {"text_scale": (np.zeros(TEXT_WIDTH, np.float32), 0.01, 9)},
+            {"text_scale": FoundScale(np.zeros(TEXT_WIDTH, np.float32), 0.01, 9)},
             "text_scale: expected finite values above 0",
         ),
     ],

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from latent_t2i.model.paths import ROOT
 from latent_t2i.shards.schema import Manifest
+from latent_t2i.shards.settings import Verify
 from latent_t2i.train import checkpoint, loop
 from latent_t2i.train.config import DataConfig, OptimConfig
 from latent_t2i.train.loop import longest_streak, train
@@ -269,10 +270,11 @@ def test_a_planted_array_of_objects_in_the_shards_does_not_run(
             file.write(content)
 
     plant_in(1)
-    train(make_config(**settings))  # reads it as numbers
-    verified = make_config(**settings, data=DataConfig(verify=True))
-    with pytest.raises(ValueError, match=r"shard-000000.tar: sha256"):
-        train(verified)
+    train(make_config(**settings, data=DataConfig(verify="none")))  # read as numbers
+    for verify in get_args(Verify)[:2]:
+        config = make_config(**settings, data=DataConfig(verify=verify), out=str(tmp_path / verify))
+        with pytest.raises(ValueError, match=r"shard-000000.tar: sha256"):
+            train(config)
     plant_in(0)
     with pytest.raises(ValueError, match=r"shard-000000.tar: .* field text: expected array header"):
         train(make_config(**settings, out=str(tmp_path / "other")))

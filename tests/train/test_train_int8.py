@@ -135,7 +135,7 @@ def test_int8_shards_without_their_scale_are_refused(
     folder = shutil.copytree(folders["int8"], tmp_path / "copy")
     path = folder / "text_scale.npy"
     whole = path.read_bytes()
-    open_shards(folder, verify=True)
+    open_shards(folder, verify="full")
     path.write_bytes(whole[:-4])
     with pytest.raises(FormatError, match=r"text_scale\.npy: cut short: expected \d+ bytes, found"):
         open_shards(folder)
@@ -146,5 +146,5 @@ def test_int8_shards_without_their_scale_are_refused(
         validate(make_config(shards=str(folder)), num_processes=1)
     path.write_bytes(bytes([*whole[:-1], whole[-1] ^ 1]))
     with pytest.raises(FormatError, match=r"text_scale\.npy: sha256: expected \w{64}, found \w"):
-        open_shards(folder, verify=True)
+        open_shards(folder, verify="full")
     assert any("text_scale.npy: sha256" in fault for fault in verify(folder))

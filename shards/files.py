@@ -1,0 +1,147 @@
+"""Writes files that are complete or absent, also if several processes write the same file.
+
+A file is written under a temporary name that is unique to the attempt, flushed to disk, and then
+given its final name. The temporary file is locked while its process lives.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from latent_t2i.shards.parsing import FormatError
+
+ATTEMPT_PATTERN = re.compile(r".+\.[0-9]+-[0-9a-f]{8}\.part")
+"""The temporary name of a file: final name, process id and random digits."""
+LINK_FAILURES = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Errors of hard links: the name is taken, or the file system has no hard links."""
+
+
+class HashingFile:
+    """A file under a temporary name that keeps count of its bytes and their sha256."""
+
+    def __init__(self, final: Path) -> None:
+        self._file = _open_attempt(final)
+        self.path = Path(self._file.name)
+        self._hash = hashlib.sha256()
+        self._is_muted = False
+        self.num_bytes = 0
+
+    def write(self, data: bytes) -> int:
+        """Writes bytes; returns their number."""
+        if self._is_muted:
+            return len(data)
+        self._hash.update(data)
+        self.num_bytes += len(data)
+        with _naming(self.path):
+            return self._file.write(data)
+
+    def mute(self) -> None:
+        """Discards everything written from now on."""
+        self._is_muted = True
+
+    def sync(self) -> None:
+        """Flushes the file to disk."""
+        with _naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file, which releases its lock."""
+        with _naming(self.path):
+            self._file.close()
+
+    def publish(self, final: Path) -> str:
+        """Gives the file its final name; returns the sha256 of its bytes on disk.
+
+        If another process was first with the same bytes, its file stays. Raises FormatError if that
+        file has other bytes, and OSError if the disk returns other bytes than were written.
+        """
+        sha256 = _hash_on_disk(self.path)
+        if sha256 != self._hash.hexdigest():
+            raise OSError(errno.EIO, "the disk returns other bytes than were written", str(final))
+        try:
+            os.link(self.path, final)
+        except OSError as error:
+            if error.errno not in LINK_FAILURES:
+                raise
+            # A file of another size is no finished shard; something truncated it.
+            if not final.exists() or final.stat().st_size != self.num_bytes:
+                self.path.replace(final)
+            elif (found := _hash_on_disk(final)) != sha256:
+                raise FormatError(
+                    f"{final}: sha256: expected {sha256}, found {found}: another process wrote "
+                    "another shard under this name; delete it and run the command again"
+                ) from error
+        sync_folder(final.parent)
+        return sha256
+
+
+def _hash_on_disk(path: Path) -> str:
+    """Returns the sha256 of a file, read from the disk and not from the page cache if possible."""
+    with path.open("rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open_attempt(final: Path) -> IO[bytes]:
+    """Creates a file under a unique temporary name; it is locked for as long as it is open."""
+    while True:
+        name = f"{final.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+        file = final.with_name(name).open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # 0 if it was deleted as stale before it was locked
+            return file
+        file.close()
+
+
+def remove_stale_attempts(folder: Path) -> None:
+    """Deletes temporary files of killed processes, which hold no lock any more."""
+    for path in folder.glob("*.part"):
+        if not ATTEMPT_PATTERN.fullmatch(path.name):
+            continue
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a small file so that it is complete or absent."""
+    with _naming(path), _open_attempt(path) as file:
+        temporary = Path(file.name)
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds the path to errors of open files, which come without one (a full disk, for example)."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder to disk, so that a rename in it survives a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
