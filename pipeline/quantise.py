@@ -9,12 +9,20 @@ sample is encoded twice more, which is 2 % of COCO's captions.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_t2i.pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions
-from latent_t2i.shards.writer import FoundScale
+from latent_t2i.pipeline import report
+from latent_t2i.pipeline.encode import (
+    CAPTIONS_PER_IMAGE,
+    Encoders,
+    encode_captions,
+    single_threaded,
+)
+from latent_t2i.pipeline.index import Index
+from latent_t2i.shards.writer import FoundScale, keep_text_scale, read_text_scale
 
 NUM_SAMPLE = 4096
 """Captions in the sample; with a quarter of them, more values of other captions saturate."""
@@ -45,6 +53,21 @@ class Quantiser:
     def share_saturated(self) -> float:
         """Share of the values converted so far that were clipped."""
         return self.num_saturated / max(self.num_values, 1)
+
+
+def decide_scale(encoders: Encoders, index: Index, folders: Sequence[Path]) -> Quantiser:
+    """Returns the conversion to int8, with the scale of an interrupted run or a new one.
+
+    All sets share one scale, which each folder stores.
+    """
+    found = next(filter(None, map(read_text_scale, folders)), None)
+    if found is None:
+        token_ids = list(index.sample_captions(NUM_SAMPLE).values())
+        with report.bar(NUM_PASSES * len(token_ids), "caption", "scale") as bar, single_threaded():
+            found = find_scale(token_ids, encoders, progress=bar.update)
+    for folder in folders:
+        keep_text_scale(folder, found)
+    return Quantiser(found.scale)
 
 
 def find_scale(

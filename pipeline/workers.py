@@ -33,6 +33,8 @@ from latent_t2i.shards.schema import Example
 GPU_STREAMS = 2
 JOBS_AHEAD = 2
 """Batches in progress per encoding thread, beyond the one whose result is awaited."""
+NOT_FINITE = ("latent is not finite in float16", "text is not finite in float16")
+"""Reasons to quarantine a record that lie in the networks, not in its image."""
 Quantise = Callable[[NDArray[np.float16]], NDArray[np.int8]]
 LoadResult = Picture | UnreadableImageError
 
@@ -214,9 +216,9 @@ def _finish(image: EncodedImage, captions: Mapping[str, EncodedCaption]) -> Exam
     if isinstance(picture, UnreadableImageError):
         return Skipped(key=record.key, reason=str(picture))
     if latent is None or not np.isfinite(latent).all():
-        return Skipped(key=record.key, reason="latent is not finite in float16")
+        return Skipped(key=record.key, reason=NOT_FINITE[0])
     if not all(caption.is_finite for caption in found):
-        return Skipped(key=record.key, reason="text is not finite in float16")
+        return Skipped(key=record.key, reason=NOT_FINITE[1])
     truncated = [index for index, caption in enumerate(found) if caption.is_cut]
     return Example(
         key=record.key,

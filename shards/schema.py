@@ -389,6 +389,12 @@ def differences(found: Provenance, asked: Provenance) -> list[str]:
             for key in {**old, **new}:
                 if old.get(key) != new.get(key):
                     found_value, asked_value = old.get(key), new.get(key)
+                    if (name, key) == ("source", "sha256"):
+                        lines.append(
+                            "source: keys, file names, captions, other fields or image sizes have "
+                            f"changed (sha256 {found_value}, now {asked_value})"
+                        )
+                        continue
                     lines.append(f"{name}.{key}: found {found_value!r}, asked for {asked_value!r}")
         elif old != new:
             lines.append(f"{name}: found {old!r}, asked for {new!r}")

@@ -13,6 +13,7 @@ several processes may each write shards of their own, and any of them may finish
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -87,23 +88,25 @@ class FoundScale(NamedTuple):
     num_captions: int
 
 
-def begin_set(folder: Path, provenance: Provenance) -> Manifest | None:
+def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> Manifest | None:
     """Prepares a folder for a set; returns the manifest if that set is already finished there.
 
     Raises ValueError, naming both values, if the folder holds another set or a part of one, and for
-    a folder that holds something else.
+    a folder that holds something else. A set that another process writes (`in_use`) is refused
+    even before its first shard.
     """
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
         _require_same(folder, manifest, provenance)
-        if (folder / PROGRESS_DIR).exists():  # killed between the manifest and this
-            shutil.rmtree(folder / PROGRESS_DIR)
+        remove_progress(folder)  # of a process killed after it wrote the manifest
         return manifest
     progress = folder / PROGRESS_DIR
     noted = progress / PROVENANCE_NAME
-    if noted.exists() and any(progress.glob("shard-*.json")):
+    has_shards = any(progress.glob("shard-*.json"))
+    if noted.exists() and (has_shards or in_use):
         _require_same(folder, _read_provenance(noted), provenance)
-        _require_scale(folder, provenance)
+        if has_shards:
+            _require_scale(folder, provenance)
         return None
     if not noted.exists() and folder.is_dir() and {*folder.iterdir()} - {progress}:
         raise ValueError(f"{folder}: holds other files and no shards: choose an empty folder")
@@ -199,8 +202,26 @@ def finish_set(
         text_scale=_write_text_scale(folder, text_scale),
     )
     write_file(folder / MANIFEST_NAME, manifest.dump().encode())
-    shutil.rmtree(folder / PROGRESS_DIR)
+    remove_progress(folder)
     return manifest
+
+
+def discard_shard(folder: Path, report: ShardReport) -> None:
+    """Deletes a finished shard of an unfinished set, so that it is written again."""
+    (folder / PROGRESS_DIR / f"{Path(report.name).stem}.json").unlink()  # first: unfinished without
+    (folder / report.name).unlink(missing_ok=True)
+
+
+def remove_progress(folder: Path) -> None:
+    """Deletes a finished set's progress folder, in which other processes may create lock files."""
+    while (folder / PROGRESS_DIR).exists():
+        try:
+            shutil.rmtree(folder / PROGRESS_DIR)
+        except FileNotFoundError:
+            continue  # another process has just deleted its lock file
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 class ShardWriter:

@@ -14,10 +14,10 @@ import torch
 
 from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.encode import encode_captions, encode_views
-from latent_t2i.pipeline.images import load
+from latent_t2i.pipeline.images import Preprocessing, load
 from latent_t2i.pipeline.sources.locators import read_image_bytes
 from latent_t2i.pipeline.sources.open import open_source
-from latent_t2i.pipeline.stage import build, load_encoders, square_preprocessing
+from latent_t2i.pipeline.stage import build, load_encoders
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.verify import verify
@@ -290,7 +290,7 @@ def test_stored_values_equal_those_of_one_image_at_a_time(
     config = make_config(source, tmp_path / "out", **changes, **sizes)
     build(config)
     encoders = load_encoders(config, torch.device("cpu"))
-    preprocessing = square_preprocessing(config)
+    preprocessing = Preprocessing(size_px=(image_size_px, image_size_px))
     records = {record.key: record for record in open_source(source)}
     shards = open_shards(tmp_path / "out")
     numbers = np.arange(len(shards))
