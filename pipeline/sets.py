@@ -70,7 +70,7 @@ def make_sets(
     if sets and sets[0].bucket and (out / BUCKETS_NAME).exists():
         # A finished set has no folder for a bucket whose images were all quarantined.
         listed = {bucket.name for bucket in Buckets.load(out).buckets}
-        sets = [part for part in sets if part.bucket in listed]
+        sets = [part for part in sets if part.bucket in listed] or sets
     if not sets:
         reasons = "; ".join(report.first_of(index.quarantined))
         raise ValueError(f"none of the {index.num_source} images can be used: {reasons}")

@@ -259,6 +259,21 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert manifest.num_truncated == 0
 
 
+@pytest.mark.parametrize("buckets", [False, True])
+def test_a_dry_run_counts_missing_files(
+    folder: CocoFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], buckets: bool
+) -> None:
+    for number in (3, 5, 7):
+        (folder.images / f"00000000000{number}.png").unlink()
+    config = make_config(folder, tmp_path / "out", buckets=buckets, dry_run=True)
+    assert build(config) == {}
+    assert not [path for path in tmp_path.iterdir() if path.name != "coco"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"images      10 in, 3 {'cannot be used' if buckets else 'missing files'}"
+    assert lines[-1].startswith("this run would be refused: 3 of 10 images cannot be used, but")
+    assert "000000000003.png: missing file" in lines[-1]
+
+
 @pytest.mark.parametrize("image_size_px", [64, 256])
 def test_the_planned_size_is_right_within_two_percent(
     coco_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], image_size_px: int
