@@ -161,7 +161,7 @@ class Index:
         number = self.num_source
         self.num_source += 1
         captions, extra = _dump(record.captions), _dump(record.extra)
-        self._hash(record, captions, check.bucket)
+        self._hash(record, captions, check)
         query = "INSERT OR IGNORE INTO keys VALUES (?, ?)"
         is_new = self._db.execute(query, (record.key, number)).rowcount
         key, problem = record.key, check.problem or (None if record.captions else "no caption")
@@ -188,11 +188,13 @@ class Index:
         )
         self._db.execute(f"INSERT INTO records VALUES ({', '.join('?' * len(row))})", row)
 
-    def _hash(self, record: Record, captions: str, bucket: str) -> None:
+    def _hash(self, record: Record, captions: str, check: RecordCheck) -> None:
         """Updates the hash with what decides the record's content in the shard."""
         before = _dump([record.key, locator_name(record.locator)])[:-1]
         extra = json.dumps(record.extra, sort_keys=True, separators=(",", ":"))
-        content = f"{before},{captions},{extra},{_dump(bucket)}]"
+        # Whether a record is usable moves those after it to other shards.
+        usable = ',"unusable"]' if check.problem else "]"
+        content = f"{before},{captions},{extra},{_dump(check.bucket)}{usable}"
         # ASCII, as `hash_json` writes it.
         ascii_only = re.sub(r"[^ -~]", lambda found: json.dumps(found[0])[1:-1], content)
         self._digest.update(hashlib.sha256(ascii_only.encode()).digest())

@@ -143,7 +143,7 @@ def write_shards(
                 num_threads=config.num_threads or max(num_cores() // processes.num_local, 1),
                 make_bar=report.bar if processes.is_first else report.no_bar,
             )
-        return finish(config, encoders, index, sets, out)
+        return finish(config, encoders, index, sets, processes)
 
 
 def print_plan(config: PipelineConfig, encoders: Encoders) -> None:
@@ -258,18 +258,29 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
 
 
 def finish(
-    config: PipelineConfig, encoders: Encoders, index: Index, sets: Sequence[SetPlan], out: Path
+    config: PipelineConfig,
+    encoders: Encoders,
+    index: Index,
+    sets: Sequence[SetPlan],
+    processes: ProcessInfo,
 ) -> dict[str, Manifest]:
     """Merges the shard reports into the manifests once all shards exist, and prints the summary.
 
-    Returns the manifests by bucket. Raises ValueError if too many images are quarantined.
+    Returns the manifests by bucket. Raises ValueError if too many images are quarantined, or if a
+    shard of this process is missing.
     """
+    out = output_folder(config)
     with folder_lock(out):
         shards = all_shards(sets)
-        num_unfinished = sum(not is_done(shard) for _, shard in shards)
-        if num_unfinished:
+        unfinished = [n for n, (_, shard) in enumerate(shards) if not is_done(shard)]
+        if any(map(processes.owns, unfinished)):
+            raise ValueError(
+                f"{out}: shards that this process wrote have been deleted or changed since: start "
+                "the same command again"
+            )
+        if unfinished:
             print(
-                f"{num_unfinished} of {len(shards)} shards, of other processes, are unfinished: "
+                f"{len(unfinished)} of {len(shards)} shards, of other processes, are unfinished: "
                 "the last process to finish writes the manifest; if one has stopped, start it again"
             )
             return {}
@@ -296,8 +307,9 @@ def finish(
 
 def finish_one(encoders: Encoders, part: SetPlan, quarantined: Mapping[str, str]) -> Manifest:
     """Writes the manifest of a set, unless it exists."""
-    if (part.folder / MANIFEST_NAME).exists():
-        return Manifest.load(part.folder)
+    # Checks once more that the shards are of these settings: some file systems do not lock.
+    if manifest := begin_set(part.folder, part.provenance, in_use=True):
+        return manifest
     empty_text, empty_tokens, _ = encode_captions(encoders, encoders.text.tokenize([""]))
     is_int8 = part.provenance.text_dtype == "int8"
     return finish_set(

@@ -115,8 +115,8 @@ def write_missing(
     """
     for part, shard in shards:
         discard_if_restored(index, part, shard)
-    shards = [(part, shard) for part, shard in shards if not is_done(shard)]
-    total = sum(shard.num_records for _, shard in shards)
+    missing = [(part, shard) for part, shard in shards if not is_done(shard)]
+    total = sum(shard.num_records for _, shard in missing)
     with (
         single_threaded(),
         EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
@@ -124,13 +124,13 @@ def write_missing(
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
-        num_written = 0
+        num_good = len(shards) - len(missing)
         failures: list[str] = []
-        for batch, items in pool.encode(read_batches(shards, index, encoders.batch_size)):
+        for batch, items in pool.encode(read_batches(missing, index, encoders.batch_size)):
             reasons = [item.reason for item in items if isinstance(item, Skipped)]
-            num_written += len(items) - len(reasons)
+            num_good += len(items) - len(reasons)
             failures += [reason for reason in reasons if reason in NOT_FINITE]
-            if not num_written and len(failures) >= MAX_FAILURES:
+            if not num_good and len(failures) >= MAX_FAILURES:
                 raise ValueError(
                     f"{failures[0]} for each of the first {len(failures)} images: use --vae-dtype "
                     "float32, or another --vae or --text-encoder"

@@ -391,8 +391,9 @@ def differences(found: Provenance, asked: Provenance) -> list[str]:
                     found_value, asked_value = old.get(key), new.get(key)
                     if (name, key) == ("source", "sha256"):
                         lines.append(
-                            "source: keys, file names, captions, other fields or image sizes have "
-                            f"changed (sha256 {found_value}, now {asked_value})"
+                            "source: keys, file names, captions, other fields, image sizes or "
+                            "unusable records have changed "
+                            f"(sha256 {found_value}, now {asked_value})"
                         )
                         continue
                     lines.append(f"{name}.{key}: found {found_value!r}, asked for {asked_value!r}")

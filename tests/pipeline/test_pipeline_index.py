@@ -125,6 +125,7 @@ def test_the_hash_depends_on_everything_but_the_folder() -> None:
         [replace(first, captions=("other",)), *records[1:]],
         [replace(first, extra={"image_id": 7}), *records[1:]],
         [replace(first, locator=FileLocator("other.png")), *records[1:]],
+        [replace(first, problem="no image in this row"), *records[1:]],
     ]
     assert len({list_all(variant).sha256 for variant in variants}) == len(variants)
     assert list_all(records).sha256 == hash_of(records)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from latent_t2i.pipeline import stage
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.stage import build
 from tests.coco_folders import CocoFolder, make_coco
@@ -50,7 +51,7 @@ def test_a_square_and_a_bucketed_set_in_one_folder_are_refused(
         out = f"{square.out}-{first.buckets}"
         with monkeypatch.context() as patch:
             if not is_finished:
-                patch.setattr("latent_t2i.pipeline.stage.write_missing", lambda *_, **__: None)
+                patch.setattr(stage, "finish", lambda *_: {})
             build(replace(first, out=out))
         require_refused(replace(second, out=out), message)
 

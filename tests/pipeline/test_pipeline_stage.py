@@ -160,6 +160,21 @@ def test_a_restored_image_is_written_by_the_same_command(
     assert sum(tars.get(name) == time for name, time in times.items()) == len(times) - 1
 
 
+def test_a_shard_deleted_meanwhile_is_no_success(
+    folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def delete(*args: Any, **kwargs: Any) -> None:
+        write_missing(*args, **kwargs)
+        (out / "shard-000001.tar").unlink()
+
+    write_missing = stage.write_missing
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "write_missing", delete)
+        with pytest.raises(ValueError, match="deleted or changed since: start the same command"):
+            build(make_config(folder, out))
+    assert build_one(make_config(folder, out)).num_records == 6
+
+
 def test_a_finished_set_says_how_to_retry(
     folder: CocoFolder, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
