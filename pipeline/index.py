@@ -77,7 +77,7 @@ class Index:
     """The records of a source, by their number in its order."""
 
     def __init__(self) -> None:
-        self._db = sqlite3.connect("", isolation_level=None)
+        self._db = sqlite3.connect("", isolation_level=None)  # "": a temporary file
         self._db.executescript(TABLES)
         self._digest = hashlib.sha256()
         self.num_source = 0
@@ -195,7 +195,7 @@ class Index:
         # Whether a record is usable moves those after it to other shards.
         usable = ',"unusable"]' if check.problem else "]"
         content = f"{before},{captions},{extra},{_dump(check.bucket)}{usable}"
-        # ASCII, as `hash_json` writes it.
+        # Sorted keys and ASCII, as in `hash_json`: the hash is the same as in older releases.
         ascii_only = re.sub(r"[^ -~]", lambda found: json.dumps(found[0])[1:-1], content)
         self._digest.update(hashlib.sha256(ascii_only.encode()).digest())
 

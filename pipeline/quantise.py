@@ -1,10 +1,6 @@
 """Text in int8: one scale per channel, measured on a sample of the captions before encoding.
 
-A channel's scale is its largest magnitude in the sample, divided by 127. CLIP has a few channels
-far larger than the rest: one scale per token, or one for all, would leave the others few steps.
-Clipping the tails (at 99.9 to 99.999 %, or at the least squared error) was measured too: it lowers
-the error by up to 7 % on the sample and not at all on other captions. The trade-off is that the
-sample is encoded twice more, which is 2 % of COCO's captions.
+The trade-off is that the sample is encoded twice more, which is 2 % of COCO's captions.
 """
 
 import threading
@@ -85,8 +81,14 @@ def find_scale(
         largest = np.maximum(largest, np.abs(text).max((0, 1), initial=0))
         num_captions += len(text)
     if not num_captions:
-        raise ValueError(f"text is not finite in float16 in any of {len(token_ids)} captions")
-    # A channel that is zero throughout the sample gets 1, which leaves room for other values.
+        raise ValueError(
+            f"text is not finite in float16 in any of {len(token_ids)} captions: use another "
+            "--text-encoder"
+        )
+    # Per channel, as CLIP has a few channels far larger than the rest: one scale per token, or one
+    # for all, would leave the others few steps. The largest magnitude, as clipping the tails (at
+    # 99.9 to 99.999 %, or at the least squared error) lowers the error by up to 7 % on the sample
+    # and not at all on other captions. A channel of zeros gets 1, which suits other values.
     scale = np.where(largest > 0, largest / LARGEST, 1).astype(np.float32)
     quantise = Quantiser(scale)
     error = total = 0.0

@@ -67,6 +67,7 @@ def build(config: PipelineConfig) -> dict[str, Manifest]:
     if config.dry_run:
         print_plan(config, load_encoders(config, device))
         return {}
+    # Owned before the encoders are loaded, so that a second run is refused at once.
     with own_rank(output_folder(config), processes.rank) as owner:
         return write_shards(config, load_encoders(config, device), processes, owner)
 
@@ -122,6 +123,7 @@ def write_shards(
         require_enough(config, index, out, index.quarantined | index.missing)
         if not config.force:
             require_room(sets, out)
+        # One lock for checks and notes, or two commands could both find the folder free.
         with folder_lock(out):
             require_own_folder(sets, out)
             in_use = not owner.is_alone()
@@ -194,7 +196,7 @@ def output_folder(config: PipelineConfig) -> Path:
 
 def list_source(config: PipelineConfig, encoders: Encoders, out: Path, *, is_first: bool) -> Index:
     """Lists the records; scenes are drawn first, by one process."""
-    drawn = out.with_name(f"{out.name}-source")
+    drawn = out.with_name(f"{out.name}-source")  # outside the set, which holds shards only
     scenes = SceneSettings(drawn, config.split, config.image_size_px, config.seed)
     buckets: Sequence[tuple[int, int]] = ()
     if config.buckets:
@@ -222,11 +224,8 @@ def list_source(config: PipelineConfig, encoders: Encoders, out: Path, *, is_fir
 
 
 def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) -> Provenance:
-    """Returns what decides the content of the shards, apart from the bucket and its size.
-
-    Batch size, device and number of processes are absent: at most they change the last bit of a
-    float16.
-    """
+    """Returns what decides the content of the shards, apart from the bucket and its size."""
+    # Without batch size, device and processes: at most they change the last bit of a float16.
     text = encoders.text
     bucket_settings: dict[str, Any] = {}
     if config.buckets:
@@ -292,6 +291,7 @@ def finish(
         require_enough(config, index, out, merged)
         manifests = {}
         for part in sets:
+            # A set has at least one record, so this bucket becomes none.
             if part.bucket and len(quarantined[part.bucket]) == part.num_records:
                 no_bucket |= quarantined[part.bucket]
                 shutil.rmtree(part.folder)

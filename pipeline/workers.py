@@ -130,6 +130,7 @@ class EncoderPool:
     def _submit(self, batch: Batch) -> Future[Encoded]:
         loads: list[Callable[[], LoadResult]]
         loads = [partial(load_record, record, batch.preprocessing) for record in batch.records]
+        # On a CPU the encoding thread decodes too, so that no core waits for another.
         if self._decoding is not None:
             loads = [self._decoding.submit(load).result for load in loads]
         return self._encoding.submit(self._encode_batch, batch, loads)
@@ -197,6 +198,7 @@ def cut_batches(
         part = [record for record, _ in records[start : start + batch_size]]
         own = dict.fromkeys(caption for record in part for caption in record.captions)
         captions = []
+        # Captions of later records fill the last batch, so that all but one are full.
         while not own.keys() <= batched:
             captions.append(dict(islice(remaining, CAPTIONS_PER_IMAGE * batch_size)))
             batched.update(captions[-1])

@@ -130,6 +130,7 @@ def write_missing(
             reasons = [item.reason for item in items if isinstance(item, Skipped)]
             num_good += len(items) - len(reasons)
             failures += [reason for reason in reasons if reason in NOT_FINITE]
+            # Otherwise broken weights would be noticed after hours, as too many quarantined images.
             if not num_good and len(failures) >= MAX_FAILURES:
                 raise ValueError(
                     f"{failures[0]} for each of the first {len(failures)} images: use --vae-dtype "
@@ -150,13 +151,13 @@ def write_missing(
 
 
 def discard_if_restored(index: Index, part: SetPlan, shard: ShardPlan) -> None:
-    """Discards a shard of an unfinished set if an image that it lacks can be read by now."""
+    """Discards a shard of an unfinished set if one of its quarantined images can be read now."""
     found = read_report(part.folder, shard.index)
     if found is None or not found.quarantined:
         return
     for record, _ in index.records(shard.bucket, shard.num_captions, shard.first, shard.last):
         reason = found.quarantined.get(record.key)
-        # A value that is not finite stays so; its image is readable.
+        # Images whose values are not finite are readable, and would be encoded on every restart.
         if reason is None or reason in NOT_FINITE:
             continue
         if isinstance(load_record(record, part.preprocessing), Picture):

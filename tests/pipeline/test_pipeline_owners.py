@@ -28,32 +28,39 @@ def folder(tmp_path: Path) -> CocoFolder:
 
 
 @pytest.mark.parametrize("num_starts", [3, pytest.param(NUM_STARTS, marks=pytest.mark.slow)])
-def test_double_starts_of_one_command(
-    folder: CocoFolder, tmp_path: Path, forks: ForkServerContext, num_starts: int
+@pytest.mark.parametrize("max_tokens", [16, pytest.param(12, marks=pytest.mark.slow)])
+def test_double_starts(
+    folder: CocoFolder, tmp_path: Path, forks: ForkServerContext, num_starts: int, max_tokens: int
 ) -> None:
-    """Whoever reports success has written the bytes of a single run; so does the next start."""
-    config = make_config(folder, tmp_path / "whole", records_per_shard=1)
-    build(config)
-    whole = contents(tmp_path / "whole")
-    offsets = random.Random(0)
+    """A process that reports success has written the bytes of a single run of its command."""
+    one = make_config(folder, tmp_path / "one", records_per_shard=1)
+    two = replace(one, max_tokens=max_tokens, out=str(tmp_path / "two"))
+    whole = []
+    for config in (one, two):
+        build(config)
+        whole.append(contents(Path(str(config.out))))
+    offsets = random.Random(max_tokens)
     for number in range(num_starts):
         out = tmp_path / str(number)
-        config = replace(config, out=str(out))
-        first = start(forks, config, log=tmp_path / f"{number}-first.log")
+        configs = [replace(config, out=str(out)) for config in (one, two)]
+        first = start(forks, configs[0])
         first.join(offsets.uniform(0, LONGEST_RUN_S))
         if number % 2 and first.is_alive():
             os.kill(first.pid, signal.SIGSTOP)
-        second = start(forks, config, log=tmp_path / f"{number}-second.log")
+        second = start(forks, configs[1])
         second.join(offsets.uniform(0, LONGEST_RUN_S))
         if first.is_alive():
             os.kill(first.pid, signal.SIGCONT)
-        first.join()
-        second.join()
-        assert {first.exitcode, second.exitcode} <= {0, 2}
-        if 0 in (first.exitcode, second.exitcode):
-            assert contents(out) == whole
-        assert run(forks, config) == 0
-        assert contents(out) == whole
+        for process in (first, second):
+            process.join()
+        exit_codes = [first.exitcode, second.exitcode]
+        assert {*exit_codes} <= {0, 2}
+        for expected, exit_code in zip(whole, exit_codes, strict=True):
+            if exit_code == 0:
+                assert contents(out) == expected
+        winner = exit_codes.index(0) if 0 in exit_codes else 0
+        assert run(forks, configs[winner]) == 0
+        assert contents(out) == whole[winner]
 
 
 def test_a_second_run_is_refused_at_once_by_process_and_host(
