@@ -208,8 +208,8 @@ def finish_set(
 
 def discard_shard(folder: Path, report: ShardReport) -> None:
     """Deletes a finished shard of an unfinished set, so that it is written again."""
-    (folder / PROGRESS_DIR / f"{Path(report.name).stem}.json").unlink()  # first: unfinished without
-    (folder / report.name).unlink(missing_ok=True)
+    (folder / report.name).unlink(missing_ok=True)  # first: a report without it is not finished
+    (folder / PROGRESS_DIR / f"{Path(report.name).stem}.json").unlink()
 
 
 def remove_progress(folder: Path) -> None:
