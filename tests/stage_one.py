@@ -2,19 +2,24 @@
 
 import itertools
 import os
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
 from latent_t2i.pipeline import stage, writing
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
-from latent_t2i.shards import writer
 from latent_t2i.shards.schema import Manifest
+from latent_t2i.shards.writer import ShardWriter
 from tests import tiny
 from tests.coco_folders import CocoFolder
+
+Moment = str | tuple[str, int]
+"""When a file gets this name, or the call, counted from 1, of a function."""
 
 
 def make_config(source: SourceConfig | CocoFolder, out: Path, **changes: Any) -> PipelineConfig:
@@ -51,13 +56,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def start(
     forks: ForkServerContext, config: PipelineConfig, *, rank: int = 0, num_processes: int = 1,
-    kill_at: tuple[str, int] | None = None, stop_at: tuple[str, int] | None = None,
+    kill_at: Moment | None = None, stop_at: Moment | None = None,
     log: Path | None = None,
 ) -> ForkServerProcess:  # fmt: skip
     """Starts the stage in a process; it ends with exit code 2 for an error of the user.
 
-    `kill_at` and `stop_at` are a function, and the number of its call at which the process sends
-    itself SIGKILL or SIGSTOP; `log` receives the output, and a line for each shard begun.
+    At `kill_at` or `stop_at` it sends itself SIGKILL or SIGSTOP. `log` receives the output,
+    and a line for each shard begun.
     """
     at = (kill_at, signal.SIGKILL) if kill_at else (stop_at, signal.SIGSTOP)
     process = forks.Process(target=_run, args=(config, rank, num_processes, *at, log))
@@ -88,13 +93,13 @@ def _run(
     config: PipelineConfig,
     rank: int,
     num_processes: int,
-    call: tuple[str, int] | None,
+    moment: Moment | None,
     signal_number: int,
     log: Path | None,
 ) -> None:
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(num_processes)})
-    if call is not None:
-        _signal_at(*call, signal_number)
+    if moment is not None:
+        _signal_at(moment, signal_number)
     with (log or Path(os.devnull)).open("a", buffering=1) as sys.stdout:
         original = writing.cut_batches
 
@@ -110,15 +115,24 @@ def _run(
             sys.exit(2)
 
 
-def _signal_at(name: str, count: int, signal_number: int) -> None:
-    """Makes this process send itself a signal at a certain call of a function."""
-    owners = {"write": writer.ShardWriter, "fsync": os, "replace": Path, "rmtree": writer.shutil}
-    original, calls = getattr(owners[name], name), itertools.count(1)
+def _signal_at(moment: Moment, signal_number: int) -> None:
+    """Makes this process send itself a signal."""
+    owners = {"write": ShardWriter, "fsync": os, "rmtree": shutil, "link": os, "replace": Path}
+    calls = itertools.count(1)
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == count:
-            print("signal")
-            os.kill(os.getpid(), signal_number)
-        return original(*args, **kwargs)
+    def patch(name: str, is_now: Callable[..., bool]) -> None:
+        original = getattr(owners[name], name)
 
-    setattr(owners[name], name, counting)
+        def signalling(*args: Any, **kwargs: Any) -> Any:
+            if is_now(*args):
+                print("signal")
+                os.kill(os.getpid(), signal_number)
+            return original(*args, **kwargs)
+
+        setattr(owners[name], name, signalling)
+
+    if isinstance(moment, str):
+        for name in ("link", "replace"):
+            patch(name, lambda source, target: Path(target).name == moment)
+    else:
+        patch(moment[0], lambda *args: next(calls) == moment[1])

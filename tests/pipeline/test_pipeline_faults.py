@@ -23,34 +23,32 @@ from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.verify import verify
 from tests.coco_folders import CocoFolder, make_coco
 from tests.hostile import write_hostile
-from tests.stage_one import begun, contents, make_config, run, start
+from tests.stage_one import Moment, begun, contents, make_config, run, start
 
 NUM_KILLS = 20
 LONGEST_RUN_S = 0.6
 NUM_SHARDS = 6
 
-KILLS = [
-    ("fsync", 1),  # of the provenance
+KILLS: list[Moment] = [
+    "provenance.json",
     ("write", 1),  # of the first record
     ("fsync", 3),  # of the first shard
-    ("replace", 2),  # the first shard's rename
-    ("replace", 3),  # its report's rename, after the shard's
-    ("fsync", 6),  # of the folder of that report
-    ("write", 2),  # the third record, as the second is unreadable
-    ("replace", 9),  # the manifest's rename, after all shards
-    ("fsync", 6),  # of the folder of the manifest
+    "shard-000000.tar",
+    "shard-000000.json",  # its report: the shard has its name
+    ("fsync", 6),
+    ("write", 2),
+    "manifest.json",  # after all shards
     ("rmtree", 1),  # of the reports
 ]
-"""The function, and the number of its call, at which each run in turn kills itself."""
-INT8_KILLS = [
-    ("fsync", 3),  # of the scale, after the provenance
-    ("replace", 2),  # the scale's rename
+"""The moment at which each run in turn kills itself."""
+INT8_KILLS: list[Moment] = [
+    "text_scale.json",
     ("fsync", 4),  # of the folder of the scale, after its rename
-    ("write", 1),  # of the first record
-    ("replace", 3),  # the first shard's report's rename; the scale is not written again
+    ("write", 1),
+    "shard-000000.json",
     ("write", 2),
-    ("replace", 11),  # the scale's rename in the set, after all shards
-    ("replace", 4),  # the manifest's rename
+    "text_scale.npy",  # after all shards
+    "manifest.json",
     ("rmtree", 1),  # of the reports and the scale
 ]
 
@@ -90,7 +88,7 @@ def test_killed_at_random_and_started_again(
     [pytest.param("float16", KILLS, marks=pytest.mark.slow), ("int8", INT8_KILLS)],
 )
 def test_killed_anywhere_and_started_again_gives_the_same_bytes(
-    tmp_path: Path, forks: ForkServerContext, text_dtype: str, kills: list[tuple[str, int]]
+    tmp_path: Path, forks: ForkServerContext, text_dtype: str, kills: list[Moment]
 ) -> None:
     folder = make_coco(tmp_path / "coco", [2, 2, 3, 2, 2, 3])
     (folder.images / "000000000002.png").write_text("no picture")
