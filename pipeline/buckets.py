@@ -19,8 +19,8 @@ def make_buckets(image_size_px: int, multiple_px: int, max_aspect: float) -> tup
     """
     if image_size_px % multiple_px:
         raise ValueError(
-            f"--image-size-px: expected a multiple of {multiple_px} for buckets, found "
-            f"{image_size_px}"
+            f"--image-size-px: expected a multiple of {multiple_px} (the least common multiple of "
+            f"--bucket-multiple-px and the VAE's downscaling factor), found {image_size_px}"
         )
     pairs = [
         (short, image_size_px**2 // short // multiple_px * multiple_px)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -40,7 +40,7 @@ TABLES = """
     PRAGMA journal_mode = OFF;
     PRAGMA synchronous = OFF;
     PRAGMA cache_size = -65536;
-    CREATE TABLE keys (key TEXT PRIMARY KEY) WITHOUT ROWID;
+    CREATE TABLE keys (key TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID;
     CREATE TABLE records (
         number INTEGER PRIMARY KEY, bucket TEXT, num_captions INTEGER, meta_bytes INTEGER,
         key TEXT, locator TEXT, captions TEXT, extra TEXT, token_ids TEXT
@@ -77,7 +77,7 @@ class Index:
     """The records of a source, by their number in its order."""
 
     def __init__(self) -> None:
-        self._db = sqlite3.connect("", isolation_level=None)
+        self._db = sqlite3.connect("", isolation_level=None)  # "": a temporary file
         self._db.executescript(TABLES)
         self._digest = hashlib.sha256()
         self.num_source = 0
@@ -87,6 +87,8 @@ class Index:
         """Records that are in no group, by key, with the reason."""
         self.missing: dict[str, str] = {}
         """Records whose file is missing. Each stays in its group: the file may be restored."""
+        self._names: dict[str, str] = {}
+        """File names of quarantined records."""
 
     def close(self) -> None:
         """Deletes the file."""
@@ -145,18 +147,29 @@ class Index:
         num = min(num, len(items))
         return dict(items[index * len(items) // num] for index in range(num))
 
+    def by_file_name(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """Returns reasons by key as reasons by file name, or by key where names are not unique."""
+        query = "SELECT extra, locator FROM records JOIN keys USING (number) WHERE keys.key = ?"
+        named: dict[str, str] = {}
+        for key, reason in reasons.items():
+            row = self._db.execute(query, (key,)).fetchone()
+            name = _file_name(*map(json.loads, row)) if row else self._names.get(key, key)
+            named[key if name in named else name] = reason
+        return named
+
     def _add(self, record: Record, check: RecordCheck) -> None:
         number = self.num_source
         self.num_source += 1
         captions, extra = _dump(record.captions), _dump(record.extra)
-        self._hash(record, captions, check.bucket)
-        is_new = self._db.execute("INSERT OR IGNORE INTO keys VALUES (?)", (record.key,)).rowcount
+        self._hash(record, captions, check)
+        query = "INSERT OR IGNORE INTO keys VALUES (?, ?)"
+        is_new = self._db.execute(query, (record.key, number)).rowcount
+        key, problem = record.key, check.problem or (None if record.captions else "no caption")
         if not is_new:
-            self.quarantined[f"{record.key}#{number}"] = f"another record has the key {record.key}"
-            return
-        problem = check.problem or (None if record.captions else "no caption")
+            key, problem = f"{key}#{number}", f"another record has the key {key}"
         if problem:
-            self.quarantined[record.key] = problem
+            self.quarantined[key] = problem
+            self._names[key] = _file_name(record.extra, locator_to_json(record.locator))
             return
         if isinstance(record.locator, FileLocator) and not Path(record.locator.path).exists():
             self.missing[record.key] = "missing file"
@@ -175,12 +188,14 @@ class Index:
         )
         self._db.execute(f"INSERT INTO records VALUES ({', '.join('?' * len(row))})", row)
 
-    def _hash(self, record: Record, captions: str, bucket: str) -> None:
+    def _hash(self, record: Record, captions: str, check: RecordCheck) -> None:
         """Updates the hash with what decides the record's content in the shard."""
         before = _dump([record.key, locator_name(record.locator)])[:-1]
         extra = json.dumps(record.extra, sort_keys=True, separators=(",", ":"))
-        content = f"{before},{captions},{extra},{_dump(bucket)}]"
-        # ASCII, as `hash_json` writes it.
+        # Whether a record is usable moves those after it to other shards.
+        usable = ',"unusable"]' if check.problem else "]"
+        content = f"{before},{captions},{extra},{_dump(check.bucket)}{usable}"
+        # Sorted keys and ASCII, as in `hash_json`: the hash is the same as in older releases.
         ascii_only = re.sub(r"[^ -~]", lambda found: json.dumps(found[0])[1:-1], content)
         self._digest.update(hashlib.sha256(ascii_only.encode()).digest())
 
@@ -188,19 +203,21 @@ class Index:
 def build_index(
     records: Iterable[Record], check: CheckRecords, progress: Callable[[int], object]
 ) -> Index:
-    """Lists a source. Raises ValueError if it is empty, and whatever the source raises."""
+    """Lists a source. Raises whatever the source raises."""
     index = Index()
     remaining = iter(records)
     while chunk := list(islice(remaining, CHUNK_RECORDS)):
         index.add(chunk, check(chunk))
         progress(len(chunk))
-    if not index.num_source:
-        raise ValueError("the source has no images")
     return index
 
 
 def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def _file_name(extra: Mapping[str, Any], locator: list[Any]) -> str:
+    return str(extra.get("file_name") or locator_name(locator_from_json(locator)))
 
 
 def _max_meta_bytes(num_captions: int, captions: str, extra: str) -> int:

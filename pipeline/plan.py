@@ -112,6 +112,7 @@ def cut(
     layout = lay_out(0)
     first = last = num = 0
     for number, meta_bytes in sizes:
+        # tar pads to blocks, so the rest of the last block is free.
         json_bytes = round_up(meta_bytes, BLOCK_BYTES)
         fits = json_bytes <= layout.fields["json"].shape[0]
         wider = layout if fits else lay_out(json_bytes)

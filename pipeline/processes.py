@@ -1,23 +1,30 @@
 """Several processes on one set: each writes its share of the shards, the last one merges them.
 
 They share only the output folder, no connection: start them with `accelerate launch`, with Slurm,
-or by hand with RANK and WORLD_SIZE, on one machine or several. The provenance, the scale of int8
-text and the manifest are written under a file lock, which the system releases if a process dies.
-The trade-off is that each process lists the source for itself.
+or by hand with RANK and WORLD_SIZE, on one machine or several. File locks, which the system
+releases if a process dies, keep a second process from a rank and serialise what is written once:
+provenance, scale of int8 text, manifest. The trade-off is that each process lists the source.
 """
 
 import errno
 import fcntl
 import os
+import socket
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from latent_t2i.shards.schema import PROGRESS_DIR
 
 LOCK_NAME = "lock"
+RUN_NAME = "run.lock"
+"""Every process that writes the set holds a shared lock on this file."""
+SHARED_NAMES = {LOCK_NAME, RUN_NAME}
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+"""Errors of `flock` on file systems without locks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,39 +64,100 @@ def find_processes(environment: Mapping[str, str] = os.environ) -> ProcessInfo:
     )
 
 
+class Owner:
+    """This process while it owns a rank of a set."""
+
+    def __init__(self, run: IO[str]) -> None:
+        self._run = run
+
+    def is_alone(self) -> bool:
+        """Returns whether no other process writes the set. Call it under the folder's lock."""
+        try:
+            fcntl.flock(self._run, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        finally:
+            fcntl.flock(self._run, fcntl.LOCK_SH)  # a failed upgrade loses the shared lock
+        return True
+
+
+@contextmanager
+def own_rank(folder: Path, rank: int) -> Iterator[Owner]:
+    """Makes this process the owner of one rank of a set, until it ends.
+
+    Raises ValueError, naming process and host, if another process owns this rank.
+    """
+    with _lock(folder, f"rank-{rank}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as own:
+        own.truncate(0)
+        own.write(f"process {os.getpid()} on {socket.gethostname()}")
+        own.flush()
+        with _lock(folder, RUN_NAME, fcntl.LOCK_SH) as run:
+            yield Owner(run)
+
+
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Waits for and holds the exclusive lock of a set's folder.
+    """Waits for and holds the exclusive lock of a folder."""
+    with _lock(folder, LOCK_NAME, fcntl.LOCK_EX):
+        yield
 
-    The lock file is in the set's progress folder, which is deleted when the set is finished: a
-    process that waited for a deleted file locks the new one instead. Folders that the lock created
-    and nothing else used are removed again.
+
+@contextmanager
+def _lock(folder: Path, name: str, mode: int) -> Iterator[IO[str]]:
+    """Locks and yields a file in a folder's progress folder.
+
+    The progress folder is deleted when the set is finished: a process that waited for a deleted
+    file locks the new one instead. Folders that only locks used are removed again.
     """
     progress, existed = folder / PROGRESS_DIR, folder.exists()
     while True:
         try:
             progress.mkdir(parents=True, exist_ok=True)
-            file = (progress / LOCK_NAME).open("a")
+            file = (progress / name).open("a+")
         except (FileExistsError, FileNotFoundError):
             if _is_no_folder(progress):
                 raise
             continue  # another process has just finished the set
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file.fileno(), progress / LOCK_NAME):
+            _flock(file, mode, folder)
+            if not _is_at(file.fileno(), progress / name):
                 continue
             try:
-                yield
+                yield file
             finally:
+                if name not in SHARED_NAMES and _is_at(file.fileno(), progress / name):
+                    (progress / name).unlink()
                 _remove_if_unused(progress, existed=existed)
             return
 
 
+def _flock(file: IO[str], mode: int, folder: Path) -> None:
+    try:
+        fcntl.flock(file, mode)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read() or "another process"
+        raise ValueError(
+            f"{folder}: {owner} is writing this set: wait until it ends, or stop it; to divide the "
+            "work among processes, give each its own RANK, and all the same WORLD_SIZE"
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        raise ValueError(
+            f"{folder}: the file system does not support file locks ({error.strerror}), without "
+            "which two runs could write one set at once: choose an --out on another file system, "
+            "or mount this one with locks (Lustre: -o flock; NFS: version 4)"
+        ) from None
+
+
 def _remove_if_unused(progress: Path, *, existed: bool) -> None:
-    """Removes the progress folder if it holds only the lock: the set is finished or was refused."""
+    """Removes the progress folder if no process uses it: the set is finished or was refused."""
     with suppress(FileNotFoundError), _ignore_not_empty():
-        if [path.name for path in progress.iterdir()] == [LOCK_NAME]:
-            (progress / LOCK_NAME).unlink()
+        names = {path.name for path in progress.iterdir()}
+        if names <= SHARED_NAMES:
+            for name in names:
+                (progress / name).unlink()
             progress.rmdir()
             if not existed:
                 progress.parent.rmdir()

@@ -62,10 +62,10 @@ def plan_lines(index: Index, sets: Sequence[SetPlan], out: Path, free_bytes: int
     """Returns the plan: what will be written, and its size."""
     sizes = bytes_by_member(sets)
     num_shards = sum(len(part.shards) for part in sets)
-    num_quarantined = len(index.quarantined)
-    unusable = f", {num_quarantined} cannot be used" if num_quarantined else ""
+    unusable = {"missing files": len(index.missing), "cannot be used": len(index.quarantined)}
+    notes = [f"{num} {what}" for what, num in unusable.items() if num]
     lines = {
-        "images": f"{index.num_source} in{unusable}",
+        "images": ", ".join([f"{index.num_source} in", *notes]),
         "captions": f"{index.num_captions}, {index.num_cut} of them will be cut",
         "shards": f"{num_shards} in {show(out)}",
         **({"buckets": _buckets(sets)} if sets[0].bucket else {}),
@@ -79,11 +79,9 @@ def plan_lines(index: Index, sets: Sequence[SetPlan], out: Path, free_bytes: int
 def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], out: Path) -> str:
     """Returns a summary of the finished sets, by bucket; its last line accounts for each image.
 
-    `quarantined` are the images that reached no bucket.
+    `quarantined` are the reasons of all sets, by file name.
     """
     first = next(iter(manifests.values()))
-    for manifest in manifests.values():
-        quarantined = {**quarantined, **manifest.quarantined}
     written = sum(manifest.num_records for manifest in manifests.values())
     num_captions = sum(manifest.num_captions for manifest in manifests.values())
     num_cut = sum(manifest.num_truncated for manifest in manifests.values())
@@ -98,6 +96,8 @@ def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], o
         f" + {len(quarantined)} quarantined",
     }
     skipped = [f"quarantined {line}" for line in first_of(quarantined)]
+    if skipped:
+        skipped.append("to retry    restore the images and make the set again with another --out")
     return "\n".join([*skipped, _lines(lines)])
 
 

@@ -19,8 +19,14 @@ from latent_t2i.pipeline.plan import SetPlan, ShardPlan, plan_shards
 from latent_t2i.pipeline.sources.locators import LocatorError, read_image_bytes
 from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.shards.buckets import Buckets, parse_size
-from latent_t2i.shards.schema import BUCKETS_NAME, MANIFEST_NAME, Provenance
-from latent_t2i.shards.writer import read_report
+from latent_t2i.shards.schema import (
+    BUCKET_PATTERN,
+    BUCKETS_NAME,
+    MANIFEST_NAME,
+    PROGRESS_DIR,
+    Provenance,
+)
+from latent_t2i.shards.writer import PROVENANCE_NAME, read_report
 
 
 def make_sets(
@@ -64,7 +70,7 @@ def make_sets(
     if sets and sets[0].bucket and (out / BUCKETS_NAME).exists():
         # A finished set has no folder for a bucket whose images were all quarantined.
         listed = {bucket.name for bucket in Buckets.load(out).buckets}
-        sets = [part for part in sets if part.bucket in listed]
+        sets = [part for part in sets if part.bucket in listed] or sets
     if not sets:
         reasons = "; ".join(report.first_of(index.quarantined))
         raise ValueError(f"none of the {index.num_source} images can be used: {reasons}")
@@ -115,6 +121,34 @@ def is_done(shard: ShardPlan) -> bool:
 def all_shards(sets: Sequence[SetPlan]) -> list[tuple[SetPlan, ShardPlan]]:
     """Returns the shards of all sets in order, each with its set."""
     return [(part, shard) for part in sets for shard in part.shards]
+
+
+def require_own_folder(sets: Sequence[SetPlan], out: Path) -> None:
+    """Raises ValueError if the output folder holds other sets, or files and no set."""
+    names = {path.name for path in out.iterdir()} - {PROGRESS_DIR} if out.is_dir() else set()
+    buckets = {name for name in names if BUCKET_PATTERN.fullmatch(name)}
+    advice = "choose another --out, or delete this one"
+    if not sets[0].bucket:
+        if found := sorted(buckets | names & {BUCKETS_NAME}):
+            raise ValueError(
+                f"{out}: expected a set without --buckets, found the parts of a bucketed set "
+                f"({', '.join(found)}): {advice}"
+            )
+        return  # `begin_set` refuses other files
+    if MANIFEST_NAME in names or (out / PROGRESS_DIR / PROVENANCE_NAME).exists():
+        raise ValueError(f"{out}: expected a bucketed set, found a set without --buckets: {advice}")
+    expected = [part.bucket for part in sets]
+    if foreign := sorted(buckets - {*expected}):
+        raise ValueError(
+            f"{out}: expected the buckets {', '.join(expected)}, found also {', '.join(foreign)}, "
+            f"of other images or settings: {advice}"
+        )
+    if not buckets and names:
+        found = sorted(names)[:3]
+        raise ValueError(
+            f"{out}: contains other files ({', '.join(found)} ...) and no shards: choose an empty "
+            "folder for --out"
+        )
 
 
 def require_room(sets: Sequence[SetPlan], out: Path) -> None:

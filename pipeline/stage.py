@@ -6,12 +6,14 @@ image of the source is written or quarantined with a reason; the last line print
 """
 
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,26 +33,30 @@ from latent_t2i.pipeline.encode import (
     encode_captions,
     find_device,
     num_cores,
-    single_threaded,
 )
 from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Index, build_index
-from latent_t2i.pipeline.plan import SetPlan, ShardPlan
-from latent_t2i.pipeline.processes import ProcessInfo, find_processes, folder_lock
-from latent_t2i.pipeline.quantise import NUM_PASSES, NUM_SAMPLE, Quantiser, find_scale
-from latent_t2i.pipeline.sets import all_shards, check_records, is_done, make_sets, require_room
+from latent_t2i.pipeline.plan import SetPlan
+from latent_t2i.pipeline.processes import Owner, ProcessInfo, find_processes, folder_lock, own_rank
+from latent_t2i.pipeline.quantise import decide_scale
+from latent_t2i.pipeline.sets import (
+    all_shards,
+    check_records,
+    is_done,
+    make_sets,
+    require_own_folder,
+    require_room,
+)
 from latent_t2i.pipeline.sources.open import SceneSettings, open_source
-from latent_t2i.pipeline.workers import Batch, EncoderPool, Skipped, cut_batches
-from latent_t2i.pipeline.writing import WriterThread
+from latent_t2i.pipeline.writing import write_missing
 from latent_t2i.shards.buckets import finish_buckets
 from latent_t2i.shards.schema import MANIFEST_NAME, Identity, Manifest, Provenance
 from latent_t2i.shards.writer import (
-    FoundScale,
     begin_set,
     finish_set,
-    keep_text_scale,
     read_report,
     read_text_scale,
+    remove_progress,
 )
 
 
@@ -59,11 +65,25 @@ def build(config: PipelineConfig) -> dict[str, Manifest]:
 
     Returns the manifests by bucket ("" without buckets); an empty dict while other processes have
     unfinished shards, and for a dry run. Raises ValueError for a wrong source, encoder or folder,
-    for a disk that is too small, and if more images are quarantined than `max_quarantined` allows.
+    for a folder that another run writes, for a disk that is too small, and if more images are
+    quarantined than `max_quarantined` allows.
     """
     processes = find_processes()
     device = find_device(config.device, processes.local_rank)
-    return make_shards(config, load_encoders(config, device), processes)
+    if config.dry_run:
+        print_plan(config, load_encoders(config, device))
+        return {}
+    # Owned before the encoders are loaded, so that a second run is refused at once.
+    with own_rank(output_folder(config), processes.rank) as owner:
+        return write_shards(config, load_encoders(config, device), processes, owner)
+
+
+def make_shards(
+    config: PipelineConfig, encoders: Encoders, processes: ProcessInfo
+) -> dict[str, Manifest]:
+    """Does what `build` does, with loaded encoders and without a dry run."""
+    with own_rank(output_folder(config), processes.rank) as owner:
+        return write_shards(config, encoders, processes, owner)
 
 
 def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
@@ -102,35 +122,78 @@ def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
     )
 
 
-def make_shards(
-    config: PipelineConfig, encoders: Encoders, processes: ProcessInfo
+def write_shards(
+    config: PipelineConfig, encoders: Encoders, processes: ProcessInfo, owner: Owner
 ) -> dict[str, Manifest]:
-    """Does what `build` does, with loaded encoders."""
+    """Lists the source and writes this process's unfinished shards; the last process merges."""
     out = output_folder(config)
     with closing(list_source(config, encoders, out, is_first=processes.is_first)) as index:
-        sets = make_sets(
-            index,
-            out,
-            square_preprocessing(config),
-            make_provenance(config, encoders, index),
-            latent_shape=encoders.latent_shape,
-            text_shape=encoders.text_shape,
-        )
-        if config.dry_run:
-            print(report.plan_lines(index, sets, out, free_bytes(out)))
-            return {}
-        require_enough(index.quarantined | index.missing, index.num_source, config, out)
+        sets = plan_sets(config, encoders, index, out)
+        require_enough(config, index, out, index.quarantined | index.missing)
         if not config.force:
             require_room(sets, out)
-        if begin(sets):
+        # One lock for checks and notes, or two commands could both find the folder free.
+        with folder_lock(out):
+            require_own_folder(sets, out)
+            in_use = not owner.is_alone()
+            manifests = [begin_set(part.folder, part.provenance, in_use=in_use) for part in sets]
+        if all(manifests):
             print(f"{report.show(out)} is finished already: nothing to do")
         else:
             if processes.is_first:
                 print(report.plan_lines(index, sets, out, free_bytes(out)))
-            quantise = decide_scale(encoders, index, sets) if config.text_dtype == "int8" else None
-            num_threads = config.num_threads or max(num_cores() // processes.num_local, 1)
-            encode_missing(encoders, index, sets, processes, quantise, num_threads)
-        return finish(config, encoders, index, sets, out)
+            quantise = None
+            if config.text_dtype == "int8":
+                with folder_lock(out):
+                    quantise = decide_scale(encoders, index, [part.folder for part in sets])
+            write_missing(
+                [pair for n, pair in enumerate(all_shards(sets)) if processes.owns(n)],
+                index,
+                encoders,
+                quantise=quantise,
+                num_threads=config.num_threads or max(num_cores() // processes.num_local, 1),
+                make_bar=report.bar if processes.is_first else report.no_bar,
+            )
+        return finish(config, encoders, index, sets, processes)
+
+
+def print_plan(config: PipelineConfig, encoders: Encoders) -> None:
+    """Prints the plan, and why the run would be refused, if it would."""
+    out = output_folder(config)
+    with closing(list_source(config, encoders, out, is_first=True)) as index:
+        sets = plan_sets(config, encoders, index, out)
+        print(report.plan_lines(index, sets, out, free_bytes(out)))
+        checks: list[Callable[[], None]] = [
+            lambda: require_enough(config, index, None, index.quarantined | index.missing),
+            lambda: require_own_folder(sets, out),
+        ]
+        if not config.force:
+            checks.append(lambda: require_room(sets, out))
+        for check in checks:
+            try:
+                check()
+            except ValueError as error:
+                print(f"this run would be refused: {error}")
+
+
+def plan_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Path) -> list[SetPlan]:
+    """Divides the listed records into sets and shards."""
+    size_px = (config.image_size_px, config.image_size_px)
+    preprocessing = Preprocessing(
+        size_px=size_px,
+        crop=config.crop,
+        seed=config.seed,
+        min_size_px=config.min_image_size_px,
+        fast_jpeg=config.fast_jpeg,
+    )
+    return make_sets(
+        index,
+        out,
+        preprocessing,
+        make_provenance(config, encoders, index),
+        latent_shape=encoders.latent_shape,
+        text_shape=encoders.text_shape,
+    )
 
 
 def output_folder(config: PipelineConfig) -> Path:
@@ -142,11 +205,11 @@ def output_folder(config: PipelineConfig) -> Path:
 
 def list_source(config: PipelineConfig, encoders: Encoders, out: Path, *, is_first: bool) -> Index:
     """Lists the records; scenes are drawn first, by one process."""
-    drawn = out.with_name(f"{out.name}-source")
+    drawn = out.with_name(f"{out.name}-source")  # outside the set, which holds shards only
     scenes = SceneSettings(drawn, config.split, config.image_size_px, config.seed)
     buckets: Sequence[tuple[int, int]] = ()
     if config.buckets:
-        multiple = max(vae_downscale(encoders.vae), config.bucket_multiple_px)
+        multiple = math.lcm(vae_downscale(encoders.vae), config.bucket_multiple_px)
         buckets = make_buckets(config.image_size_px, multiple, config.max_aspect)
     make_bar = report.bar if is_first else report.no_bar
     with (
@@ -161,27 +224,25 @@ def list_source(config: PipelineConfig, encoders: Encoders, out: Path, *, is_fir
             buckets=buckets,
             pool=pool,
         )
-        return build_index(open_source(config.source, scenes), check, bar.update)
-
-
-def square_preprocessing(config: PipelineConfig) -> Preprocessing:
-    """Returns how images become squares of pixels; a bucket differs in the size only."""
-    return Preprocessing(
-        size_px=(config.image_size_px, config.image_size_px),
-        crop=config.crop,
-        seed=config.seed,
-        min_size_px=config.min_image_size_px,
-        fast_jpeg=config.fast_jpeg,
-    )
+        index = build_index(open_source(config.source, scenes), check, bar.update)
+    if not index.num_source:
+        source = config.source
+        name = "captions" if source.kind == "coco" else "images"
+        raise ValueError(f"--source.{name}: {getattr(source, name)!r} contains no images")
+    return index
 
 
 def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) -> Provenance:
-    """Returns what decides the content of the shards, apart from the bucket and its size.
-
-    Batch size, device and number of processes are absent: at most they change the last bit of a
-    float16.
-    """
+    """Returns what decides the content of the shards, apart from the bucket and its size."""
+    # Without batch size, device and processes: at most they change the last bit of a float16.
     text = encoders.text
+    bucket_settings: dict[str, Any] = {}
+    if config.buckets:
+        bucket_settings = {
+            "image_size_px": config.image_size_px,
+            "max_aspect": config.max_aspect,
+            "bucket_multiple_px": config.bucket_multiple_px,
+        }
     return Provenance(
         vae=Identity(name=config.vae, revision=config.vae_revision, sha256=encoders.vae_sha256),
         text_encoder=Identity(name=text.name, revision=text.revision, sha256=text.fingerprint),
@@ -191,7 +252,7 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
         latent_kind=encoders.kind,
         text_dtype=config.text_dtype,
         max_tokens=config.max_tokens,
-        preprocessing={"views": config.views, "vae_dtype": config.vae_dtype},
+        preprocessing={"views": config.views, "vae_dtype": config.vae_dtype} | bucket_settings,
         source={
             "kind": config.source.kind,
             "num_records": index.num_source,
@@ -202,93 +263,30 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
     )
 
 
-def begin(sets: Sequence[SetPlan]) -> bool:
-    """Prepares the folder of each set; returns whether all are finished already."""
-    manifests = []
-    for part in sets:
-        with folder_lock(part.folder):
-            manifests.append(begin_set(part.folder, part.provenance))
-    return all(manifests)
-
-
-def decide_scale(encoders: Encoders, index: Index, sets: Sequence[SetPlan]) -> Quantiser:
-    """Returns the conversion to int8, with the scale of an interrupted run or a new one.
-
-    All sets share one scale.
-    """
-    found: FoundScale | None = None
-    for part in sets:
-        with folder_lock(part.folder):
-            found = read_text_scale(part.folder) or found or measure_scale(encoders, index)
-            keep_text_scale(part.folder, found)
-    assert found is not None
-    return Quantiser(found.scale)
-
-
-def measure_scale(encoders: Encoders, index: Index) -> FoundScale:
-    """Measures the scale of int8 text on a sample of the captions."""
-    token_ids = list(index.sample_captions(NUM_SAMPLE).values())
-    with report.bar(NUM_PASSES * len(token_ids), "caption", "scale") as bar, single_threaded():
-        return find_scale(token_ids, encoders, progress=bar.update)
-
-
-def encode_missing(
+def finish(
+    config: PipelineConfig,
     encoders: Encoders,
     index: Index,
     sets: Sequence[SetPlan],
     processes: ProcessInfo,
-    quantise: Quantiser | None,
-    num_threads: int,
-) -> None:
-    """Writes this process's unfinished shards."""
-    numbered = enumerate(all_shards(sets))
-    own = [pair for number, pair in numbered if processes.owns(number) and not is_done(pair[1])]
-    make_bar = report.bar if processes.is_first else report.no_bar
-    total = sum(shard.num_records for _, shard in own)
-    with (
-        single_threaded(),
-        EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
-        WriterThread(encoders.kind) as writing,
-        make_bar(total, "image", "encode") as bar,
-    ):
-        meter = report.Meter(bar, total)
-        for batch, items in pool.encode(read_batches(own, index, encoders.batch_size)):
-            writing.put(batch, items)
-            meter.add(
-                len(items),
-                sum(isinstance(item, Skipped) for item in items),
-                num_bytes=writing.num_bytes,
-                num_shards=writing.num_shards,
-            )
-    if quantise and quantise.num_saturated:
-        print(
-            f"text: {quantise.share_saturated:.1e} of the values encoded in this run were outside "
-            "the sample's range and were clipped"
-        )
-
-
-def read_batches(
-    shards: Sequence[tuple[SetPlan, ShardPlan]], index: Index, batch_size: int
-) -> Iterator[Batch]:
-    """Yields the batches of some shards, reading the records of one shard at a time."""
-    for part, shard in shards:
-        records = index.records(shard.bucket, shard.num_captions, shard.first, shard.last)
-        yield from cut_batches(shard, records, part.preprocessing, batch_size)
-
-
-def finish(
-    config: PipelineConfig, encoders: Encoders, index: Index, sets: Sequence[SetPlan], out: Path
 ) -> dict[str, Manifest]:
     """Merges the shard reports into the manifests once all shards exist, and prints the summary.
 
-    Returns the manifests by bucket. Raises ValueError if too many images are quarantined.
+    Returns the manifests by bucket. Raises ValueError if too many images are quarantined, or if a
+    shard of this process is missing.
     """
-    with folder_lock(sets[0].folder):
+    out = output_folder(config)
+    with folder_lock(out):
         shards = all_shards(sets)
-        num_unfinished = sum(not is_done(shard) for _, shard in shards)
-        if num_unfinished:
+        unfinished = [n for n, (_, shard) in enumerate(shards) if not is_done(shard)]
+        if any(map(processes.owns, unfinished)):
+            raise ValueError(
+                f"{out}: shards that this process wrote have been deleted or changed since: start "
+                "the same command again"
+            )
+        if unfinished:
             print(
-                f"{num_unfinished} of {len(shards)} shards, of other processes, are unfinished: "
+                f"{len(unfinished)} of {len(shards)} shards, of other processes, are unfinished: "
                 "the last process to finish writes the manifest; if one has stopped, start it again"
             )
             return {}
@@ -297,9 +295,10 @@ def finish(
         merged = {**no_bucket}
         for reasons in quarantined.values():
             merged |= reasons
-        require_enough(merged, index.num_source, config, out)
+        require_enough(config, index, out, merged)
         manifests = {}
-        for part in reversed(sets):  # the first set last: finishing it deletes the lock file
+        for part in sets:
+            # A set has at least one record, so this bucket becomes none.
             if part.bucket and len(quarantined[part.bucket]) == part.num_records:
                 no_bucket |= quarantined[part.bucket]
                 shutil.rmtree(part.folder)
@@ -308,14 +307,16 @@ def finish(
         manifests = dict(sorted(manifests.items()))
         if sets[0].bucket:
             finish_buckets(out, list(manifests), quarantined=no_bucket)
-    print(report.summary(manifests, no_bucket if sets[0].bucket else {}, out))
+            remove_progress(out)
+    print(report.summary(manifests, index.by_file_name(merged), out))
     return manifests
 
 
 def finish_one(encoders: Encoders, part: SetPlan, quarantined: Mapping[str, str]) -> Manifest:
     """Writes the manifest of a set, unless it exists."""
-    if (part.folder / MANIFEST_NAME).exists():
-        return Manifest.load(part.folder)
+    # Checks once more that the shards are of these settings: some file systems do not lock.
+    if manifest := begin_set(part.folder, part.provenance, in_use=True):
+        return manifest
     empty_text, empty_tokens, _ = encode_captions(encoders, encoders.text.tokenize([""]))
     is_int8 = part.provenance.text_dtype == "int8"
     return finish_set(
@@ -341,17 +342,20 @@ def read_quarantined(part: SetPlan) -> dict[str, str]:
 
 
 def require_enough(
-    quarantined: Mapping[str, str], num_source: int, config: PipelineConfig, out: Path
+    config: PipelineConfig, index: Index, out: Path | None, reasons: Mapping[str, str]
 ) -> None:
-    """Raises ValueError if too many images are quarantined, and writes all reasons to a file."""
-    allowed = config.max_quarantined * num_source
-    if len(quarantined) <= allowed:
+    """Raises ValueError if too many images are quarantined; writes all reasons beside `out`."""
+    allowed = int(config.max_quarantined * index.num_source)
+    if len(reasons) <= allowed:
         return
-    path = out.with_name(f"{out.name}-quarantined.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(quarantined, indent=1), encoding="utf-8")
-    raise ValueError(
-        f"{len(quarantined)} of {num_source} images cannot be used, but --max-quarantined "
-        f"{config.max_quarantined:g} allows {int(allowed)}: "
-        f"{'; '.join(report.first_of(quarantined))} (all in {path})"
+    named = index.by_file_name(reasons)
+    text = (
+        f"{len(named)} of {index.num_source} images cannot be used, but --max-quarantined "
+        f"{config.max_quarantined:g} allows {allowed}: {'; '.join(report.first_of(named))}"
     )
+    if out is not None:
+        path = out.with_name(f"{out.name}-quarantined.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(named, indent=1), encoding="utf-8")
+        text += f" (all in {path})"
+    raise ValueError(text)

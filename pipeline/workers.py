@@ -33,6 +33,8 @@ from latent_t2i.shards.schema import Example
 GPU_STREAMS = 2
 JOBS_AHEAD = 2
 """Batches in progress per encoding thread, beyond the one whose result is awaited."""
+NOT_FINITE = ("latent is not finite in float16", "text is not finite in float16")
+"""Reasons to quarantine a record that lie in the networks, not in its image."""
 Quantise = Callable[[NDArray[np.float16]], NDArray[np.int8]]
 LoadResult = Picture | UnreadableImageError
 
@@ -128,6 +130,7 @@ class EncoderPool:
     def _submit(self, batch: Batch) -> Future[Encoded]:
         loads: list[Callable[[], LoadResult]]
         loads = [partial(load_record, record, batch.preprocessing) for record in batch.records]
+        # On a CPU the encoding thread decodes too, so that no core waits for another.
         if self._decoding is not None:
             loads = [self._decoding.submit(load).result for load in loads]
         return self._encoding.submit(self._encode_batch, batch, loads)
@@ -195,6 +198,7 @@ def cut_batches(
         part = [record for record, _ in records[start : start + batch_size]]
         own = dict.fromkeys(caption for record in part for caption in record.captions)
         captions = []
+        # Captions of later records fill the last batch, so that all but one are full.
         while not own.keys() <= batched:
             captions.append(dict(islice(remaining, CAPTIONS_PER_IMAGE * batch_size)))
             batched.update(captions[-1])
@@ -214,9 +218,9 @@ def _finish(image: EncodedImage, captions: Mapping[str, EncodedCaption]) -> Exam
     if isinstance(picture, UnreadableImageError):
         return Skipped(key=record.key, reason=str(picture))
     if latent is None or not np.isfinite(latent).all():
-        return Skipped(key=record.key, reason="latent is not finite in float16")
+        return Skipped(key=record.key, reason=NOT_FINITE[0])
     if not all(caption.is_finite for caption in found):
-        return Skipped(key=record.key, reason="text is not finite in float16")
+        return Skipped(key=record.key, reason=NOT_FINITE[1])
     truncated = [index for index, caption in enumerate(found) if caption.is_cut]
     return Example(
         key=record.key,

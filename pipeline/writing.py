@@ -1,19 +1,38 @@
-"""Writes shards in a thread of their own, so that encoding does not wait for the disk."""
+"""Encodes the unfinished shards and writes them in a thread of their own.
+
+Encoding does not wait for the disk; `MAX_PENDING_BATCHES` bounds the memory.
+"""
 
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from latent_t2i.pipeline.workers import Batch, Skipped
+from latent_t2i.pipeline import report
+from latent_t2i.pipeline.encode import Encoders, single_threaded
+from latent_t2i.pipeline.images import Picture
+from latent_t2i.pipeline.index import Index
+from latent_t2i.pipeline.plan import SetPlan, ShardPlan
+from latent_t2i.pipeline.quantise import Quantiser
+from latent_t2i.pipeline.sets import is_done
+from latent_t2i.pipeline.workers import (
+    NOT_FINITE,
+    Batch,
+    EncoderPool,
+    Skipped,
+    cut_batches,
+    load_record,
+)
 from latent_t2i.shards.schema import Example, LatentKind
-from latent_t2i.shards.writer import ShardWriter
+from latent_t2i.shards.writer import ShardWriter, discard_shard, read_report
 
 MAX_PENDING_BATCHES = 4
-"""`put` blocks while more than this many batches are unwritten, which bounds the memory."""
+"""`put` blocks while more than this many batches are unwritten."""
+MAX_FAILURES = 4
+"""A run stops if its first images, at least this many, all give values that are not finite."""
 
 
 class WriterThread:
@@ -79,3 +98,77 @@ class WriterThread:
         except BaseException:
             self._open.__exit__(*sys.exc_info())  # discards the shard
             raise
+
+
+def write_missing(
+    shards: Sequence[tuple[SetPlan, ShardPlan]],
+    index: Index,
+    encoders: Encoders,
+    *,
+    quantise: Quantiser | None,
+    num_threads: int,
+    make_bar: report.Bar,
+) -> None:
+    """Encodes and writes those of the shards that are unfinished, or lack a restored image.
+
+    Raises ValueError if the networks give only values that are not finite.
+    """
+    for part, shard in shards:
+        discard_if_restored(index, part, shard)
+    missing = [(part, shard) for part, shard in shards if not is_done(shard)]
+    total = sum(shard.num_records for _, shard in missing)
+    with (
+        single_threaded(),
+        EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
+        WriterThread(encoders.kind) as writing,
+        make_bar(total, "image", "encode") as bar,
+    ):
+        meter = report.Meter(bar, total)
+        num_good = len(shards) - len(missing)
+        failures: list[str] = []
+        for batch, items in pool.encode(read_batches(missing, index, encoders.batch_size)):
+            reasons = [item.reason for item in items if isinstance(item, Skipped)]
+            num_good += len(items) - len(reasons)
+            failures += [reason for reason in reasons if reason in NOT_FINITE]
+            # Otherwise broken weights would be noticed after hours, as too many quarantined images.
+            if not num_good and len(failures) >= MAX_FAILURES:
+                raise ValueError(
+                    f"{failures[0]} for each of the first {len(failures)} images: use --vae-dtype "
+                    "float32, or another --vae or --text-encoder"
+                )
+            writing.put(batch, items)
+            meter.add(
+                len(items),
+                len(reasons),
+                num_bytes=writing.num_bytes,
+                num_shards=writing.num_shards,
+            )
+    if quantise and quantise.num_saturated:
+        print(
+            f"text: {quantise.share_saturated:.1e} of the values encoded in this run were outside "
+            "the sample's range and were clipped"
+        )
+
+
+def discard_if_restored(index: Index, part: SetPlan, shard: ShardPlan) -> None:
+    """Discards a shard of an unfinished set if one of its quarantined images can be read now."""
+    found = read_report(part.folder, shard.index)
+    if found is None or not found.quarantined:
+        return
+    for record, _ in index.records(shard.bucket, shard.num_captions, shard.first, shard.last):
+        reason = found.quarantined.get(record.key)
+        # Images whose values are not finite are readable, and would be encoded on every restart.
+        if reason is None or reason in NOT_FINITE:
+            continue
+        if isinstance(load_record(record, part.preprocessing), Picture):
+            discard_shard(part.folder, found)
+            return
+
+
+def read_batches(
+    shards: Sequence[tuple[SetPlan, ShardPlan]], index: Index, batch_size: int
+) -> Iterator[Batch]:
+    """Yields the batches of some shards, reading the records of one shard at a time."""
+    for part, shard in shards:
+        records = index.records(shard.bucket, shard.num_captions, shard.first, shard.last)
+        yield from cut_batches(shard, records, part.preprocessing, batch_size)

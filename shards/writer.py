@@ -11,6 +11,7 @@ several processes may each write shards of their own, and any of them may finish
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -82,25 +83,27 @@ class FoundScale(NamedTuple):
     num_captions: int
 
 
-def begin_set(folder: Path, provenance: Provenance) -> Manifest | None:
+def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> Manifest | None:
     """Prepares a folder for a set; returns the manifest if the same set is already finished.
 
     Raises ValueError, naming both values, if the folder holds another set or a part of one, and if
-    it holds anything else.
+    it holds anything else. A set that another process writes (`in_use`) is refused even before its
+    first shard.
     """
     remove_stale_attempts(folder)
     remove_stale_attempts(folder / PROGRESS_DIR)
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
         _require_same(folder, manifest, provenance)
-        if (folder / PROGRESS_DIR).exists():  # killed after the manifest was written
-            shutil.rmtree(folder / PROGRESS_DIR)
+        remove_progress(folder)  # of a process killed after it wrote the manifest
         return manifest
     progress = folder / PROGRESS_DIR
     path = progress / PROVENANCE_NAME
-    if path.exists() and any(progress.glob("shard-*.json")):
+    has_shards = any(progress.glob("shard-*.json"))
+    if path.exists() and (has_shards or in_use):
         _require_same(folder, _read_provenance(folder), provenance)
-        if provenance.text_dtype == "int8" and not (progress / TEXT_SCALE_NAME).exists():
+        missing = not (progress / TEXT_SCALE_NAME).exists()
+        if has_shards and provenance.text_dtype == "int8" and missing:
             raise ValueError(
                 f"{progress / TEXT_SCALE_NAME}: missing, but finished shards depend on this scale: "
                 "choose another folder, or delete this one"
@@ -220,8 +223,26 @@ def finish_set(
     manifest.check(folder / MANIFEST_NAME)
     remove_stale_attempts(folder)
     write_file(folder / MANIFEST_NAME, manifest.dump().encode())
-    shutil.rmtree(folder / PROGRESS_DIR)
+    remove_progress(folder)
     return manifest
+
+
+def discard_shard(folder: Path, report: ShardReport) -> None:
+    """Deletes a finished shard of an unfinished set, so that it is written again."""
+    (folder / report.name).unlink(missing_ok=True)  # first: a report without it is not finished
+    (folder / PROGRESS_DIR / f"{Path(report.name).stem}.json").unlink()
+
+
+def remove_progress(folder: Path) -> None:
+    """Deletes a finished set's progress folder, in which other processes may create lock files."""
+    while (folder / PROGRESS_DIR).exists():
+        try:
+            shutil.rmtree(folder / PROGRESS_DIR)
+        except FileNotFoundError:
+            continue  # another process has just deleted its lock file
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
 
 class ShardWriter:

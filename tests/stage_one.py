@@ -1,18 +1,25 @@
 """Settings of stage one with tiny encoders, and its runs in processes of their own, for tests."""
 
+import itertools
 import os
+import shutil
 import signal
 import sys
+import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
-from latent_t2i.pipeline import stage
+from latent_t2i.pipeline import stage, writing
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
-from latent_t2i.shards import writer
 from latent_t2i.shards.schema import Manifest
+from latent_t2i.shards.writer import ShardWriter
 from tests import tiny
 from tests.coco_folders import CocoFolder
+
+Moment = str | tuple[str, int]
+"""When a file gets this name, or the call, counted from 1, of a function."""
 
 
 def make_config(source: SourceConfig | CocoFolder, out: Path, **changes: Any) -> PipelineConfig:
@@ -49,14 +56,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def start(
     forks: ForkServerContext, config: PipelineConfig, *, rank: int = 0, num_processes: int = 1,
-    kill_at: tuple[str, int] | None = None, log: Path | None = None,
+    kill_at: Moment | None = None, stop_at: Moment | None = None,
+    log: Path | None = None,
 ) -> ForkServerProcess:  # fmt: skip
     """Starts the stage in a process; it ends with exit code 2 for an error of the user.
 
-    `kill_at` is a function, and the number of its call at which the process kills itself; `log`
-    receives the output and a line for each shard that the process begins.
+    At `kill_at` or `stop_at` it sends itself SIGKILL or SIGSTOP. `log` receives the output,
+    and a line for each shard begun.
     """
-    process = forks.Process(target=_run, args=(config, rank, num_processes, kill_at, log))
+    at = (kill_at, signal.SIGKILL) if kill_at else (stop_at, signal.SIGSTOP)
+    process = forks.Process(target=_run, args=(config, rank, num_processes, *at, log))
     process.start()
     return process
 
@@ -66,6 +75,12 @@ def run(forks: ForkServerContext, config: PipelineConfig, **changes: Any) -> int
     process = start(forks, config, **changes)
     process.join()
     return cast(int, process.exitcode)
+
+
+def wait_until_stopped(log: Path) -> None:
+    """Waits for the `stop_at` of a process with this log."""
+    while "signal\n" not in (log.read_text() if log.exists() else ""):
+        time.sleep(0.01)
 
 
 def begun(log: Path) -> list[str]:
@@ -78,20 +93,21 @@ def _run(
     config: PipelineConfig,
     rank: int,
     num_processes: int,
-    kill_at: tuple[str, int] | None,
+    moment: Moment | None,
+    signal_number: int,
     log: Path | None,
 ) -> None:
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(num_processes)})
-    if kill_at is not None:
-        _kill_at(*kill_at)
+    if moment is not None:
+        _signal_at(moment, signal_number)
     with (log or Path(os.devnull)).open("a", buffering=1) as sys.stdout:
-        original = stage.cut_batches
+        original = writing.cut_batches
 
         def logging(shard: Any, *rest: Any) -> Any:
             print(f"begun shard-{shard.index:06d}")
             return original(shard, *rest)
 
-        stage.cut_batches = logging
+        writing.cut_batches = logging
         try:
             stage.build(config)
         except ValueError as error:
@@ -99,15 +115,24 @@ def _run(
             sys.exit(2)
 
 
-def _kill_at(name: str, count: int) -> None:
-    """Makes this process kill itself at a certain call of a function."""
-    owners = {"write": writer.ShardWriter, "fsync": os, "link": os, "replace": Path}
-    owners["rmtree"] = writer.shutil
-    original, calls = getattr(owners[name], name), iter(range(1, count + 1))
+def _signal_at(moment: Moment, signal_number: int) -> None:
+    """Makes this process send itself a signal."""
+    owners = {"write": ShardWriter, "fsync": os, "rmtree": shutil, "link": os, "replace": Path}
+    calls = itertools.count(1)
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
+    def patch(name: str, is_now: Callable[..., bool]) -> None:
+        original = getattr(owners[name], name)
 
-    setattr(owners[name], name, counting)
+        def signalling(*args: Any, **kwargs: Any) -> Any:
+            if is_now(*args):
+                print("signal")
+                os.kill(os.getpid(), signal_number)
+            return original(*args, **kwargs)
+
+        setattr(owners[name], name, signalling)
+
+    if isinstance(moment, str):
+        for name in ("link", "replace"):
+            patch(name, lambda source, target: Path(target).name == moment)
+    else:
+        patch(moment[0], lambda *args: next(calls) == moment[1])

@@ -61,7 +61,7 @@ def test_aspect_of_one_leaves_the_square() -> None:
 
 
 def test_a_size_that_the_multiple_does_not_divide_is_refused() -> None:
-    message = "--image-size-px: expected a multiple of 64 for buckets, found 100"
+    message = r"--image-size-px: expected a multiple of 64 \(the least .*, found 100"
     with pytest.raises(ValueError, match=message):
         make_buckets(100, 64, 2)
 

@@ -14,43 +14,41 @@ import torch
 
 from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.encode import encode_captions, encode_views
-from latent_t2i.pipeline.images import load
+from latent_t2i.pipeline.images import Preprocessing, load
 from latent_t2i.pipeline.sources.locators import read_image_bytes
 from latent_t2i.pipeline.sources.open import open_source
-from latent_t2i.pipeline.stage import build, load_encoders, square_preprocessing
+from latent_t2i.pipeline.stage import build, load_encoders
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.verify import verify
 from tests.coco_folders import CocoFolder, make_coco
 from tests.hostile import write_hostile
-from tests.stage_one import begun, contents, make_config, run, start
+from tests.stage_one import Moment, begun, contents, make_config, run, start
 
 NUM_KILLS = 20
 LONGEST_RUN_S = 0.6
 NUM_SHARDS = 6
 
-KILLS = [
-    ("fsync", 1),  # of the provenance
+KILLS: list[Moment] = [
+    "provenance.json",
     ("write", 1),  # of the first record
     ("fsync", 3),  # of the first shard
-    ("link", 1),  # the first shard's final name
-    ("replace", 2),  # its report's rename, after the shard's link
-    ("fsync", 6),  # of the folder of that report
-    ("write", 2),  # the third record, as the second is unreadable
-    ("replace", 6),  # the manifest's rename, after all shards
-    ("fsync", 6),  # of the folder of the manifest
+    "shard-000000.tar",
+    "shard-000000.json",  # its report: the shard has its name
+    ("fsync", 6),
+    ("write", 2),
+    "manifest.json",  # after all shards
     ("rmtree", 1),  # of the reports
 ]
-"""The function, and the number of its call, at which each run in turn kills itself."""
-INT8_KILLS = [
-    ("fsync", 3),  # of the scale, after the provenance
-    ("replace", 2),  # the scale's rename
+"""The moment at which each run in turn kills itself."""
+INT8_KILLS: list[Moment] = [
+    "text_scale.json",
     ("fsync", 4),  # of the folder of the scale, after its rename
-    ("write", 1),  # of the first record
-    ("replace", 2),  # the first shard's report's rename; the scale is not written again
+    ("write", 1),
+    "shard-000000.json",
     ("write", 2),
-    ("replace", 7),  # the scale's rename in the set, after all shards
-    ("replace", 4),  # the manifest's rename
+    "text_scale.npy",  # after all shards
+    "manifest.json",
     ("rmtree", 1),  # of the reports and the scale
 ]
 
@@ -90,7 +88,7 @@ def test_killed_at_random_and_started_again(
     [pytest.param("float16", KILLS, marks=pytest.mark.slow), ("int8", INT8_KILLS)],
 )
 def test_killed_anywhere_and_started_again_gives_the_same_bytes(
-    tmp_path: Path, forks: ForkServerContext, text_dtype: str, kills: list[tuple[str, int]]
+    tmp_path: Path, forks: ForkServerContext, text_dtype: str, kills: list[Moment]
 ) -> None:
     folder = make_coco(tmp_path / "coco", [2, 2, 3, 2, 2, 3])
     (folder.images / "000000000002.png").write_text("no picture")
@@ -259,6 +257,21 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert manifest.num_truncated == 0
 
 
+@pytest.mark.parametrize("buckets", [False, True])
+def test_a_dry_run_counts_missing_files(
+    folder: CocoFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], buckets: bool
+) -> None:
+    for number in (3, 5, 7):
+        (folder.images / f"00000000000{number}.png").unlink()
+    config = make_config(folder, tmp_path / "out", buckets=buckets, dry_run=True)
+    assert build(config) == {}
+    assert not [path for path in tmp_path.iterdir() if path.name != "coco"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"images      10 in, 3 {'cannot be used' if buckets else 'missing files'}"
+    assert lines[-1].startswith("this run would be refused: 3 of 10 images cannot be used, but")
+    assert "000000000003.png: missing file" in lines[-1]
+
+
 @pytest.mark.parametrize("image_size_px", [64, 256])
 def test_the_planned_size_is_right_within_two_percent(
     coco_mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], image_size_px: int
@@ -290,7 +303,7 @@ def test_stored_values_equal_those_of_one_image_at_a_time(
     config = make_config(source, tmp_path / "out", **changes, **sizes)
     build(config)
     encoders = load_encoders(config, torch.device("cpu"))
-    preprocessing = square_preprocessing(config)
+    preprocessing = Preprocessing(size_px=(image_size_px, image_size_px))
     records = {record.key: record for record in open_source(source)}
     shards = open_shards(tmp_path / "out")
     numbers = np.arange(len(shards))

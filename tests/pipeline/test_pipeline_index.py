@@ -95,9 +95,13 @@ def test_each_record_is_listed_or_quarantined_with_its_reason(tmp_path: Path) ->
     assert index.num_source == 5
 
 
-def test_an_empty_source_is_refused() -> None:
-    with pytest.raises(ValueError, match="the source has no images"):
-        list_all([])
+def test_reasons_name_files() -> None:
+    records = [make_record(0), make_record(1, 0), make_record(0, extra={}), make_record(3)]
+    records[3] = make_record(3, extra={"file_name": "1.jpg"})  # not unique
+    index = list_all(records)
+    reasons = {"000000": "a", "000001": "b", "000000#2": "c", "000003": "d", "none": "e"}
+    names = {"0.jpg": "a", "1.jpg": "b", "000000#2": "c", "000003": "d", "none": "e"}
+    assert index.by_file_name(reasons) == names
 
 
 def hash_of(records: Sequence[Record]) -> str:
@@ -121,6 +125,7 @@ def test_the_hash_depends_on_everything_but_the_folder() -> None:
         [replace(first, captions=("other",)), *records[1:]],
         [replace(first, extra={"image_id": 7}), *records[1:]],
         [replace(first, locator=FileLocator("other.png")), *records[1:]],
+        [replace(first, problem="no image in this row"), *records[1:]],
     ]
     assert len({list_all(variant).sha256 for variant in variants}) == len(variants)
     assert list_all(records).sha256 == hash_of(records)

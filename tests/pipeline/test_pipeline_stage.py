@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from latent_t2i.model.encoders import fingerprint, load_text_encoder, load_vae
+from latent_t2i.pipeline import stage
+from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.stage import build
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.verify import verify
@@ -98,7 +101,7 @@ def test_the_last_line_accounts_for_every_image(
     assert (manifest.num_source, manifest.num_records, manifest.num_captions) == (6, 3, 7)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "images      6 in = 3 written + 3 quarantined"
-    assert "quarantined 000000000002: not an image" in lines
+    assert "quarantined 000000000002.png: not an image" in lines
     # At most 80 columns, apart from the folder, which is a long temporary one here.
     assert max(len(line.replace(str(out), "shards/data/noise/train")) for line in lines) <= 80
 
@@ -110,13 +113,13 @@ def test_too_many_quarantined_images_are_an_error_that_lists_them(
     config = make_config(folder, out, max_quarantined=0.1)
     message = (
         r"1 of 6 images cannot be used, but --max-quarantined 0\.1 allows 0: "
-        r"000000000002: not an image \(all in .*quarantined\.json\)"
+        r"000000000002.png: not an image \(all in .*quarantined\.json\)"
     )
     with pytest.raises(ValueError, match=message):
         build(config)
     assert not (out / "manifest.json").exists()
     assert json.loads(out.with_name("shards-quarantined.json").read_text()) == {
-        "000000000002": "not an image"
+        "000000000002.png": "not an image"
     }
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert build_one(make_config(folder, out, max_quarantined=0.5)).num_records == 5
@@ -128,9 +131,96 @@ def test_missing_images_are_reported_before_anything_is_encoded(
     folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder.images / "000000000002.png").unlink()
-    monkeypatch.setattr("latent_t2i.pipeline.stage.encode_missing", None)
-    with pytest.raises(ValueError, match=r"1 of 6 images .* 000000000002: missing file"):
+    monkeypatch.setattr("latent_t2i.pipeline.stage.write_missing", None)
+    with pytest.raises(ValueError, match=r"1 of 6 images .* 000000000002.png: missing file"):
         build(make_config(folder, out))
+
+
+@pytest.mark.parametrize("text_dtype", ["float16", "int8"])
+def test_a_restored_image_is_written_by_the_same_command(
+    folder: CocoFolder, tmp_path: Path, text_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(folder, tmp_path / "whole", text_dtype=text_dtype)
+    build(config)
+    config = dataclasses.replace(config, out=str(tmp_path / "out"))
+    images = {name: folder.images / f"00000000000{name}.png" for name in (2, 3, 6)}
+    saved = {name: path.read_bytes() for name, path in images.items()}
+    images[2].write_bytes(saved[2][:500])
+    images[3].write_text("no picture")
+    with pytest.raises(ValueError, match="2 of 6 images cannot be used"):
+        build(config)
+    images[2].write_bytes(saved[2])
+    with pytest.raises(ValueError, match=r"1 of 6 images .* 000000000003.png: not an image"):
+        build(config)
+    tars = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    images[3].write_bytes(saved[3])
+    build(config)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    assert sum(tars.get(name) == time for name, time in times.items()) == len(times) - 1
+
+
+def test_a_shard_deleted_meanwhile_is_no_success(
+    folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def delete(*args: Any, **kwargs: Any) -> None:
+        write_missing(*args, **kwargs)
+        (out / "shard-000001.tar").unlink()
+
+    write_missing = stage.write_missing
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "write_missing", delete)
+        with pytest.raises(ValueError, match="deleted or changed since: start the same command"):
+            build(make_config(folder, out))
+    assert build_one(make_config(folder, out)).num_records == 6
+
+
+def test_a_finished_set_says_how_to_retry(
+    folder: CocoFolder, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder.images / "000000000002.png").write_text("no picture")
+    config = make_config(folder, out, max_quarantined=0.5)
+    for _ in range(2):
+        build(config)
+        assert "restore the images and make the set again with another --out" in (
+            capsys.readouterr().out
+        )
+
+
+def test_reasons_name_files_not_hashed_keys(tmp_path: Path, out: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("кот.png", "good.png"):
+        (images / name).write_text("no picture")
+        (images / name).with_suffix(".txt").write_text("a cat")
+    config = make_config(SourceConfig(kind="folder", images=str(images)), out)
+    with pytest.raises(ValueError, match=r"good.png: not an image; кот.png: not an image"):
+        build(config)
+    for path in images.iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=rf"--source.images: '{images}' contains no images"):
+        build(config)
+
+
+@pytest.mark.parametrize("part", ["vae", "text"])
+def test_networks_that_give_nan_stop_the_run_at_the_first_batch(
+    folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def load(*args: Any) -> Any:
+        encoders = load_encoders(*args)
+        network = encoders.vae.encoder if part == "vae" else encoders.text.network
+        for weights in network.parameters():
+            weights.fill_(torch.nan)
+        return encoders
+
+    load_encoders = stage.load_encoders
+    monkeypatch.setattr(stage, "load_encoders", load)
+    config = make_config(folder, out, max_quarantined=1.0, records_per_shard=5)
+    name = "latent" if part == "vae" else "text"
+    message = rf"{name} is not finite in float16 for each of the first 4 images: use --vae-dtype"
+    with pytest.raises(ValueError, match=message):
+        build(config)
+    assert not list(out.glob("*.tar"))
 
 
 def test_folder_of_other_images_is_named(folder: CocoFolder, out: Path) -> None:
@@ -203,7 +293,7 @@ def test_a_rerun_keeps_the_scale_of_the_first_run(
         with pytest.raises(ZeroDivisionError):
             build(config)
     next(iter(out.glob("*.tar"))).unlink()  # one to write again
-    monkeypatch.setattr("latent_t2i.pipeline.stage.find_scale", None)
+    monkeypatch.setattr("latent_t2i.pipeline.quantise.find_scale", None)
     manifest = build_one(config)
     assert manifest.text_scale is not None and manifest.text_scale.num_captions == 1
     assert list(verify(out)) == []
@@ -244,7 +334,7 @@ def test_a_folder_of_another_command_is_refused(folder: CocoFolder, out: Path) -
     with pytest.raises(ValueError, match=message):
         build(make_config(folder, out, vae=other.vae))
     folder.change("captions", annotations=folder.read("captions")["annotations"][1:])
-    with pytest.raises(ValueError, match=r"source\.sha256: found '\w{64}', expected '\w{64}'"):
+    with pytest.raises(ValueError, match=r"source: keys, file names, .* have changed \(sha"):
         build(make_config(folder, out))
 
 
