@@ -168,7 +168,7 @@ def test_missing_images_are_told_before_anything_is_encoded(
 def test_folder_of_other_images_is_named(folder: CocoFolder, out: Path) -> None:
     for path in list(folder.images.iterdir())[:4]:
         path.unlink()
-    message = rf"4 of the 6 images in the captions file are not in {folder.images}, 0"
+    message = rf"4 of the 6 images in the captions file are not in {folder.images}, such as 0"
     with pytest.raises(ValueError, match=message):
         build(make_config(folder, out))
     assert not out.exists()
