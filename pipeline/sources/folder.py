@@ -25,10 +25,12 @@ from PIL import Image
 from latent_t2i.pipeline.sources.locators import FileLocator
 from latent_t2i.pipeline.sources.record import (
     Record,
+    SourceError,
     extra_fields,
     find_caption_column,
     make_key,
     parse_captions,
+    problem_of_name,
 )
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -57,7 +59,7 @@ def records(
     """Yields a record for each image at any depth and for each other file that metadata names.
 
     A .txt without an image and an image that metadata does not name are records with a problem.
-    Raises ValueError, with file and line, for metadata that cannot be read.
+    Raises SourceError, with file and line, for metadata that cannot be read.
     """
     return _walk(FolderOptions(folder, caption_column, caption_per), "", ())
 
@@ -108,13 +110,13 @@ def _walk(options: FolderOptions, prefix: str, parents: Inodes) -> Iterator[Reco
 def _list(folder: Path, parents: Inodes) -> tuple[list[str], Inodes]:
     """Returns a folder's names, sorted, and its parents with the folder itself.
 
-    A subfolder's name ends with a slash, so that paths sort as names do. Raises ValueError for a
+    A subfolder's name ends with a slash, so that paths sort as names do. Raises SourceError for a
     link to a parent.
     """
     status = folder.stat()
     inode = (status.st_dev, status.st_ino)
     if inode in parents:
-        raise ValueError(f"{folder}: a link to a folder that contains it")
+        raise SourceError(f"{folder}: a link to a folder that contains it")
     with os.scandir(folder) as entries:
         names = [e.name + "/" * e.is_dir() for e in entries if not e.name.startswith(".")]
     return sorted(names), (*parents, inode)
@@ -122,10 +124,10 @@ def _list(folder: Path, parents: Inodes) -> tuple[list[str], Inodes]:
 
 def _find_metadata(folder: Path, names: list[str]) -> Path | None:
     if "metadata.parquet" in names:
-        raise ValueError(f"{folder / 'metadata.parquet'}: expected {' or '.join(METADATA)}")
+        raise SourceError(f"{folder / 'metadata.parquet'}: expected {' or '.join(METADATA)}")
     found = [name for name in METADATA if name in names]
     if len(found) > 1:
-        raise ValueError(f"{folder}: found {' and '.join(found)}, expected only one of them")
+        raise SourceError(f"{folder}: found {' and '.join(found)}, expected only one of them")
     return folder / found[0] if found else None
 
 
@@ -147,7 +149,7 @@ def _with_metadata(options: FolderOptions, prefix: str, path: Path) -> Iterator[
     """Yields the records of all images below a folder and of all files that its metadata names."""
     rows, columns = _read_metadata(path)
     if not rows:
-        raise ValueError(f"{path}: names no image")
+        raise SourceError(f"{path}: names no image")
     column = find_caption_column(columns, options.caption_column, str(path))
     on_disk = _images_below(options.root / prefix, "", ())
     for name, _ in groupby(heapq.merge(on_disk, sorted(rows))):
@@ -161,22 +163,15 @@ def _with_metadata(options: FolderOptions, prefix: str, path: Path) -> Iterator[
             options,
             prefix + name,
             captions=tuple(chain.from_iterable(captions for captions, _ in parsed)),
-            problem=next(problems, _problem_of_name(name)),
+            problem=next(problems, problem_of_name(name)),
             extra={key: value for key, value in fields[0].items() if key != column},
         )
-
-
-def _problem_of_name(name: str) -> str | None:
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        return "file name leads out of the folder"
-    return "file name has a NUL byte" if "\0" in name else None
 
 
 def _images_below(folder: Path, prefix: str, parents: Inodes) -> Iterator[str]:
     names, parents = _list(folder / prefix, parents)
     if prefix and _find_metadata(folder / prefix, names):
-        raise ValueError(f"{folder / prefix}: has metadata and so has {folder}, expected only one")
+        raise SourceError(f"{folder / prefix}: has metadata and so has {folder}, expected only one")
     for name in names:
         if name.endswith("/"):
             yield from _images_below(folder, prefix + name, parents)
@@ -190,12 +185,12 @@ def _read_metadata(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     columns: dict[str, None] = {}
     for number, row in _read_csv(path) if path.suffix == ".csv" else _read_jsonl(path):
         if "file_name" not in row:
-            raise ValueError(
+            raise SourceError(
                 f"{path}: line {number}: expected a file_name, found only {sorted(row)}"
             )
         name = row["file_name"]
         if not isinstance(name, str) or not name:
-            raise ValueError(
+            raise SourceError(
                 f"{path}: line {number}: file_name is {name!r}, expected the name of a file"
             )
         columns |= dict.fromkeys(row)
@@ -210,9 +205,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number}: not JSON: {error}") from None
+            raise SourceError(f"{path}: line {number}: not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number}: expected a JSON object, found {line[:40]!r}")
+            raise SourceError(f"{path}: line {number}: expected a JSON object, found {line[:40]!r}")
         yield number, row
 
 
@@ -221,24 +216,24 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         for row in reader:
             if None in row:
-                raise ValueError(
+                raise SourceError(
                     f"{path}: line {reader.line_num}: more fields than the "
                     f"{len(reader.fieldnames or ())} of the first line"
                 )
             yield reader.line_num, row
     except csv.Error as error:
         first = reader.line_num + 1  # the row's first line: a quoted field may have several
-        raise ValueError(f"{path}: line {first}: not CSV: {error}") from None
+        raise SourceError(f"{path}: line {first}: not CSV: {error}") from None
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yields a file's lines with their ends. Raises ValueError for one that is not UTF-8."""
+    """Yields a file's lines with their ends. Raises SourceError for one that is not UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 yield line.decode("utf-8" if number > 1 else "utf-8-sig")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: line {number}: not UTF-8: {error.reason}") from None
+                raise SourceError(f"{path}: line {number}: not UTF-8: {error.reason}") from None
 
 
 def _record(

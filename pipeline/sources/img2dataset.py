@@ -24,6 +24,7 @@ from latent_t2i.pipeline.sources.locators import (
 from latent_t2i.pipeline.sources.record import (
     CAPTION_COLUMNS,
     Record,
+    SourceError,
     extra_fields,
     make_key,
     parse_captions,
@@ -53,8 +54,8 @@ def records(
     """Yields a record for each sample of the tars, given as (path or URL, short name).
 
     A key that does not start with its tar's short name, as img2dataset's do, gets it as a prefix.
-    Raises ValueError, with tar and byte, for a tar that is cut short or broken, and RemoteError for
-    one that cannot be downloaded.
+    Raises SourceError, with tar and byte, for a tar that is cut short or broken, and RemoteError
+    for one that cannot be downloaded.
     """
     # Among names of several lengths, one could be the beginning of another: prefix all keys then.
     has_one_length = len({len(short_name) for _, short_name in tars}) == 1
@@ -129,10 +130,10 @@ def _members(url: str, file: "ForwardFile") -> Iterator[Member]:
             if member.isreg():
                 yield member, _read_text(tar, member)
             elif not member.isdir():
-                raise ValueError(f"{name}: {member.name} is a link or a device, expected a file")
+                raise SourceError(f"{name}: {member.name} is a link or a device, expected a file")
     except (tarfile.TarError, EOFError) as error:
         message = f"{name}: not a tar, or cut short, at byte {file.tell()}: {error}"
-        raise ValueError(message) from None
+        raise SourceError(message) from None
     _require_end(name, file)
 
 
@@ -145,16 +146,16 @@ def _read_text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _require_end(name: str, file: "ForwardFile") -> None:
-    """Raises ValueError unless the last block is zeros, as at the end of a tar.
+    """Raises SourceError unless the last block is zeros, as at the end of a tar.
 
     tarfile takes the end of the file for the end of the tar, also where it is cut between members.
     """
     if file.last != bytes(BLOCK_BYTES):
         problem = "not a tar header" if len(file.last) == BLOCK_BYTES else "cut short"
-        raise ValueError(f"{name}: {problem} at byte {file.tell() - len(file.last)}")
+        raise SourceError(f"{name}: {problem} at byte {file.tell() - len(file.last)}")
     while chunk := file.read(BUFFER_BYTES):
         if chunk.strip(b"\0"):
-            raise ValueError(
+            raise SourceError(
                 f"{name}: more data after the end of the tar at byte {file.tell() - len(chunk)}; "
                 "tars joined with `cat` are not supported"
             )
@@ -210,7 +211,7 @@ def _require_ranges(url: str, retry: Retry | None) -> None:
         return BLOCK_BYTES - to_skip
 
     if not with_retries(url, first_byte, retry):
-        raise ValueError(
+        raise SourceError(
             f"{without_query(url)}: the server does not support byte ranges, so single images "
             "cannot be read: download the tars first"
         )

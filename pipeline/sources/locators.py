@@ -52,6 +52,9 @@ T = TypeVar("T")
 class LocatorError(OSError):
     """An image's bytes cannot be read; the message is the reason in the quarantine."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
 
 @dataclass(frozen=True, slots=True)
 class FileLocator:
@@ -192,6 +195,11 @@ def without_query(url: str) -> str:
 def replace_surrogates(text: str) -> str:
     """Returns text that UTF-8 can encode: half a surrogate pair becomes `?`."""
     return text.encode("utf-8", "replace").decode()
+
+
+def printable(text: str) -> str:
+    """Returns text with control characters escaped, so that a terminal shows them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def with_retries(url: str, read: Callable[[], T], retry: Retry | None = None) -> T:

@@ -4,7 +4,7 @@
 
 To add a source, write a module beside `folder.py` whose `records` yields a `Record` for each image,
 add its kind to `SourceConfig.kind`, and call it here. Its order is the order of the shards. A fault
-of one image becomes that record's `problem`, a fault of a whole file a ValueError. Records are
+of one image becomes that record's `problem`, a fault of a whole file a SourceError. Records are
 yielded one by one, so that a source may be larger than memory.
 """
 
@@ -19,7 +19,7 @@ from latent_t2i.model.paths import ROOT, find_path
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.pipeline.sources import coco, folder, img2dataset, parquet
 from latent_t2i.pipeline.sources.locators import import_parquet, with_retries, without_query
-from latent_t2i.pipeline.sources.record import Record
+from latent_t2i.pipeline.sources.record import Record, SourceError
 from latent_t2i.scenes.dataset import write_coco
 from latent_t2i.shards.remote.transport import PIPE, find_filesystem, is_remote
 
@@ -29,8 +29,8 @@ FLAG = "--source.images"
 def open_source(config: PipelineConfig, out: Path) -> Iterator[Record]:
     """Returns all records of the source, or the first `num_images`, in its order.
 
-    Scenes are drawn into a folder beside `out` first, unless it has them already. Raises ValueError
-    with the flag for a missing file or folder; the iterator raises ValueError for broken files.
+    Scenes are drawn into a folder beside `out` first, unless it has them already. Raises
+    SourceError with the flag for a missing file or folder; the iterator also for broken files.
     """
     source = config.source
     if source.kind == "scenes":
@@ -61,26 +61,26 @@ def open_source(config: PipelineConfig, out: Path) -> Iterator[Record]:
 def find_files(location: str, suffix: str) -> list[str]:
     """Returns the paths or URLs of the files in a folder, or those that a pattern or braces match.
 
-    They are sorted, except that braces keep their order. Raises ValueError if there are none, one
+    They are sorted, except that braces keep their order. Raises SourceError if there are none, one
     is missing, or one is compressed.
     """
     try:
         parts = [location] if find_path(location) else list(braceexpand(location, escape=False))
     except ValueError:
-        raise ValueError(f"{FLAG}: {location!r} has a brace without its counterpart") from None
+        raise SourceError(f"{FLAG}: {location!r} has a brace without its counterpart") from None
     found = []
     for part in parts:
         if part.startswith(PIPE):
-            raise ValueError(f"{FLAG}: {part!r}: a command cannot read a byte range of a file")
+            raise SourceError(f"{FLAG}: {part!r}: a command cannot read a byte range of a file")
         files = _find_remote(part, suffix) if is_remote(part) else _find_local(part, suffix)
         if not files:
-            raise ValueError(
+            raise SourceError(
                 f"{FLAG}: no {suffix} file in {part!r}; subfolders need a pattern, '**/*{suffix}'"
             )
         found += files
     for file in found:
         if without_query(file).endswith(img2dataset.COMPRESSED):
-            raise ValueError(f"{FLAG}: {without_query(file)} is compressed: decompress it first")
+            raise SourceError(f"{FLAG}: {without_query(file)} is compressed: decompress it first")
     return found
 
 
@@ -117,14 +117,14 @@ def _coco(source: SourceConfig) -> Iterator[Record]:
 def _find_folder(name: str) -> Path:
     path = _find(FLAG, name)
     if not path.is_dir():
-        raise ValueError(f"{FLAG}: {path} is a file, expected a folder of images")
+        raise SourceError(f"{FLAG}: {path} is a file, expected a folder of images")
     return path
 
 
 def _find(flag: str, name: str) -> Path:
     path = find_path(name)
     if path is None:
-        raise ValueError(f"{flag}: {name!r} does not exist, here or in the project")
+        raise SourceError(f"{flag}: {name!r} does not exist, here or in the project")
     return path
 
 
@@ -135,7 +135,7 @@ def _find_local(name: str, suffix: str) -> list[str]:
     if path is not None:
         return sorted(str(file) for file in path.iterdir() if file.name.endswith(_endings(suffix)))
     if not _is_pattern(name):
-        raise ValueError(f"{FLAG}: {name!r} does not exist, here or in the project")
+        raise SourceError(f"{FLAG}: {name!r} does not exist, here or in the project")
     given = Path(name).expanduser()
     if given.is_absolute():
         root, pattern = Path(given.anchor), str(given.relative_to(given.anchor))
@@ -147,7 +147,7 @@ def _find_remote(url: str, suffix: str) -> list[str]:
     """Returns the URLs of a folder, pattern or file. A web server cannot list its files."""
     if url.startswith(("http://", "https://")):
         if "*" in url:
-            raise ValueError(f"{FLAG}: {url}: http has no patterns, name the files with braces")
+            raise SourceError(f"{FLAG}: {url}: http has no patterns, name the files with braces")
         return [url]
     system, path = find_filesystem(url)
 

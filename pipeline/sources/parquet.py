@@ -23,6 +23,7 @@ from latent_t2i.pipeline.sources.locators import (
 )
 from latent_t2i.pipeline.sources.record import (
     Record,
+    SourceError,
     extra_fields,
     find_caption_column,
     make_key,
@@ -59,7 +60,7 @@ def records(
 ) -> Iterator[Record]:
     """Yields a record for each row of the files, given as (path or URL, short name), in order.
 
-    The key is the short name with the row's number in the file. Raises ValueError for a file that
+    The key is the short name with the row's number in the file. Raises SourceError for a file that
     is not parquet or lacks a column, and RemoteError for one that cannot be downloaded.
     """
     for url, short_name in files:
@@ -112,17 +113,17 @@ def _inspect(
 
 
 def _read(url: str, read: Callable[[], Any]) -> Any:
-    """Returns `read()`. Raises ValueError with the file's name for a missing or broken file."""
+    """Returns `read()`. Raises SourceError with the file's name for a missing or broken file."""
     import_parquet()
     arrow_error: type[Exception] = importlib.import_module("pyarrow").ArrowException
     try:
         return read()
     except FileNotFoundError:
-        raise ValueError(f"{without_query(url)}: no such file") from None
+        raise SourceError(f"{without_query(url)}: no such file") from None
     except RemoteError:
         raise
     except (OSError, arrow_error) as error:
-        raise ValueError(f"{without_query(url)}: not parquet, or broken: {error}") from None
+        raise SourceError(f"{without_query(url)}: not parquet, or broken: {error}") from None
 
 
 def _find_columns(
@@ -131,7 +132,7 @@ def _find_columns(
     names = (image_column,) if image_column else IMAGE_COLUMNS
     image = next((name for name in names if name in schema.names), None)
     if image is None:
-        raise ValueError(
+        raise SourceError(
             f"--source.image-column: {file} has no column {' or '.join(map(repr, names))}, "
             f"only {', '.join(map(repr, schema.names))}"
         )
@@ -148,7 +149,7 @@ def _find_bytes(file: str, field: Any) -> tuple[str, str | None]:
         return field.name, None
     inner = {part.name: part.type for part in _struct_fields(field.type)}
     if not _is_bytes(inner.get("bytes")):
-        raise ValueError(
+        raise SourceError(
             f"--source.image-column: {file}: {field.name!r} is {field.type}, expected bytes, or a "
             "struct with a field 'bytes'"
         )
@@ -162,7 +163,7 @@ def _require_text(file: str, field: Any) -> None:
     if _is_dictionary(text):
         text = text.value_type
     if str(text) not in ("string", "large_string", "string_view", "null"):
-        raise ValueError(
+        raise SourceError(
             f"--source.caption-column: {file}: {field.name!r} is {field.type}, expected text or a "
             "list of texts"
         )

@@ -9,10 +9,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from latent_t2i.pipeline.images import Picture
-from latent_t2i.pipeline.sources.locators import ImageLocator, replace_surrogates
+from latent_t2i.pipeline.sources.locators import ImageLocator, printable, replace_surrogates
 from latent_t2i.shards.schema import KEY_PATTERN
 
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
@@ -21,6 +22,13 @@ MAX_KEY_CHARACTERS = 80
 HASH_DIGITS = 12
 NOT_JSON = (TypeError, ValueError, RecursionError)
 RESERVED_FIELDS = ("captions", "truncated", "source_size_px", "crop_px")
+
+
+class SourceError(ValueError):
+    """A file of the source is missing, broken or of another kind; the message names it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +81,14 @@ def parse_captions(value: object) -> tuple[tuple[str, ...], str | None]:
     return tuple(captions), None
 
 
+def problem_of_name(file_name: str) -> str | None:
+    """Returns why a file name must not be opened, or None if it is a path below the folder."""
+    path = PurePosixPath(file_name)
+    if path.is_absolute() or ".." in path.parts:
+        return "file name leads out of the folder"
+    return "file name has a NUL byte" if "\0" in file_name else None
+
+
 def extra_fields(values: Mapping[str, Any], file_name: str) -> dict[str, Any]:
     """Returns the values that JSON can hold, with the image's file name.
 
@@ -93,13 +109,13 @@ def to_json(value: Any) -> Any:
 
 
 def find_caption_column(columns: Iterable[str], wanted: str | None, file: str) -> str:
-    """Returns the name of the caption column. Raises ValueError if there is none."""
+    """Returns the name of the caption column. Raises SourceError if there is none."""
     columns = list(columns)
     names = CAPTION_COLUMNS if wanted is None else (wanted,)
     for name in names:
         if name in columns:
             return name
-    raise ValueError(
+    raise SourceError(
         f"--source.caption-column: {file} has no column {' or '.join(map(repr, names))}, "
         f"only {', '.join(map(repr, columns))}"
     )
