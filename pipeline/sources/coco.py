@@ -11,7 +11,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from latent_t2i.pipeline.sources.locators import FileLocator, replace_surrogates
+from latent_t2i.pipeline.sources.locators import (
+    FileLocator,
+    LocatorError,
+    open_regular,
+    replace_surrogates,
+)
 from latent_t2i.pipeline.sources.record import (
     Record,
     SourceError,
@@ -33,6 +38,7 @@ FIELDS: dict[str, dict[str, dict[str, type]]] = {
     },
 }
 """The lists of each kind of annotation file, and the fields of their entries."""
+MAX_JSON_BYTES = 2**31
 MAX_ID = 10**18
 MAX_PX = 10**9
 
@@ -116,10 +122,11 @@ def _read_objects(path: Path, images: list[Entry]) -> dict[int, list[dict[str, A
 
 def _read_document(path: Path, kind: str) -> dict[str, Any]:
     """Returns an annotation file whose entries have the fields of FIELDS."""
-    if not path.is_file():
-        raise SourceError(f"{path}: a folder, expected a COCO annotation file (JSON)")
     try:
-        document = json.loads(path.read_bytes())
+        with open_regular(path, MAX_JSON_BYTES) as file:
+            document = json.loads(file.read())
+    except LocatorError as error:
+        raise SourceError(f"{path}: not a COCO annotation file: {error}") from None
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not JSON, expected a COCO annotation file: {error}") from error
     if not isinstance(document, dict):
@@ -143,7 +150,7 @@ def _problem_of_entry(entry: Any, fields: Mapping[str, type]) -> str | None:
         value = entry[name]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             return f"has {name} {_show(value)}, expected {kind.__name__}"
-        if kind is int and not 0 <= value < MAX_ID:
+        if kind is int and isinstance(value, int) and not 0 <= value < MAX_ID:
             return f"has {name} {_show(value)}, expected 0 to {MAX_ID - 1}"
     return None
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from latent_t2i.pipeline.sources.locators import FileLocator
+from latent_t2i.pipeline.sources.locators import FileLocator, LocatorError, open_regular
 from latent_t2i.pipeline.sources.record import (
     Record,
     SourceError,
@@ -37,7 +37,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 NEVER_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}
 """Formats that Pillow identifies but cannot decode."""
 MAX_TEXT_BYTES = 2**24
-csv.field_size_limit(2**31 - 1)  # the default of 128 kB is too little for some captions
+csv.field_size_limit(MAX_TEXT_BYTES)  # the default of 128 kB is too little for some captions
 
 CaptionPer = Literal["line", "file"]
 Inodes = tuple[tuple[int, int], ...]
@@ -136,10 +136,10 @@ def _with_text(options: FolderOptions, prefix: str, name: str, text_name: str | 
     if text_name is None:
         return _record(options, prefix + name)
     try:
-        with (options.root / prefix / text_name).open("rb") as file:
+        with open_regular(options.root / prefix / text_name) as file:
             text, problem = decode_text(file.read(MAX_TEXT_BYTES + 1))
     except OSError as error:
-        text, problem = "", f"caption cannot be read: {error.strerror}"
+        text, problem = "", f"caption cannot be read: {error.strerror or error}"
     parts = re.split(r"\r\n|\r|\n", text) if options.caption_per == "line" else [text]
     captions, _ = parse_captions([part.strip() for part in parts])
     return _record(options, prefix + name, captions=captions, problem=problem)
@@ -227,9 +227,16 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yields a file's lines with their ends. Raises SourceError for one that is not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    """Yields a file's lines with their ends. Raises SourceError for long ones and for bad UTF-8."""
+    try:
+        file = open_regular(path)
+    except LocatorError as error:
+        raise SourceError(f"{path}: {error}") from None
+    with file:
+        lines = iter(lambda: file.readline(MAX_TEXT_BYTES + 1), b"")
+        for number, line in enumerate(lines, 1):
+            if len(line) > MAX_TEXT_BYTES:
+                raise SourceError(f"{path}: line {number}: more than {MAX_TEXT_BYTES} bytes")
             try:
                 yield line.decode("utf-8" if number > 1 else "utf-8-sig")
             except UnicodeDecodeError as error:

@@ -11,13 +11,15 @@ import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from latent_t2i.pipeline.sources.folder import MAX_TEXT_BYTES, decode_text, is_image
 from latent_t2i.pipeline.sources.locators import (
+    LocatorError,
     TarLocator,
     file_name_of,
+    open_regular,
+    printable,
     with_retries,
     without_query,
 )
@@ -40,6 +42,8 @@ from latent_t2i.shards.schema import BLOCK_BYTES
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 TEXTS = (".txt", ".json")
+MAX_MESSAGE_CHARACTERS = 200
+MAX_READ_BYTES = 2 * MAX_TEXT_BYTES
 
 Member = tuple[tarfile.TarInfo, bytes]
 """A file in a tar, with its content if it is a text."""
@@ -72,7 +76,7 @@ def _record(url: str, key: str, members: list[Member], caption_column: str | Non
     texts = {_extension(member.name): content for member, content in members}
     captions, fields, problem = _read_texts(texts, caption_column)
     if not images:
-        message = fields.get("error_message")
+        message = printable(str(fields.get("error_message") or "")[:MAX_MESSAGE_CHARACTERS])
         problem = "no image of this key in the tar" + (f": {message}" if message else "")
     elif len(images) > 1:
         problem = f"{len(images)} images of this key in the tar"
@@ -127,10 +131,10 @@ def _members(url: str, file: "ForwardFile") -> Iterator[Member]:
             cast(Any, tar).members.clear()  # tarfile would keep all of them in memory
             if _is_hidden(member.name):
                 continue
-            if member.isreg():
+            if member.isreg() and not member.issparse():
                 yield member, _read_text(tar, member)
             elif not member.isdir():
-                raise SourceError(f"{name}: {member.name} is a link or a device, expected a file")
+                raise SourceError(f"{name}: {member.name} is a link, device or sparse file")
     except (tarfile.TarError, EOFError) as error:
         message = f"{name}: not a tar, or cut short, at byte {file.tell()}: {error}"
         raise SourceError(message) from None
@@ -172,7 +176,9 @@ class ForwardFile:
         """What `read` returned last."""
 
     def read(self, size: int) -> bytes:
-        """Returns up to `size` bytes."""
+        """Returns up to `size` bytes. Raises ReadError for a header that would fill the memory."""
+        if size > MAX_READ_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
         self.last = self._file.read(size)
         self._position += len(self.last)
         return self.last
@@ -196,7 +202,11 @@ class ForwardFile:
 @contextlib.contextmanager
 def _open(url: str, retry: Retry | None) -> Iterator[ForwardFile]:
     if not is_remote(url):
-        with Path(url).open("rb") as file:
+        try:
+            file = open_regular(url)
+        except LocatorError as error:
+            raise SourceError(f"{url}: {error}") from None
+        with file:
             yield ForwardFile(file, lambda num_bytes: file.seek(num_bytes, 1))
         return
     _require_ranges(url, retry)

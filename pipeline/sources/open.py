@@ -130,7 +130,7 @@ def _find(flag: str, name: str) -> Path:
 
 def _find_local(name: str, suffix: str) -> list[str]:
     path = find_path(name)
-    if path is not None and path.is_file():
+    if path is not None and not path.is_dir():
         return [str(path)]
     if path is not None:
         return sorted(str(file) for file in path.iterdir() if file.name.endswith(_endings(suffix)))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -181,9 +182,9 @@ def set_field(folder: CocoFolder, *, kind: str, name: str, field: str, value: ob
         *(
             (
                 partial(set_field, kind=kind, name=name, field=field, value=value),
-                rf"{kind}\.json: .*{name}\[0\] has {field} {re.escape(shown)}.*, expected {expected}",
+                rf"{kind}\.json: .*{name}\[0\] has {field} {re.escape(shown)}.*, expected {wanted}",
             )
-            for kind, name, field, value, shown, expected in (
+            for kind, name, field, value, shown, wanted in (
                 ("captions", "images", "id", [1], "[1]", "int"),
                 ("captions", "images", "id", True, "True", "int"),
                 ("captions", "images", "id", -1, "-1", "0 to"),
@@ -198,6 +199,14 @@ def set_field(folder: CocoFolder, *, kind: str, name: str, field: str, value: ob
             )
         ),
         (lambda f: f.captions.write_text("[" * 10**6), "captions.json: not JSON, .*recursion"),
+        (
+            lambda f: os.truncate(f.captions, 30 * 10**9),
+            "not a COCO annotation file: 30000000000 bytes, expected at most 2147483648",
+        ),
+        (
+            lambda f: (f.captions.unlink(), os.mkfifo(f.captions)),
+            "not a COCO annotation file: a pipe or a device, expected a regular file",
+        ),
         (
             lambda f: f.change("instances", categories=[]),
             r'annotations\[0\] has category_id 1, which is not in "categories"',

@@ -109,6 +109,23 @@ def test_a_text_that_cannot_be_read(tmp_path: Path) -> None:
     assert summary(read(root)) == [("a.jpg", (), problem)]
 
 
+def test_texts_and_metadata_that_are_not_regular_files(tmp_path: Path) -> None:
+    root = write(tmp_path, {"a.jpg": b"", "b.jpg": b"", "b.txt": ""})
+    os.mkfifo(root / "a.txt")
+    os.truncate(root / "b.txt", 30 * 10**9)  # sparse: needs no disk space
+    problem = "caption cannot be read: a pipe or a device, expected a regular file"
+    huge = "caption of more than 16777216 bytes"
+    assert summary(read(root)) == [("a.jpg", (), problem), ("b.jpg", (), huge)]
+    (root / "metadata.jsonl").touch()
+    os.truncate(root / "metadata.jsonl", 30 * 10**9)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl: line 1: more than 16777216 bytes"):
+        read(root)
+    (root / "metadata.jsonl").unlink()
+    os.mkfifo(root / "metadata.csv")
+    with pytest.raises(ValueError, match=r"metadata\.csv: a pipe or a device, expected a regular"):
+        read(root)
+
+
 def test_unusual_captions(tmp_path: Path) -> None:
     long = "very " * 100_000 + "long"
     (record,) = read(write(tmp_path, {"a.jpg": b"", "a.txt": f"🐕👩‍👩‍👧\n{long}\nline\u2028break"}))

@@ -170,6 +170,10 @@ def test_a_text_is_one_unchanged_caption(tmp_path: Path) -> None:
             [("0.json", '{"status": "failed", "error_message": "404"}')],
             "no image of this key in the tar: 404",
         ),
+        (
+            [("0.json", json.dumps({"error_message": "\x1b[2J" + "x" * 10**6}))],
+            "no image of this key in the tar: \\x1b[2J" + "x" * 196,
+        ),
         ([("0.jpg", b""), ("0.png", b"")], "2 images of this key in the tar"),
         ([("0.jpg", b""), ("0.txt", b"\xe9")], "caption is not UTF-8"),
         ([("0.jpg", b""), ("0.json", b"\xe9")], "JSON is not UTF-8"),
@@ -259,6 +263,18 @@ def test_garbage_between_members(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_header_that_would_fill_the_memory(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 30 * 10**9
+    (tmp_path / "0.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(tmp_path / "0.tar", 30 * 10**9 + 2048)  # sparse: needs no disk space
+    with pytest.raises(
+        ValueError, match=r"0\.tar: not a tar, or .*: a header of 30000000000 bytes"
+    ):
+        read(tmp_path / "0.tar")
+
+
 def test_tars_joined_by_cat(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", [("0.jpg", b"x")])
     path.write_bytes(path.read_bytes() * 2)
@@ -272,7 +288,7 @@ def test_a_link_in_a_tar(tmp_path: Path) -> None:
     link.type, link.linkname = tarfile.SYMTYPE, "0.jpg"
     with tarfile.open(path, "a") as tar:
         tar.addfile(link)
-    with pytest.raises(ValueError, match=r"0\.tar: 1\.jpg is a link or a device, expected a file"):
+    with pytest.raises(ValueError, match=r"0\.tar: 1\.jpg is a link, device or sparse file"):
         read(path)
 
 

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -90,7 +92,7 @@ def test_a_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("locator", "reason"),
     [
-        (FileLocator(""), "cannot be read: Is a directory"),
+        (FileLocator("."), "a folder, expected a regular file"),
         (FileLocator("a.tar/b"), "cannot be read: Not a directory"),
         (FileLocator("x" * 300), "cannot be read: File name too long"),
         (FileLocator("a\0b"), "cannot be read: embedded null byte"),
@@ -118,11 +120,34 @@ def test_missing_files(
         read(locator)
 
 
-def test_errors_of_the_machine_are_not_the_image_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> bytes:
-        raise OSError(errno.EMFILE, "Too many open files", str(path))
+def test_special_and_huge_files_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 30 * 10**9)  # sparse: needs no disk space
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+        reasons = {
+            "pipe": "a pipe or a device, expected a regular file",
+            "zeros": "a pipe or a device, expected a regular file",
+            "huge": "30000000000 bytes, expected at most 1073741824",
+            "socket": "cannot be read: No such device or address",
+        }
+        for name, reason in reasons.items():
+            with pytest.raises(LocatorError) as error:
+                read(FileLocator(str(tmp_path / name)))
+            assert str(error.value) == reason
+    with pytest.raises(LocatorError, match="2147483648 bytes, expected at most 1073741824"):
+        read(TarLocator(str(tmp_path / "huge"), 0, 2**31, "huge/a.jpg"))
+    with pytest.raises(LocatorError, match="a pipe or a device"):
+        read(ParquetLocator(str(tmp_path / "pipe"), 0, 0, "image"))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+
+def test_errors_of_the_machine_are_not_the_image_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str, flags: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(OSError, match="Too many open files") as error:
         read(FileLocator("a"))
     assert not isinstance(error.value, LocatorError)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def test_files_and_folders_mixed_up(folder: CocoFolder) -> None:
         read(images=captions, captions=captions)
     with pytest.raises(ValueError, match=r"captions\.json is a file, expected a folder of images"):
         read(kind="folder", images=captions)
-    with pytest.raises(ValueError, match="images: a folder, expected a COCO annotation file"):
+    with pytest.raises(ValueError, match="images: not a COCO annotation file: a folder, expec"):
         read(images=images, captions=images)
 
 
@@ -130,6 +131,13 @@ def test_scenes_are_drawn_once_beside_the_shards(tmp_path: Path) -> None:
 def test_settings_without_effect_are_refused(source: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message):
         SourceConfig(**source)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_named_pipe_is_refused(tmp_path: Path, kind: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe: .*a pipe or a device, expected a regular file"):
+        read(kind=kind, images=str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize(
