@@ -10,7 +10,7 @@ Needs pyarrow: pip install 'latent-t2i[parquet]'
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from latent_t2i.pipeline.sources.locators import (
     ParquetLocator,
@@ -32,6 +32,8 @@ from latent_t2i.pipeline.sources.record import (
 from latent_t2i.shards.remote.transport import RemoteError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+TEXT_TYPES = ("string", "large_string", "string_view")
+NO_IMAGE = "no image in this row"
 ROWS_PER_BATCH = 1024
 
 
@@ -52,6 +54,14 @@ class Columns:
         return [self.caption, *self.others, *([self.path] if self.path else [])]
 
 
+class RowGroup(NamedTuple):
+    """What a file's footer says about a row group."""
+
+    num_rows: int
+    has_nulls: bool
+    """Whether rows have no image. Without statistics they are found when they are encoded."""
+
+
 def records(
     files: Sequence[tuple[str, str]],
     *,
@@ -64,17 +74,25 @@ def records(
     is not parquet or lacks a column, and RemoteError for one that cannot be downloaded.
     """
     for url, short_name in files:
-        columns, group_sizes = _inspect(url, image_column, caption_column)
+        columns, groups = _inspect(url, image_column, caption_column)
         first = 0
-        for row_group, num_rows in enumerate(group_sizes):
+        for row_group, group in enumerate(groups):
+            without_image = _find_nulls(url, row_group, columns.image) if group.has_nulls else set()
             for row, fields in enumerate(_rows(url, row_group, columns)):
                 key = make_key(f"{short_name}_{first + row:07d}")
                 locator = ParquetLocator(url, row_group, row, columns.image)
-                yield _record(key, locator, columns, fields)
-            first += num_rows
+                problem = NO_IMAGE if row in without_image else None
+                yield _record(key, locator, columns, fields, problem)
+            first += group.num_rows
 
 
-def _record(key: str, locator: ParquetLocator, columns: Columns, fields: dict[str, Any]) -> Record:
+def _record(
+    key: str,
+    locator: ParquetLocator,
+    columns: Columns,
+    fields: dict[str, Any],
+    image_problem: str | None,
+) -> Record:
     captions, problem = parse_captions(fields[columns.caption])
     struct, _, name = (columns.path or "").partition(".")
     path = (fields[struct] or {}).get(name) if columns.path else None
@@ -84,8 +102,16 @@ def _record(key: str, locator: ParquetLocator, columns: Columns, fields: dict[st
         locator=locator,
         captions=captions,
         extra=extra_fields(others, path or file_name_of(locator.url)),
-        problem=problem,
+        problem=image_problem or problem,
     )
+
+
+def _find_nulls(url: str, row_group: int, column: str) -> set[int]:
+    """Returns the rows of a group whose image is null. Reads the group's images."""
+    cells = _read(url, lambda: read_row_group(url, row_group, [column])).column(0)
+    compute = importlib.import_module("pyarrow.compute")
+    values = compute.struct_field(cells, [0]) if _struct_fields(cells.type) else cells
+    return {row for row, is_null in enumerate(compute.is_null(values).to_pylist()) if is_null}
 
 
 def _rows(url: str, row_group: int, columns: Columns) -> Iterator[dict[str, Any]]:
@@ -96,20 +122,29 @@ def _rows(url: str, row_group: int, columns: Columns) -> Iterator[dict[str, Any]
 
 def _inspect(
     url: str, image_column: str | None, caption_column: str | None
-) -> tuple[Columns, list[int]]:
-    """Returns which columns of a file to read, and the number of rows of each row group."""
+) -> tuple[Columns, list[RowGroup]]:
+    """Returns which columns of a file to read, and its row groups."""
 
-    def read() -> tuple[Any, list[int]]:
+    def read() -> tuple[Columns, list[RowGroup]]:
         file = open_parquet(url)
         try:
-            metadata = file.metadata
-            groups = range(metadata.num_row_groups)
-            return file.schema_arrow, [metadata.row_group(group).num_rows for group in groups]
+            name = without_query(url)
+            columns = _find_columns(name, file.schema_arrow, image_column, caption_column)
+            numbers = range(file.metadata.num_row_groups)
+            groups = [_describe(file.metadata.row_group(n), columns.image) for n in numbers]
+            return columns, groups
         finally:
             file.close(force=True)
 
-    schema, group_sizes = _read(url, lambda: with_retries(url, read))
-    return _find_columns(without_query(url), schema, image_column, caption_column), group_sizes
+    found: tuple[Columns, list[RowGroup]] = _read(url, lambda: with_retries(url, read))
+    return found
+
+
+def _describe(row_group: Any, column: str) -> RowGroup:
+    chunks = [row_group.column(number) for number in range(row_group.num_columns)]
+    statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column]
+    has_nulls = any(s is not None and s.has_null_count and s.null_count for s in statistics)
+    return RowGroup(row_group.num_rows, has_nulls)
 
 
 def _read(url: str, read: Callable[[], Any]) -> Any:
@@ -153,7 +188,8 @@ def _find_bytes(file: str, field: Any) -> tuple[str, str | None]:
             f"--source.image-column: {file}: {field.name!r} is {field.type}, expected bytes, or a "
             "struct with a field 'bytes'"
         )
-    return f"{field.name}.bytes", f"{field.name}.path" if "path" in inner else None
+    has_path = str(inner.get("path")) in TEXT_TYPES
+    return f"{field.name}.bytes", f"{field.name}.path" if has_path else None
 
 
 def _require_text(file: str, field: Any) -> None:
@@ -162,7 +198,7 @@ def _require_text(file: str, field: Any) -> None:
         text = text.value_type
     if _is_dictionary(text):
         text = text.value_type
-    if str(text) not in ("string", "large_string", "string_view", "null"):
+    if str(text) not in (*TEXT_TYPES, "null"):
         raise SourceError(
             f"--source.caption-column: {file}: {field.name!r} is {field.type}, expected text or a "
             "list of texts"
@@ -176,7 +212,7 @@ def _is_json(kind: Any) -> bool:
     if _struct_fields(kind):
         return all(_is_json(field.type) for field in _struct_fields(kind))
     name = str(kind)
-    plain = ("string", "large_string", "string_view", "bool", "double", "float", "null")
+    plain = (*TEXT_TYPES, "bool", "double", "float", "null")
     return name in plain or name.startswith(("int", "uint"))
 
 
