@@ -36,6 +36,9 @@ from latent_t2i.pipeline.sources.record import (
 METADATA = ("metadata.jsonl", "metadata.csv")
 NEVER_DECODED = {"BUFR", "GRIB", "HDF5", "MPEG"}
 """Formats that Pillow identifies but cannot decode."""
+PLUGIN_SUFFIXES = frozenset({".avif", ".heic", ".heif", ".hif", ".jxl"})
+RAW_SUFFIXES = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"})
+"""Pillow would read their thumbnail, because some are TIFF files."""
 MAX_TEXT_BYTES = 2**24
 csv.field_size_limit(MAX_TEXT_BYTES)  # the default of 128 kB is too little for some captions
 
@@ -66,14 +69,23 @@ def records(
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Returns the file name extensions that Pillow can read, in lower case with their dot."""
+    """Returns the file name extensions of images, in lower case with their dot.
+
+    Images that cannot be read, for want of a plugin for example, count too: they are quarantined.
+    """
     known = Image.registered_extensions().items()
-    return frozenset(s for s, kind in known if kind in Image.OPEN and kind not in NEVER_DECODED)
+    readable = (s for s, kind in known if kind in Image.OPEN and kind not in NEVER_DECODED)
+    return frozenset(readable) | PLUGIN_SUFFIXES | RAW_SUFFIXES
 
 
 def is_image(name: str) -> bool:
     """Returns whether a file has the extension of an image."""
     return _suffix(name) in image_suffixes()
+
+
+def problem_of_suffix(name: str) -> str | None:
+    """Returns why a file cannot be read by its extension alone."""
+    return "camera raw file: convert it to JPEG" if _suffix(name) in RAW_SUFFIXES else None
 
 
 def decode_text(content: bytes) -> tuple[str, str | None]:
@@ -256,7 +268,7 @@ def _record(
         locator=FileLocator(str(options.root / name)),
         captions=captions,
         extra=extra_fields(extra or {}, name),
-        problem=problem,
+        problem=problem or problem_of_suffix(name),
     )
 
 

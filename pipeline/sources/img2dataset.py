@@ -13,7 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, BinaryIO, cast
 
-from latent_t2i.pipeline.sources.folder import MAX_TEXT_BYTES, decode_text, is_image
+from latent_t2i.pipeline.sources.folder import (
+    MAX_TEXT_BYTES,
+    decode_text,
+    is_image,
+    problem_of_suffix,
+)
 from latent_t2i.pipeline.sources.locators import (
     LocatorError,
     TarLocator,
@@ -80,6 +85,8 @@ def _record(url: str, key: str, members: list[Member], caption_column: str | Non
         problem = "no image of this key in the tar" + (f": {message}" if message else "")
     elif len(images) > 1:
         problem = f"{len(images)} images of this key in the tar"
+    else:
+        problem = problem or problem_of_suffix(image.name)
     name = f"{file_name_of(url)}/{image.name}"
     return Record(
         key=key,

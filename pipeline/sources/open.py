@@ -35,27 +35,45 @@ def open_source(config: PipelineConfig, out: Path) -> Iterator[Record]:
     source = config.source
     if source.kind == "scenes":
         return _scenes(config, out)
+    return _require_any(islice(_records(source), source.num_images), source)
+
+
+def _records(source: SourceConfig) -> Iterator[Record]:
     if source.kind == "coco":
-        found = _coco(source)
-    elif source.kind == "folder":
-        found = folder.records(
+        return _coco(source)
+    if source.kind == "folder":
+        return folder.records(
             _find_folder(source.images),
             caption_column=source.caption_column,
             caption_per=source.caption_per,
         )
-    elif source.kind == "webdataset":
-        found = img2dataset.records(
+    if source.kind == "webdataset":
+        return img2dataset.records(
             with_short_names(find_files(source.images, ".tar")),
             caption_column=source.caption_column,
         )
-    else:
-        import_parquet()  # raises if it is not installed
-        found = parquet.records(
-            with_short_names(find_files(source.images, ".parquet")),
-            image_column=source.image_column,
-            caption_column=source.caption_column,
-        )
-    return islice(found, source.num_images)
+    import_parquet()  # raises if it is not installed
+    return parquet.records(
+        with_short_names(find_files(source.images, ".parquet")),
+        image_column=source.image_column,
+        caption_column=source.caption_column,
+    )
+
+
+def _require_any(records: Iterator[Record], source: SourceConfig) -> Iterator[Record]:
+    """Yields the records. Raises SourceError if there are none."""
+    first = next(records, None)
+    if first is None:
+        place, expected = {
+            "coco": (source.captions, 'entries in its list "images"'),
+            "folder": (source.images, "files with an image's extension, such as .jpg or .png"),
+            "webdataset": (source.images, "tars with members such as KEY.jpg and KEY.txt"),
+            "parquet": (source.images, "parquet files with rows"),
+        }[source.kind]
+        flag = "--source.captions" if source.kind == "coco" else FLAG
+        raise SourceError(f"{flag}: {place}: found no images, expected {expected}")
+    yield first
+    yield from records
 
 
 def find_files(location: str, suffix: str) -> list[str]:

@@ -137,6 +137,15 @@ def test_other_files_are_ignored(tmp_path: Path) -> None:
     assert read(write(tmp_path, dict.fromkeys(names, b""))) == []
 
 
+def test_photographs_that_pillow_cannot_read_are_counted(tmp_path: Path) -> None:
+    names = ["a.HEIC", "b.jxl", "c.avif", "d.DNG", "e.cr2"]
+    problem = "camera raw file: convert it to JPEG"
+    assert summary(read(write(tmp_path, dict.fromkeys(names, b"")))) == [
+        *((name, (), None) for name in names[:3]),
+        *((name, (), problem) for name in names[3:]),
+    ]
+
+
 def test_an_image_that_is_a_broken_link(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").symlink_to("nowhere")
     (record,) = read(tmp_path)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,22 @@ def test_files_and_folders_mixed_up(folder: CocoFolder) -> None:
         read(kind="folder", images=captions)
     with pytest.raises(ValueError, match="images: not a COCO annotation file: a folder, expec"):
         read(images=images, captions=images)
+
+
+def test_sources_without_images_name_the_place(tmp_path: Path, folder: CocoFolder) -> None:
+    (tmp_path / "empty").mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    folder.change("captions", images=[], annotations=[])
+    sources: list[tuple[str, Any]] = [
+        ("folder", {"images": str(tmp_path / "empty")}),
+        ("webdataset", {"images": str(tmp_path / "a.tar")}),
+        ("coco", {"images": str(tmp_path / "empty"), "captions": str(folder.captions)}),
+    ]
+    for kind, paths in sources:
+        flag, path = list({f"--source.{name}": path for name, path in paths.items()}.items())[-1]
+        with pytest.raises(ValueError, match=rf"^{flag}: {path}: found no images, expected "):
+            read(kind=kind, **paths)
 
 
 def test_only_the_first_images(folder: CocoFolder) -> None:
