@@ -2,7 +2,8 @@
 
 metadata.jsonl or metadata.csv with a `file_name` (Hugging Face's imagefolder) covers all images
 below its folder. Further columns go into the shards, and several lines for one image are several
-captions. Without metadata, each line of the .txt beside an image is a caption (kohya's layout).
+captions. Without metadata, each line of the .txt beside an image is a caption (kohya's layout);
+other extensions, and captions of several lines, are settings.
 
 Images are sorted by their path below the folder. Other files and names with a leading dot are
 ignored. Memory holds the names in one folder per level and the text of one metadata file.
@@ -22,7 +23,12 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from latent_t2i.pipeline.sources.locators import FileLocator, LocatorError, open_regular
+from latent_t2i.pipeline.sources.locators import (
+    FileLocator,
+    LocatorError,
+    open_regular,
+    printable,
+)
 from latent_t2i.pipeline.sources.record import (
     Record,
     SourceError,
@@ -42,7 +48,14 @@ RAW_SUFFIXES = frozenset({".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf"
 MAX_TEXT_BYTES = 2**24
 csv.field_size_limit(MAX_TEXT_BYTES)  # the default of 128 kB is too little for some captions
 
-CaptionPer = Literal["line", "file"]
+CaptionPer = Literal["line", "paragraph", "file"]
+SEPARATORS = {
+    "line": r"\r\n|\r|\n",
+    "paragraph": r"(?>\r\n|\r|\n)[ \t]*(?>\r\n|\r|\n)\s*",
+    "file": r"\Z",
+}
+TEXT_SUFFIXES = frozenset({".cap", ".caption", ".captions", ".text", ".txt"})
+"""Extensions of texts that are probably captions, for hints."""
 Inodes = tuple[tuple[int, int], ...]
 """Device and inode of each folder on the way down."""
 
@@ -52,19 +65,23 @@ class FolderOptions:
     """The folder and how its captions are stored."""
 
     root: Path
-    caption_column: str | None
-    caption_per: CaptionPer
+    caption_column: str | None = None
+    caption_per: CaptionPer = "line"
+    caption_extension: str = ".txt"
+
+    def stem(self, name: str) -> str | None:
+        """Returns a text file's name without the extension, None for other files."""
+        ends = name.lower().endswith(self.caption_extension.lower())
+        return name[: -len(self.caption_extension)] if ends else None
 
 
-def records(
-    folder: Path, *, caption_column: str | None = None, caption_per: CaptionPer = "line"
-) -> Iterator[Record]:
+def records(options: FolderOptions) -> Iterator[Record]:
     """Yields a record for each image at any depth and for each other file that metadata names.
 
-    A .txt without an image and an image that metadata does not name are records with a problem.
+    A text without an image and an image that metadata does not name are records with a problem.
     Raises SourceError, with file and line, for metadata that cannot be read.
     """
-    return _walk(FolderOptions(folder, caption_column, caption_per), "", ())
+    return _walk(options, "", ())
 
 
 @cache
@@ -108,15 +125,21 @@ def _walk(options: FolderOptions, prefix: str, parents: Inodes) -> Iterator[Reco
     if metadata is not None:
         yield from _with_metadata(options, prefix, metadata)
         return
-    texts = {_stem(name): name for name in names if _suffix(name) == ".txt"}
+    texts = {stem: name for name in names if (stem := options.stem(name)) is not None}
     image_stems = {_stem(name) for name in names if is_image(name)}
+    others = [
+        n for n in names if _suffix(n) in TEXT_SUFFIXES and options.stem(n) not in image_stems
+    ]
+    hints = {stem: name for name in others for stem in (_stem(name), _stem(_stem(name)))}
     for name in names:
         if name.endswith("/"):
             yield from _walk(options, prefix + name, parents)
         elif is_image(name):
-            yield _with_text(options, prefix, name, texts.get(_stem(name)))
-        elif _suffix(name) == ".txt" and _stem(name) not in image_stems:
-            yield _record(options, prefix + name, problem="a .txt without an image beside it")
+            stem = _stem(name)
+            yield _with_text(options, prefix, name, texts.get(stem), hints.get(stem))
+        elif options.stem(name) not in (None, *image_stems):
+            problem = f"a {options.caption_extension} without an image beside it"
+            yield _record(options, prefix + name, problem=problem)
 
 
 def _list(folder: Path, parents: Inodes) -> tuple[list[str], Inodes]:
@@ -143,18 +166,30 @@ def _find_metadata(folder: Path, names: list[str]) -> Path | None:
     return folder / found[0] if found else None
 
 
-def _with_text(options: FolderOptions, prefix: str, name: str, text_name: str | None) -> Record:
-    """Returns the record of an image, with the captions of its text file if it has one."""
+def _with_text(
+    options: FolderOptions, prefix: str, name: str, text_name: str | None, hint: str | None
+) -> Record:
+    """Returns the record of an image, with the captions of its text file if it has one.
+
+    `hint` is the name of a text with another extension.
+    """
     if text_name is None:
-        return _record(options, prefix + name)
+        found = hint.removeprefix(_stem(name)) if hint else None
+        problem = found and hint_extension(options.caption_extension, found)
+        return _record(options, prefix + name, problem=problem)
     try:
         with open_regular(options.root / prefix / text_name) as file:
             text, problem = decode_text(file.read(MAX_TEXT_BYTES + 1))
     except OSError as error:
         text, problem = "", f"caption cannot be read: {error.strerror or error}"
-    parts = re.split(r"\r\n|\r|\n", text) if options.caption_per == "line" else [text]
+    parts = re.split(SEPARATORS[options.caption_per], text)
     captions, _ = parse_captions([part.strip() for part in parts])
     return _record(options, prefix + name, captions=captions, problem=problem)
+
+
+def hint_extension(expected: str, found: str) -> str:
+    """Returns the problem of an image whose text has another extension than is expected."""
+    return f"no {expected} but a {found}: set --source.caption-extension {printable(found)}"
 
 
 def _with_metadata(options: FolderOptions, prefix: str, path: Path) -> Iterator[Record]:

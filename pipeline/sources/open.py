@@ -43,14 +43,21 @@ def _records(source: SourceConfig) -> Iterator[Record]:
         return _coco(source)
     if source.kind == "folder":
         return folder.records(
-            _find_folder(source.images),
-            caption_column=source.caption_column,
-            caption_per=source.caption_per,
+            folder.FolderOptions(
+                root=_find_folder(source.images),
+                caption_column=source.caption_column,
+                caption_per=source.caption_per,
+                caption_extension=source.caption_extension,
+            )
         )
     if source.kind == "webdataset":
         return img2dataset.records(
             with_short_names(find_files(source.images, ".tar")),
-            caption_column=source.caption_column,
+            img2dataset.TarOptions(
+                caption_column=source.caption_column,
+                caption_extension=source.caption_extension,
+                members=source.tar_members,
+            ),
         )
     import_parquet()  # raises if it is not installed
     return parquet.records(
