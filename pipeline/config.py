@@ -35,6 +35,9 @@ class SourceConfig:
     tar_members: Literal["adjacent", "anywhere"] = "adjacent"
     """webdataset: whether the files of an image are adjacent in the tar; anywhere keeps the texts
     of one tar in memory."""
+    val_fraction: float = 0.0
+    """all but scenes: fraction of the images, by a hash of the key, that --split val gets and
+    --split train does not."""
     world: Literal["easy", "full"] = "easy"
     """scenes: which shapes, colours, sizes and numbers of objects there are."""
     num_images: int | None = None
@@ -49,6 +52,10 @@ class SourceConfig:
         for name in required:
             if not getattr(self, name):
                 raise ValueError(f"--source.{name}: required for a {self.kind} source")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(
+                f"--source.val-fraction: expected at least 0 and below 1, found {self.val_fraction}"
+            )
         if not re.fullmatch(r"(\.[A-Za-z0-9_-]+)+", self.caption_extension):
             raise ValueError(
                 "--source.caption-extension: expected one like .txt or .output.txt, found "
@@ -72,6 +79,7 @@ _KINDS_OF = {
     "caption_per": ("folder",),
     "caption_extension": ("folder", "webdataset"),
     "tar_members": ("webdataset",),
+    "val_fraction": ("coco", "folder", "webdataset", "parquet"),
 }
 
 

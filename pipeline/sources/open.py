@@ -19,7 +19,7 @@ from latent_t2i.model.paths import ROOT, find_path
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.pipeline.sources import coco, folder, img2dataset, parquet
 from latent_t2i.pipeline.sources.locators import import_parquet, with_retries, without_query
-from latent_t2i.pipeline.sources.record import Record, SourceError
+from latent_t2i.pipeline.sources.record import Record, SourceError, in_split
 from latent_t2i.scenes.dataset import write_coco
 from latent_t2i.shards.remote.transport import PIPE, find_filesystem, is_remote
 
@@ -27,7 +27,7 @@ FLAG = "--source.images"
 
 
 def open_source(config: PipelineConfig, out: Path) -> Iterator[Record]:
-    """Returns all records of the source, or the first `num_images`, in its order.
+    """Returns the split's records, or the first `num_images` of them, in the source's order.
 
     Scenes are drawn into a folder beside `out` first, unless it has them already. Raises
     SourceError with the flag for a missing file or folder; the iterator also for broken files.
@@ -35,7 +35,14 @@ def open_source(config: PipelineConfig, out: Path) -> Iterator[Record]:
     source = config.source
     if source.kind == "scenes":
         return _scenes(config, out)
-    return _require_any(islice(_records(source), source.num_images), source)
+    found = _records(source)
+    if source.val_fraction:
+        if config.split not in ("train", "val"):
+            raise SourceError(
+                f"--split: expected train or val with --source.val-fraction, found {config.split!r}"
+            )
+        found = (r for r in found if in_split(r.key, config.split, source.val_fraction))
+    return _require_any(islice(found, source.num_images), source)
 
 
 def _records(source: SourceConfig) -> Iterator[Record]:
@@ -78,7 +85,8 @@ def _require_any(records: Iterator[Record], source: SourceConfig) -> Iterator[Re
             "parquet": (source.images, "parquet files with rows"),
         }[source.kind]
         flag = "--source.captions" if source.kind == "coco" else FLAG
-        raise SourceError(f"{flag}: {place}: found no images, expected {expected}")
+        part = f" with --source.val-fraction {source.val_fraction}" if source.val_fraction else ""
+        raise SourceError(f"{flag}: {place}: found no images{part}, expected {expected}")
     yield first
     yield from records
 

@@ -81,6 +81,16 @@ def parse_captions(value: object) -> tuple[tuple[str, ...], str | None]:
     return tuple(captions), None
 
 
+def in_split(key: str, split: str, val_fraction: float) -> bool:
+    """Returns whether a record belongs to the split train or val.
+
+    A hash of the key decides, so that a record stays in its split when others are added.
+    """
+    digest = hashlib.sha256(f"val {key}".encode()).digest()
+    is_val = int.from_bytes(digest[:8], "big") < val_fraction * 2**64
+    return is_val == (split == "val")
+
+
 def problem_of_name(file_name: str) -> str | None:
     """Returns why a file name must not be opened, or None if it is a path below the folder."""
     path = PurePosixPath(file_name)

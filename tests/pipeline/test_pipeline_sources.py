@@ -50,14 +50,14 @@ def memory() -> Iterator[Any]:
     system.rm("/", recursive=True)
 
 
-def config_of(**source: Any) -> PipelineConfig:
+def config_of(split: str = "val", **source: Any) -> PipelineConfig:
     return PipelineConfig(
-        name="n", split="val", vae="v", text_encoder="t", source=SourceConfig(**source)
+        name="n", split=split, vae="v", text_encoder="t", source=SourceConfig(**source)
     )
 
 
-def read(**source: Any) -> list[Record]:
-    return list(open_source(config_of(**source), Path("out")))
+def read(split: str = "val", **source: Any) -> list[Record]:
+    return list(open_source(config_of(split, **source), Path("out")))
 
 
 @pytest.mark.parametrize("part", ["images", "captions", "instances"])
@@ -104,6 +104,33 @@ def test_only_the_first_images(folder: CocoFolder) -> None:
     assert [record.locator for record in same] == [record.locator for record in coco]
 
 
+def test_val_fraction_splits_by_key(tmp_path: Path) -> None:
+    for number in range(200):
+        (tmp_path / f"{number}.jpg").touch()
+    source = {"kind": "folder", "images": str(tmp_path)}
+    everything = [record.key for record in read(**source)]
+    train, val = (
+        [record.key for record in read(split, **source, val_fraction=0.1)]
+        for split in ("train", "val")
+    )
+    assert sorted(train + val) == sorted(everything)
+    assert len(val) == 17 and val[:3] == ["100", "101", "102"]
+    assert [record.key for record in read(**source, val_fraction=0.1, num_images=2)] == val[:2]
+    assert {*val} < {record.key for record in read(**source, val_fraction=0.2)}
+    (tmp_path / "new.jpg").touch()
+    assert {*val} <= {record.key for record in read(**source, val_fraction=0.1)} <= {*val, "new"}
+    with pytest.raises(ValueError, match="--split: expected train or val with"):
+        read("test", **source, val_fraction=0.1)
+    with pytest.raises(ValueError, match=r"found no images with --source.val-fraction 1e-09"):
+        read("val", **source, val_fraction=1e-9)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_val_fractions_that_are_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match="expected at least 0 and below 1"):
+        SourceConfig(kind="folder", images="i", val_fraction=fraction)
+
+
 def test_scenes_are_drawn_once_beside_the_shards(tmp_path: Path) -> None:
     config = config_of(kind="scenes", num_images=3)
     first = list(open_source(config, tmp_path / "val"))
@@ -138,6 +165,14 @@ def test_scenes_are_drawn_once_beside_the_shards(tmp_path: Path) -> None:
         (
             {"kind": "parquet", "images": "i", "caption_per": "file"},
             "--source.caption-per: has no effect on a parquet source, only on folder",
+        ),
+        (
+            {"kind": "coco", "images": "i", "captions": "c", "tar_members": "anywhere"},
+            "--source.tar-members: has no effect on a coco source, only on webdataset",
+        ),
+        (
+            {"kind": "scenes", "num_images": 1, "val_fraction": 0.1},
+            "--source.val-fraction: has no effect on a scenes source, only on coco, folder, ",
         ),
         (
             {"kind": "scenes", "num_images": 1, "caption_per": "file"},
