@@ -130,9 +130,10 @@ def _inspect(
         try:
             name = without_query(url)
             columns = _find_columns(name, file.schema_arrow, image_column, caption_column)
+            paths = [file.schema.column(n).path for n in range(len(file.schema))]
+            image = paths.index(columns.image)
             numbers = range(file.metadata.num_row_groups)
-            groups = [_describe(file.metadata.row_group(n), columns.image) for n in numbers]
-            return columns, groups
+            return columns, [_describe(file.metadata.row_group(n), image) for n in numbers]
         finally:
             file.close(force=True)
 
@@ -140,10 +141,10 @@ def _inspect(
     return found
 
 
-def _describe(row_group: Any, column: str) -> RowGroup:
-    chunks = [row_group.column(number) for number in range(row_group.num_columns)]
-    statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column]
-    has_nulls = any(s is not None and s.has_null_count and s.null_count for s in statistics)
+def _describe(row_group: Any, column: int) -> RowGroup:
+    # Only this column: pyarrow 26 aborts the process on some broken metadata of a column.
+    statistics = row_group.column(column).statistics
+    has_nulls = statistics is not None and statistics.has_null_count and statistics.null_count > 0
     return RowGroup(row_group.num_rows, has_nulls)
 
 

@@ -19,6 +19,7 @@ from latent_t2i.shards.schema import KEY_PATTERN
 CAPTION_COLUMNS = ("text", "caption", "captions", "prompt")
 """Columns to search for captions, in this order, if none is named."""
 MAX_KEY_CHARACTERS = 80
+MAX_NAME_BYTES = 255
 HASH_DIGITS = 12
 NOT_JSON = (TypeError, ValueError, RecursionError)
 RESERVED_FIELDS = ("captions", "truncated", "source_size_px", "crop_px")
@@ -96,6 +97,8 @@ def problem_of_name(file_name: str) -> str | None:
     path = PurePosixPath(file_name)
     if path.is_absolute() or ".." in path.parts:
         return "file name leads out of the folder"
+    if any(len(part.encode("utf-8", "replace")) > MAX_NAME_BYTES for part in path.parts):
+        return f"file name of more than {MAX_NAME_BYTES} bytes"
     return "file name has a NUL byte" if "\0" in file_name else None
 
 

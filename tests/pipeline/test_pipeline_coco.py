@@ -93,6 +93,7 @@ def test_captions_that_are_not_text(
         ("../images/000000000001.png", "file name leads out of the folder"),
         ("/etc/passwd", "file name leads out of the folder"),
         ("a\0b.png", "file name has a NUL byte"),
+        ("é" * 128 + "/a.png", "file name of more than 255 bytes"),
     ],
 )
 def test_file_names_that_lead_elsewhere(folder: CocoFolder, name: str, problem: str) -> None:
