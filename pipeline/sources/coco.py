@@ -38,8 +38,8 @@ FIELDS: dict[str, dict[str, dict[str, type]]] = {
     },
 }
 """The lists of each kind of annotation file, and the fields of their entries."""
-MAX_JSON_BYTES = 2**31
-MAX_ID = 10**18
+MAX_JSON_BYTES = 2**31  # COCO's largest has 0.5 GB
+MAX_ID = 10**18  # fits a 64-bit integer
 MAX_PX = 10**9
 
 
@@ -78,7 +78,7 @@ def _require_files(folder: Path, names: list[str]) -> None:
 
     Lists each folder once and opens no file.
     """
-    listed: dict[str, set[str]] = {}
+    listed: dict[str, set[str]] = {}  # a stat per image would take minutes on a network disk
     missing = []
     for name in names:
         if problem_of_name(name):
@@ -103,6 +103,7 @@ def _read_objects(path: Path, images: list[Entry]) -> dict[int, list[dict[str, A
         raise SourceError(f"{path}: has no image of the captions file: is it of another split?")
     names = {category["id"]: to_json(category["name"]) for category in document["categories"]}
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    # An instance without its category or box would be a silent loss, so that it is an error.
     for number, annotation in enumerate(document["annotations"]):
         category_id, box, crowd = (annotation.get(k) for k in ("category_id", "bbox", "iscrowd"))
         place = f"{path}: annotations[{number}]"

@@ -14,7 +14,7 @@ import heapq
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, groupby
@@ -85,19 +85,22 @@ def records(options: FolderOptions) -> Iterator[Record]:
 
 
 @cache
-def image_suffixes() -> frozenset[str]:
-    """Returns the file name extensions of images, in lower case with their dot.
-
-    Images that cannot be read, for want of a plugin for example, count too: they are quarantined.
-    """
+def readable_suffixes() -> frozenset[str]:
+    """Returns the file name extensions that Pillow can read, in lower case with their dot."""
     known = Image.registered_extensions().items()
-    readable = (s for s, kind in known if kind in Image.OPEN and kind not in NEVER_DECODED)
-    return frozenset(readable) | PLUGIN_SUFFIXES | RAW_SUFFIXES
+    return frozenset(s for s, kind in known if kind in Image.OPEN and kind not in NEVER_DECODED)
 
 
-def is_image(name: str) -> bool:
-    """Returns whether a file has the extension of an image."""
-    return _suffix(name) in image_suffixes()
+def find_images(names: Sequence[str]) -> list[str]:
+    """Returns the images among the names of a folder or sample, by their extension.
+
+    They include images that cannot be read, such as HEIC without its plugin, because these must be
+    quarantined and not ignored. Beside a JPEG of the same name, however, they are copies.
+    """
+    readable = [name for name in names if _suffix(name) in readable_suffixes()]
+    stems = {_stem(name) for name in readable}
+    unreadable = (n for n in names if _suffix(n) in PLUGIN_SUFFIXES | RAW_SUFFIXES)
+    return readable + [n for n in unreadable if n not in readable and _stem(n) not in stems]
 
 
 def problem_of_suffix(name: str) -> str | None:
@@ -126,18 +129,19 @@ def _walk(options: FolderOptions, prefix: str, parents: Inodes) -> Iterator[Reco
         yield from _with_metadata(options, prefix, metadata)
         return
     texts = {stem: name for name in names if (stem := options.stem(name)) is not None}
-    image_stems = {_stem(name) for name in names if is_image(name)}
-    others = [
-        n for n in names if _suffix(n) in TEXT_SUFFIXES and options.stem(n) not in image_stems
-    ]
+    images = set(find_images(names))
+    stems = {_stem(name) for name in images}
+    strays = {name for stem, name in texts.items() if stem not in stems}
+    # Texts of no image under the present setting: KEY.caption or KEY.output.txt.
+    others = (n for n in names if _suffix(n) in TEXT_SUFFIXES and options.stem(n) not in stems)
     hints = {stem: name for name in others for stem in (_stem(name), _stem(_stem(name)))}
     for name in names:
         if name.endswith("/"):
             yield from _walk(options, prefix + name, parents)
-        elif is_image(name):
+        elif name in images:
             stem = _stem(name)
             yield _with_text(options, prefix, name, texts.get(stem), hints.get(stem))
-        elif options.stem(name) not in (None, *image_stems):
+        elif name in strays:
             problem = f"a {options.caption_extension} without an image beside it"
             yield _record(options, prefix + name, problem=problem)
 
@@ -149,7 +153,7 @@ def _list(folder: Path, parents: Inodes) -> tuple[list[str], Inodes]:
     link to a parent.
     """
     status = folder.stat()
-    inode = (status.st_dev, status.st_ino)
+    inode = (status.st_dev, status.st_ino)  # the same for a folder and a link to it
     if inode in parents:
         raise SourceError(f"{folder}: a link to a folder that contains it")
     with os.scandir(folder) as entries:
@@ -198,6 +202,7 @@ def _with_metadata(options: FolderOptions, prefix: str, path: Path) -> Iterator[
     if not rows:
         raise SourceError(f"{path}: names no image")
     column = find_caption_column(columns, options.caption_column, str(path))
+    # Both sides are sorted, so that one pass finds the names that only one of them has.
     on_disk = _images_below(options.root / prefix, "", ())
     for name, _ in groupby(heapq.merge(on_disk, sorted(rows))):
         if name not in rows:
@@ -219,10 +224,11 @@ def _images_below(folder: Path, prefix: str, parents: Inodes) -> Iterator[str]:
     names, parents = _list(folder / prefix, parents)
     if prefix and _find_metadata(folder / prefix, names):
         raise SourceError(f"{folder / prefix}: has metadata and so has {folder}, expected only one")
+    images = set(find_images(names))
     for name in names:
         if name.endswith("/"):
             yield from _images_below(folder, prefix + name, parents)
-        elif is_image(name):
+        elif name in images:
             yield prefix + name
 
 
@@ -241,6 +247,7 @@ def _read_metadata(path: Path) -> tuple[dict[str, list[str]], list[str]]:
                 f"{path}: line {number}: file_name is {name!r}, expected the name of a file"
             )
         columns |= dict.fromkeys(row)
+        # Text takes less memory than the parsed row, and all rows of a folder are held.
         found.setdefault(str(PurePosixPath(name)), []).append(json.dumps(row))
     return found, list(columns)
 

@@ -18,8 +18,8 @@ from latent_t2i.pipeline.sources.folder import (
     MAX_TEXT_BYTES,
     TEXT_SUFFIXES,
     decode_text,
+    find_images,
     hint_extension,
-    is_image,
     problem_of_suffix,
 )
 from latent_t2i.pipeline.sources.locators import (
@@ -85,7 +85,8 @@ def records(
 
 
 def _record(url: str, key: str, members: list[Member], options: TarOptions) -> Record:
-    images = [member for member, _ in members if is_image(member.name)]
+    names = find_images([member.name for member, _ in members])
+    images = [member for member, _ in members if member.name in names]
     image = images[0] if images else members[0][0]
     texts = {_extension(member.name): content for member, content in members}
     captions, fields, problem = _read_texts(texts, options)

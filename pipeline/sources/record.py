@@ -63,6 +63,7 @@ def make_key(name: str) -> str:
     """Returns the name if it is a valid key, else its valid characters with a hash of it."""
     if KEY_PATTERN.fullmatch(name):
         return name
+    # The hash keeps names apart that have the same readable part.
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:HASH_DIGITS]
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", name).strip("_")
     return f"{readable[: MAX_KEY_CHARACTERS - HASH_DIGITS - 1]}-{digest}".lstrip("-")
@@ -110,7 +111,7 @@ def extra_fields(values: Mapping[str, Any], file_name: str) -> dict[str, Any]:
     named = {f"source_{k}" if k in RESERVED_FIELDS else k: v for k, v in values.items()}
     try:
         fields = to_json(named)
-    except NOT_JSON:
+    except NOT_JSON:  # at least one field is not JSON: test them one by one
         fields = {replace_surrogates(k): to_json(v) for k, v in named.items() if _is_json(v)}
     return fields | {"file_name": replace_surrogates(file_name)}
 

@@ -177,6 +177,8 @@ def test_photographs_that_pillow_cannot_read_are_counted(tmp_path: Path) -> None
         *((name, (), None) for name in names[:3]),
         *((name, (), problem) for name in names[3:]),
     ]
+    write(tmp_path, {"d.jpg": b"", "e.txt": "e", "d.txt": "d"})
+    assert summary(read(tmp_path))[3:] == [("d.jpg", ("d",), None), ("e.cr2", ("e",), problem)]
 
 
 def test_an_image_that_is_a_broken_link(tmp_path: Path) -> None:
