@@ -50,6 +50,7 @@ from latent_t2i.shards.schema import BLOCK_BYTES
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
 MAX_MESSAGE_CHARACTERS = 200
+MAX_PADDING_BYTES = 2**24
 MAX_READ_BYTES = 2 * MAX_TEXT_BYTES
 
 Member = tuple[tarfile.TarInfo, bytes]
@@ -194,7 +195,12 @@ def _require_end(name: str, file: "ForwardFile") -> None:
     if file.last != bytes(BLOCK_BYTES):
         problem = "not a tar header" if len(file.last) == BLOCK_BYTES else "cut short"
         raise SourceError(f"{name}: {problem} at byte {file.tell() - len(file.last)}")
+    end = file.tell()
     while chunk := file.read(BUFFER_BYTES):
+        if file.tell() - end > MAX_PADDING_BYTES:  # a stream of zeros may never end
+            raise SourceError(
+                f"{name}: more than {MAX_PADDING_BYTES} zeros after the end of the tar"
+            )
         if chunk.strip(b"\0"):
             raise SourceError(
                 f"{name}: more data after the end of the tar at byte {file.tell() - len(chunk)}; "

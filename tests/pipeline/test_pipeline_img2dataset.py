@@ -318,6 +318,15 @@ def test_tars_joined_by_cat(tmp_path: Path) -> None:
         read(path)
 
 
+def test_zeros_without_end_after_a_tar(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [("0.jpg", b"x")])
+    os.truncate(path, 10**6)
+    assert len(read(path)) == 1
+    os.truncate(path, 30 * 10**9)  # sparse: needs no disk space
+    with pytest.raises(ValueError, match=r"0\.tar: more than 16777216 zeros after the end"):
+        read(path)
+
+
 def test_a_link_in_a_tar(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", [("0.jpg", b"x")])
     link = tarfile.TarInfo("1.jpg")
