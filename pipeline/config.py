@@ -1,6 +1,7 @@
 """The settings of stage one."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,8 +29,16 @@ class SourceConfig:
     of captions; default: the first of text, caption, captions and prompt."""
     image_column: str | None = None
     """parquet: column with the images; default: image, img, jpg, jpeg, png or webp."""
-    caption_per: Literal["line", "file"] = "line"
-    """folder: whether each line of a .txt is a caption, or the whole file is one."""
+    caption_per: Literal["line", "paragraph", "file"] = "line"
+    """folder: whether each line of a text file is a caption, each paragraph, or the whole file."""
+    caption_extension: str = ".txt"
+    """folder, webdataset: extension of the text files, such as .caption or .output.txt."""
+    tar_members: Literal["adjacent", "anywhere"] = "adjacent"
+    """webdataset: whether the files of an image are adjacent in the tar; anywhere keeps the texts
+    of one tar in memory."""
+    val_fraction: float = 0.0
+    """all but scenes: fraction of the images, by a hash of the key, that --split val gets and
+    --split train does not."""
     world: Literal["easy", "full"] = "easy"
     """scenes: which shapes, colours, sizes and numbers of objects there are."""
     num_images: int | None = None
@@ -44,8 +53,17 @@ class SourceConfig:
         for name in required:
             if not getattr(self, name):
                 raise ValueError(f"--source.{name}: required for a {self.kind} source")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(
+                f"--source.val-fraction: expected at least 0 and below 1, found {self.val_fraction}"
+            )
+        if not re.fullmatch(r"(\.[A-Za-z0-9_-]+)+", self.caption_extension):
+            raise ValueError(
+                "--source.caption-extension: expected one like .txt or .output.txt, found "
+                f"{self.caption_extension!r}"
+            )
         for name, kinds in _KINDS_OF.items():
-            if self.kind in kinds or getattr(self, name) in ("", None, "line"):
+            if self.kind in kinds or getattr(self, name) == getattr(type(self), name):
                 continue
             flag = f"--source.{name.replace('_', '-')}"
             *first, last = kinds
@@ -60,6 +78,9 @@ _KINDS_OF = {
     "caption_column": ("folder", "webdataset", "parquet"),
     "image_column": ("parquet",),
     "caption_per": ("folder",),
+    "caption_extension": ("folder", "webdataset"),
+    "tar_members": ("webdataset",),
+    "val_fraction": ("coco", "folder", "webdataset", "parquet"),
 }
 
 

@@ -7,6 +7,7 @@ profiles are not applied, as in most data set tools.
 """
 
 import hashlib
+import importlib.util
 import io
 import logging
 import re
@@ -45,9 +46,28 @@ DECODE_ERRORS = (
 # All plugins are loaded now, else the first threads would see fewer formats. The list is short
 # because Pillow takes some text files for TGA and starts Ghostscript for EPS.
 Image.init()
-_SUPPORTED = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "JPEG2000")
+if importlib.util.find_spec("pillow_heif"):
+    importlib.import_module("pillow_heif").register_heif_opener()
+if importlib.util.find_spec("pillow_jxl"):
+    importlib.import_module("pillow_jxl")  # registers itself
+_SUPPORTED = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "AVIF", "JPEG2000", "HEIF", "JXL")
 FORMATS = tuple(name for name in _SUPPORTED if name in Image.OPEN)
 """The formats that are read. A JPEG may also be an MPO, which is several JPEGs in one file."""
+_PLUGINS = {
+    "HEIF": (
+        re.compile(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL),
+        "HEIC image: to read it, pip install pillow-heif",
+    ),
+    "JXL": (
+        re.compile(rb"\xff\x0a|\0\0\0\x0cJXL \r\n\x87\n"),
+        "JPEG XL image: to read it, pip install pillow-jxl-plugin",
+    ),
+    "AVIF": (
+        re.compile(rb"....ftypavi[fs]", re.DOTALL),
+        "AVIF image: to read it, pip install 'pillow>=11.3'",
+    ),
+}
+"""Formats that need a plugin: how their files start, and the reason without it."""
 
 # Without a handler, logging would print what Pillow logs about a broken TIFF.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -270,6 +290,9 @@ def _open(file: BinaryIO) -> Image.Image:
         with _decoding():
             image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
+        for name, (pattern, missing) in _PLUGINS.items():
+            if name not in FORMATS and pattern.match(start):
+                raise UnreadableImageError(missing) from None
         accepts = (Image.OPEN[name][1] for name in FORMATS)
         is_known = any(accept is not None and accept(start) is True for accept in accepts)
         reason = "undecodable: broken header" if is_known else "not an image"

@@ -224,7 +224,7 @@ def list_source(config: PipelineConfig, encoders: Encoders, out: Path, *, is_fir
             buckets=buckets,
             pool=pool,
         )
-        index = build_index(open_source(config.source, scenes), check, bar.update)
+        index = build_index(open_source(config.source, config.split, scenes), check, bar.update)
     if not index.num_source:
         source = config.source
         name = "captions" if source.kind == "coco" else "images"

@@ -5,6 +5,8 @@ be read. Stems are unique and, except for one, have ASCII letters, digits and da
 """
 
 import io
+import os
+import stat
 import struct
 import zlib
 from collections.abc import Callable
@@ -32,6 +34,21 @@ def write_hostile(folder: Path, *, min_size_px: int = 1) -> dict[str, str | None
         too_small = f"{size[0]}x{size[1]} px, smaller than --min-image-size-px {min_size_px}"
         expected[name] = too_small if min(size) < min_size_px else None
     return expected
+
+
+def write_special(folder: Path) -> dict[str, str]:
+    """Writes files that must not be opened or read, and returns each one's reason by its name."""
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "device.jpg").symlink_to("/dev/zero")
+    (folder / "sparse.jpg").touch()
+    os.truncate(folder / "sparse.jpg", 30 * 10**9)  # needs no disk space
+    os.mknod(folder / "socket.jpg", stat.S_IFSOCK | 0o600)
+    return {
+        "pipe.jpg": "a pipe or a device, expected a regular file",
+        "device.jpg": "a pipe or a device, expected a regular file",
+        "sparse.jpg": "30000000000 bytes, expected at most 1073741824",
+        "socket.jpg": "cannot be read: No such device or address",
+    }
 
 
 def photograph(size_px: tuple[int, int] = (96, 64)) -> Image.Image:

@@ -3,27 +3,38 @@
 Other WebDataset tars work too, if the members of a key are adjacent. Listing reads each tar once:
 it skips the images of a local tar, but downloads all of a remote one. Images are read later by byte
 range, so tars must not be compressed, and a server must support ranges. The caption is the .txt, or
-a field of the JSON if there is no .txt or if a field is named.
+a field of the JSON if the .txt is missing or blank, or if a field is named.
 """
 
 import contextlib
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
-from latent_t2i.pipeline.sources.folder import MAX_TEXT_BYTES, decode_text, is_image
+from latent_t2i.pipeline.sources.folder import (
+    MAX_TEXT_BYTES,
+    TEXT_SUFFIXES,
+    decode_text,
+    find_images,
+    hint_extension,
+    problem_of_suffix,
+)
 from latent_t2i.pipeline.sources.locators import (
+    LocatorError,
     TarLocator,
     file_name_of,
+    open_regular,
+    printable,
     with_retries,
     without_query,
 )
 from latent_t2i.pipeline.sources.record import (
     CAPTION_COLUMNS,
     Record,
+    SourceError,
     extra_fields,
     make_key,
     parse_captions,
@@ -38,43 +49,55 @@ from latent_t2i.shards.remote.transport import (
 from latent_t2i.shards.schema import BLOCK_BYTES
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
-TEXTS = (".txt", ".json")
+MAX_MESSAGE_CHARACTERS = 200
+MAX_PADDING_BYTES = 2**24
+MAX_READ_BYTES = 2 * MAX_TEXT_BYTES
 
 Member = tuple[tarfile.TarInfo, bytes]
 """A file in a tar, with its content if it is a text."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TarOptions:
+    """How the captions of tars are stored."""
+
+    caption_column: str | None = None
+    caption_extension: str = ".txt"
+    members: Literal["adjacent", "anywhere"] = "adjacent"
+    """Where the members of a key are in the tar."""
+
+
 def records(
-    tars: Sequence[tuple[str, str]],
-    *,
-    caption_column: str | None = None,
-    retry: Retry | None = None,
+    tars: Sequence[tuple[str, str]], options: TarOptions, *, retry: Retry | None = None
 ) -> Iterator[Record]:
     """Yields a record for each sample of the tars, given as (path or URL, short name).
 
     A key that does not start with its tar's short name, as img2dataset's do, gets it as a prefix.
-    Raises ValueError, with tar and byte, for a tar that is cut short or broken, and RemoteError for
-    one that cannot be downloaded.
+    Raises SourceError, with tar and byte, for a tar that is cut short or broken, and RemoteError
+    for one that cannot be downloaded.
     """
     # Among names of several lengths, one could be the beginning of another: prefix all keys then.
     has_one_length = len({len(short_name) for _, short_name in tars}) == 1
     for url, short_name in tars:
-        for key, members in _samples(url, retry):
+        for key, members in _samples(url, options, retry):
             is_prefixed = has_one_length and key.startswith(short_name)
             full_key = key if is_prefixed else f"{short_name}_{key}"
-            yield _record(url, make_key(full_key), members, caption_column)
+            yield _record(url, make_key(full_key), members, options)
 
 
-def _record(url: str, key: str, members: list[Member], caption_column: str | None) -> Record:
-    images = [member for member, _ in members if is_image(member.name)]
+def _record(url: str, key: str, members: list[Member], options: TarOptions) -> Record:
+    names = find_images([member.name for member, _ in members])
+    images = [member for member, _ in members if member.name in names]
     image = images[0] if images else members[0][0]
     texts = {_extension(member.name): content for member, content in members}
-    captions, fields, problem = _read_texts(texts, caption_column)
+    captions, fields, problem = _read_texts(texts, options)
     if not images:
-        message = fields.get("error_message")
+        message = printable(str(fields.get("error_message") or "")[:MAX_MESSAGE_CHARACTERS])
         problem = "no image of this key in the tar" + (f": {message}" if message else "")
     elif len(images) > 1:
         problem = f"{len(images)} images of this key in the tar"
+    elif not problem:
+        problem = problem_of_suffix(image.name) or (None if captions else _hint(texts, options))
     name = f"{file_name_of(url)}/{image.name}"
     return Record(
         key=key,
@@ -85,18 +108,30 @@ def _record(url: str, key: str, members: list[Member], caption_column: str | Non
     )
 
 
+def _hint(extensions: Iterable[str], options: TarOptions) -> str | None:
+    """Returns what to do about an image without a caption, if its sample shows it."""
+    expected = options.caption_extension.lower()
+    texts = [e for e in extensions if e != expected and e.endswith(tuple(TEXT_SUFFIXES))]
+    if expected not in extensions and texts:
+        return hint_extension(expected, texts[0])
+    if not {expected, ".json"} & {*extensions} and options.members == "adjacent":
+        return "no text beside the image: if it is elsewhere, set --source.tar-members anywhere"
+    return None
+
+
 def _read_texts(
-    texts: Mapping[str, bytes], caption_column: str | None
+    texts: Mapping[str, bytes], options: TarOptions
 ) -> tuple[tuple[str, ...], dict[str, Any], str | None]:
     """Returns a sample's captions, the JSON's other fields, and what is wrong with either."""
     fields, problem = _read_json(texts[".json"]) if ".json" in texts else ({}, None)
-    names = (caption_column,) if caption_column else CAPTION_COLUMNS
+    names = (options.caption_column,) if options.caption_column else CAPTION_COLUMNS
     column = next((name for name in names if name in fields), None)
-    value = fields.pop(column) if column else None
-    if caption_column is None and ".txt" in texts:
-        value, text_problem = decode_text(texts[".txt"])
-        problem = text_problem or problem
-    captions, caption_problem = parse_captions(value)
+    captions, caption_problem = parse_captions(fields.pop(column) if column else None)
+    content = texts.get(options.caption_extension.lower())
+    if options.caption_column is None and content is not None:
+        text, text_problem = decode_text(content)
+        if text.strip() or text_problem:
+            (captions, caption_problem), problem = parse_captions(text), text_problem or problem
     return captions, fields, problem or caption_problem
 
 
@@ -111,14 +146,23 @@ def _read_json(content: bytes) -> tuple[dict[str, Any], str | None]:
     return (fields, None) if isinstance(fields, dict) else ({}, "JSON is not an object")
 
 
-def _samples(url: str, retry: Retry | None) -> Iterator[tuple[str, list[Member]]]:
+def _samples(
+    url: str, options: TarOptions, retry: Retry | None
+) -> Iterator[tuple[str, list[Member]]]:
     """Yields each key with its members, in the tar's order."""
     with _open(url, retry) as file:
-        for key, members in groupby(_members(url, file), lambda item: _key(item[0].name)):
-            yield key, list(members)
+        members = _members(url, file, {options.caption_extension.lower(), ".json"})
+        if options.members == "adjacent":
+            for key, group in groupby(members, lambda item: _key(item[0].name)):
+                yield key, list(group)
+            return
+        found: dict[str, list[Member]] = {}
+        for member in members:
+            found.setdefault(_key(member[0].name), []).append(member)
+    yield from found.items()
 
 
-def _members(url: str, file: "ForwardFile") -> Iterator[Member]:
+def _members(url: str, file: "ForwardFile", texts: set[str]) -> Iterator[Member]:
     name = without_query(url)
     try:
         tar = tarfile.open(fileobj=cast(BinaryIO, file), mode="r:")  # noqa: SIM115 - holds nothing
@@ -126,35 +170,39 @@ def _members(url: str, file: "ForwardFile") -> Iterator[Member]:
             cast(Any, tar).members.clear()  # tarfile would keep all of them in memory
             if _is_hidden(member.name):
                 continue
-            if member.isreg():
-                yield member, _read_text(tar, member)
+            if member.isreg() and not member.issparse():
+                is_text = _extension(member.name) in texts
+                yield member, _read_text(tar, member) if is_text else b""
             elif not member.isdir():
-                raise ValueError(f"{name}: {member.name} is a link or a device, expected a file")
+                raise SourceError(f"{name}: {member.name} is a link, device or sparse file")
     except (tarfile.TarError, EOFError) as error:
         message = f"{name}: not a tar, or cut short, at byte {file.tell()}: {error}"
-        raise ValueError(message) from None
+        raise SourceError(message) from None
     _require_end(name, file)
 
 
 def _read_text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if _extension(member.name) not in TEXTS:
-        return b""
     content = tar.extractfile(member)
     assert content is not None
     return content.read(MAX_TEXT_BYTES + 1)
 
 
 def _require_end(name: str, file: "ForwardFile") -> None:
-    """Raises ValueError unless the last block is zeros, as at the end of a tar.
+    """Raises SourceError unless the last block is zeros, as at the end of a tar.
 
     tarfile takes the end of the file for the end of the tar, also where it is cut between members.
     """
     if file.last != bytes(BLOCK_BYTES):
         problem = "not a tar header" if len(file.last) == BLOCK_BYTES else "cut short"
-        raise ValueError(f"{name}: {problem} at byte {file.tell() - len(file.last)}")
+        raise SourceError(f"{name}: {problem} at byte {file.tell() - len(file.last)}")
+    end = file.tell()
     while chunk := file.read(BUFFER_BYTES):
+        if file.tell() - end > MAX_PADDING_BYTES:  # a stream of zeros may never end
+            raise SourceError(
+                f"{name}: more than {MAX_PADDING_BYTES} zeros after the end of the tar"
+            )
         if chunk.strip(b"\0"):
-            raise ValueError(
+            raise SourceError(
                 f"{name}: more data after the end of the tar at byte {file.tell() - len(chunk)}; "
                 "tars joined with `cat` are not supported"
             )
@@ -171,7 +219,9 @@ class ForwardFile:
         """What `read` returned last."""
 
     def read(self, size: int) -> bytes:
-        """Returns up to `size` bytes."""
+        """Returns up to `size` bytes. Raises ReadError for a header that would fill the memory."""
+        if size > MAX_READ_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
         self.last = self._file.read(size)
         self._position += len(self.last)
         return self.last
@@ -195,7 +245,11 @@ class ForwardFile:
 @contextlib.contextmanager
 def _open(url: str, retry: Retry | None) -> Iterator[ForwardFile]:
     if not is_remote(url):
-        with Path(url).open("rb") as file:
+        try:
+            file = open_regular(url)
+        except LocatorError as error:
+            raise SourceError(f"{url}: {error}") from None
+        with file:
             yield ForwardFile(file, lambda num_bytes: file.seek(num_bytes, 1))
         return
     _require_ranges(url, retry)
@@ -210,7 +264,7 @@ def _require_ranges(url: str, retry: Retry | None) -> None:
         return BLOCK_BYTES - to_skip
 
     if not with_retries(url, first_byte, retry):
-        raise ValueError(
+        raise SourceError(
             f"{without_query(url)}: the server does not support byte ranges, so single images "
             "cannot be read: download the tars first"
         )

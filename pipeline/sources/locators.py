@@ -10,6 +10,8 @@ rows in order read each group once, rows out of order may read a group per image
 
 import errno
 import importlib
+import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,8 +19,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
+from latent_t2i.shards.parsing import printable as printable
 from latent_t2i.shards.remote import transport
 from latent_t2i.shards.remote.transport import (
     RemoteError,
@@ -29,6 +32,8 @@ from latent_t2i.shards.remote.transport import (
 )
 from latent_t2i.shards.remote.transport import without_query as without_query
 
+MAX_IMAGE_BYTES = 2**30
+"""Larger image files are refused. An uncompressed TIFF of MAX_PIXELS has 537 MB."""
 CACHE_BYTES = 512 * 2**20
 """Upper bound for cached row groups, except that two are always kept."""
 MIN_CACHED = 2  # threads may work on both sides of a border between groups
@@ -39,6 +44,7 @@ ERRORS_OF_ONE_FILE = (
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
+    errno.ENXIO,  # a socket
     errno.EPERM,
 )
 """Other numbers, such as too many open files, are the machine's fault and not the image's."""
@@ -48,6 +54,9 @@ T = TypeVar("T")
 
 class LocatorError(OSError):
     """An image's bytes cannot be read; the message is the reason in the quarantine."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,8 @@ class LocatorReader:
         """Returns an image file's content, as `read_image_bytes` does."""
         try:
             if isinstance(locator, FileLocator):
-                return Path(locator.path).read_bytes()
+                with open_regular(locator.path, MAX_IMAGE_BYTES) as file:
+                    return file.read()
             if isinstance(locator, TarLocator):
                 return self._read_range(locator)
             return self._read_cell(locator)
@@ -113,9 +123,11 @@ class LocatorReader:
             raise LocatorError(f"cannot be read: {error.strerror or error}") from None
 
     def _read_range(self, locator: TarLocator) -> bytes:
+        if locator.num_bytes > MAX_IMAGE_BYTES:
+            raise LocatorError(f"{locator.num_bytes} bytes, expected at most {MAX_IMAGE_BYTES}")
         if is_remote(locator.url):
             return with_retries(locator.url, lambda: _fetch_range(locator), self._retry)
-        with Path(locator.url).open("rb") as file:
+        with open_regular(locator.url) as file:
             file.seek(locator.offset)
             content = file.read(locator.num_bytes)
         if len(content) < locator.num_bytes:
@@ -150,6 +162,23 @@ def read_image_bytes(locator: ImageLocator) -> bytes:
     and other OSErrors for errors of the network or the machine.
     """
     return process_reader().read(locator)
+
+
+def open_regular(path: str | Path, max_bytes: int | None = None) -> BinaryIO:
+    """Opens a file for reading in binary mode, without waiting for a named pipe.
+
+    Raises LocatorError for a folder, pipe, socket or device, and for a file that is too large, and
+    OSError as `open` does.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and (max_bytes is None or status.st_size <= max_bytes):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISREG(status.st_mode):
+        raise LocatorError(f"{status.st_size} bytes, expected at most {max_bytes}")
+    found = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+    raise LocatorError(f"{found}, expected a regular file")
 
 
 def locator_name(locator: ImageLocator) -> str:
@@ -216,6 +245,7 @@ def open_parquet(url: str) -> Any:
     """Returns a pyarrow ParquetFile of a path or URL. The caller closes it with `force=True`."""
     parquet = import_parquet()
     if not is_remote(url):
+        open_regular(url).close()
         return parquet.ParquetFile(url)
     system, path = find_filesystem(url)
     return parquet.ParquetFile(system.open(path, "rb"), pre_buffer=True)

@@ -4,7 +4,7 @@
 
 To add a source, write a module beside `folder.py` whose `records` yields a `Record` for each image,
 add its kind to `SourceConfig.kind`, and call it here. Its order is the order of the shards. A fault
-of one image becomes that record's `problem`, a fault of a whole file a ValueError. Records are
+of one image becomes that record's `problem`, a fault of a whole file a SourceError. Records are
 yielded one by one, so that a source may be larger than memory.
 """
 
@@ -20,7 +20,7 @@ from latent_t2i.model.paths import ROOT, find_path
 from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.sources import coco, folder, img2dataset, parquet
 from latent_t2i.pipeline.sources.locators import import_parquet, with_retries, without_query
-from latent_t2i.pipeline.sources.record import Record
+from latent_t2i.pipeline.sources.record import Record, SourceError, in_split
 from latent_t2i.scenes.dataset import write_coco
 from latent_t2i.shards.remote.transport import find_filesystem, is_remote
 
@@ -37,59 +37,94 @@ class SceneSettings(NamedTuple):
     seed: int
 
 
-def open_source(source: SourceConfig, scenes: SceneSettings | None = None) -> Iterator[Record]:
-    """Returns every record of the source, or the first `num_images`, in the source's order.
+def open_source(
+    source: SourceConfig, split: str = "train", scenes: SceneSettings | None = None
+) -> Iterator[Record]:
+    """Returns the split's records, or the first `num_images` of them, in the source's order.
 
     `scenes` is needed for the kind `scenes` only; they are drawn first, unless they exist. Raises
-    ValueError with the flag for a missing file or folder; the iterator raises it for broken files.
+    SourceError with the flag for a missing file or folder; the iterator also for broken files.
     """
     if source.kind == "scenes":
         assert scenes is not None
         return _scenes(source, scenes)
+    found = _records(source)
+    if source.val_fraction:
+        if split not in ("train", "val"):
+            raise SourceError(
+                f"--split: expected train or val with --source.val-fraction, found {split!r}"
+            )
+        found = (r for r in found if in_split(r.key, split, source.val_fraction))
+    return _require_any(islice(found, source.num_images), source)
+
+
+def _records(source: SourceConfig) -> Iterator[Record]:
     if source.kind == "coco":
-        found = _coco(source)
-    elif source.kind == "folder":
-        found = folder.records(
-            _find_folder(source.images),
-            caption_column=source.caption_column,
-            caption_per=source.caption_per,
+        return _coco(source)
+    if source.kind == "folder":
+        return folder.records(
+            folder.FolderOptions(
+                root=_find_folder(source.images),
+                caption_column=source.caption_column,
+                caption_per=source.caption_per,
+                caption_extension=source.caption_extension,
+            )
         )
-    elif source.kind == "webdataset":
-        found = img2dataset.records(
+    if source.kind == "webdataset":
+        return img2dataset.records(
             with_short_names(find_files(source.images, ".tar")),
-            caption_column=source.caption_column,
+            img2dataset.TarOptions(
+                caption_column=source.caption_column,
+                caption_extension=source.caption_extension,
+                members=source.tar_members,
+            ),
         )
-    else:
-        import_parquet()  # raises if it is not installed
-        found = parquet.records(
-            with_short_names(find_files(source.images, ".parquet")),
-            image_column=source.image_column,
-            caption_column=source.caption_column,
-        )
-    return islice(found, source.num_images)
+    import_parquet()  # raises if it is not installed
+    return parquet.records(
+        with_short_names(find_files(source.images, ".parquet")),
+        image_column=source.image_column,
+        caption_column=source.caption_column,
+    )
+
+
+def _require_any(records: Iterator[Record], source: SourceConfig) -> Iterator[Record]:
+    """Yields the records. Raises SourceError if there are none."""
+    first = next(records, None)
+    if first is None:
+        place, expected = {
+            "coco": (source.captions, 'entries in its list "images"'),
+            "folder": (source.images, "files with an image's extension, such as .jpg or .png"),
+            "webdataset": (source.images, "tars with members such as KEY.jpg and KEY.txt"),
+            "parquet": (source.images, "parquet files with rows"),
+        }[source.kind]
+        flag = "--source.captions" if source.kind == "coco" else FLAG
+        part = f" with --source.val-fraction {source.val_fraction}" if source.val_fraction else ""
+        raise SourceError(f"{flag}: {place}: found no images{part}, expected {expected}")
+    yield first
+    yield from records
 
 
 def find_files(location: str, suffix: str) -> list[str]:
     """Returns the paths or URLs of the files in a folder, or those that a pattern or braces match.
 
-    They are sorted, except that braces keep their order. Raises ValueError if there are none, one
+    They are sorted, except that braces keep their order. Raises SourceError if there are none, one
     is missing, or one is compressed.
     """
     try:
         parts = [location] if find_path(location) else list(braceexpand(location, escape=False))
     except ValueError:
-        raise ValueError(f"{FLAG}: {location!r} has a brace without its counterpart") from None
+        raise SourceError(f"{FLAG}: {location!r} has a brace without its counterpart") from None
     found = []
     for part in parts:
         files = _find_remote(part, suffix) if is_remote(part) else _find_local(part, suffix)
         if not files:
-            raise ValueError(
+            raise SourceError(
                 f"{FLAG}: no {suffix} file in {part!r}; subfolders need a pattern, '**/*{suffix}'"
             )
         found += files
     for file in found:
         if without_query(file).endswith(img2dataset.COMPRESSED):
-            raise ValueError(f"{FLAG}: {without_query(file)} is compressed: decompress it first")
+            raise SourceError(f"{FLAG}: {without_query(file)} is compressed: decompress it first")
     return found
 
 
@@ -126,25 +161,25 @@ def _coco(source: SourceConfig) -> Iterator[Record]:
 def _find_folder(name: str) -> Path:
     path = _find(FLAG, name)
     if not path.is_dir():
-        raise ValueError(f"{FLAG}: {path} is a file, expected a folder of images")
+        raise SourceError(f"{FLAG}: {path} is a file, expected a folder of images")
     return path
 
 
 def _find(flag: str, name: str) -> Path:
     path = find_path(name)
     if path is None:
-        raise ValueError(f"{flag}: {name!r} does not exist, here or in the project")
+        raise SourceError(f"{flag}: {name!r} does not exist, here or in the project")
     return path
 
 
 def _find_local(name: str, suffix: str) -> list[str]:
     path = find_path(name)
-    if path is not None and path.is_file():
+    if path is not None and not path.is_dir():
         return [str(path)]
     if path is not None:
         return sorted(str(file) for file in path.iterdir() if file.name.endswith(_endings(suffix)))
     if not _is_pattern(name):
-        raise ValueError(f"{FLAG}: {name!r} does not exist, here or in the project")
+        raise SourceError(f"{FLAG}: {name!r} does not exist, here or in the project")
     given = Path(name).expanduser()
     if given.is_absolute():
         root, pattern = Path(given.anchor), str(given.relative_to(given.anchor))
@@ -156,7 +191,7 @@ def _find_remote(url: str, suffix: str) -> list[str]:
     """Returns the URLs of a folder, pattern or file. A web server cannot list its files."""
     if url.startswith(("http://", "https://")):
         if "*" in url:
-            raise ValueError(f"{FLAG}: {url}: http has no patterns, name the files with braces")
+            raise SourceError(f"{FLAG}: {url}: http has no patterns, name the files with braces")
         return [url]
     system, path = find_filesystem(url)
 

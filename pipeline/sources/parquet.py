@@ -10,7 +10,7 @@ Needs pyarrow: pip install 'latent-t2i[parquet]'
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from latent_t2i.pipeline.sources.locators import (
     ParquetLocator,
@@ -23,6 +23,7 @@ from latent_t2i.pipeline.sources.locators import (
 )
 from latent_t2i.pipeline.sources.record import (
     Record,
+    SourceError,
     extra_fields,
     find_caption_column,
     make_key,
@@ -31,6 +32,8 @@ from latent_t2i.pipeline.sources.record import (
 from latent_t2i.shards.remote.transport import RemoteError
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
+TEXT_TYPES = ("string", "large_string", "string_view")
+NO_IMAGE = "no image in this row"
 ROWS_PER_BATCH = 1024
 
 
@@ -51,6 +54,14 @@ class Columns:
         return [self.caption, *self.others, *([self.path] if self.path else [])]
 
 
+class RowGroup(NamedTuple):
+    """What a file's footer says about a row group."""
+
+    num_rows: int
+    has_nulls: bool
+    """Whether rows have no image. Without statistics they are found when they are encoded."""
+
+
 def records(
     files: Sequence[tuple[str, str]],
     *,
@@ -59,21 +70,29 @@ def records(
 ) -> Iterator[Record]:
     """Yields a record for each row of the files, given as (path or URL, short name), in order.
 
-    The key is the short name with the row's number in the file. Raises ValueError for a file that
+    The key is the short name with the row's number in the file. Raises SourceError for a file that
     is not parquet or lacks a column, and RemoteError for one that cannot be downloaded.
     """
     for url, short_name in files:
-        columns, group_sizes = _inspect(url, image_column, caption_column)
+        columns, groups = _inspect(url, image_column, caption_column)
         first = 0
-        for row_group, num_rows in enumerate(group_sizes):
+        for row_group, group in enumerate(groups):
+            without_image = _find_nulls(url, row_group, columns.image) if group.has_nulls else set()
             for row, fields in enumerate(_rows(url, row_group, columns)):
                 key = make_key(f"{short_name}_{first + row:07d}")
                 locator = ParquetLocator(url, row_group, row, columns.image)
-                yield _record(key, locator, columns, fields)
-            first += num_rows
+                problem = NO_IMAGE if row in without_image else None
+                yield _record(key, locator, columns, fields, problem)
+            first += group.num_rows
 
 
-def _record(key: str, locator: ParquetLocator, columns: Columns, fields: dict[str, Any]) -> Record:
+def _record(
+    key: str,
+    locator: ParquetLocator,
+    columns: Columns,
+    fields: dict[str, Any],
+    image_problem: str | None,
+) -> Record:
     captions, problem = parse_captions(fields[columns.caption])
     struct, _, name = (columns.path or "").partition(".")
     path = (fields[struct] or {}).get(name) if columns.path else None
@@ -83,8 +102,16 @@ def _record(key: str, locator: ParquetLocator, columns: Columns, fields: dict[st
         locator=locator,
         captions=captions,
         extra=extra_fields(others, path or file_name_of(locator.url)),
-        problem=problem,
+        problem=image_problem or problem,
     )
+
+
+def _find_nulls(url: str, row_group: int, column: str) -> set[int]:
+    """Returns the rows of a group whose image is null. Reads the group's images."""
+    cells = _read(url, lambda: read_row_group(url, row_group, [column])).column(0)
+    compute = importlib.import_module("pyarrow.compute")
+    values = compute.struct_field(cells, [0]) if _struct_fields(cells.type) else cells
+    return {row for row, is_null in enumerate(compute.is_null(values).to_pylist()) if is_null}
 
 
 def _rows(url: str, row_group: int, columns: Columns) -> Iterator[dict[str, Any]]:
@@ -95,34 +122,44 @@ def _rows(url: str, row_group: int, columns: Columns) -> Iterator[dict[str, Any]
 
 def _inspect(
     url: str, image_column: str | None, caption_column: str | None
-) -> tuple[Columns, list[int]]:
-    """Returns which columns of a file to read, and the number of rows of each row group."""
+) -> tuple[Columns, list[RowGroup]]:
+    """Returns which columns of a file to read, and its row groups."""
 
-    def read() -> tuple[Any, list[int]]:
+    def read() -> tuple[Columns, list[RowGroup]]:
         file = open_parquet(url)
         try:
-            metadata = file.metadata
-            groups = range(metadata.num_row_groups)
-            return file.schema_arrow, [metadata.row_group(group).num_rows for group in groups]
+            name = without_query(url)
+            columns = _find_columns(name, file.schema_arrow, image_column, caption_column)
+            paths = [file.schema.column(n).path for n in range(len(file.schema))]
+            image = paths.index(columns.image)
+            numbers = range(file.metadata.num_row_groups)
+            return columns, [_describe(file.metadata.row_group(n), image) for n in numbers]
         finally:
             file.close(force=True)
 
-    schema, group_sizes = _read(url, lambda: with_retries(url, read))
-    return _find_columns(without_query(url), schema, image_column, caption_column), group_sizes
+    found: tuple[Columns, list[RowGroup]] = _read(url, lambda: with_retries(url, read))
+    return found
+
+
+def _describe(row_group: Any, column: int) -> RowGroup:
+    # Only this column: pyarrow 26 aborts the process on some broken metadata of a column.
+    statistics = row_group.column(column).statistics
+    has_nulls = statistics is not None and statistics.has_null_count and statistics.null_count > 0
+    return RowGroup(row_group.num_rows, has_nulls)
 
 
 def _read(url: str, read: Callable[[], Any]) -> Any:
-    """Returns `read()`. Raises ValueError with the file's name for a missing or broken file."""
+    """Returns `read()`. Raises SourceError with the file's name for a missing or broken file."""
     import_parquet()
     arrow_error: type[Exception] = importlib.import_module("pyarrow").ArrowException
     try:
         return read()
     except FileNotFoundError:
-        raise ValueError(f"{without_query(url)}: no such file") from None
+        raise SourceError(f"{without_query(url)}: no such file") from None
     except RemoteError:
         raise
     except (OSError, arrow_error) as error:
-        raise ValueError(f"{without_query(url)}: not parquet, or broken: {error}") from None
+        raise SourceError(f"{without_query(url)}: not parquet, or broken: {error}") from None
 
 
 def _find_columns(
@@ -131,7 +168,7 @@ def _find_columns(
     names = (image_column,) if image_column else IMAGE_COLUMNS
     image = next((name for name in names if name in schema.names), None)
     if image is None:
-        raise ValueError(
+        raise SourceError(
             f"--source.image-column: {file} has no column {' or '.join(map(repr, names))}, "
             f"only {', '.join(map(repr, schema.names))}"
         )
@@ -148,11 +185,12 @@ def _find_bytes(file: str, field: Any) -> tuple[str, str | None]:
         return field.name, None
     inner = {part.name: part.type for part in _struct_fields(field.type)}
     if not _is_bytes(inner.get("bytes")):
-        raise ValueError(
+        raise SourceError(
             f"--source.image-column: {file}: {field.name!r} is {field.type}, expected bytes, or a "
             "struct with a field 'bytes'"
         )
-    return f"{field.name}.bytes", f"{field.name}.path" if "path" in inner else None
+    has_path = str(inner.get("path")) in TEXT_TYPES
+    return f"{field.name}.bytes", f"{field.name}.path" if has_path else None
 
 
 def _require_text(file: str, field: Any) -> None:
@@ -161,8 +199,8 @@ def _require_text(file: str, field: Any) -> None:
         text = text.value_type
     if _is_dictionary(text):
         text = text.value_type
-    if str(text) not in ("string", "large_string", "string_view", "null"):
-        raise ValueError(
+    if str(text) not in (*TEXT_TYPES, "null"):
+        raise SourceError(
             f"--source.caption-column: {file}: {field.name!r} is {field.type}, expected text or a "
             "list of texts"
         )
@@ -175,7 +213,7 @@ def _is_json(kind: Any) -> bool:
     if _struct_fields(kind):
         return all(_is_json(field.type) for field in _struct_fields(kind))
     name = str(kind)
-    plain = ("string", "large_string", "string_view", "bool", "double", "float", "null")
+    plain = (*TEXT_TYPES, "bool", "double", "float", "null")
     return name in plain or name.startswith(("int", "uint"))
 
 

@@ -1,8 +1,13 @@
 """The COCO source: both layouts, real annotations, and wrong files."""
 
 import json
+import math
+import os
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -60,6 +65,50 @@ def test_blank_captions_are_dropped_and_others_unchanged(folder: CocoFolder) -> 
     assert read(folder)[0].captions == (" A dog.\n", "half a pair ?", "emoji 🐕")
 
 
+@pytest.mark.parametrize(
+    ("captions", "expected", "problem"),
+    [
+        ([None, "a dog"], ("a dog",), None),
+        ([None], (), None),
+        (["a dog", math.nan], (), "caption is not text but float"),
+        ([["a", "b"]], (), "caption is not text but list"),
+        ([{"text": "a"}], (), "caption is not text but dict"),
+        ([5], (), "caption is not text but int"),
+        ([False], (), "caption is not text but bool"),
+    ],
+)
+def test_captions_that_are_not_text(
+    folder: CocoFolder, captions: list[Any], expected: tuple[str, ...], problem: str | None
+) -> None:
+    annotations = [{"image_id": 1, "caption": caption} for caption in captions]
+    folder.change("captions", annotations=[*annotations, {"image_id": 2, "caption": "fine"}])
+    first, second, _ = read(folder)
+    assert (first.captions, first.problem) == (expected, problem)
+    assert (second.captions, second.problem) == (("fine",), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("../images/000000000001.png", "file name leads out of the folder"),
+        ("/etc/passwd", "file name leads out of the folder"),
+        ("a\0b.png", "file name has a NUL byte"),
+        ("é" * 128 + "/a.png", "file name of more than 255 bytes"),
+    ],
+)
+def test_file_names_that_lead_elsewhere(folder: CocoFolder, name: str, problem: str) -> None:
+    images = folder.read("captions")["images"]
+    folder.change("captions", images=[{"id": 1, "file_name": name}, *images[1:]])
+    assert [record.problem for record in read(folder)] == [problem, None, None]
+
+
+def test_control_characters_in_messages_are_escaped(folder: CocoFolder) -> None:
+    images = [{"id": n, "file_name": f"\x1b]0;owned\x07{n}\n"} for n in (1, 2, 3)]
+    folder.change("captions", images=images)
+    with pytest.raises(ValueError, match=r"such as \\x1b\]0;owned\\x071\\n: is it"):
+        read(folder)
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_real_annotations(coco_mini: Path, split: str) -> None:
     annotations = coco_mini / "annotations"
@@ -77,6 +126,12 @@ def test_real_annotations(coco_mini: Path, split: str) -> None:
 
 
 Change = Callable[[CocoFolder], object]
+
+
+def set_field(folder: CocoFolder, *, kind: str, name: str, field: str, value: object) -> None:
+    """Changes a field of the first entry in a list of an annotation file."""
+    entries = folder.read(kind)[name]
+    folder.change(kind, **{name: [entries[0] | {field: value}, *entries[1:]]})
 
 
 @pytest.mark.parametrize(
@@ -115,15 +170,43 @@ Change = Callable[[CocoFolder], object]
         ),
         (
             lambda f: f.change("captions", images=[{"id": "x", "file_name": "a"}], annotations=[]),
-            "image id 'x': expected a whole number",
+            r"captions file: images\[0\] has id 'x', expected int",
         ),
         (
             lambda f: f.change("captions", images=[{"id": 1, "file_name": 5}], annotations=[]),
-            "image 1 has file_name 5, expected text",
+            r"images\[0\] has file_name 5, expected str",
         ),
         (
             lambda f: f.change("instances", images=[], annotations=[]),
             "has no image of the captions file: is it of another split",
+        ),
+        *(
+            (
+                partial(set_field, kind=kind, name=name, field=field, value=value),
+                rf"{kind}\.json: .*{name}\[0\] has {field} {re.escape(shown)}.*, expected {wanted}",
+            )
+            for kind, name, field, value, shown, wanted in (
+                ("captions", "images", "id", [1], "[1]", "int"),
+                ("captions", "images", "id", True, "True", "int"),
+                ("captions", "images", "id", -1, "-1", "0 to"),
+                ("captions", "annotations", "image_id", [4], "[4]", "int"),
+                ("captions", "annotations", "image_id", None, "None", "int"),
+                ("instances", "annotations", "category_id", {"a": 1}, "{'a': 1}", "int"),
+                ("instances", "annotations", "bbox", [1, 2, 3], "[1, 2, 3]", "four finite"),
+                ("instances", "annotations", "bbox", [math.nan, 1, 1, 1], "[nan, 1, 1", "four"),
+                ("instances", "annotations", "bbox", [10**400, 1, 1, 1], "[1000", "four finite"),
+                ("instances", "annotations", "iscrowd", "no", "'no'", "0 or 1"),
+                ("instances", "categories", "name", None, "None", "str"),
+            )
+        ),
+        (lambda f: f.captions.write_text("[" * 10**6), "captions.json: not JSON, .*recursion"),
+        (
+            lambda f: os.truncate(f.captions, 30 * 10**9),
+            "not a COCO annotation file: 30000000000 bytes, expected at most 2147483648",
+        ),
+        (
+            lambda f: (f.captions.unlink(), os.mkfifo(f.captions)),
+            "not a COCO annotation file: a pipe or a device, expected a regular file",
         ),
         (
             lambda f: f.change("instances", categories=[]),

@@ -22,7 +22,7 @@ from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.verify import verify
 from tests.coco_folders import CocoFolder, make_coco
-from tests.hostile import write_hostile
+from tests.hostile import write_hostile, write_special
 from tests.stage_one import Moment, begun, contents, make_config, run, start
 
 NUM_KILLS = 20
@@ -151,7 +151,7 @@ def test_hostile_files_are_each_accounted_for(
 ) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    expected = write_hostile(images)
+    expected = write_hostile(images) | write_special(images)
     captions = {name: f"a picture called {name}" for name in expected}
     good = [name for name, reason in expected.items() if reason is None]
     captions[good[0]] = "🐕🐈 " * 20  # an emoji may be many tokens

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from latent_t2i.pipeline.sources import folder
+from latent_t2i.pipeline.sources.folder import FolderOptions
 from latent_t2i.pipeline.sources.locators import FileLocator, read_image_bytes
 from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.shards.schema import KEY_PATTERN, encode_meta
@@ -24,7 +25,7 @@ def write(root: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def read(root: Path, **options: Any) -> list[Record]:
-    return list(folder.records(root, **options))
+    return list(folder.records(FolderOptions(root, **options)))
 
 
 def summary(records: list[Record]) -> list[tuple[Any, ...]]:
@@ -59,6 +60,38 @@ def test_a_text_beside_each_image(tmp_path: Path) -> None:
 def test_a_whole_text_as_one_caption(tmp_path: Path) -> None:
     root = write(tmp_path, {"a.jpg": b"", "a.txt": "A dog.\nIt runs.\n"})
     assert read(root, caption_per="file")[0].captions == ("A dog.\nIt runs.",)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_paragraphs_as_captions(tmp_path: Path, end: str) -> None:
+    text = end.join(["", "A dog.", "It runs.", "", " \t", "A cat.", "", ""])
+    root = write(tmp_path, {"a.jpg": b"", "a.txt": text})
+    (record,) = read(root, caption_per="paragraph")
+    assert record.captions == (f"A dog.{end}It runs.", "A cat.")
+
+
+def test_texts_of_another_extension(tmp_path: Path) -> None:
+    files: dict[str, str | bytes] = {
+        "a.jpg": b"",
+        "a.caption": "one",
+        "a.b.jpg": b"",
+        "a.b.output.txt": "two",
+        "c.jpg": b"",
+        "c.txt": "three",
+        "d.jpg": b"",
+    }
+    root = write(tmp_path, files)
+    hint = "no .txt but a {0}: set --source.caption-extension {0}"
+    found = {name: (captions, problem) for name, captions, problem in summary(read(root))}
+    assert found == {
+        "a.jpg": ((), hint.format(".caption")),
+        "a.b.jpg": ((), hint.format(".output.txt")),
+        "a.b.output.txt": ((), "a .txt without an image beside it"),
+        "c.jpg": (("three",), None),
+        "d.jpg": ((), None),
+    }
+    assert summary(read(root, caption_extension=".CAPTION"))[1] == ("a.jpg", ("one",), None)
+    assert summary(read(root, caption_extension=".output.txt"))[0] == ("a.b.jpg", ("two",), None)
 
 
 def test_subfolders_in_the_order_of_their_paths(tmp_path: Path) -> None:
@@ -109,6 +142,23 @@ def test_a_text_that_cannot_be_read(tmp_path: Path) -> None:
     assert summary(read(root)) == [("a.jpg", (), problem)]
 
 
+def test_texts_and_metadata_that_are_not_regular_files(tmp_path: Path) -> None:
+    root = write(tmp_path, {"a.jpg": b"", "b.jpg": b"", "b.txt": ""})
+    os.mkfifo(root / "a.txt")
+    os.truncate(root / "b.txt", 30 * 10**9)  # sparse: needs no disk space
+    problem = "caption cannot be read: a pipe or a device, expected a regular file"
+    huge = "caption of more than 16777216 bytes"
+    assert summary(read(root)) == [("a.jpg", (), problem), ("b.jpg", (), huge)]
+    (root / "metadata.jsonl").touch()
+    os.truncate(root / "metadata.jsonl", 30 * 10**9)
+    with pytest.raises(ValueError, match=r"metadata\.jsonl: line 1: more than 16777216 bytes"):
+        read(root)
+    (root / "metadata.jsonl").unlink()
+    os.mkfifo(root / "metadata.csv")
+    with pytest.raises(ValueError, match=r"metadata\.csv: a pipe or a device, expected a regular"):
+        read(root)
+
+
 def test_unusual_captions(tmp_path: Path) -> None:
     long = "very " * 100_000 + "long"
     (record,) = read(write(tmp_path, {"a.jpg": b"", "a.txt": f"🐕👩‍👩‍👧\n{long}\nline\u2028break"}))
@@ -118,6 +168,17 @@ def test_unusual_captions(tmp_path: Path) -> None:
 def test_other_files_are_ignored(tmp_path: Path) -> None:
     names = ["a.npz", "b.json", ".c.jpg", "._d.jpg", ".e/f.jpg", "g.mpg", "h.h5", "jpg"]
     assert read(write(tmp_path, dict.fromkeys(names, b""))) == []
+
+
+def test_photographs_that_pillow_cannot_read_are_counted(tmp_path: Path) -> None:
+    names = ["a.HEIC", "b.jxl", "c.avif", "d.DNG", "e.cr2"]
+    problem = "camera raw file: convert it to JPEG"
+    assert summary(read(write(tmp_path, dict.fromkeys(names, b"")))) == [
+        *((name, (), None) for name in names[:3]),
+        *((name, (), problem) for name in names[3:]),
+    ]
+    write(tmp_path, {"d.jpg": b"", "e.txt": "e", "d.txt": "d"})
+    assert summary(read(tmp_path))[3:] == [("d.jpg", ("d",), None), ("e.cr2", ("e",), problem)]
 
 
 def test_an_image_that_is_a_broken_link(tmp_path: Path) -> None:
@@ -269,7 +330,7 @@ def test_metadata_twice(tmp_path: Path, other: str, message: str) -> None:
 
 def test_records_are_made_one_by_one(tmp_path: Path) -> None:
     root = write(tmp_path, {"a/1.jpg": b"", "a/2.jpg": b"", "b/1.jpg": b""})
-    found = folder.records(root)
+    found = folder.records(FolderOptions(root))
     assert next(found).locator == FileLocator(str(root / "a/1.jpg"))
     write(root, {"b/2.jpg": b""})  # b is not listed yet
     assert [record.extra["file_name"] for record in found] == ["a/2.jpg", "b/1.jpg", "b/2.jpg"]

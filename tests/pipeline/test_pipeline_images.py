@@ -1,5 +1,6 @@
 """Image decoding, cropping and resizing, and the reasons for files that cannot be used."""
 
+import contextlib
 import io
 import logging
 import math
@@ -609,6 +610,35 @@ def test_reasons_of_errors(error: Exception, reason: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
     assert reason_of(saved(halves(), "BMP")) == reason
+
+
+@pytest.mark.parametrize(
+    ("start", "plugin", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "pillow-heif", "HEIF"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "pillow-heif", "HEIF"),
+        (b"\xff\x0a\xfa\x7f\x01\x90\x08\x06", "pillow-jxl-plugin", "JXL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x14ftypjxl ", "pillow-jxl-plugin", "JXL"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0avifmif1", "'pillow>=11.3'", "AVIF"),
+    ],
+)
+def test_formats_that_need_a_plugin(
+    start: bytes, plugin: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = tuple(kind for kind in images.FORMATS if kind not in ("HEIF", "JXL", name))
+    monkeypatch.setattr(images, "FORMATS", others)
+    assert reason_of(start + bytes(100)).endswith(f" image: to read it, pip install {plugin}")
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "JXL"])
+def test_plugins_are_used_if_installed(kind: str) -> None:
+    if kind not in images.FORMATS:
+        pytest.skip(f"no plugin for {kind}")
+    content = saved(photograph(), kind, quality=95)
+    assert load_as(content, to(8)).source_size_px == (96, 64) == read_size(content)
+    for size in range(12, len(content), 7):
+        with contextlib.suppress(UnreadableImageError):
+            load_as(content[:size], to(8))
 
 
 def test_our_own_errors_are_not_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from webdataset import tariterators
 
 from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.sources import coco, img2dataset
+from latent_t2i.pipeline.sources.img2dataset import TarOptions
 from latent_t2i.pipeline.sources.locators import TarLocator, read_image_bytes
 from latent_t2i.pipeline.sources.open import open_source
 from latent_t2i.pipeline.sources.record import Record
@@ -29,6 +30,7 @@ def write_tar(
     members: Iterable[tuple[str, bytes | str]],
     tar_format: int = tarfile.GNU_FORMAT,
 ) -> Path:
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w", format=tar_format) as tar:
         for name, content in members:
             data = content if isinstance(content, bytes) else content.encode()
@@ -51,7 +53,7 @@ def sample(key: str, **fields: Any) -> list[tuple[str, bytes | str]]:
 
 def read(*paths: Path | str, **options: Any) -> list[Record]:
     tars = [(str(path), Path(path).stem) for path in paths]
-    return list(img2dataset.records(tars, **options))
+    return list(img2dataset.records(tars, TarOptions(**options)))
 
 
 def read_one(path: Path, *members: tuple[str, bytes | str], **options: Any) -> Record:
@@ -104,11 +106,14 @@ def test_samples_of_a_server(folder: Path) -> None:
     with serve(folder) as server:
         tars = [(f"{server.url}/{name}.tar", name) for name in ("00000", "00001")]
         server.faults["00001.tar"] = ["503", "drop", "hang up"]
-        local, remote = source_of(str(folder)), list(img2dataset.records(tars, retry=QUICK))
+        local, remote = (
+            source_of(str(folder)),
+            list(img2dataset.records(tars, TarOptions(), retry=QUICK)),
+        )
         assert [(r.key, r.captions) for r in remote] == [(r.key, r.captions) for r in local]
         server.faults["00000.tar"] = ["503..."]
         with pytest.raises(RemoteError, match=r"00000\.tar: gave up after 4 attempts"):
-            list(img2dataset.records(tars, retry=QUICK))
+            list(img2dataset.records(tars, TarOptions(), retry=QUICK))
 
 
 def test_a_server_without_ranges(folder: Path) -> None:
@@ -161,6 +166,37 @@ def test_a_text_is_one_unchanged_caption(tmp_path: Path) -> None:
     assert read_one(tmp_path, ("0.jpg", b"")).captions == ()
 
 
+def test_a_blank_text_leaves_the_caption_to_the_json(tmp_path: Path) -> None:
+    image, document, _ = sample("0")
+    record = read_one(tmp_path, image, document, ("0.txt", " \n"))
+    assert (record.captions, record.problem) == (("caption of 0",), None)
+
+
+def test_texts_of_another_extension(tmp_path: Path) -> None:
+    members: list[tuple[str, bytes | str]] = [("0.jpg", b""), ("0.output.txt", "a dog")]
+    hint = "no .txt but a .output.txt: set --source.caption-extension .output.txt"
+    assert read_one(tmp_path, *members).problem == hint
+    record = read_one(tmp_path, *members, caption_extension=".output.txt")
+    assert (record.captions, record.problem) == (("a dog",), None)
+
+
+def test_all_images_before_all_texts(tmp_path: Path) -> None:
+    members = [member for key in ("00000_0", "00000_1") for member in sample(key)]
+    path = write_tar(tmp_path / "00000.tar", sorted(members, key=lambda m: m[0].endswith(".txt")))
+    expected = read(write_tar(tmp_path / "adjacent" / "00000.tar", members))
+    found = read(path, members="anywhere")
+    assert [(r.key, r.captions, r.extra) for r in found] == [
+        (r.key, r.captions, r.extra) for r in expected
+    ]
+    assert [read_image_bytes(r.locator) for r in found] == [
+        read_image_bytes(r.locator) for r in expected
+    ]
+    (image, *_) = read(write_tar(path, [("a.jpg", b""), ("b.jpg", b""), ("a.txt", "a")]))
+    assert image.problem == (
+        "no text beside the image: if it is elsewhere, set --source.tar-members anywhere"
+    )
+
+
 @pytest.mark.parametrize(
     ("members", "problem"),
     [
@@ -168,6 +204,10 @@ def test_a_text_is_one_unchanged_caption(tmp_path: Path) -> None:
         (
             [("0.json", '{"status": "failed", "error_message": "404"}')],
             "no image of this key in the tar: 404",
+        ),
+        (
+            [("0.json", json.dumps({"error_message": "\x1b[2J" + "x" * 10**6}))],
+            "no image of this key in the tar: \\x1b[2J" + "x" * 196,
         ),
         ([("0.jpg", b""), ("0.png", b"")], "2 images of this key in the tar"),
         ([("0.jpg", b""), ("0.txt", b"\xe9")], "caption is not UTF-8"),
@@ -258,10 +298,31 @@ def test_garbage_between_members(tmp_path: Path) -> None:
         read(path)
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_header_that_would_fill_the_memory(tmp_path: Path, kind: bytes) -> None:
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 30 * 10**9
+    (tmp_path / "0.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(tmp_path / "0.tar", 30 * 10**9 + 2048)  # sparse: needs no disk space
+    with pytest.raises(
+        ValueError, match=r"0\.tar: not a tar, or .*: a header of 30000000000 bytes"
+    ):
+        read(tmp_path / "0.tar")
+
+
 def test_tars_joined_by_cat(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", [("0.jpg", b"x")])
     path.write_bytes(path.read_bytes() * 2)
     with pytest.raises(ValueError, match=r"0\.tar: more data after the end of the tar at byte"):
+        read(path)
+
+
+def test_zeros_without_end_after_a_tar(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", [("0.jpg", b"x")])
+    os.truncate(path, 10**6)
+    assert len(read(path)) == 1
+    os.truncate(path, 30 * 10**9)  # sparse: needs no disk space
+    with pytest.raises(ValueError, match=r"0\.tar: more than 16777216 zeros after the end"):
         read(path)
 
 
@@ -271,14 +332,14 @@ def test_a_link_in_a_tar(tmp_path: Path) -> None:
     link.type, link.linkname = tarfile.SYMTYPE, "0.jpg"
     with tarfile.open(path, "a") as tar:
         tar.addfile(link)
-    with pytest.raises(ValueError, match=r"0\.tar: 1\.jpg is a link or a device, expected a file"):
+    with pytest.raises(ValueError, match=r"0\.tar: 1\.jpg is a link, device or sparse file"):
         read(path)
 
 
 def test_records_are_made_one_by_one(folder: Path) -> None:
     (folder / "00001.tar").write_bytes(b"")
     tars = [(str(folder / f"{name}.tar"), name) for name in ("00000", "00001")]
-    found = img2dataset.records(tars)
+    found = img2dataset.records(tars, TarOptions())
     assert [next(found).key, next(found).key] == ["000000000", "000000001"]
     with pytest.raises(ValueError, match="00001"):
         next(found)
@@ -289,7 +350,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None
         members = (m for n in range(num_samples) for m in ((f"{n:06d}.jpg", b"x" * 1000),))
         path = write_tar(tmp_path / f"{num_samples}.tar", members)
         tracemalloc.start()
-        assert _count(img2dataset.records([(str(path), "0")])) == num_samples
+        assert _count(img2dataset.records([(str(path), "0")], TarOptions())) == num_samples
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return peak

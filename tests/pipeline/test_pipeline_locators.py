@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,6 +28,7 @@ from latent_t2i.pipeline.sources.locators import (
     locator_to_json,
 )
 from latent_t2i.shards.remote.transport import RemoteError
+from tests.hostile import write_special
 from tests.servers import QUICK, serve, serve_s3
 
 CONTENT = bytes(range(256)) * 40
@@ -90,7 +92,7 @@ def test_a_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("locator", "reason"),
     [
-        (FileLocator(""), "cannot be read: Is a directory"),
+        (FileLocator("."), "a folder, expected a regular file"),
         (FileLocator("a.tar/b"), "cannot be read: Not a directory"),
         (FileLocator("x" * 300), "cannot be read: File name too long"),
         (FileLocator("a\0b"), "cannot be read: embedded null byte"),
@@ -118,11 +120,25 @@ def test_missing_files(
         read(locator)
 
 
-def test_errors_of_the_machine_are_not_the_image_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> bytes:
-        raise OSError(errno.EMFILE, "Too many open files", str(path))
+def test_special_and_huge_files_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, reason in write_special(Path()).items():
+        with pytest.raises(LocatorError) as error:
+            read(FileLocator(name))
+        assert str(error.value) == reason
+    with pytest.raises(LocatorError, match="2147483648 bytes, expected at most 1073741824"):
+        read(TarLocator("sparse.jpg", 0, 2**31, "a.tar/a.jpg"))
+    with pytest.raises(LocatorError, match="a pipe or a device"):
+        read(ParquetLocator("pipe.jpg", 0, 0, "image"))
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+
+def test_errors_of_the_machine_are_not_the_image_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str, flags: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(OSError, match="Too many open files") as error:
         read(FileLocator("a"))
     assert not isinstance(error.value, LocatorError)

@@ -171,14 +171,21 @@ def test_columns_by_name(tmp_path: Path) -> None:
     assert record.extra["text"] == "y"
 
 
-def test_a_row_without_an_image(tmp_path: Path) -> None:
-    rows = [{"bytes": None, "path": "a.jpg"}, None]
-    path = write(tmp_path / "a.parquet", {"image": pa.array(rows, HUB), "text": ["a", "b"]})
-    first, second = read(path)
-    assert (first.extra["file_name"], second.extra["file_name"]) == ("a.jpg", "a.parquet")
-    for record in (first, second):
-        with pytest.raises(locators.LocatorError, match="no image in this row"):
-            read_image_bytes(record.locator)
+@pytest.mark.parametrize("statistics", [True, False])
+def test_rows_without_an_image(tmp_path: Path, statistics: bool) -> None:
+    """They are found in the listing if the file counts nulls, else when they are read."""
+    hub = pa.array([*images(2), *images(2), {"bytes": None, "path": "a.jpg"}, None], HUB)
+    for name, column in (("a", hub), ("b", pa.array([b"", b"a", b"b", b"c", None, None]))):
+        table = pa.table({"image": column, "text": list("abcdef")})
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(table, path, row_group_size=3, write_statistics=statistics)
+        records = read(path)
+        problem = "no image in this row" if statistics else None
+        assert [record.problem for record in records] == [None] * 4 + [problem] * 2
+        for record in records[4:]:
+            with pytest.raises(locators.LocatorError, match="no image in this row"):
+                read_image_bytes(record.locator)
+    assert read(tmp_path / "a.parquet")[4].extra["file_name"] == "a.jpg"
 
 
 HUB = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

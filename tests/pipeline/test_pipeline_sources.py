@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,8 +55,8 @@ def memory() -> Iterator[Any]:
     system.rm("/", recursive=True)
 
 
-def read(**source: Any) -> list[Record]:
-    return list(open_source(SourceConfig(**source)))
+def read(split: str = "val", **source: Any) -> list[Record]:
+    return list(open_source(SourceConfig(**source), split))
 
 
 @pytest.mark.parametrize("part", ["images", "captions", "instances"])
@@ -74,8 +76,24 @@ def test_files_and_folders_mixed_up(folder: CocoFolder) -> None:
         read(images=captions, captions=captions)
     with pytest.raises(ValueError, match=r"captions\.json is a file, expected a folder of images"):
         read(kind="folder", images=captions)
-    with pytest.raises(ValueError, match="images: a folder, expected a COCO annotation file"):
+    with pytest.raises(ValueError, match="images: not a COCO annotation file: a folder, expec"):
         read(images=images, captions=images)
+
+
+def test_sources_without_images_name_the_place(tmp_path: Path, folder: CocoFolder) -> None:
+    (tmp_path / "empty").mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    folder.change("captions", images=[], annotations=[])
+    sources: list[tuple[str, Any]] = [
+        ("folder", {"images": str(tmp_path / "empty")}),
+        ("webdataset", {"images": str(tmp_path / "a.tar")}),
+        ("coco", {"images": str(tmp_path / "empty"), "captions": str(folder.captions)}),
+    ]
+    for kind, paths in sources:
+        flag, path = list({f"--source.{name}": path for name, path in paths.items()}.items())[-1]
+        with pytest.raises(ValueError, match=rf"^{flag}: {path}: found no images, expected "):
+            read(kind=kind, **paths)
 
 
 def test_only_the_first_images(folder: CocoFolder) -> None:
@@ -85,17 +103,44 @@ def test_only_the_first_images(folder: CocoFolder) -> None:
     assert [record.locator for record in same] == [record.locator for record in coco]
 
 
+def test_val_fraction_splits_by_key(tmp_path: Path) -> None:
+    for number in range(200):
+        (tmp_path / f"{number}.jpg").touch()
+    source = {"kind": "folder", "images": str(tmp_path)}
+    everything = [record.key for record in read(**source)]
+    train, val = (
+        [record.key for record in read(split, **source, val_fraction=0.1)]
+        for split in ("train", "val")
+    )
+    assert sorted(train + val) == sorted(everything)
+    assert len(val) == 17 and val[:3] == ["100", "101", "102"]
+    assert [record.key for record in read(**source, val_fraction=0.1, num_images=2)] == val[:2]
+    assert {*val} < {record.key for record in read(**source, val_fraction=0.2)}
+    (tmp_path / "new.jpg").touch()
+    assert {*val} <= {record.key for record in read(**source, val_fraction=0.1)} <= {*val, "new"}
+    with pytest.raises(ValueError, match="--split: expected train or val with"):
+        read("test", **source, val_fraction=0.1)
+    with pytest.raises(ValueError, match=r"found no images with --source.val-fraction 1e-09"):
+        read("val", **source, val_fraction=1e-9)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
+def test_val_fractions_that_are_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match="expected at least 0 and below 1"):
+        SourceConfig(kind="folder", images="i", val_fraction=fraction)
+
+
 def test_scenes_are_drawn_once_beside_the_shards(tmp_path: Path) -> None:
     source = SourceConfig(kind="scenes", num_images=3)
     scenes = SceneSettings(folder=tmp_path, split="val", image_size_px=64, seed=0)
-    first = list(open_source(source, scenes))
+    first = list(open_source(source, "val", scenes))
     paths = [
         Path(record.locator.path) for record in first if isinstance(record.locator, FileLocator)
     ]
     times = [path.stat().st_mtime_ns for path in paths]
     assert [path.parent for path in paths] == [tmp_path / "val"] * 3
     assert all(len(record.captions) == 5 and record.extra["objects"] for record in first)
-    assert list(open_source(source, scenes)) == first
+    assert list(open_source(source, "val", scenes)) == first
     assert times == [path.stat().st_mtime_ns for path in paths]
 
 
@@ -122,6 +167,14 @@ def test_scenes_are_drawn_once_beside_the_shards(tmp_path: Path) -> None:
             "--source.caption-per: has no effect on a parquet source, only on folder",
         ),
         (
+            {"kind": "coco", "images": "i", "captions": "c", "tar_members": "anywhere"},
+            "--source.tar-members: has no effect on a coco source, only on webdataset",
+        ),
+        (
+            {"kind": "scenes", "num_images": 1, "val_fraction": 0.1},
+            "--source.val-fraction: has no effect on a scenes source, only on coco, folder, ",
+        ),
+        (
             {"kind": "scenes", "num_images": 1, "caption_per": "file"},
             "--source.caption-per: has no effect on a scenes source, only on folder",
         ),
@@ -130,6 +183,13 @@ def test_scenes_are_drawn_once_beside_the_shards(tmp_path: Path) -> None:
 def test_settings_without_effect_are_refused(source: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="^" + message):
         SourceConfig(**source)
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "parquet"])
+def test_a_named_pipe_is_refused(tmp_path: Path, kind: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe: .*a pipe or a device, expected a regular file"):
+        read(kind=kind, images=str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def test_networks_that_give_nan_stop_the_run_at_the_first_batch(
 def test_folder_of_other_images_is_named(folder: CocoFolder, out: Path) -> None:
     for path in list(folder.images.iterdir())[:4]:
         path.unlink()
-    message = rf"4 of the 6 files that the captions name are not in {folder.images}, 0"
+    message = rf"4 of the 6 images in the captions file are not in {folder.images}, such as 0"
     with pytest.raises(ValueError, match=message):
         build(make_config(folder, out))
     assert not out.exists()
@@ -361,7 +361,7 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--source.images", "nowhere"), "error: --source.images: nothing at 'nowhere'"),
+        (("--source.images", "nowhere"), "error: --source.images: 'nowhere' does not exist"),
         (("--source.captions", "README.md"), "not JSON, expected a COCO annotation file"),
         (("--image-size-px", "60"), "error: --image-size-px: 60 is not a multiple of 8"),
         (("--vae", "no/vae"), "error: --vae: "),
