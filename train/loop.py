@@ -280,15 +280,12 @@ def save(run: Run) -> None:
     streak = longest_streak(state.step - len(skipped), num_before, skipped)
     if len(streak) > config.max_bad_steps:
         report(run)
-    all_skipped = num_before + len(skipped)
-    num_trailing = next((i for i, bad in enumerate(reversed(skipped)) if not bad), all_skipped)
     checkpoint.save(
         run.plan.folder / "checkpoints",
         state,
         run.plan.settings,
         keep=config.keep_checkpoints,
         write=run.accelerator.is_main_process,
-        num_skipped_in_a_row=num_trailing,
     )
     run.accelerator.wait_for_everyone()
 

@@ -111,4 +111,5 @@ def comparable_state(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's state.json without measured times and the folder's name."""
     record = without_times(json.loads((checkpoint / "state.json").read_text()))
     record["metrics"]["last"] = without_times(record["metrics"]["last"])
+    record = {key: value for key, value in record.items() if key not in ("files", "sha256")}
     return record | {"settings": record["settings"] | {"out": None}}
