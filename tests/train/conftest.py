@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.ema import EMAConfig
+from latent_t2i.shards.reader import ShardSet
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import TrainConfig
 from tests import tiny
@@ -55,6 +56,23 @@ def make_config(tmp_path: Path, shards: Path) -> MakeConfig:
         return TrainConfig(**(values | changes))
 
     return make
+
+
+@pytest.fixture
+def on_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    """Runs an action while the n-th batch of this process is gathered."""
+
+    def arrange(number: int, action: Callable[[], None]) -> None:
+        gather, count = ShardSet.gather, iter(range(10**6))
+
+        def wrapped(self: ShardSet, *args: Any) -> Any:
+            if next(count) == number:
+                action()
+            return gather(self, *args)
+
+        monkeypatch.setattr(ShardSet, "gather", wrapped)
+
+    return arrange
 
 
 def metrics(run: str | Path | None) -> list[dict[str, Any]]:

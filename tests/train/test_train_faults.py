@@ -222,7 +222,7 @@ def test_a_full_disk_at_the_bundle_is_named_and_the_run_resumes(
     with file_limit(5000), pytest.raises(OSError, match=r"not written, .*run/bundle'"):
         train(make_config(num_steps=3))
     left = {path.name for path in last.parent.parent.iterdir()}
-    assert left == {"checkpoints", "config.json", "metrics.jsonl"}
+    assert left == {".lock", "bundle.sha256", "checkpoints", "config.json", "metrics.jsonl"}
     again = train(make_config(num_steps=3))
     name = "unet/diffusion_pytorch_model.safetensors"
     assert (again / name).read_bytes() == (Path(bundle) / name).read_bytes()
