@@ -49,7 +49,7 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:
 class Stop:
     """A context manager that records signals and decides when a run ends.
 
-    A second SIGTERM or SIGINT ends the process at once.
+    A second SIGINT ends the process at once.
     """
 
     def __init__(
@@ -81,10 +81,9 @@ class Stop:
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = number
-        # The other signals stay harmless: Slurm's SIGUSR1 also ends the launcher, whose death
-        # then sends one more.
-        for interrupt in (signal.SIGTERM, signal.SIGINT):
-            self._restore(interrupt)
+        # The other signals have no further effect. They often come twice: from Slurm, to all
+        # processes of a job, and from the launcher, which forwards its own or dies of it.
+        self._restore(signal.SIGINT)
 
     def _restore(self, number: int) -> None:
         if number in self._handlers:

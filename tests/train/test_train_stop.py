@@ -23,10 +23,10 @@ OnStep = Callable[[int, Callable[[], None]], None]
 @pytest.mark.parametrize(
     "signals",
     [
-        (signal.SIGTERM,),
+        (signal.SIGTERM, signal.SIGTERM),  # forwarded by the launcher, and to the whole job
         (signal.SIGINT,),
         (signal.SIGHUP,),
-        (signal.SIGUSR1, signal.SIGUSR1),  # Slurm's, and that of the launcher's death
+        (signal.SIGUSR1, signal.SIGUSR1),  # Slurm's, and the one at the launcher's death
     ],
 )
 def test_a_signal_saves_and_the_same_command_resumes(
