@@ -19,6 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 LOCK_FILE = ".lock"
+_held: set[TextIO] = set()
 
 
 @contextmanager
@@ -36,6 +37,16 @@ def lock_run(folder: Path, processes: PartialState) -> Iterator[None]:
     finally:
         if file is not None:
             _release(folder, file)
+
+
+def _close_in_fork() -> None:
+    """Closes inherited locks, so that a loader's worker process does not outlive and hold one."""
+    for file in _held:
+        file.close()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_fork)
 
 
 def _acquire(folder: Path) -> tuple[TextIO | None, str | None]:
@@ -74,6 +85,7 @@ def _acquire(folder: Path) -> tuple[TextIO | None, str | None]:
     since = time.strftime("%Y-%m-%d %H:%M:%S %z")
     file.write(f"process {os.getpid()} on host {socket.gethostname()} since {since}\n")
     file.flush()
+    _held.add(file)
     return file, None
 
 
@@ -87,6 +99,7 @@ def _is_file_of(folder: Path, file: TextIO) -> bool:
 
 def _release(folder: Path, file: TextIO) -> None:
     """Releases the lock, and removes the folder if the run wrote nothing into it."""
+    _held.discard(file)
     with file, contextlib.suppress(OSError):
         file.truncate(0)
         if [path.name for path in folder.iterdir()] == [LOCK_FILE]:

@@ -42,6 +42,24 @@ def test_the_lock_file_of_a_dead_process_does_not_block(
     assert (tmp_path / "run" / LOCK_FILE).read_text() == ""
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # newer Pythons warn of any fork
+def test_a_worker_process_does_not_hold_the_lock(tmp_path: Path) -> None:
+    with lock_run(tmp_path / "run", PartialState(cpu=True)):
+        (tmp_path / "run" / "config.json").touch()
+        started, write = os.pipe()
+        worker = os.fork()
+        if worker == 0:
+            os.write(write, b".")
+            signal.pause()
+        os.read(started, 1)
+    try:
+        with lock_run(tmp_path / "run", PartialState(cpu=True)):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
 def test_a_refused_configuration_leaves_no_folder(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shards: the folder"):
         train(make_config(shards="no/such"))
