@@ -34,8 +34,8 @@ def prepare_signals() -> None:
         signal.signal(signal.SIGTERM, _exit)
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         # accelerate's launcher of one process does not forward signals. SIGTERM would end the
-        # launcher only, and leave the training running without a parent. Not for other parents,
-        # such as a shell whose background jobs outlive it.
+        # launcher only, and the training would continue as an orphan. Other parents do not count: a
+        # background job may outlive its shell.
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, PARENT_DIED)
         if os.getppid() != parent:  # it died before the call

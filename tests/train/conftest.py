@@ -62,7 +62,7 @@ def make_config(tmp_path: Path, shards: Path) -> MakeConfig:
 def on_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
     """Runs an action while the n-th batch of this process is gathered."""
 
-    def arrange(number: int, action: Callable[[], None]) -> None:
+    def install(number: int, action: Callable[[], None]) -> None:
         gather, count = ShardSet.gather, iter(range(10**6))
 
         def wrapped(self: ShardSet, *args: Any) -> Any:
@@ -72,7 +72,7 @@ def on_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
 
         monkeypatch.setattr(ShardSet, "gather", wrapped)
 
-    return arrange
+    return install
 
 
 def metrics(run: str | Path | None) -> list[dict[str, Any]]:
@@ -93,10 +93,10 @@ def losses(run: str | Path | None) -> list[float]:
 
 def assert_close_metrics(found: Path, expected: Path, rel: float) -> None:
     """Compares two runs' losses and gradient norms line by line."""
-    for line, wanted in zip(metrics(found), metrics(expected), strict=True):
-        assert line["step"] == wanted["step"]
+    for line, reference in zip(metrics(found), metrics(expected), strict=True):
+        assert line["step"] == reference["step"]
         for key in ("loss", "grad_norm"):
-            assert line[key] == pytest.approx(wanted[key], rel=rel), (found, line["step"])
+            assert line[key] == pytest.approx(reference[key], rel=rel), (found, line["step"])
 
 
 def weights(bundle: Path) -> dict[str, Tensor]:

@@ -100,14 +100,14 @@ def test_a_run_reports_its_buckets_and_writes_a_stock_pipeline(
     make_config: MakeConfig, bucketed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = train(make_config(shards=str(bucketed)))
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     for line in (
         "3 buckets of 26 records: 8 batches of 4 in the first epoch, each from one bucket",
         "bucket 32x96: 3 records, less than a batch, one every 1.33 epochs with repeated records",
         "bucket 64x64: 14 records, 3.5 batches per epoch",
         "bucket 96x32: 9 records, 2.25 batches per epoch",
     ):
-        assert line in said
+        assert line in stderr
     lines = metrics(bundle.parent)
     assert [line["step"] for line in lines] == [4, 8, 10]
     assert lines[1]["epoch"] == 1
@@ -181,8 +181,8 @@ def test_non_finite_records_are_named(
     folder = make_buckets(tmp_path / "set", SIZES, shards)
     tiny.plant_nan(folder / "96x32", shard=0, records=[2])
     train(make_config(shards=str(folder)))
-    said = skipped_lines(capsys)
-    assert said and all(line.endswith("records: 20-3-000002") for line in said)
+    lines = skipped_lines(capsys)
+    assert lines and all(line.endswith("records: 20-3-000002") for line in lines)
 
 
 def test_epochs_become_steps(make_config: MakeConfig, bucketed: Path) -> None:

@@ -55,8 +55,8 @@ def test_a_damaged_bundle_is_written_again(
     intact = shutil.copytree(bundle, tmp_path / "intact")
     damage(bundle / name)
     train(make_config(num_steps=1))
-    (said,) = [s for s in capsys.readouterr().err.splitlines() if "bundle: writing it again" in s]
-    assert fault in said
+    (line,) = [s for s in capsys.readouterr().err.splitlines() if "bundle: writing it again" in s]
+    assert fault in line
     assert (bundle / INFO_FILE).read_text() == (intact / INFO_FILE).read_text()
     assert_same_weights(bundle, intact)
     assert (bundle / "vae" / "config.json").is_file()
@@ -74,8 +74,8 @@ def test_a_finished_run_with_another_bundle_dtype_writes_the_bundle_again(
     bundle = train(make_config(num_steps=1))
     assert {str(tensor.dtype) for tensor in weights(bundle).values()} == {"torch.float32"}
     train(make_config(num_steps=1, bundle_dtype="float16"))
-    said = capsys.readouterr().err
-    assert "writing it again: bundle_dtype changed from 'float32' to 'float16'" in said
+    stderr = capsys.readouterr().err
+    assert "writing it again: bundle_dtype changed from 'float32' to 'float16'" in stderr
     assert {str(tensor.dtype) for tensor in weights(bundle).values()} == {"torch.float16"}
     train(make_config(num_steps=1, bundle_dtype="float16"))
     assert "nothing left to do" in capsys.readouterr().err

@@ -125,8 +125,8 @@ def test_sigterm_to_accelerate_launch_saves(
         wait_until(lambda: newest_name(run) != "", lambda: launcher.poll() is None)
         launcher.terminate()
         assert launcher.stderr is not None
-        said = launcher.stderr.read()  # until the trainer, which writes to it too, has ended
-    assert "stopped by SIGUSR1; run the same command to resume" in said
+        stderr = launcher.stderr.read()  # until the trainer, which writes to it too, has ended
+    assert "stopped by SIGUSR1; run the same command to resume" in stderr
     assert "" < newest_name(run) < "step-00000500"
     train(config)
     process_groups.assert_same_end(run, tmp_path / "whole")
