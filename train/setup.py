@@ -133,7 +133,8 @@ def join_processes() -> PartialState:
     """
     for name, instead in UNSUPPORTED.items():
         value = os.environ.get(name, "")
-        if value.lower() not in ("", "0", "1" if name.endswith("STEPS") else "false", "no"):
+        off = ("1",) if name.endswith("_STEPS") else ("0", "f", "false", "n", "no", "off")
+        if value and value.lower() not in off:
             raise ValueError(
                 f"{name}: accelerate's configuration or launcher sets it to {value!r}, expected it "
                 f"unset; {instead}"

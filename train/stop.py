@@ -28,7 +28,7 @@ class StopReason(Enum):
 
 
 def prepare_signals() -> None:
-    """Arranges that the process gets a signal when its launcher dies, and SIGTERM as process 1."""
+    """Makes process 1 exit at SIGTERM, and requests a signal for the death of the launcher."""
     if os.getpid() == 1:
         # In a container. The kernel does not apply the default action of SIGTERM to process 1.
         signal.signal(signal.SIGTERM, _exit)
@@ -64,7 +64,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         for number in SIGNALS:
-            # Under nohup SIGHUP is ignored, and stays so.
+            # nohup has SIGHUP ignored, which must stay so.
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._record)
         return self
