@@ -24,7 +24,7 @@ from latent_t2i.train import loop
 from latent_t2i.train.config import TrainConfig
 from tests.train.conftest import assert_same_tensors, metrics, without_times
 
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 FILES = ("unet", "ema", "optimizer")
 
 

@@ -4,18 +4,20 @@ from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from latent_t2i.shards.access import make_loader
 from latent_t2i.shards.buckets import BucketedShards
 from latent_t2i.shards.schema import Manifest, Provenance
 from latent_t2i.train.batches import Batch, BatchSource
 from latent_t2i.train.config import DataConfig, TrainConfig
 from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import count_steps, validate
+from latent_t2i.train.setup import make_source
 from tests import shard_sets, tiny
 from tests.servers import serve
 from tests.train import process_groups
@@ -50,17 +52,10 @@ def bucketed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def source_of(config: TrainConfig, num_processes: int = 1, rank: int = 0) -> BatchSource:
     """A process's source of batches."""
-    plan = validate(config, num_processes)
-    place = {"rank": rank, "num_processes": num_processes}
-    return BatchSource(
-        loader=make_loader(plan.shards, plan.order, plan.access, **place),
-        seed=config.seed,
-        batch_size=config.batch_size,
-        latent_channels=plan.latent_shape[0],
-        objective=config.objective,
-        pin_memory=False,
-        **place,
+    process: Any = SimpleNamespace(
+        process_index=rank, num_processes=num_processes, device=torch.device("cpu")
     )
+    return make_source(validate(config, num_processes), process)
 
 
 def copies(source: BatchSource, start: int, stop: int) -> list[Batch]:
