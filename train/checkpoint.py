@@ -5,12 +5,15 @@
 
 A checkpoint is complete or absent. Data order and noise are functions of (seed, step), so it stores
 no loader or generator state. No format that can execute code is read. Running the same command
-again resumes from the newest checkpoint; settings that would change the run are refused.
+again resumes from the newest checkpoint; settings that would change the run are refused. state.json
+holds the hashes of all files. The trade-off: saving and loading read every byte once more.
 """
 
+import hashlib
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,10 @@ MUST_MATCH = (
     "objective.",
     "optim.kind",
     "latent_shape",
+    "latent_shift",
+    "latent_scale",
+    "empty_text_sha256",
+    "text_scale_sha256",
     "shards_sha256",
     "init_from",
     "init_sha256",
@@ -47,7 +54,25 @@ MUST_MATCH = (
     "data.window_records",
 )
 MAY_DIFFER = ("model.attention_kernel",)
-STATE_KEYS = {"step", "train_s", "scaler", "metrics", "settings"}
+PARTS = ("unet", "ema", "optimizer")
+STATE_FILE = "state.json"
+MAX_STATE_BYTES = 2**26  # state.json is read into memory before its hash is known
+STATE_TYPES: dict[str, Any] = {
+    "step": int,
+    "train_s": (int, float),
+    "scaler": dict,
+    "metrics": {
+        "rows": (list, type(None)),
+        "num_skipped": (int, type(None)),
+        "num_skipped_in_a_row": (int, type(None)),
+        "last": (dict, type(None)),
+        "validation": (dict, type(None)),
+        "previewed": (int, type(None)),
+    },
+    "settings": dict,
+    "files": {f"{name}.safetensors": str for name in PARTS},
+    "sha256": str,
+}
 
 
 @dataclass(kw_only=True)
@@ -70,13 +95,11 @@ def save(
     *,
     keep: int,
     write: bool = True,
-    num_skipped_in_a_row: int = 0,
 ) -> None:
-    """Writes a checkpoint of `state.step` and deletes all but the `keep` newest.
+    """Writes a checkpoint of `state.step` and deletes old ones as `delete_old` does.
 
-    The newest one from before the last `num_skipped_in_a_row` steps is always kept. Under FSDP this
-    is a collective call, and only the process with `write` writes. Raises OSError, naming the
-    folder and the bytes needed, if the disk is full; older checkpoints then stay.
+    Under FSDP this is a collective call, and only the process with `write` writes. Raises OSError,
+    naming the folder and the bytes needed, if the disk is full; older checkpoints then stay.
     """
     parts = {
         "unet": fsdp.full_tensors(state.unet.state_dict(), keep=write),
@@ -94,22 +117,46 @@ def save(
         "settings": dict(settings),
     }
     num_bytes = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
-    for leftover in folder.glob(".step-*"):  # from a process killed while it saved
-        shutil.rmtree(leftover)
     with complete_or_absent(folder / f"step-{state.step:08d}", num_bytes) as temporary:
         for name, tensors in parts.items():
             packed = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(packed, temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps(record, indent=1) + "\n")
-    finite = find_newest(folder, state.step - num_skipped_in_a_row)
+        record["files"] = {f"{name}.safetensors": _hash_file(temporary, name) for name in PARTS}
+        record["sha256"] = hash_state(record)
+        (temporary / STATE_FILE).write_text(_dump(record))
+    delete_old(folder, state, keep=keep)
+
+
+def delete_old(folder: Path, state: TrainState, *, keep: int) -> None:
+    """Deletes all but the `keep` newest checkpoints.
+
+    While steps are being skipped, the newest one from before the first of them is kept as well.
+    """
+    flags = [bool(row[2]) for row in state.metrics.get("rows", [])]
+    all_skipped = state.metrics.get("num_skipped_in_a_row", 0) + len(flags)
+    num_skipped = next((i for i, bad in enumerate(reversed(flags)) if not bad), all_skipped)
+    finite = find_newest(folder, state.step - num_skipped)
     for old in find_all(folder)[:-keep]:
         if old != finite:
             _delete(old)
 
 
+def repair(folder: Path) -> None:
+    """Cleans up after a process that was killed while it saved or deleted a checkpoint."""
+    for replaced in folder.glob(".step-*.old"):
+        # It was to be replaced by another checkpoint of the same step. Killed between the two
+        # renames of `complete_or_absent`, it is the only one.
+        final = folder / replaced.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():
+            replaced.rename(final)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+
+
 def find_all(folder: Path) -> list[Path]:
     """Returns a run's complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    names = re.compile(r"step-\d{8,}")
+    return sorted(path for path in folder.glob("step-*") if names.fullmatch(path.name))
 
 
 def find_newest(folder: Path, max_step: int) -> Path | None:
@@ -142,15 +189,47 @@ def _delete(checkpoint: Path) -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Returns the content of a checkpoint's state.json; raises ValueError if it is damaged."""
+    """Returns the content of a checkpoint's state.json.
+
+    Raises ValueError if it differs from what was written.
+    """
+    path = checkpoint / STATE_FILE
     try:
-        record: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _damaged(checkpoint, f"state.json: {error}") from error
-    missing = STATE_KEYS - set(record) if isinstance(record, dict) else STATE_KEYS
-    if missing:
-        raise _damaged(checkpoint, f"state.json has no {', '.join(sorted(missing))}")
-    return record
+        if not path.is_file() or path.stat().st_size > MAX_STATE_BYTES:
+            raise OSError(f"expected a file of at most {MAX_STATE_BYTES} bytes")
+        text = path.read_bytes().decode()  # read_text would hide a changed line end
+        record: Any = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(checkpoint, f"{STATE_FILE}: {error}") from error
+    for fault in _type_faults(record, STATE_TYPES, STATE_FILE):
+        raise _damaged(checkpoint, fault)
+    expected, found = record["sha256"], hash_state(record)
+    # The text is compared as well: a change of white space does not change the content's hash.
+    if found != expected or text != _dump(record):
+        raise _damaged(checkpoint, f"{STATE_FILE}: sha256: expected {expected}, found {found}")
+    if record["step"] != (step := _step_of(checkpoint)):
+        raise _damaged(checkpoint, f"{STATE_FILE}: step: expected {step}, found {record['step']}")
+    state: dict[str, Any] = record
+    return state
+
+
+def hash_state(record: Mapping[str, Any]) -> str:
+    """Returns the sha256 of a state without its own hash."""
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(_dump(content).encode()).hexdigest()
+
+
+def _dump(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1) + "\n"
+
+
+def _type_faults(value: Any, expected: Any, name: str) -> Iterator[str]:
+    """Yields the parts of a JSON value that are missing or of an unexpected type."""
+    if isinstance(expected, dict) and isinstance(value, dict):
+        for key, part in expected.items():
+            yield from _type_faults(value.get(key), part, f"{name}: {key}")
+    elif isinstance(expected, dict) or isinstance(value, bool) or not isinstance(value, expected):
+        yield f"{name}: missing or of an unexpected type, found {value!r:.50}"
 
 
 def load(checkpoint: Path, state: TrainState) -> None:
@@ -160,9 +239,9 @@ def load(checkpoint: Path, state: TrainState) -> None:
     """
     record = read_state(checkpoint)
     names = dict(state.unet.named_parameters()).keys()
-    unet = _read(checkpoint, "unet")
-    ema = _read(checkpoint, "ema")
-    moments = _read(checkpoint, "optimizer")
+    unet, ema, moments = (
+        _read(checkpoint, name, record["files"][f"{name}.safetensors"]) for name in PARTS
+    )
     # There are no moments if all steps so far were skipped.
     with_moments = {name.rpartition("/")[0] for name in moments} or names
     for file, found in (("unet", set(unet)), ("optimizer", with_moments)):
@@ -180,8 +259,18 @@ def load(checkpoint: Path, state: TrainState) -> None:
     state.metrics = record["metrics"]
 
 
-def _read(checkpoint: Path, name: str) -> dict[str, Tensor]:
+def _hash_file(folder: Path, name: str) -> str:
+    with (folder / f"{name}.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(checkpoint: Path, name: str, expected: str) -> dict[str, Tensor]:
     try:
+        found = _hash_file(checkpoint, name)
+        if found != expected:
+            raise _damaged(
+                checkpoint, f"{name}.safetensors: sha256: expected {expected}, found {found}"
+            )
         return load_file(checkpoint / f"{name}.safetensors")
     except (OSError, SafetensorError) as error:
         raise _damaged(checkpoint, f"{name}.safetensors: {error}") from error

@@ -1,6 +1,7 @@
-"""Copies batches to the device; on a GPU on a stream of its own, in parallel with the step before.
+"""Copies batches to the device; on a GPU, in parallel with the previous step.
 
-The buffers are pinned, so a copy blocks neither the host nor the stream that runs the steps.
+The buffers are pinned and the copies run on a separate stream, so a copy blocks neither the host
+nor the stream that runs the steps.
 """
 
 import torch

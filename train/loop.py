@@ -7,53 +7,55 @@ there (optim.py). Run it with `accelerate launch train/run.py`, or call `train(T
 
 import contextlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from latent_t2i.model.bundle import INFO_FILE, make_pipeline, read_info, save_bundle
-from latent_t2i.model.diffusion import make_scheduler
 from latent_t2i.model.posthoc import folder_of, save_snapshot
 from latent_t2i.shards.order import mixed_seed
 from latent_t2i.train import checkpoint, fsdp, optim
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import TrainConfig
+from latent_t2i.train.export import finish
 from latent_t2i.train.graph import StepGraph
+from latent_t2i.train.preflight import run_folder
 from latent_t2i.train.preview import make_preview
 from latent_t2i.train.progress import MAX_STEPS_READ, shorten
-from latent_t2i.train.setup import Run, dry_run, start
-from latent_t2i.train.stop import Stop, StopReason
+from latent_t2i.train.run_lock import lock_run
+from latent_t2i.train.setup import Run, dry_run, join_processes, start
+from latent_t2i.train.stop import Stop, StopReason, prepare_signals
 from latent_t2i.train.validation import measure
 
 
 def train(config: TrainConfig) -> Path:
     """Trains, or resumes, and returns the folder of the bundle; for a dry run, the run's folder.
 
-    Raises ValueError for settings that do not fit each other, the shards or the existing run, and
-    after too many non-finite steps in a row. SIGTERM and SIGINT save a checkpoint, then exit with
-    128 plus the signal's number.
+    Raises ValueError for settings that do not fit each other, the shards or the existing run, for a
+    run that another process is training, and after too many non-finite steps in a row. The signals
+    of stop.py save a checkpoint, then exit with 128 plus the signal's number.
     """
     if config.dry_run:
         return dry_run(config)
-    run = start(config)
-    stop = Stop(
-        run.accelerator,
-        num_steps=run.plan.num_steps,
-        budget_s=run.plan.config.max_train_s,
-        spent_s=run.state.train_s,
-    )
-    with contextlib.closing(run.progress), stop:
-        reason = loop(run, stop)
-        if reason is StopReason.SIGNAL:
-            run.progress.say(f"stopped by signal {stop.signal}; run the same command to resume")
-            sys.exit(128 + (stop.signal or 0))
-        bundle = finish(run, reason)
-    run.accelerator.end_training()
+    prepare_signals()
+    with lock_run(run_folder(config), join_processes()):
+        run = start(config)
+        stop = Stop(
+            run.accelerator,
+            num_steps=run.plan.num_steps,
+            budget_s=run.plan.config.max_train_s,
+            spent_s=run.state.train_s,
+        )
+        with contextlib.closing(run.progress), stop:
+            reason = loop(run, stop)
+            if reason is StopReason.SIGNAL:
+                run.progress.say(f"stopped by {stop.signal_name}; run the same command to resume")
+                sys.exit(128 + (stop.signal or 0))
+            bundle = finish(run, reason)
+        run.accelerator.end_training()
     return bundle
 
 
@@ -280,63 +282,11 @@ def save(run: Run) -> None:
     streak = longest_streak(state.step - len(skipped), num_before, skipped)
     if len(streak) > config.max_bad_steps:
         report(run)
-    all_skipped = num_before + len(skipped)
-    num_trailing = next((i for i, bad in enumerate(reversed(skipped)) if not bad), all_skipped)
     checkpoint.save(
         run.plan.folder / "checkpoints",
         state,
         run.plan.settings,
         keep=config.keep_checkpoints,
         write=run.accelerator.is_main_process,
-        num_skipped_in_a_row=num_trailing,
     )
     run.accelerator.wait_for_everyone()
-
-
-def finish(run: Run, reason: StopReason) -> Path:
-    """Writes the bundle, unless this run has written it already, and returns its folder."""
-    run.plan.shards.finish_verification()
-    if run.plan.validation is not None:
-        run.plan.validation.shards.finish_verification()
-    folder, step = run.plan.folder / "bundle", run.state.step
-    if (folder / INFO_FILE).is_file() and read_info(folder)["step"] == step:
-        run.progress.say(
-            f"{run.plan.folder}: finished at step {step} ({reason.value}); nothing left to do"
-        )
-        return folder
-    main = run.accelerator.is_main_process
-    average = fsdp.full_tensors(run.state.ema.average, keep=main)
-    if main:
-        write_bundle(run, folder, average)
-    run.accelerator.wait_for_everyone()
-    run.progress.say(f"{folder}: written at step {step} ({reason.value})")
-    return folder
-
-
-def write_bundle(run: Run, folder: Path, average: Mapping[str, Tensor]) -> None:
-    """Writes the bundle with the averaged weights."""
-    config, plan, state = run.plan.config, run.plan, run.state
-    unet = UNet2DConditionModel.from_config(state.unet.config)
-    unet.load_state_dict(average)
-    save_bundle(
-        folder,
-        make_pipeline(
-            unet=unet,
-            vae=plan.vae,
-            tokenizer=plan.tokenizer,
-            text_encoder=plan.text_encoder,
-            scheduler=make_scheduler(config.objective),
-            max_tokens=plan.shards.manifest.max_tokens,
-        ),
-        dtype=config.bundle_dtype,
-        info={
-            "name": config.name,
-            "step": state.step,
-            "train_seconds": state.train_s,
-            "num_parameters": unet.num_parameters(),
-            "precision": run.accelerator.mixed_precision,
-            "shards_sha256": plan.settings["shards_sha256"],
-            "config": plan.settings,
-            "metrics": run.progress.last,
-        },
-    )

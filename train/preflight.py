@@ -1,10 +1,12 @@
 """Checks a run before its first step: settings, shards, encoders and the batch arithmetic."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latent_t2i.model.bundle import require_stock_shards, sampling_scheduler
@@ -13,6 +15,7 @@ from latent_t2i.model.diffusion import make_scheduler
 from latent_t2i.model.encoders import (
     Autoencoder,
     fingerprint,
+    latent_affine,
     latent_channels,
     load_text_encoder,
     load_vae,
@@ -132,6 +135,7 @@ def validate(given: TrainConfig, num_processes: int) -> Plan:
         settings=asdict(config)
         | {
             "latent_shape": list(latent_shape),
+            **describe_constants(vae, shards),
             "shards_sha256": shards.sha256,
             "init_sha256": first_sha256,
             ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",
@@ -203,6 +207,25 @@ def load_encoders(
                 "the encoders that the shards were made with"
             )
     return vae, tokenizer, text_encoder
+
+
+def describe_constants(vae: Autoencoder, shards: ShardSet | BucketedShards) -> dict[str, Any]:
+    """Returns the constants of the loss that come from files and not from settings.
+
+    The hashes that the shards name cover the VAE's weights, but not the scaling in its config.json.
+    """
+    shift, scale = latent_affine(vae)
+    return {
+        "latent_shift": shift.flatten().tolist(),
+        "latent_scale": scale.flatten().tolist(),
+        "empty_text_sha256": hash_tensor(shards.empty_text),
+        "text_scale_sha256": hash_tensor(shards.text_scale),
+    }
+
+
+def hash_tensor(tensor: Tensor | None) -> str | None:
+    """Returns the sha256 of a tensor's bytes."""
+    return None if tensor is None else hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 def run_folder(config: TrainConfig) -> Path:

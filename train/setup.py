@@ -33,10 +33,14 @@ from latent_t2i.train.preflight import Plan, run_folder, validate
 from latent_t2i.train.progress import METRICS_FILE, Progress
 from latent_t2i.train.step_timer import StepTimer
 
-# Features of `accelerate config` that this project has its own setting for.
+# What accelerate's configuration and launcher can set, and the setting of this project for it.
 UNSUPPORTED = {
     "ACCELERATE_USE_FSDP": "use --fsdp",
     "ACCELERATE_USE_DEEPSPEED": "use --fsdp, which shards as much as ZeRO stage 3",
+    "ACCELERATE_USE_MEGATRON_LM": "use --fsdp",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "use --fsdp",
+    "ACCELERATE_DYNAMO_BACKEND": "use --compile",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "use --micro-batch-size",
 }
 
 
@@ -62,6 +66,9 @@ def start(config: TrainConfig) -> Run:
     """Checks a configuration, builds its run and restores its newest checkpoint, if any."""
     tracker_names, notes = trackers.choose(config.trackers)
     accelerator = make_accelerator(config.mixed_precision, tracker_names, run_folder(config))
+    if accelerator.is_main_process:
+        checkpoint.repair(run_folder(config) / "checkpoints")
+    accelerator.wait_for_everyone()
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.tf32
     plan = validate(config, accelerator.num_processes)
@@ -82,8 +89,10 @@ def start(config: TrainConfig) -> Run:
         progress=Progress(accelerator, plan.folder, plan.config.log_every_steps),
     )
     changes = resume(plan, state)
+    accelerator.wait_for_everyone()  # until all processes have read the checkpoint
     settings = asdict(plan.config)
     if accelerator.is_main_process:
+        checkpoint.delete_old(plan.folder / "checkpoints", state, keep=plan.config.keep_checkpoints)
         plan.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"train": settings}, indent=1)
         (plan.folder / "config.json").write_text(text + "\n")
@@ -116,23 +125,45 @@ def dry_run(config: TrainConfig) -> Path:
     return plan.folder
 
 
+def join_processes() -> PartialState:
+    """Joins the run's process group, if it has several processes, and returns this one's place.
+
+    Raises ValueError if accelerate's configuration requests a feature that this project does not
+    use.
+    """
+    for name, instead in UNSUPPORTED.items():
+        value = os.environ.get(name, "")
+        off = ("1",) if name.endswith("_STEPS") else ("0", "f", "false", "n", "no", "off")
+        if value and value.lower() not in off:
+            raise ValueError(
+                f"{name}: accelerate's configuration or launcher sets it to {value!r}, expected it "
+                f"unset; {instead}"
+            )
+    # Without a GPU, several processes only form a group if accelerate is given `cpu`.
+    return PartialState(cpu=runs_on_cpu())
+
+
+def runs_on_cpu() -> bool:
+    """Returns whether the run uses the CPU: on request, or because there is no GPU."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
 def make_accelerator(
     precision: Precision, log_with: Sequence[str] = (), folder: Path | None = None
 ) -> Accelerator:
     """Returns an Accelerator; without a GPU, fp16 becomes "no", with a warning.
 
     `log_with` names the trackers that `trackers.start` opens in `folder`, the run's. Raises
-    ValueError if accelerate's configuration requests a feature that this project does not use.
+    ValueError as `join_processes` does.
     """
-    for name, instead in UNSUPPORTED.items():
-        if parse_flag_from_env(name):
-            raise ValueError(
-                f"{name}: set by accelerate's configuration, expected it unset; {instead}"
-            )
-    # Without a GPU, several processes only form a group if accelerate is given `cpu`.
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu)
+    state, on_cpu = join_processes(), runs_on_cpu()
     notes = cpu_warnings(os.environ, state.num_processes) if on_cpu else []
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", precision):  # "no" is also the launcher's default
+        notes.append(
+            f"mixed_precision: accelerate's launcher was given {launcher}, which has no effect; "
+            f"the run uses {precision}, its own setting"
+        )
     if precision == "fp16" and on_cpu:
         notes.append("mixed_precision: fp16 needs a GPU, found none; training in float32")
         precision = "no"

@@ -1,15 +1,22 @@
 """Decides when a run ends: at the last step, the time budget or a signal, on all ranks at once."""
 
+import ctypes
+import os
 import signal
+import sys
 import time
 from enum import Enum
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 
 CHECK_EVERY_STEPS = 10
+# SIGUSR1: Slurm's --signal, before the time limit. SIGHUP: the terminal was closed.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PARENT_DIED = signal.SIGUSR1
+PR_SET_PDEATHSIG = 1  # from sys/prctl.h
 
 
 class StopReason(Enum):
@@ -20,11 +27,29 @@ class StopReason(Enum):
     SIGNAL = "signal"
 
 
-class Stop:
-    """A context manager that records SIGTERM and SIGINT and decides when a run ends.
+def prepare_signals() -> None:
+    """Makes process 1 exit at SIGTERM, and requests a signal for the death of the launcher."""
+    if os.getpid() == 1:
+        # In a container. The kernel does not apply the default action of SIGTERM to process 1.
+        signal.signal(signal.SIGTERM, _exit)
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        # accelerate's launcher of one process does not forward signals. SIGTERM would end the
+        # launcher only, and the training would continue as an orphan. Other parents do not count: a
+        # background job may outlive its shell.
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, PARENT_DIED)
+        if os.getppid() != parent:  # it died before the call
+            os.kill(os.getpid(), PARENT_DIED)
 
-    Only the first signal is recorded. The handlers are then restored, so a second one ends the
-    process at once.
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+class Stop:
+    """A context manager that records signals and decides when a run ends.
+
+    A second SIGINT ends the process at once.
     """
 
     def __init__(
@@ -38,8 +63,10 @@ class Stop:
         self.signal: int | None = None
 
     def __enter__(self) -> "Stop":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._record)
+        for number in SIGNALS:
+            # nohup has SIGHUP ignored, which must stay so.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(
@@ -48,15 +75,24 @@ class Stop:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._restore()
+        for number in list(self._handlers):
+            self._restore(number)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
+        if self.signal is None:
+            self.signal = number
+        # The other signals have no further effect. They often come twice: from Slurm, to all
+        # processes of a job, and from the launcher, which forwards its own or dies of it.
+        self._restore(signal.SIGINT)
 
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+    def _restore(self, number: int) -> None:
+        if number in self._handlers:
+            signal.signal(number, self._handlers.pop(number))
+
+    @property
+    def signal_name(self) -> str:
+        """The name of the recorded signal."""
+        return signal.Signals(self.signal or 0).name
 
     @property
     def elapsed_s(self) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.ema import EMAConfig
+from latent_t2i.shards.reader import ShardSet
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import TrainConfig
 from tests import tiny
@@ -57,6 +58,23 @@ def make_config(tmp_path: Path, shards: Path) -> MakeConfig:
     return make
 
 
+@pytest.fixture
+def on_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    """Runs an action while the n-th batch of this process is gathered."""
+
+    def install(number: int, action: Callable[[], None]) -> None:
+        gather, count = ShardSet.gather, iter(range(10**6))
+
+        def wrapped(self: ShardSet, *args: Any) -> Any:
+            if next(count) == number:
+                action()
+            return gather(self, *args)
+
+        monkeypatch.setattr(ShardSet, "gather", wrapped)
+
+    return install
+
+
 def metrics(run: str | Path | None) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, without measured times."""
     text = (Path(str(run)) / "metrics.jsonl").read_text()
@@ -75,10 +93,10 @@ def losses(run: str | Path | None) -> list[float]:
 
 def assert_close_metrics(found: Path, expected: Path, rel: float) -> None:
     """Compares two runs' losses and gradient norms line by line."""
-    for line, wanted in zip(metrics(found), metrics(expected), strict=True):
-        assert line["step"] == wanted["step"]
+    for line, reference in zip(metrics(found), metrics(expected), strict=True):
+        assert line["step"] == reference["step"]
         for key in ("loss", "grad_norm"):
-            assert line[key] == pytest.approx(wanted[key], rel=rel), (found, line["step"])
+            assert line[key] == pytest.approx(reference[key], rel=rel), (found, line["step"])
 
 
 def weights(bundle: Path) -> dict[str, Tensor]:

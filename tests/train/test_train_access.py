@@ -76,8 +76,8 @@ def test_streaming_trains_and_reports_how_it_resumes(
     train(config)
     assert "stream access resumes" not in capsys.readouterr().err
     train(replace(config, num_steps=10))
-    said = capsys.readouterr().err
-    assert said.count("stream access resumes at the start of a shard") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.count("stream access resumes at the start of a shard") == 1
     assert len(losses(config.out)) == 4
     assert not Path(cache_dir).exists()
 
@@ -94,8 +94,8 @@ def test_non_finite_streamed_records_are_named(
     folder = tiny.make_shards(tmp_path / "bad")
     tiny.plant_nan(folder, shard=1, records=[3])
     train(make_config(shards=str(folder), data=DataConfig(access="stream"), num_steps=6))
-    (said,) = skipped_lines(capsys)
-    assert "01-3-000003" in said
+    (line,) = skipped_lines(capsys)
+    assert "01-3-000003" in line
 
 
 def test_preflight_reads_no_shard(make_config: MakeConfig, server: Server, cache_dir: str) -> None:

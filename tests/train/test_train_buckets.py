@@ -4,18 +4,20 @@ from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from latent_t2i.shards.access import make_loader
 from latent_t2i.shards.buckets import BucketedShards
 from latent_t2i.shards.schema import Manifest, Provenance
 from latent_t2i.train.batches import Batch, BatchSource
 from latent_t2i.train.config import DataConfig, TrainConfig
 from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import count_steps, validate
+from latent_t2i.train.setup import make_source
 from tests import shard_sets, tiny
 from tests.servers import serve
 from tests.train import process_groups
@@ -50,17 +52,10 @@ def bucketed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def source_of(config: TrainConfig, num_processes: int = 1, rank: int = 0) -> BatchSource:
     """A process's source of batches."""
-    plan = validate(config, num_processes)
-    place = {"rank": rank, "num_processes": num_processes}
-    return BatchSource(
-        loader=make_loader(plan.shards, plan.order, plan.access, **place),
-        seed=config.seed,
-        batch_size=config.batch_size,
-        latent_channels=plan.latent_shape[0],
-        objective=config.objective,
-        pin_memory=False,
-        **place,
+    process: Any = SimpleNamespace(
+        process_index=rank, num_processes=num_processes, device=torch.device("cpu")
     )
+    return make_source(validate(config, num_processes), process)
 
 
 def copies(source: BatchSource, start: int, stop: int) -> list[Batch]:
@@ -100,14 +95,14 @@ def test_a_run_reports_its_buckets_and_writes_a_stock_pipeline(
     make_config: MakeConfig, bucketed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = train(make_config(shards=str(bucketed)))
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     for line in (
         "3 buckets of 26 records: 8 batches of 4 in the first epoch, each from one bucket",
         "bucket 32x96: 3 records, less than a batch, one every 1.33 epochs with repeated records",
         "bucket 64x64: 14 records, 3.5 batches per epoch",
         "bucket 96x32: 9 records, 2.25 batches per epoch",
     ):
-        assert line in said
+        assert line in stderr
     lines = metrics(bundle.parent)
     assert [line["step"] for line in lines] == [4, 8, 10]
     assert lines[1]["epoch"] == 1
@@ -181,8 +176,8 @@ def test_non_finite_records_are_named(
     folder = make_buckets(tmp_path / "set", SIZES, shards)
     tiny.plant_nan(folder / "96x32", shard=0, records=[2])
     train(make_config(shards=str(folder)))
-    said = skipped_lines(capsys)
-    assert said and all(line.endswith("records: 20-3-000002") for line in said)
+    lines = skipped_lines(capsys)
+    assert lines and all(line.endswith("records: 20-3-000002") for line in lines)
 
 
 def test_epochs_become_steps(make_config: MakeConfig, bucketed: Path) -> None:

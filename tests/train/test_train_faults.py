@@ -1,4 +1,4 @@
-"""Faults: broken records, damaged checkpoints, full disks, changed settings, planted code."""
+"""Faults: broken records, damaged checkpoints, full disks, changed settings, malicious files."""
 
 import ast
 import errno
@@ -36,21 +36,21 @@ def names(run: Path) -> list[str]:
 
 
 @pytest.fixture
-def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def overflow_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes the gradients of some steps infinite, as an overflow does."""
 
-    def arrange(*steps: int) -> None:
-        def planted(run: Any, batch: Any) -> torch.Tensor:
+    def install(*steps: int) -> None:
+        def overflowing(run: Any, batch: Any) -> torch.Tensor:
             loss = accumulate(run, batch)
             if run.state.step in steps:
                 for parameter in run.state.unet.parameters():
                     parameter.grad *= torch.inf
             return loss
 
-        monkeypatch.setattr(loop, "accumulate_gradients", planted)
+        monkeypatch.setattr(loop, "accumulate_gradients", overflowing)
 
     accumulate = loop.accumulate_gradients
-    return arrange
+    return install
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_longest_streak(num_before: int, skipped: str, expected: range) -> N
 
 
 def test_too_many_skipped_steps_roll_back_to_the_checkpoint_before_them(
-    make_config: MakeConfig, plant: Callable[..., None], tmp_path: Path
+    make_config: MakeConfig, overflow_at: Callable[..., None], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {
         "num_steps": 14,
@@ -79,7 +79,7 @@ def test_too_many_skipped_steps_roll_back_to_the_checkpoint_before_them(
     }
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(make_config(**settings | {"num_steps": 4, "out": str(whole)}))
-    plant(5, 6, 7, 8, 9, 10)  # checkpoints at 6, 8 and 10, of which one is kept
+    overflow_at(5, 6, 7, 8, 9, 10)  # checkpoints at 6, 8 and 10, of which one is kept
     message = (
         r"steps 5 to 10: 6 steps in a row .*max_bad_steps: 5.* restored .*step-00000004, deleted "
         r"step-00000010; records of the last ones: \d\d-3-\d+, .*--optim.learning-rate"
@@ -91,7 +91,7 @@ def test_too_many_skipped_steps_roll_back_to_the_checkpoint_before_them(
         run / "checkpoints" / "step-00000004", whole / "checkpoints" / "step-00000004"
     )
     assert '"skipped": 5' in (run / "metrics.jsonl").read_text().splitlines()[-2]
-    plant()
+    overflow_at()
     train(make_config(**settings))
     train(make_config(**settings | {"out": str(whole)}))
     assert_same_checkpoint(
@@ -100,18 +100,18 @@ def test_too_many_skipped_steps_roll_back_to_the_checkpoint_before_them(
 
 
 def test_a_streak_that_ends_within_an_interval_counts(
-    make_config: MakeConfig, plant: Callable[..., None], tmp_path: Path
+    make_config: MakeConfig, overflow_at: Callable[..., None], tmp_path: Path
 ) -> None:
-    plant(4, 5, 6)
+    overflow_at(4, 5, 6)
     with pytest.raises(ValueError, match=r"steps 4 to 6: 3 steps .* restored .*step-00000003"):
         train(make_config(log_every_steps=10, max_bad_steps=2, keep_checkpoints=1))
     assert names(tmp_path / "run") == ["0003"]
 
 
 def test_skipped_steps_from_the_first_on_delete_no_checkpoint(
-    make_config: MakeConfig, plant: Callable[..., None], tmp_path: Path
+    make_config: MakeConfig, overflow_at: Callable[..., None], tmp_path: Path
 ) -> None:
-    plant(*range(10))
+    overflow_at(*range(10))
     with pytest.raises(ValueError, match=r"steps 0 to 5: .*no checkpoint precedes them"):
         train(make_config(max_bad_steps=4, log_every_steps=10))
     assert names(tmp_path / "run") == ["0003"]
@@ -144,8 +144,8 @@ def test_a_damaged_checkpoint_is_refused_naming_the_one_before(
         lambda: (last / "ema.safetensors").unlink(),
         lambda: (last / "state.json").unlink(),
         lambda: (last / "state.json").write_text('{"step": 3}'),
-        lambda: (last / "state.json").write_bytes(pickle.dumps(Planted())),
-        lambda: (last / "unet.safetensors").write_bytes(pickle.dumps(Planted())),
+        lambda: (last / "state.json").write_bytes(pickle.dumps(Malicious())),
+        lambda: (last / "unet.safetensors").write_bytes(pickle.dumps(Malicious())),
         lambda: save_file({"conv_in.weight": torch.zeros(1)}, last / "unet.safetensors"),
         lambda: save_file({"other/exp_avg": torch.zeros(1)}, last / "optimizer.safetensors"),
         lambda: save_file({"conv_in.weight": torch.zeros(1)}, last / "ema.safetensors"),
@@ -182,9 +182,9 @@ def test_without_its_checkpoints_a_run_starts_again_and_says_so(
     assert "starting at step 0" not in capsys.readouterr().err
     shutil.rmtree(last.parent)
     train(make_config(num_steps=3))
-    said = capsys.readouterr().err
-    assert "run has metrics.jsonl and bundle but no checkpoint in" in said
-    assert "starting at step 0, these will be replaced" in said
+    stderr = capsys.readouterr().err
+    assert "run has metrics.jsonl and bundle but no checkpoint in" in stderr
+    assert "starting at step 0, these will be replaced" in stderr
     assert_same_checkpoint(last, Path(kept))
 
 
@@ -223,7 +223,7 @@ def test_a_full_disk_at_the_bundle_is_named_and_the_run_resumes(
     with file_limit(5000), pytest.raises(OSError, match=r"not written, .*run/bundle'"):
         train(make_config(num_steps=3))
     left = {path.name for path in last.parent.parent.iterdir()}
-    assert left == {"checkpoints", "config.json", "metrics.jsonl"}
+    assert left == {".lock", "bundle.sha256", "checkpoints", "config.json", "metrics.jsonl"}
     again = train(make_config(num_steps=3))
     name = "unet/diffusion_pytorch_model.safetensors"
     assert (again / name).read_bytes() == (Path(bundle) / name).read_bytes()
@@ -240,50 +240,50 @@ def test_a_changed_rate_is_reported_and_a_changed_latent_size_refused(
         train(make_config(num_steps=3, shards=str(larger)))
 
 
-class Planted:
+class Malicious:
     """A pickle that makes a folder when it is loaded."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, ("planted-code-has-run",))
+        return (os.mkdir, ("code-was-run",))
 
 
-def planted_array(path: Path) -> bytes:
+def malicious_array(path: Path) -> bytes:
     """An .npy file of one object, whose code `numpy.load` with allow_pickle runs."""
     with path.open("wb") as file:
-        np.save(file, np.array([Planted()], object), allow_pickle=True)
+        np.save(file, np.array([Malicious()], object), allow_pickle=True)
     return path.read_bytes()
 
 
-def test_a_planted_array_of_objects_in_the_shards_does_not_run(
+def test_an_object_array_in_the_shards_is_not_unpickled(
     make_config: MakeConfig, tmp_path: Path, elsewhere: Path
 ) -> None:
     folder = tiny.make_shards(tmp_path / "bad")
-    content = planted_array(tmp_path / "planted.npy")
+    content = malicious_array(tmp_path / "malicious.npy")
     layout = Manifest.load(folder).layouts[0]
     field = layout.fields["text"]
     settings: dict[str, Any] = {"shards": str(folder), "num_steps": 7}
 
-    def plant_in(record: int) -> None:
+    def write_into(record: int) -> None:
         with (folder / "shard-000000.tar").open("r+b") as file:
             start = field.offset_bytes - field.header_bytes
             file.seek(record * layout.record_bytes + start)
             file.write(content)
 
-    plant_in(1)
+    write_into(1)
     train(make_config(**settings, data=DataConfig(verify="none")))  # read as numbers
     for verify in get_args(Verify)[:2]:
         config = make_config(**settings, data=DataConfig(verify=verify), out=str(tmp_path / verify))
         with pytest.raises(ValueError, match=r"shard-000000.tar: sha256"):
             train(config)
-    plant_in(0)
+    write_into(0)
     with pytest.raises(ValueError, match=r"shard-000000.tar: .* field text: expected array header"):
         train(make_config(**settings, out=str(tmp_path / "other")))
     (folder / "empty_text.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"empty_text.npy"):
         train(make_config(**settings))
     assert list(elsewhere.iterdir()) == []
-    np.load(tmp_path / "planted.npy", allow_pickle=True)
-    assert [path.name for path in elsewhere.iterdir()] == ["planted-code-has-run"]
+    np.load(tmp_path / "malicious.npy", allow_pickle=True)
+    assert [path.name for path in elsewhere.iterdir()] == ["code-was-run"]
 
 
 def unsafe_loads(source: str) -> list[str]:

@@ -20,7 +20,6 @@ from latent_t2i.model.ema import EMA, EMAConfig
 from latent_t2i.train import fsdp
 from latent_t2i.train.config import PreviewConfig, ValidationConfig
 from latent_t2i.train.loop import train
-from latent_t2i.train.setup import make_accelerator
 from tests import tiny
 from tests.train import process_groups
 from tests.train.conftest import MODEL, MakeConfig, metrics
@@ -114,10 +113,3 @@ def test_fsdp_with_one_process_is_reported(
 def test_fsdp_refuses_fp16(make_config: MakeConfig) -> None:
     with pytest.raises(ValueError, match=r"fsdp: .* bf16 or no, found fp16"):
         make_config(fsdp=True, mixed_precision="fp16")
-
-
-def test_accelerates_own_sharding_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        with monkeypatch.context() as patch, pytest.raises(ValueError, match=f"{name}: .*--fsdp"):
-            patch.setenv(name, "true")
-            make_accelerator("no")

@@ -50,11 +50,11 @@ def make_curve(folder: Path, variant: str) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_losses_match_the_golden_curve(tmp_path: Path, variant: str) -> None:
-    kept = json.loads(GOLDEN.read_text())[variant]
+    curve = json.loads(GOLDEN.read_text())[variant]
     found = make_curve(tmp_path, variant)
-    assert len(found) == len(kept) == 20
-    for step, (line, wanted) in enumerate(zip(found, kept, strict=True)):
-        assert line == pytest.approx(wanted, rel=RELATIVE), (
+    assert len(found) == len(curve) == 20
+    for step, (line, golden) in enumerate(zip(found, curve, strict=True)):
+        assert line == pytest.approx(golden, rel=RELATIVE), (
             f"step {step}: see this file's docstring"
         )
 

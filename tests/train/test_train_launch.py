@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from latent_t2i.model.paths import ROOT
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.loop import train
-from latent_t2i.train.setup import cpu_warnings
+from latent_t2i.train.setup import cpu_warnings, make_accelerator
 from tests.train.conftest import MakeConfig, assert_close_metrics, metrics
 
 SCRIPT = ROOT / "train" / "run.py"
@@ -69,3 +71,44 @@ def test_a_launcher_that_starts_one_process_of_two_is_detected() -> None:
     for started, num_processes in (({}, 1), (launched | {"RANK": "0"}, 2)):
         notes = cpu_warnings(started, num_processes)
         assert not any("starts one process" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "instead"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "--fsdp"),
+        ("ACCELERATE_USE_DEEPSPEED", "1", "--fsdp"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "--micro-batch-size"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "--compile"),
+    ],
+)
+def test_accelerates_own_settings_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, instead: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    message = f"{name}: accelerate's configuration or launcher sets it to '{value}'.*{instead}"
+    with pytest.raises(ValueError, match=message):
+        make_accelerator("no")
+
+
+def test_the_launchers_defaults_are_accepted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_FSDP": "false",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert make_accelerator("bf16").mixed_precision == "bf16"
+    assert "mixed_precision" not in capsys.readouterr().err
+
+
+def test_another_precision_given_to_the_launcher_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert make_accelerator("bf16").mixed_precision == "bf16"
+    message = "mixed_precision: accelerate's launcher was given fp16, which has no effect; the run"
+    assert message in capsys.readouterr().err

@@ -1,10 +1,6 @@
 """Whole runs in this process: what they write, how they end and how they resume."""
 
 import json
-import os
-import shutil
-import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,6 @@ from diffusers import StableDiffusionPipeline
 
 from latent_t2i.configs import cli
 from latent_t2i.model.bundle import read_info
-from latent_t2i.shards.reader import ShardSet
 from latent_t2i.train.config import OptimConfig, TrainConfig
 from latent_t2i.train.loop import train
 from tests import tiny
@@ -28,23 +23,6 @@ from tests.train.conftest import (
     skipped_lines,
     weights,
 )
-
-
-@pytest.fixture
-def on_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
-    """Runs an action while the n-th batch of this process is gathered."""
-
-    def arrange(number: int, action: Callable[[], None]) -> None:
-        gather, count = ShardSet.gather, iter(range(10**6))
-
-        def wrapped(self: ShardSet, *args: Any) -> Any:
-            if next(count) == number:
-                action()
-            return gather(self, *args)
-
-        monkeypatch.setattr(ShardSet, "gather", wrapped)
-
-    return arrange
 
 
 def test_a_run_writes_a_stock_pipeline_and_its_metrics(make_config: MakeConfig) -> None:
@@ -82,39 +60,6 @@ def test_the_saved_config_is_a_preset_of_the_same_run(make_config: MakeConfig) -
     train(config)
     kept = Path(str(config.out)) / "config.json"
     assert cli.parse(TrainConfig, "train", ["--config", str(kept)]) == config
-
-
-def test_a_finished_run_says_so_and_changes_nothing(
-    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bundle = train(make_config())
-    before = (bundle / "bundle.json").stat().st_mtime_ns
-    assert train(make_config()) == bundle
-    assert "finished at step 10 (last step reached); nothing left to do" in capsys.readouterr().err
-    assert (bundle / "bundle.json").stat().st_mtime_ns == before
-
-
-def test_a_missing_bundle_is_rewritten(make_config: MakeConfig, tmp_path: Path) -> None:
-    bundle = train(make_config())
-    kept = shutil.move(bundle, tmp_path / "kept")
-    assert_same_weights(train(make_config()), Path(kept))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_resumes(
-    make_config: MakeConfig, on_step: Any, tmp_path: Path, number: int
-) -> None:
-    whole = train(make_config(out=str(tmp_path / "whole")))
-    handler = signal.getsignal(number)
-    on_step(5, lambda: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as exit_:
-        train(make_config())
-    assert exit_.value.code == 128 + number
-    assert signal.getsignal(number) is handler
-    newest = max((tmp_path / "run" / "checkpoints").iterdir())
-    assert newest.name not in ("step-00000003", "step-00000006", "step-00000010")
-    assert_same_weights(train(make_config()), whole)
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
 def test_a_crashed_run_resumes_from_its_last_checkpoint(
@@ -191,14 +136,6 @@ def test_fp16_without_a_gpu_falls_back_with_one_warning(
     fp16 = train(make_config(out=str(tmp_path / "fp16"), mixed_precision="fp16"))
     assert capsys.readouterr().err.count("fp16 needs a GPU") == 1
     assert_same_weights(whole, fp16)
-
-
-def test_our_precision_overrides_the_launchers(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    bundle = train(make_config(num_steps=1, mixed_precision="bf16"))
-    assert read_info(bundle)["precision"] == "bf16"
 
 
 def test_non_finite_steps_are_skipped_counted_and_named(

@@ -1,5 +1,7 @@
 """Shards of any autoencoder train and give a stock pipeline, or are refused before training."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,20 @@ def test_penultimate_text_is_refused_whatever_text_encoder_is_given(
     for asked in (None, tiny.encoders().clip):
         with pytest.raises(ValueError, match=r"text_encoder: the shards' text is of 'a/clip \(pen"):
             validate(make_config(shards=shards, text_encoder=asked), num_processes=1)
+
+
+def test_another_scaling_factor_is_refused_at_a_resume(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The hash of the VAE's weights, which the shards name, does not cover its config.json."""
+    vae = shutil.copytree(tiny.encoders().vae, tmp_path / "vae")
+    config = json.loads((vae / "config.json").read_text())
+    (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.3}))
+    train(make_config(num_steps=1, vae=str(vae)))
+    shown = "latent_scale: the run in .* has {0}, found {1}; use the old value"
+    trained, default = r"\[0.3\d*, .*\]", r"\[0.69\d*, .*\]"
+    with pytest.raises(ValueError, match=shown.format(trained, default)):
+        train(make_config(num_steps=2))
+    (vae / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=shown.format(trained, default)):
+        train(make_config(num_steps=2, vae=str(vae)))
