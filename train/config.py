@@ -9,9 +9,9 @@ from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.shards.access import CACHE_BYTES, WINDOW_RECORDS, AccessMode
 from latent_t2i.shards.order import LastBatch, Shuffle
-from latent_t2i.train.trackers import TrackerName, check_names
 
 Precision = Literal["no", "fp16", "bf16"]
+TrackerName = Literal["auto", "none", "tensorboard", "wandb", "trackio"]
 
 MAX_SEED = 2**63 - 1
 # Progress keeps three numbers per step of an interval on the device.
@@ -236,7 +236,7 @@ class TrainConfig:
         check_number("log_every_steps", interval, least=1, most=MAX_LOG_STEPS, whole=True)
         check_number("seed", self.seed, least=0, most=MAX_SEED, whole=True)
         check_number("max_bad_steps", self.max_bad_steps, least=0, whole=True)
-        check_names(self.trackers)
+        _check_trackers(self.trackers)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -256,3 +256,13 @@ class TrainConfig:
                         f"{name}: has no effect without init_from; expected {default}, found "
                         f"{getattr(self, name)}"
                     )
+
+
+def _check_trackers(names: tuple[TrackerName, ...]) -> None:
+    """Raises ValueError for names that exclude each other, are repeated or missing."""
+    exclusive = len(names) > 1 and {"auto", "none"} & set(names)
+    if not names or exclusive or len(set(names)) < len(names):
+        raise ValueError(
+            "trackers: expected auto, none, or a list of different trackers, found "
+            f"{' '.join(names) or 'nothing'}"
+        )

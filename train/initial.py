@@ -7,7 +7,6 @@ anything is built. Only safetensors are read.
 
 import hashlib
 import inspect
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from transformers import CLIPTextModel
 
 from latent_t2i.model import denoiser
 from latent_t2i.model.bundle import fold_shift
+from latent_t2i.model.checks import read_json_object
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
 from latent_t2i.model.encoders import Autoencoder, latent_affine, load_text_encoder, load_vae
@@ -128,14 +128,8 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Returns a JSON object; raises ValueError naming the file if it holds anything else."""
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{FLAG}: {path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{FLAG}: {path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    with loading(path.parent, flag=FLAG):
+        return read_json_object(path)
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

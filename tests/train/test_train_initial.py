@@ -246,7 +246,7 @@ def test_a_source_without_a_network_is_refused(
     ("file", "content", "message"),
     [
         ("config.json", {"block_out_channels": 8}, "block_out_channels: expected a list of int, f"),
-        ("config.json", {"block_out_channels": ["8"]}, "block_out_channels: expected a list of int, f"),
+        ("config.json", {"block_out_channels": ["8"]}, "channels: expected a list of int, found "),
         ("config.json", {"down_block_types": None}, "down_block_types: expected a list of str"),
         ("config.json", {"attention_head_dim": 1.5}, "attention_head_dim: .* of int, found 1.5"),
         (INDEX, {"weight_map": {"conv_in.bias": 1}}, "weight_map: expected file names by tensor"),
@@ -264,7 +264,7 @@ def test_json_of_other_types_is_refused(
     else:
         content = json.loads((source / file).read_text()) | content
     (source / file).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"--init-from: .*{file}: {message}"):
+    with pytest.raises(ValueError, match=f"--init-from: .*{file}.*{message}"):
         initial.find(str(source))
 
 
