@@ -12,12 +12,12 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,25 +48,15 @@ class Passes:
     """Cost of a forward and a backward pass."""
 
     num_parameters: int
-    forward_flop: float
-    """FLOP of one example."""
-    peak_bytes: int
-    """Peak memory beside the weights; includes gradients unless `keeps_gradients`."""
+    forward_flop: float  # of one example
+    peak_bytes: int  # without the weights; with gradients unless `keeps_gradients`
 
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Memory of one training process."""
+class Memory(NamedTuple):
+    """Memory of one training process; the sum is what it needs at its peak."""
 
-    state_bytes: int
-    """Weights, AdamW's moments, averages, and gradients that outlive a pass."""
-    peak_bytes: int
-    """Peak of activations, gradients and temporary tensors."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Sum of both."""
-        return self.state_bytes + self.peak_bytes
+    state_bytes: int  # weights, AdamW's moments, averages, and gradients that outlive a pass
+    peak_bytes: int  # activations, gradients and temporary tensors
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -215,7 +205,7 @@ def require_memory(memory: Memory, available: int | None, config: TrainConfig) -
     share = SURE_SHARE_COMPILED if config.compile else SURE_SHARE
     if available is not None and memory.state_bytes + share * memory.peak_bytes > available:
         raise ValueError(
-            f"memory: the run needs about {size(memory.total_bytes)} per process "
+            f"memory: the run needs about {size(sum(memory))} per process "
             f"({size(memory.state_bytes)} for weights, AdamW and EMA, {size(memory.peak_bytes)} "
             f"for the forward and backward pass), but only {size(available)} are free; use a "
             "smaller --micro-batch-size (same result), --gradient-checkpointing, "
@@ -254,7 +244,11 @@ def count_disk(
 
 def require_disk(folder: Path, parts: Mapping[str, int]) -> None:
     """Raises ValueError if the parts that a run's folder does not hold yet exceed the free disk."""
-    needed = sum(max(0, num - _held_bytes(folder / name)) for name, num in parts.items())
+    held = {
+        name: sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
+        for name in parts
+    }
+    needed = sum(max(0, num - held[name]) for name, num in parts.items())
     free = free_bytes(folder)
     if needed > free:
         raise ValueError(
@@ -262,10 +256,6 @@ def require_disk(folder: Path, parts: Mapping[str, int]) -> None:
             f"{size(free)} are free; use another --out, fewer --keep-checkpoints or a larger "
             "--ema.snapshot-every-steps"
         )
-
-
-def _held_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _list_sizes(parts: Mapping[str, int]) -> str:
@@ -322,7 +312,8 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
     )
     available = available_bytes(accelerator.device)
     require_memory(memory, available, config)
-    frozen_bytes = sum(map(_bytes_of, (plan.vae, plan.text_encoder)))
+    frozen = [*plan.vae.state_dict().values(), *plan.text_encoder.state_dict().values()]
+    frozen_bytes = sum(tensor.nbytes for tensor in frozen)
     disk = count_disk(config, passes.num_parameters, plan.num_steps, frozen_bytes)
     require_disk(plan.folder, disk)
     batch = f"{config.batch_size} = {num_processes} x {plan.micro_batch_size} x {num_pieces}"
@@ -336,17 +327,13 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
         "network": f"{passes.num_parameters / 1e6:.1f} M parameters, "
         f"{passes.forward_flop / 1e9:.4g} GFLOP per image and forward pass",
         "step": f"about {flop / 1e9:.4g} GFLOP",
-        "memory": f"about {size(memory.total_bytes)}{of_available} per process "
+        "memory": f"about {size(sum(memory))}{of_available} per process "
         f"({size(memory.state_bytes)} for weights, AdamW and EMA)",
         "disk": f"{_list_sizes(disk)}; {size(free_bytes(plan.folder))} free",
     }
     if config.preview.prompts and config.preview.every_steps is None:
         rows["preview"] = "none: preview.prompts has no effect without preview.every_steps"
     return layout(rows)
-
-
-def _bytes_of(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
 def layout(lines: Mapping[str, str]) -> list[str]:
