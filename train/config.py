@@ -77,6 +77,7 @@ class DataConfig:
     always verified."""
 
     def __post_init__(self) -> None:
+        _check_text("data.cache_dir", self.cache_dir)
         check_number("data.num_workers", self.num_workers, least=0, whole=True)
         for name in ("cache_bytes", "window_records", "window_shards"):
             check_number(f"data.{name}", getattr(self, name), least=1, whole=True)
@@ -102,6 +103,7 @@ class ValidationConfig:
     """Examples per process and forward pass."""
 
     def __post_init__(self) -> None:
+        _check_text("validation.shards", self.shards)
         for name in ("every_steps", "num_examples", "batch_size"):
             check_number(f"validation.{name}", getattr(self, name), least=1, whole=True)
 
@@ -220,6 +222,8 @@ class TrainConfig:
     """Preview images."""
 
     def __post_init__(self) -> None:
+        for name in ("name", "vae", "text_encoder", "shards", "out", "init_from"):
+            _check_text(name, getattr(self, name))
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError(
                 "num_steps, num_epochs: expected exactly one of them, found "
@@ -256,6 +260,12 @@ class TrainConfig:
                         f"{name}: has no effect without init_from; expected {default}, found "
                         f"{getattr(self, name)}"
                     )
+
+
+def _check_text(name: str, value: str | None) -> None:
+    """Raises ValueError for an empty text, such as an unset shell variable gives."""
+    if value is not None and not value.strip():
+        raise ValueError(f"{name}: expected a name or path, found {value!r}")
 
 
 def _check_trackers(names: tuple[TrackerName, ...]) -> None:
