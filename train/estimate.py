@@ -102,11 +102,12 @@ def measure(
     device_type: str = "cpu",
     checkpointing: bool = False,
     keeps_gradients: bool = False,
+    backward: bool = True,
 ) -> Passes:
     """Returns the cost of passes over latents (C, h, w) and text states (T, D).
 
     `keeps_gradients`: gradients are stored outside the passes (DDP buckets, gradient accumulation),
-    so the peak excludes them.
+    so the peak excludes them. Without `backward` the forward pass alone is measured.
     """
     channels, height, width = latent_shape
     with FakeTensorMode():
@@ -122,7 +123,7 @@ def measure(
             unet, model.attention_kernel, device_type=device_type, precision=precision
         )
         flop_counter = FlopCounterMode(display=False, custom_mapping={SDPA_ON_CPU: _sdpa_flop})
-        with AllocationCounter() as allocations:
+        with AllocationCounter() as allocations, torch.set_grad_enabled(backward):
             inputs = (
                 torch.empty(micro_batch_size, *latent_shape),
                 torch.empty(micro_batch_size, dtype=torch.int64),
@@ -131,7 +132,8 @@ def measure(
             # The fake tensors are on the CPU, so its kernels stand in for a GPU's.
             with flop_counter, torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
                 predicted = unet.train()(*inputs, return_dict=False)[0]
-            predicted.float().square().mean().backward()
+            if backward:
+                predicted.float().square().mean().backward()
     return Passes(
         num_parameters=unet.num_parameters(),
         forward_flop=flop_counter.get_total_flops() / micro_batch_size,
@@ -208,9 +210,9 @@ def require_memory(memory: Memory, available: int | None, config: TrainConfig) -
             f"memory: the run needs about {size(sum(memory))} per process "
             f"({size(memory.state_bytes)} for weights, AdamW and EMA, {size(memory.peak_bytes)} "
             f"for the forward and backward pass), but only {size(available)} are free; use a "
-            "smaller --micro-batch-size (same result), --gradient-checkpointing, "
-            "--mixed-precision bf16, --optim.kind adamw8bit, --fsdp over several processes, fewer "
-            "--ema.sigma-rels or a smaller --model.channels"
+            "smaller --micro-batch-size or --validation.batch-size (same result), "
+            "--gradient-checkpointing, --mixed-precision bf16, --optim.kind adamw8bit, --fsdp over "
+            "several processes, fewer --ema.sigma-rels or a smaller --model.channels"
         )
 
 
@@ -269,24 +271,32 @@ def measure_run(plan: Plan, accelerator: Accelerator, *, keeps_gradients: bool) 
     """
     config, manifest = plan.config, plan.shards.manifest
     precision: Any = accelerator.mixed_precision
-    sets = sorted(plain_sets(plan.shards), key=_latent_area)
-    ends = [
-        measure(
+
+    def measure_set(part: ShardSet, **settings: Any) -> Passes:
+        return measure(
             config.model,
             latent_shape=(plan.latent_shape[0], *part.manifest.latent_shape[1:]),
             text_shape=(manifest.max_tokens, manifest.text_width),
-            micro_batch_size=plan.micro_batch_size,
             precision=precision,
             device_type=accelerator.device.type,
             checkpointing=config.gradient_checkpointing,
             keeps_gradients=keeps_gradients,
+            **settings,
         )
-        for part in (sets[0], sets[-1])
-    ]
+
+    sets = sorted(plain_sets(plan.shards), key=_latent_area)
+    small, large = (
+        measure_set(part, micro_batch_size=plan.micro_batch_size) for part in (sets[0], sets[-1])
+    )
+    peak_bytes = large.peak_bytes
+    if plan.validation is not None:
+        batch_size = max(map(len, plan.validation.batches()))
+        validation = measure_set(sets[-1], micro_batch_size=batch_size, backward=False)
+        peak_bytes = max(peak_bytes, validation.peak_bytes)
     areas = [_latent_area(part) for part in sets]
-    flop = np.interp(areas, [areas[0], areas[-1]], [passes.forward_flop for passes in ends])
+    flop = np.interp(areas, [areas[0], areas[-1]], [small.forward_flop, large.forward_flop])
     mean = np.average(flop, weights=[len(part) for part in sets])
-    return replace(ends[1], forward_flop=float(mean))
+    return replace(large, forward_flop=float(mean), peak_bytes=peak_bytes)
 
 
 def _latent_area(part: ShardSet) -> int:
