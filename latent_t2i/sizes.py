@@ -63,7 +63,7 @@ def size_preset(
         "num_parameters": passes.num_parameters,
         "forward_gflop": passes.forward_flop / 1e9,
         "record_bytes": layout.record_bytes,
-        "memory_bytes": count_memory(passes, num_averages, keeps_gradients=False).total_bytes,
+        "memory_bytes": sum(count_memory(passes, num_averages, keeps_gradients=False)),
         "batch_size": batch_size,
     }
 

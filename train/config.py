@@ -9,9 +9,9 @@ from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.shards.order import LastBatch, Shuffle
 from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, Verify
-from latent_t2i.train.trackers import TrackerName, check_names
 
 Precision = Literal["no", "fp16", "bf16"]
+TrackerName = Literal["auto", "none", "tensorboard", "wandb", "trackio"]
 
 MAX_SEED = 2**63 - 1
 # Progress keeps three numbers per step of an interval on the device.
@@ -78,6 +78,7 @@ class DataConfig:
     streams are always hashed."""
 
     def __post_init__(self) -> None:
+        _check_text("data.cache_dir", self.cache_dir)
         check_number("data.num_workers", self.num_workers, least=0, whole=True)
         for name in ("cache_bytes", "window_records", "window_shards"):
             check_number(f"data.{name}", getattr(self, name), least=1, whole=True)
@@ -103,6 +104,7 @@ class ValidationConfig:
     """Examples per process and forward pass."""
 
     def __post_init__(self) -> None:
+        _check_text("validation.shards", self.shards)
         for name in ("every_steps", "num_examples", "batch_size"):
             check_number(f"validation.{name}", getattr(self, name), least=1, whole=True)
 
@@ -221,6 +223,8 @@ class TrainConfig:
     """Preview images."""
 
     def __post_init__(self) -> None:
+        for name in ("name", "vae", "text_encoder", "shards", "out", "init_from"):
+            _check_text(name, getattr(self, name))
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError(
                 "num_steps, num_epochs: expected exactly one of them, found "
@@ -237,7 +241,7 @@ class TrainConfig:
         check_number("log_every_steps", interval, least=1, most=MAX_LOG_STEPS, whole=True)
         check_number("seed", self.seed, least=0, most=MAX_SEED, whole=True)
         check_number("max_bad_steps", self.max_bad_steps, least=0, whole=True)
-        check_names(self.trackers)
+        _check_trackers(self.trackers)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -257,3 +261,19 @@ class TrainConfig:
                         f"{name}: has no effect without init_from; expected {default}, found "
                         f"{getattr(self, name)}"
                     )
+
+
+def _check_text(name: str, value: str | None) -> None:
+    """Raises ValueError for an empty text, such as an unset shell variable gives."""
+    if value is not None and not value.strip():
+        raise ValueError(f"{name}: expected a name or path, found {value!r}")
+
+
+def _check_trackers(names: tuple[TrackerName, ...]) -> None:
+    """Raises ValueError for names that exclude each other, are repeated or missing."""
+    exclusive = len(names) > 1 and {"auto", "none"} & set(names)
+    if not names or exclusive or len(set(names)) < len(names):
+        raise ValueError(
+            "trackers: expected auto, none, or a list of different trackers, found "
+            f"{' '.join(names) or 'nothing'}"
+        )

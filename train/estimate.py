@@ -12,12 +12,12 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,25 +48,15 @@ class Passes:
     """Cost of a forward and a backward pass."""
 
     num_parameters: int
-    forward_flop: float
-    """FLOP of one example."""
-    peak_bytes: int
-    """Peak memory beside the weights; includes gradients unless `keeps_gradients`."""
+    forward_flop: float  # of one example
+    peak_bytes: int  # without the weights; with gradients unless `keeps_gradients`
 
 
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Memory of one training process."""
+class Memory(NamedTuple):
+    """Memory of one training process; the sum is what it needs at its peak."""
 
-    state_bytes: int
-    """Weights, AdamW's moments, averages, and gradients that outlive a pass."""
-    peak_bytes: int
-    """Peak of activations, gradients and temporary tensors."""
-
-    @property
-    def total_bytes(self) -> int:
-        """Sum of both."""
-        return self.state_bytes + self.peak_bytes
+    state_bytes: int  # weights, AdamW's moments, averages, and gradients that outlive a pass
+    peak_bytes: int  # activations, gradients and temporary tensors
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -112,11 +102,12 @@ def measure(
     device_type: str = "cpu",
     checkpointing: bool = False,
     keeps_gradients: bool = False,
+    backward: bool = True,
 ) -> Passes:
     """Returns the cost of passes over latents (C, h, w) and text states (T, D).
 
     `keeps_gradients`: gradients are stored outside the passes (DDP buckets, gradient accumulation),
-    so the peak excludes them.
+    so the peak excludes them. Without `backward` the forward pass alone is measured.
     """
     channels, height, width = latent_shape
     with FakeTensorMode():
@@ -132,7 +123,7 @@ def measure(
             unet, model.attention_kernel, device_type=device_type, precision=precision
         )
         flop_counter = FlopCounterMode(display=False, custom_mapping={SDPA_ON_CPU: _sdpa_flop})
-        with AllocationCounter() as allocations:
+        with AllocationCounter() as allocations, torch.set_grad_enabled(backward):
             inputs = (
                 torch.empty(micro_batch_size, *latent_shape),
                 torch.empty(micro_batch_size, dtype=torch.int64),
@@ -141,7 +132,8 @@ def measure(
             # The fake tensors are on the CPU, so its kernels stand in for a GPU's.
             with flop_counter, torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
                 predicted = unet.train()(*inputs, return_dict=False)[0]
-            predicted.float().square().mean().backward()
+            if backward:
+                predicted.float().square().mean().backward()
     return Passes(
         num_parameters=unet.num_parameters(),
         forward_flop=flop_counter.get_total_flops() / micro_batch_size,
@@ -215,12 +207,12 @@ def require_memory(memory: Memory, available: int | None, config: TrainConfig) -
     share = SURE_SHARE_COMPILED if config.compile else SURE_SHARE
     if available is not None and memory.state_bytes + share * memory.peak_bytes > available:
         raise ValueError(
-            f"memory: the run needs about {format_bytes(memory.total_bytes)} per process "
+            f"memory: the run needs about {format_bytes(sum(memory))} per process "
             f"({format_bytes(memory.state_bytes)} for weights, AdamW and EMA, "
             f"{format_bytes(memory.peak_bytes)} for the forward and backward pass), but only "
-            f"{format_bytes(available)} are free; use a smaller --micro-batch-size (same result), "
-            "--gradient-checkpointing, --mixed-precision bf16, --optim.kind adamw8bit, "
-            "--fsdp over several processes, fewer --ema.sigma-rels or a smaller --model.channels"
+            f"{format_bytes(available)} are free; use a smaller --micro-batch-size or "
+            "--validation.batch-size (same result), --gradient-checkpointing, --mixed-precision "
+            "bf16, --optim.kind adamw8bit, --fsdp over several processes, fewer --ema.sigma-rels or a smaller --model.channels"
         )
 
 
@@ -254,7 +246,11 @@ def count_disk(
 
 def require_disk(folder: Path, parts: Mapping[str, int]) -> None:
     """Raises ValueError if the parts that a run's folder does not hold yet exceed the free disk."""
-    needed = sum(max(0, num - _held_bytes(folder / name)) for name, num in parts.items())
+    held = {
+        name: sum(path.stat().st_size for path in (folder / name).rglob("*") if path.is_file())
+        for name in parts
+    }
+    needed = sum(max(0, num - held[name]) for name, num in parts.items())
     free = free_bytes(folder)
     if needed > free:
         raise ValueError(
@@ -262,10 +258,6 @@ def require_disk(folder: Path, parts: Mapping[str, int]) -> None:
             f"only {format_bytes(free)} are free; use another --out, fewer --keep-checkpoints or a "
             "larger --ema.snapshot-every-steps"
         )
-
-
-def _held_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _list_sizes(parts: Mapping[str, int]) -> str:
@@ -279,24 +271,32 @@ def measure_run(plan: Plan, accelerator: Accelerator, *, keeps_gradients: bool) 
     """
     config, manifest = plan.config, plan.shards.manifest
     precision: Any = accelerator.mixed_precision
-    sets = sorted(plain_sets(plan.shards), key=_latent_area)
-    ends = [
-        measure(
+
+    def measure_set(part: ShardSet, **settings: Any) -> Passes:
+        return measure(
             config.model,
             latent_shape=(plan.latent_shape[0], *part.manifest.latent_shape[1:]),
             text_shape=(manifest.max_tokens, manifest.text_width),
-            micro_batch_size=plan.micro_batch_size,
             precision=precision,
             device_type=accelerator.device.type,
             checkpointing=config.gradient_checkpointing,
             keeps_gradients=keeps_gradients,
+            **settings,
         )
-        for part in (sets[0], sets[-1])
-    ]
+
+    sets = sorted(plain_sets(plan.shards), key=_latent_area)
+    small, large = (
+        measure_set(part, micro_batch_size=plan.micro_batch_size) for part in (sets[0], sets[-1])
+    )
+    peak_bytes = large.peak_bytes
+    if plan.validation is not None:
+        batch_size = max(map(len, plan.validation.batches()))
+        validation = measure_set(sets[-1], micro_batch_size=batch_size, backward=False)
+        peak_bytes = max(peak_bytes, validation.peak_bytes)
     areas = [_latent_area(part) for part in sets]
-    flop = np.interp(areas, [areas[0], areas[-1]], [passes.forward_flop for passes in ends])
+    flop = np.interp(areas, [areas[0], areas[-1]], [small.forward_flop, large.forward_flop])
     mean = np.average(flop, weights=[len(part) for part in sets])
-    return replace(ends[1], forward_flop=float(mean))
+    return replace(large, forward_flop=float(mean), peak_bytes=peak_bytes)
 
 
 def _latent_area(part: ShardSet) -> int:
@@ -322,7 +322,8 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
     )
     available = available_bytes(accelerator.device)
     require_memory(memory, available, config)
-    frozen_bytes = sum(map(_bytes_of, (plan.vae, plan.text_encoder)))
+    frozen = [*plan.vae.state_dict().values(), *plan.text_encoder.state_dict().values()]
+    frozen_bytes = sum(tensor.nbytes for tensor in frozen)
     disk = count_disk(config, passes.num_parameters, plan.num_steps, frozen_bytes)
     require_disk(plan.folder, disk)
     batch = f"{config.batch_size} = {num_processes} x {plan.micro_batch_size} x {num_pieces}"
@@ -336,17 +337,13 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
         "network": f"{passes.num_parameters / 1e6:.1f} M parameters, "
         f"{passes.forward_flop / 1e9:.4g} GFLOP per image and forward pass",
         "step": f"about {flop / 1e9:.4g} GFLOP",
-        "memory": f"about {format_bytes(memory.total_bytes)}{of_available} per process "
+        "memory": f"about {format_bytes(sum(memory))}{of_available} per process "
         f"({format_bytes(memory.state_bytes)} for weights, AdamW and EMA)",
         "disk": f"{_list_sizes(disk)}; {format_bytes(free_bytes(plan.folder))} free",
     }
     if config.preview.prompts and config.preview.every_steps is None:
         rows["preview"] = "none: preview.prompts has no effect without preview.every_steps"
     return layout(rows)
-
-
-def _bytes_of(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in network.state_dict().values())
 
 
 def layout(lines: Mapping[str, str]) -> list[str]:

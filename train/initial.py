@@ -7,7 +7,6 @@ anything is built. Only safetensors are read.
 
 import hashlib
 import inspect
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from transformers import CLIPTextModel
 
 from latent_t2i.model import denoiser
 from latent_t2i.model.bundle import fold_shift
+from latent_t2i.model.checks import read_json_object
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
 from latent_t2i.model.encoders import Autoencoder, latent_affine, load_text_encoder, load_vae
@@ -84,6 +84,8 @@ def find(source: str) -> Initial:
     root = fetch(source, None, FILES, flag=FLAG, parts=("unet", "scheduler"))
     folder = find_part(root, "unet", flag=FLAG)
     read_config(folder, "_class_name", ("UNet2DConditionModel",), flag=FLAG)
+    config = _with_defaults(UNet2DConditionModel, _read_json(folder / "config.json"))
+    _require_types(folder, config)
     files = find_weights(folder)
     shapes: dict[str, tuple[int, ...]] = {}
     total = hashlib.sha256()
@@ -98,7 +100,7 @@ def find(source: str) -> Initial:
         root=root,
         folder=folder,
         files=files,
-        config=_with_defaults(UNet2DConditionModel, _read_json(folder / "config.json")),
+        config=config,
         shapes=shapes,
         sha256=total.hexdigest(),
     )
@@ -115,16 +117,39 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
         if single.is_file():
             return (single,)
         if index.is_file():
-            with loading(folder, flag=FLAG):
-                names = set(_read_json(index)["weight_map"].values())
-            return tuple(folder / Path(name).name for name in sorted(names))
+            names = _read_json(index).get("weight_map")
+            if not isinstance(names, dict) or not _is_list_of(str, list(names.values())):
+                raise ValueError(
+                    f"{FLAG}: {index}: weight_map: expected file names by tensor, found {names!r}"
+                )
+            return tuple(folder / Path(name).name for name in sorted(set(names.values())))
     require_weights(folder, STEM, flag=FLAG)
     raise AssertionError("require_weights found weights that find_weights did not")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    with loading(path.parent, flag=FLAG):
+        return read_json_object(path)
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and len(value) > 0
+    return is_list and all(type(item) is kind for item in value)
+
+
+def _require_types(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError if the fields that `describe_model` reads have other types."""
+    heads = config["attention_head_dim"]
+    for field, kind, value in (
+        ("block_out_channels", int, config["block_out_channels"]),
+        ("down_block_types", str, config["down_block_types"]),
+        ("attention_head_dim", int, [heads] if type(heads) is int else heads),
+    ):
+        if not _is_list_of(kind, value):
+            raise ValueError(
+                f"{FLAG}: {folder / 'config.json'}: {field}: expected a list of {kind.__name__}, "
+                f"found {config[field]!r}"
+            )
 
 
 def _with_defaults(kind: type[Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,8 +322,7 @@ def compare_objectives(initial: Initial, objective: ObjectiveConfig) -> Iterator
     if not path.is_file():
         yield f"init_from: {initial.root} has no scheduler; cannot check its objective"
         return
-    with loading(path.parent, flag=FLAG):
-        theirs = _with_defaults(DDPMScheduler, _read_json(path))
+    theirs = _with_defaults(DDPMScheduler, _read_json(path))
     ours = make_scheduler(objective).config
     different = [
         f"{name}: found {theirs.get(name)!r}, expected {ours.get(name)!r}"

@@ -9,14 +9,14 @@ nothing. TensorBoard's files are in runs/NAME/tracker:
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
 from PIL import Image
 
-TrackerName = Literal["auto", "none", "tensorboard", "wandb", "trackio"]
+from latent_t2i.train.config import TrackerName
 
 PROJECT = "latent-t2i"
 FOLDER = "tracker"
@@ -26,16 +26,6 @@ AVAILABLE = {
     "trackio": is_trackio_available,
 }
 PIP_PACKAGES = {"tensorboard": "latent-t2i[track]", "wandb": "wandb", "trackio": "trackio"}
-
-
-def check_names(names: Sequence[TrackerName]) -> None:
-    """Raises ValueError for names that exclude each other, are repeated or missing."""
-    exclusive = len(names) > 1 and {"auto", "none"} & set(names)
-    if not names or exclusive or len(set(names)) < len(names):
-        raise ValueError(
-            "trackers: expected auto, none, or a list of different trackers, found "
-            f"{' '.join(names) or 'nothing'}"
-        )
 
 
 def choose(names: Sequence[TrackerName]) -> tuple[list[str], list[str]]:

@@ -143,12 +143,6 @@ def test_impossible_access_is_refused_before_anything_is_built(
         validate(make_config(data=data, **changes), num_processes=1)
 
 
-@pytest.mark.parametrize("name", ["cache_bytes", "window_records", "num_workers"])
-def test_impossible_counts_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"data.{name}: expected \d or more, found -1"):
-        DataConfig(**{name: -1})
-
-
 def test_another_vae_is_refused_naming_the_url(
     make_config: MakeConfig, server: Server, tmp_path: Path
 ) -> None:

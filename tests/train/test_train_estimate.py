@@ -13,9 +13,12 @@ import torch
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.train import estimate
-from latent_t2i.train.config import PreviewConfig
-from latent_t2i.train.estimate import Memory, Passes, count_disk, count_memory, measure
+from latent_t2i.train.config import PreviewConfig, ValidationConfig
+from latent_t2i.train.estimate import Memory, Passes, count_disk, count_memory, measure, measure_run
 from latent_t2i.train.loop import train
+from latent_t2i.train.preflight import validate
+from latent_t2i.train.setup import make_accelerator
+from tests import tiny
 from tests.train.conftest import MakeConfig
 from tests.train.test_train_buckets import make_buckets
 
@@ -99,7 +102,7 @@ def test_memory_is_close_to_that_of_a_process() -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     model = DenoiserConfig(channels=(96, 192), attention=(True, True), layers_per_block=1)
     passes = measure_small(model, text_shape=(32, 64), micro_batch_size=24)
-    counted = count_memory(passes, 0, keeps_gradients=False).total_bytes
+    counted = sum(count_memory(passes, 0, keeps_gradients=False))
     assert counted == pytest.approx(int(done.stdout), rel=0.25)
 
 
@@ -128,6 +131,20 @@ def test_disk_is_that_of_a_run(make_config: MakeConfig, tmp_path: Path) -> None:
         files = (tmp_path / "run" / name).rglob("*.safetensors")
         found = factor * sum(path.stat().st_size for path in files)
         assert parts[name] == pytest.approx(found, rel=0.1), name
+
+
+def test_memory_covers_large_validation_batches(make_config: MakeConfig, tmp_path: Path) -> None:
+    held_out = tiny.make_shards(tmp_path / "val", sizes=(24,), first_seed=50)
+    accelerator = make_accelerator("no")
+    peaks = []
+    for batch_size in (1, 24):
+        validation = ValidationConfig(shards=str(held_out), batch_size=batch_size)
+        plan = validate(make_config(micro_batch_size=1, validation=validation), 1)
+        peaks.append(measure_run(plan, accelerator, keeps_gradients=True).peak_bytes)
+    forward = measure_small(
+        plan.config.model, latent_shape=(4, 8, 8), micro_batch_size=24, backward=False
+    )
+    assert peaks[0] < peaks[1] == forward.peak_bytes
 
 
 def test_a_run_that_does_not_fit_into_memory_is_refused(

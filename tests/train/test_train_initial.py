@@ -37,6 +37,7 @@ TINY = DenoiserConfig(
     channels=(8,), attention=(True,), layers_per_block=1, attention_head_dim=2, norm_num_groups=4
 )
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 
 
 @pytest.fixture(scope="session")
@@ -239,6 +240,32 @@ def test_a_source_without_a_network_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         prepare(make_config(init_from=name))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", {"block_out_channels": 8}, "block_out_channels: expected a list of int, f"),
+        ("config.json", {"block_out_channels": ["8"]}, "channels: expected a list of int, found "),
+        ("config.json", {"down_block_types": None}, "down_block_types: expected a list of str"),
+        ("config.json", {"attention_head_dim": 1.5}, "attention_head_dim: .* of int, found 1.5"),
+        (INDEX, {"weight_map": {"conv_in.bias": 1}}, "weight_map: expected file names by tensor"),
+        (INDEX, {"weight_map": [WEIGHTS]}, "weight_map: expected file names by tensor, found "),
+        (INDEX, {}, "weight_map: expected file names by tensor, found None"),
+        (INDEX, [], "expected a JSON object, found list"),
+    ],
+)
+def test_json_of_other_types_is_refused(
+    tmp_path: Path, file: str, content: Any, message: str
+) -> None:
+    source = save_unet(tmp_path / "unet")
+    if file == INDEX:
+        (source / WEIGHTS).unlink()
+    else:
+        content = json.loads((source / file).read_text()) | content
+    (source / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"--init-from: .*{file}.*{message}"):
+        initial.find(str(source))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """The validation loss: fixed examples, any number of processes, no effect on training."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from latent_t2i.train.preflight import validate
 from latent_t2i.train.setup import Run, start
 from latent_t2i.train.validation import Validation, measure
 from tests import shard_sets, tiny
+from tests.train import process_groups
 from tests.train.conftest import MakeConfig
 from tests.train.test_train_buckets import make_buckets
-from tests.train.test_train_launch import SCRIPT, TIMEOUT_S, environment, flags
 from tests.train.test_train_loop import assert_same_weights, metrics
 
 Objective = Callable[[torch.nn.Module, Batch], torch.Tensor]
@@ -217,22 +216,10 @@ def test_processes_share_the_examples(validated: Any) -> None:
 
 @pytest.mark.slow
 def test_two_processes_measure_the_loss_of_one(
-    validated: Any, held_out: Path, tmp_path: Path, elsewhere: Path
+    validated: Any, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     train(validated(out=str(tmp_path / "one")))
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch"]
-    launch += ["--multi_gpu", "--num_processes=2", "--main_process_port=0"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    settings = ["--validation.shards", str(held_out), "--validation.every-steps", "3"]
-    settings += ["--validation.num-examples", "9", "--validation.batch-size", "4"]
-    subprocess.run(
-        [sys.executable, *launch, str(SCRIPT), *flags(validated()), *settings],
-        env=environment(ACCELERATE_USE_CPU="1"),
-        cwd=elsewhere,
-        check=True,
-        timeout=TIMEOUT_S,
-        stderr=subprocess.DEVNULL,
-    )
+    process_groups.finish(process_groups.start(forks, validated(), num_processes=2))
     one, two = (validation_lines(tmp_path / name) for name in ("one", "run"))
     assert [line["step"] for line in two] == [3, 6, 9, 10]
     for first, second in zip(one, two, strict=True):
