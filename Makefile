@@ -84,7 +84,7 @@ types: $(SETUP)  ## check types
 	$(PYTHON) -m mypy
 
 docs: $(SETUP)  ## build the documentation site into build/site
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 coco2014: $(SETUP)  ## download COCO 2014 into data/coco, 20 GB; FLAGS="--images val" for less
 	$(PYTHON) -m pipeline.download coco2014 $(FLAGS)
