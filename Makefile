@@ -46,7 +46,7 @@ DEMO_FLAGS ?=
 DEMO = --config configs/demo.yaml --name $(DEMO_NAME) $(DEMO_FLAGS)
 DEMO_VALIDATION = --validation.shards shards/data/$(DEMO_NAME)/val --validation.every-steps 300
 
-.PHONY: help setup demo test lint format types docs coco2014 shards train samples evaluate bench clean
+.PHONY: help setup demo test lint format types docs walkthrough coco2014 shards train samples evaluate bench clean
 
 help:  ## list the targets
 	@sed -n -E 's/^([a-z0-9]+):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -86,7 +86,10 @@ types: $(SETUP)  ## check types
 	$(PYTHON) -m mypy
 
 docs: $(SETUP)  ## build the documentation site into build/site
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+walkthrough: $(SETUP)  ## run docs/walkthrough.ipynb and store its outputs, under ten minutes
+	$(PYTHON) -m jupyter execute --inplace --NotebookClient.record_timing=False docs/walkthrough.ipynb
 
 coco2014: $(SETUP)  ## download COCO 2014 into data/coco, 20 GB; FLAGS="--images val" for less
 	$(PYTHON) -m pipeline.download coco2014 $(FLAGS)

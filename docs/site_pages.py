@@ -5,6 +5,7 @@ of holding copies. Links to source files, which the site does not contain, becom
 """
 
 import json
+import logging
 import posixpath
 import re
 from pathlib import Path
@@ -21,6 +22,7 @@ PAGES = {
     "changelog.md": "CHANGELOG.md",
     "walkthrough.md": "docs/walkthrough.ipynb",
 }
+LOG = logging.getLogger("mkdocs.hooks")  # --strict counts the warnings of mkdocs' loggers
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -50,6 +52,8 @@ def resolve_links(markdown: str, source: str) -> str:
         names = {repository_path: name for name, repository_path in PAGES.items()}
         inside = path.removeprefix("docs/") if path.startswith("docs/") else None
         name = names.get(path, inside)
+        if name is None and not (ROOT / path).exists():
+            LOG.warning("%s has a link to %s, which does not exist", source, target)
         return f"{image}[{text}]({name}{'#' * bool(anchor)}{anchor})" if name else text
 
     return LINK.sub(replace, markdown)

@@ -1,4 +1,4 @@
-"""The four commands by their preset sections, with the settings each takes."""
+"""The preset sections of the four commands, with their settings."""
 
 from typing import Any
 

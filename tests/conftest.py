@@ -1,4 +1,4 @@
-"""What every test gets: no network, one thread, a fresh accelerate; for some photographs, forks."""
+"""Fixtures for all tests, and settings: no network, one thread per process."""
 
 import multiprocessing
 import os
@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-# Before anything imports huggingface_hub, which reads it once; subprocesses inherit it.
+# Set before huggingface_hub is imported, which reads it once. Subprocesses inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKED = ["tests.shards.test_shards_faults", "tests.stage_one", "tests.train.process_groups"]
-"""Modules whose functions run in processes of their own."""
+"""Modules whose functions run in forked processes."""
 COCO_MINI = ROOT.parent / "shared" / "data" / "coco-mini"
 
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate() -> Iterator[None]:
-    """Forgets the precision of an earlier test: accelerate keeps one for the process."""
+    """Resets accelerate, which keeps the precision of an earlier test for the whole process."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(True)
@@ -32,10 +32,8 @@ def _fresh_accelerate() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def forks() -> ForkServerContext:
-    """Starts processes that have imported everything already.
-
-    From a server, of which a process can have one: the first to be asked decides what it imports.
-    """
+    """A context whose processes start with the modules of FORKED imported."""
+    # A process has one fork server, whose imports are fixed at its first use.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(FORKED)
     with pytest.MonkeyPatch.context() as patch:
@@ -49,7 +47,7 @@ def forks() -> ForkServerContext:
 
 @pytest.fixture(scope="session")
 def coco_mini() -> Path:
-    """A few COCO 2017 photographs with their annotations, in COCO's layout."""
+    """A few COCO 2017 photographs with annotations, in COCO's layout."""
     if not COCO_MINI.is_dir():
         pytest.skip(f"no COCO photographs at {COCO_MINI}")
     return COCO_MINI
@@ -57,7 +55,7 @@ def coco_mini() -> Path:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder that is the working directory during the test."""
+    """An empty folder, which is the working directory during the test."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     monkeypatch.chdir(folder)

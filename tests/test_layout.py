@@ -1,4 +1,4 @@
-"""The repository's own rules: imports, names, sizes, and a tree of files that is true."""
+"""Rules of the repository: imports, names, function lengths, and the documented tree of files."""
 
 import ast
 import statistics
@@ -26,7 +26,7 @@ ALLOWED = {
     "sample": {"model"},
     "evaluation": {"model", "sample", "scenes", "shards"},
 }
-"""Which of our packages each of them may import, apart from itself."""
+"""The packages of ours that each package may import, besides itself."""
 ALLOWED_BY_SHARDS = {"fsspec", "numpy", "tenacity", "torch", "tqdm", "webdataset"}
 """The format must be readable without the networks, so shards imports nothing else."""
 
@@ -40,7 +40,7 @@ def all_files() -> list[Path]:
 
 
 def top_names(module: str, names: list[str]) -> set[str]:
-    """The package or packages that `from module import names` takes from, without our prefix."""
+    """The packages that `from module import names` imports from, without our prefix."""
     first, _, rest = module.partition(".")
     if first != "latent_t2i":
         return {first}
@@ -48,7 +48,7 @@ def top_names(module: str, names: list[str]) -> set[str]:
 
 
 def imported_names(source: str) -> set[str]:
-    """The top-level names that a module imports, ours without `latent_t2i.`; not relative ones."""
+    """The top-level names of a module's absolute imports, ours without `latent_t2i.`."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ def imported_names(source: str) -> set[str]:
 
 
 def forbidden_imports(package: str, file: str, source: str) -> set[str]:
-    """What a module of `package` imports against the dependency rule."""
+    """The imports of a module of `package` that the dependency rule forbids."""
     names = imported_names(source)
     allowed = {package, *ALLOWED[package], *({"configs"} if file == "run.py" else ())}
     ours = names & ALLOWED.keys() - allowed
@@ -98,7 +98,7 @@ def test_dependency_rule(package: str) -> None:
 
 
 def test_packages_are_imported_by_their_full_names() -> None:
-    """`from train import loop` would be a second copy of `latent_t2i.train.loop`."""
+    """`from train import loop` would load a second copy of `latent_t2i.train.loop`."""
     command = ["git", "grep", "-nE", rf"^ *(from|import) ({'|'.join(ALLOWED)})\b", "--", "*.py"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.stdout == ""
@@ -129,7 +129,9 @@ def test_packages_are_imported_by_their_full_names() -> None:
         ("shards", "reader.py", "def f():\n    import diffusers", {"diffusers"}),
     ],
 )
-def test_dependency_rule_sees(package: str, file: str, source: str, forbidden: set[str]) -> None:
+def test_dependency_rule_finds_violations(
+    package: str, file: str, source: str, forbidden: set[str]
+) -> None:
     assert forbidden_imports(package, file, source) == forbidden
 
 
@@ -172,7 +174,7 @@ def test_no_module_hides_another() -> None:
 def test_functions_are_short() -> None:
     lengths = {
         f"{path.relative_to(ROOT)} {name}": lines
-        for path in all_files()
+        for path in [*all_files(), *NAMESPACE.glob("*.py")]
         for name, lines in functions(path.read_text(encoding="utf-8"))
     }
     assert not {place: lines for place, lines in lengths.items() if lines > 80}
@@ -180,7 +182,7 @@ def test_functions_are_short() -> None:
     assert statistics.quantiles(lengths.values(), n=10)[-1] <= 40
 
 
-def test_functions_are_measured() -> None:
+def test_function_lengths_are_measured() -> None:
     source = "class A:\n  def f(self):\n    pass\n\nasync def g():\n  def h(): pass\n\n  return h\n"
     assert dict(functions(source)) == {"f": 2, "g": 4, "h": 1}
 
@@ -194,21 +196,21 @@ def test_test_files_are_named_for_what_they_test() -> None:
 
 
 def documented_tree(text: str) -> list[str]:
-    """The paths in the tree of a page's section "Layout"; a folder's ends with a slash."""
+    """The paths in the tree of a page's section "Layout"; folders end with a slash."""
     block = text.partition("## Layout")[2].split("```")[1]
     paths: list[str] = []
     parents: list[str] = []
     for line in filter(str.strip, block.splitlines()[1:]):
         name, *about = line.split(maxsplit=1)
-        assert about, f"nothing is said about {name}"
+        assert about, f"{name} has no description"
         depth = (len(line) - len(line.lstrip())) // 2
         parents[depth:] = [name]
         paths.append("".join(parents))
     return paths
 
 
-def untold(files: list[str], tree: list[str]) -> list[str]:
-    """The files without a line of their own that lie in no folder told as a whole."""
+def undocumented(files: list[str], tree: list[str]) -> list[str]:
+    """The files that have neither a line nor a folder that is described in one line."""
     folders = [path for path in tree if path.endswith("/")]
     whole = tuple(f for f in folders if sum(path.startswith(f) for path in tree) == 1)
     return [
@@ -229,14 +231,14 @@ def files_of_checkout() -> list[str]:
 
 def test_documented_tree_is_the_disk() -> None:
     tree = documented_tree((ROOT / "docs/architecture.md").read_text(encoding="utf-8"))
-    assert not [path for path in tree if not (ROOT / path).exists()], "in the tree only"
-    assert not [path for path, count in Counter(tree).items() if count > 1], "told twice"
-    assert not untold(files_of_checkout(), tree), "not in the tree"
+    assert not [path for path in tree if not (ROOT / path).exists()], "only in the tree"
+    assert not [path for path, count in Counter(tree).items() if count > 1], "twice in the tree"
+    assert not undocumented(files_of_checkout(), tree), "not in the tree"
 
 
-def test_documented_tree_sees() -> None:
+def test_undocumented_files_are_found() -> None:
     text = "## Layout\n```\na/     code\n  b.py one\n  c/   whole\nd.md   text\n```\n"
     tree = documented_tree(text)
     assert tree == ["a/", "a/b.py", "a/c/", "d.md"]
     files = ["a/__init__.py", "a/b.py", "a/c/x/y.bin", "a/new.py", "d.md", "e.md"]
-    assert untold(files, tree) == ["a/new.py", "e.md"]
+    assert undocumented(files, tree) == ["a/new.py", "e.md"]

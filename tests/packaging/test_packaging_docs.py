@@ -1,5 +1,6 @@
 """The documentation site: links between repository files, and the notebook as a page."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,10 +44,26 @@ def test_notebook_page() -> None:
     )
 
 
+def build(project: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+
+
 def test_site_builds_without_warnings(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = build(ROOT, tmp_path)
     assert done.returncode == 0, done.stderr
     for name in PAGES:
         page = tmp_path / ("index.html" if name == "index.md" else f"{Path(name).stem}/index.html")
         assert page.is_file()
+
+
+def test_site_refuses_broken_links(checkout: Path, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(checkout, project, symlinks=True)
+    with (project / "docs" / "log.md").open("a") as page:
+        page.write("[a](nowhere.md) [b](format.md#nowhere) [c](../model/nowhere.py)\n")
+    done = build(project, tmp_path / "site")
+    assert done.returncode != 0
+    assert "'nowhere.md'" in done.stderr
+    assert "'#nowhere'" in done.stderr
+    assert "docs/log.md has a link to ../model/nowhere.py" in done.stderr
