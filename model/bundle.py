@@ -55,6 +55,8 @@ def save_bundle(
     with complete_or_absent(folder) as temporary:
         with quiet():
             pipeline.save_pretrained(temporary)
+        # transformers 4 needs vocab.json and merges.txt; transformers 5 writes only tokenizer.json.
+        pipeline.tokenizer.backend_tokenizer.model.save(str(temporary / "tokenizer"))
         if dtype == "float16":
             for path in temporary.rglob("*.safetensors"):
                 _store_float16(path)

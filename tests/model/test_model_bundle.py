@@ -1,6 +1,11 @@
 """The bundle is a stock pipeline folder that loads without warnings and records its origin."""
 
 import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +14,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTokenizer
 
 from latent_t2i.model import bundle
 from latent_t2i.model.config import DenoiserConfig, ObjectiveConfig
@@ -23,7 +29,9 @@ from latent_t2i.model.encoders import (
     load_text_encoder,
     load_vae,
     tokenize,
+    tokenizer_fingerprint,
 )
+from latent_t2i.model.paths import ROOT
 from tests import tiny
 
 MAX_TOKENS = 20
@@ -92,6 +100,48 @@ def test_the_pipeline_encodes_text_as_in_training(tmp_path: Path) -> None:
     ids, cut = tokenize(tokenizer, [prompt], MAX_TOKENS)
     assert cut.all()
     torch.testing.assert_close(seen, encode_text(text_encoder, ids), rtol=0, atol=0)
+
+
+def test_the_tokenizer_has_the_files_of_transformers_4(tmp_path: Path) -> None:
+    saved = save(tmp_path / "bundle") / "tokenizer"
+    for folder in (saved, ROOT / "scenes/bundle/tokenizer", ROOT / "scenes/encoders/clip"):
+        expected = tokenizer_fingerprint(CLIPTokenizer.from_pretrained(folder))
+        copied = Path(shutil.copytree(folder, tmp_path / expected, dirs_exist_ok=True))
+        (copied / "tokenizer.json").unlink()
+        assert tokenizer_fingerprint(CLIPTokenizer.from_pretrained(copied)) == expected
+        assert (copied / "merges.txt").read_text().startswith("#version")
+
+
+DRAW = """
+import sys
+import numpy, torch
+from diffusers import StableDiffusionPipeline
+
+torch.set_num_threads(1)
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+generator = torch.Generator().manual_seed(0)
+drawn = pipeline("a red star", num_inference_steps=10, generator=generator, output_type="np")
+numpy.save(sys.argv[2], drawn.images)
+"""
+
+
+@pytest.mark.slow
+def test_old_diffusers_and_transformers_make_the_same_image(tmp_path: Path) -> None:
+    venv.create(tmp_path / "old", with_pip=True)
+    python = str(tmp_path / "old" / "bin" / "python")
+    packages = "diffusers==0.35.*", "transformers==4.57.*", "huggingface_hub<1", "tokenizers<0.23"
+    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", *packages]
+    if subprocess.run(command, check=False).returncode:
+        pytest.skip("pip cannot download the old packages")
+    # All other packages, such as torch, are this environment's.
+    (site,) = (tmp_path / "old" / "lib").glob("python*/site-packages")
+    (site / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    images = []
+    for number, interpreter in enumerate((python, sys.executable)):
+        path = tmp_path / f"{number}.npy"
+        subprocess.run([interpreter, "-c", DRAW, ROOT / "scenes/bundle", path], check=True)
+        images.append(np.load(path))
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-6)
 
 
 def test_float16_gives_nearly_the_same_image(tmp_path: Path) -> None:
