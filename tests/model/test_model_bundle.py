@@ -1,6 +1,9 @@
 """The bundle is a stock pipeline folder that loads without warnings and records its origin."""
 
+import copy
 import json
+import math
+import random
 import shutil
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTokenizer
 
 from latent_t2i.model import bundle
+from latent_t2i.model.checks import MAX_JSON_BYTES
 from latent_t2i.model.config import DenoiserConfig, ObjectiveConfig
 from latent_t2i.model.denoiser import build
 from latent_t2i.model.diffusion import make_scheduler
@@ -35,6 +39,14 @@ from latent_t2i.model.paths import ROOT
 from tests import tiny
 
 MAX_TOKENS = 20
+INFO: dict[str, Any] = {
+    "name": "tiny",
+    "step": 7,
+    "train_seconds": 1.5,
+    "num_parameters": 100,
+    "config": {"seed": 0, "optim": {"betas": [0.9, 0.99]}},
+    "metrics": {"loss": 0.5},
+}
 
 
 def save(
@@ -59,7 +71,7 @@ def save(
         "max_tokens": MAX_TOKENS,
     }
     pipeline = bundle.make_pipeline(**(values | changes))
-    bundle.save_bundle(folder, pipeline, info={"step": 7}, dtype=dtype)
+    bundle.save_bundle(folder, pipeline, info=INFO, dtype=dtype)
     assert tokenizer.model_max_length == tiny.MAX_POSITIONS  # the caller's tokenizer is unchanged
     return folder
 
@@ -179,10 +191,45 @@ def test_a_perfect_denoiser_ends_at_the_clean_latent() -> None:
 def test_a_bundle_is_found_read_and_hashed(tmp_path: Path) -> None:
     folder = save(tmp_path / "bundle")
     assert bundle.find_bundle(folder) == folder
-    assert bundle.read_info(folder) == {"step": 7}
+    assert bundle.read_info(folder) == INFO
     before = bundle.digest(folder)
     (folder / bundle.INFO_FILE).write_text(json.dumps({"step": 8}))
     assert bundle.digest(folder) != before
+
+
+VALUES = (None, True, -1, 1.5, 1e400, 10**400, "x", "\x1b[31m", [], [[1]], {}, {"step": []})
+
+
+def mutate(rng: random.Random) -> bytes:
+    """Returns INFO as JSON with a changed or missing value, a changed byte, or a missing end."""
+    kind, record = rng.randrange(4), copy.deepcopy(INFO)
+    name = rng.choice(list(record))
+    if kind == 0:
+        record[name] = rng.choice(VALUES)
+    elif kind == 1:
+        del record[name]
+    data = bytearray(json.dumps(record), "utf-8")
+    if kind == 2:
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data[: rng.randrange(len(data))] if kind == 3 else data)
+
+
+def test_damaged_bundle_files_are_refused_by_name(tmp_path: Path) -> None:
+    path, rng, num_refused = tmp_path / bundle.INFO_FILE, random.Random(0), 0
+    nested = b"[" * 10**6
+    for data in [nested, b"[]", b" " * (MAX_JSON_BYTES + 1), *(mutate(rng) for _ in range(400))]:
+        path.write_bytes(data)
+        try:
+            info = bundle.read_info(tmp_path)
+        except ValueError as error:
+            num_refused += 1
+            assert str(error).startswith(str(path))
+            assert len(str(error)) < 500 and str(error).isprintable()
+        else:
+            assert {type(info[name]) for name in ("config", "metrics")} == {dict}
+            assert {type(info[name]) for name in ("step", "num_parameters")} == {int}
+            assert isinstance(info["name"], str) and math.isfinite(info["train_seconds"])
+    assert num_refused > 300
 
 
 def test_other_folders_are_not_bundles(tmp_path: Path) -> None:
