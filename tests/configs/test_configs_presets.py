@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from latent_t2i.configs.cli import PRESETS_DIR, SECTIONS, ConfigError, dump, find_preset, parse
+from latent_t2i.configs.cli import SECTIONS, dump, parse
+from latent_t2i.configs.presets import PRESETS_DIR, ConfigError, find_preset
 from tests.commands import COMMANDS
 
 PRESETS = sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
