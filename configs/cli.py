@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import io
 import os
 import re
@@ -41,25 +42,40 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 SHARED_KEYS = ("name", "vae", "text_encoder", "image_size_px", "seed")
+EXTRAS = {
+    "parquet": ("pyarrow",),
+    "track": ("tensorboard",),
+    "eval": ("jinja2", "matplotlib", "scipy", "torchmetrics"),
+    "8bit": ("bitsandbytes",),
+    "remote": ("aiohttp", "s3fs"),
+}
+"""The optional packages of each extra in pyproject.toml."""
 SECTIONS = ("pipeline", "train", "sample", "evaluation")
 
 
 def main(
-    run: Callable[[T], object], cls: type[T], section: str, *, prog: str | None = None
+    run: Callable[[T], object] | str, cls: type[T], section: str, *, prog: str | None = None
 ) -> None:
     """Parses the command line into a `cls` and calls `run` with it.
 
-    A `ValueError` or `OSError` is printed as one line and exits with 2. Exit codes are 130 after an
-    interrupt and 141 if the reader of the output, such as `head`, exits first. `prog` is the
-    command's name in help texts, by default `python -m SECTION.run`.
+    `run` is a function or its name, "module:function", which is imported after parsing, so that
+    `--help` and typos do not wait for torch. `prog` is the command's name in help texts, by default
+    `python -m SECTION.run`. A `ValueError`, an `OSError` or a missing package is printed as one
+    line and exits with 2. Exit codes are 130 after an interrupt and 141 if the reader of the
+    output, such as `head`, exits first.
     """
     try:
-        run(parse(cls, section, prog=prog))
+        config = parse(cls, section, prog=prog)
+        if isinstance(run, str):
+            module, _, function = run.partition(":")
+            run = getattr(importlib.import_module(module), function)
+        run(config)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        own = isinstance(error, ModuleNotFoundError) and f"{error.name}.".startswith("latent_t2i.")
+        if own or sys.flags.dev_mode:
             raise
         print(f"error: {_describe(error)}", file=sys.stderr)
         sys.exit(2)
@@ -406,7 +422,12 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _describe(error: ValueError | OSError) -> str:
+def _describe(error: ValueError | OSError | ModuleNotFoundError) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        extras = [extra for extra, names in EXTRAS.items() if package in names]
+        name = f"latent-t2i[{extras[0]}]" if extras else package
+        return f"the package {package} is not installed; install it: pip install '{name}'"
     if isinstance(error, OSError) and error.filename is not None:
         return _escape(f"{error.filename}: {error.strerror}")
     return _escape(_one_line(str(error)))

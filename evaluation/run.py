@@ -1,12 +1,17 @@
-"""Figures and a report of a bundle.
+"""Computes the metrics of a bundle and writes a report.
 
 python -m evaluation.run --config demo
 python -m evaluation.run --config coco64 --bundle runs/coco64/bundle
 """
 
-from latent_t2i.configs.cli import main
+from latent_t2i.configs import cli
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.evaluate import evaluate
+
+
+def main(prog: str | None = None) -> None:
+    """Runs the command; `prog` is its name in the help."""
+    cli.main("latent_t2i.evaluation.evaluate:evaluate", EvaluationConfig, "evaluation", prog=prog)
+
 
 if __name__ == "__main__":
-    main(evaluate, EvaluationConfig, "evaluation")
+    main()

@@ -1,12 +1,17 @@
-"""Stage one: captioned images to shards of latents and text. Killed, it goes on where it was.
+"""Stage one: captioned images to shards of latents and text. The same command again resumes.
 
 python -m pipeline.run --config scenes
 python -m pipeline.run --config coco64 --source.images DIR --source.captions FILE
 """
 
-from latent_t2i.configs.cli import main
+from latent_t2i.configs import cli
 from latent_t2i.pipeline.config import PipelineConfig
-from latent_t2i.pipeline.stage import build
+
+
+def main(prog: str | None = None) -> None:
+    """Runs the command; `prog` is its name in the help."""
+    cli.main("latent_t2i.pipeline.stage:build", PipelineConfig, "pipeline", prog=prog)
+
 
 if __name__ == "__main__":
-    main(build, PipelineConfig, "pipeline")
+    main()

@@ -32,12 +32,9 @@ from latent_t2i.shards.remote.stream import (
 )
 from latent_t2i.shards.remote.transport import PIPE, RemoteError, Retry, is_remote, join, read_file
 from latent_t2i.shards.schema import BUCKETS_NAME, FormatError
+from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode
 
 Kind = Literal["map", "stream", "cache"]
-AccessMode = Literal["auto", "map", "stream", "cache"]
-
-CACHE_BYTES = 100_000_000_000
-WINDOW_RECORDS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,14 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from latent_t2i.model.denoiser import DenoiserConfig
-from latent_t2i.model.diffusion import ObjectiveConfig
-from latent_t2i.model.ema import EMAConfig
-from latent_t2i.shards.access import CACHE_BYTES, WINDOW_RECORDS, AccessMode
+from latent_t2i.model.config import DenoiserConfig, EMAConfig, ObjectiveConfig
 from latent_t2i.shards.order import LastBatch, Shuffle
-from latent_t2i.train.trackers import TrackerName, check_names
+from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode
 
 Precision = Literal["no", "fp16", "bf16"]
+TrackerName = Literal["auto", "none", "tensorboard", "wandb", "trackio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +234,17 @@ class TrainConfig:
                         f"{name}: has no effect without init_from; expected {default}, found "
                         f"{getattr(self, name)}"
                     )
-        check_names(self.trackers)
+        _check_trackers(self.trackers)
         for name in ("seed", "max_bad_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+
+
+def _check_trackers(names: tuple[TrackerName, ...]) -> None:
+    """Raises ValueError for names that exclude each other, are repeated or missing."""
+    exclusive = len(names) > 1 and {"auto", "none"} & set(names)
+    if not names or exclusive or len(set(names)) < len(names):
+        raise ValueError(
+            "trackers: expected auto, none, or a list of different trackers, found "
+            f"{' '.join(names) or 'nothing'}"
+        )

@@ -9,14 +9,14 @@ and a run without any tracker loses nothing. TensorBoard's files lie in runs/NAM
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
 from PIL import Image
 
-TrackerName = Literal["auto", "none", "tensorboard", "wandb", "trackio"]
+from latent_t2i.train.config import TrackerName
 
 PROJECT = "latent-t2i"
 FOLDER = "tracker"
@@ -29,17 +29,6 @@ PACKAGES = {"tensorboard": "latent-t2i[track]", "wandb": "wandb", "trackio": "tr
 """What to install for each, by pip."""
 SHOW_IMAGES = ("tensorboard", "wandb")
 """Those that Accelerate hands images to; for the others previews are files only."""
-
-
-def check_names(names: Sequence[TrackerName]) -> None:
-    """Raises ValueError for a choice that contradicts itself."""
-    if not names:
-        raise ValueError("trackers: expected auto, none or names of trackers, found nothing")
-    alone = [name for name in names if name in ("auto", "none")]
-    if len(set(names)) < len(names) or (alone and len(names) > 1):
-        raise ValueError(
-            f"trackers: expected auto, none, or each tracker once, found {' '.join(names)}"
-        )
 
 
 def choose(names: Sequence[TrackerName]) -> tuple[list[str], list[str]]:

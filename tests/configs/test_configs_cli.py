@@ -494,3 +494,20 @@ def test_a_closed_pipe_is_not_an_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+def test_main_imports_the_function_after_parsing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--name", "x"])
+    cli.main("builtins:print", Settings, "train")
+    assert capsys.readouterr().out.startswith("Settings(name='x'")
+    for run in ("jinja2.missing:run", "quaxle:run"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(run, Settings, "train")
+    first, second = capsys.readouterr().err.splitlines()
+    name = "'latent-t2i[eval]'"
+    assert first == f"error: the package jinja2 is not installed; install it: pip install {name}"
+    assert second.endswith("the package quaxle is not installed; install it: pip install 'quaxle'")
+    with pytest.raises(ModuleNotFoundError):
+        cli.main("latent_t2i.quaxle:run", Settings, "train")
