@@ -66,10 +66,11 @@ def main(
     """
     try:
         config = parse(cls, section, prog=prog)
+        function: Any = run
         if isinstance(run, str):
-            module, _, function = run.partition(":")
-            run = getattr(importlib.import_module(module), function)
-        run(config)
+            module, _, name = run.partition(":")
+            function = getattr(importlib.import_module(module), name)
+        function(config)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)
