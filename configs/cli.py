@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import functools
+import importlib
 import io
 import os
 import re
@@ -27,7 +27,14 @@ from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-import yaml
+
+from latent_t2i.configs.presets import (
+    ConfigError,
+    find_preset,
+    load_yaml,
+    preset_names,
+    suggest,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -35,30 +42,41 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 SHARED_KEYS = ("name", "vae", "text_encoder", "image_size_px", "seed")
+EXTRAS = {
+    "parquet": ("pyarrow",),
+    "track": ("tensorboard",),
+    "eval": ("jinja2", "matplotlib", "scipy", "torchmetrics"),
+    "8bit": ("bitsandbytes",),
+    "remote": ("aiohttp", "s3fs"),
+}
+"""The optional packages of each extra in pyproject.toml."""
 SECTIONS = ("pipeline", "train", "sample", "evaluation")
-PRESETS_DIR = Path(__file__).resolve().parent
-
-
-class ConfigError(ValueError):
-    """Settings that the user has to correct: an unknown name, a wrong type, a missing preset."""
 
 
 def main(
-    run: Callable[[T], object], cls: type[T], section: str, *, prog: str | None = None
+    run: Callable[[T], object] | str, cls: type[T], section: str, *, prog: str | None = None
 ) -> None:
     """Parses the command line into a `cls` and calls `run` with it.
 
-    A `ValueError` or `OSError` is printed as one line and exits with 2. Exit codes are 130 after an
-    interrupt and 141 if the reader of the output, such as `head`, exits first. `prog` is the
-    command's name in help texts, by default `python -m SECTION.run`.
+    `run` is a function or its name, "module:function", which is imported after parsing, so that
+    `--help` and typos do not wait for torch. `prog` is the command's name in help texts, by default
+    `python -m SECTION.run`. A `ValueError`, an `OSError` or a missing package is printed as one
+    line and exits with 2. Exit codes are 130 after an interrupt and 141 if the reader of the
+    output, such as `head`, exits first.
     """
     try:
-        run(parse(cls, section, prog=prog))
+        config = parse(cls, section, prog=prog)
+        function: Any = run
+        if isinstance(run, str):
+            module, _, name = run.partition(":")
+            function = getattr(importlib.import_module(module), name)
+        function(config)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(141)
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        own = isinstance(error, ModuleNotFoundError) and f"{error.name}.".startswith("latent_t2i.")
+        if own or sys.flags.dev_mode:
             raise
         print(f"error: {_describe(error)}", file=sys.stderr)
         sys.exit(2)
@@ -72,7 +90,8 @@ def parse(
     """Returns a `cls` with its defaults, replaced by the `--config` preset, replaced by flags.
 
     Args:
-        cls: A frozen dataclass; nested dataclasses give dotted flags (`--data.verify`).
+        cls: A frozen dataclass; nested dataclasses give dotted flags (`--data.verify`). Its
+            optional ClassVar `EXCLUSIVE` lists groups of settings that replace each other.
         section: The preset's section for this command, one of `SECTIONS`.
         argv: The user's arguments, by default those of the process.
         prog: The command's name in help texts, by default `python -m SECTION.run`.
@@ -89,9 +108,7 @@ def parse(
     preset_name, given = _read_flags(argv, fields)
     preset = None if preset_name is None else find_preset(preset_name)
     settings = {} if preset is None else _read_preset(preset, section, fields)
-    for group in getattr(cls, "EXCLUSIVE", ()):
-        if given.keys() & set(group):  # the user's choice replaces the preset's
-            settings = {path: values for path, values in settings.items() if path not in group}
+    _drop_replaced(settings, given, getattr(cls, "EXCLUSIVE", ()))
     try:
         return _parse_settings(cls, {**settings, **given}, fields)
     except ConfigError as error:
@@ -105,22 +122,6 @@ def dump(config: DataclassInstance) -> dict[str, Any]:
     `parse` of a preset with this section returns an equal config.
     """
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def find_preset(name: str) -> Path:
-    """Returns the file of a preset, given by name or path (from here or from the project root).
-
-    Raises ConfigError, with the names of all presets, if there is no such file.
-    """
-    candidates = [Path(name), PRESETS_DIR.parent / name, PRESETS_DIR / f"{name}.yaml"]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise ConfigError(f"--config: no preset {name!r}; give a path, or one of {_preset_names()}")
-
-
-def _preset_names() -> str:
-    return ", ".join(sorted(path.stem for path in PRESETS_DIR.glob("*.yaml")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,7 @@ def _read_flags(argv: Sequence[str], fields: Mapping[str, _Field]) -> tuple[str 
         key = flag.removeprefix("--").replace("-", "_")
         if key not in names:
             flags = ["--config", *(name.replace("_", "-") for name in map("--{}".format, names))]
-            raise ConfigError(f"unknown flag {flag}{_suggest(flag, flags)} (see --help)")
+            raise ConfigError(f"unknown flag {flag}{suggest(flag, flags)} (see --help)")
         path, value = names[key]
         field = fields[path]
         if value is not None and values:
@@ -207,6 +208,21 @@ def _read_flags(argv: Sequence[str], fields: Mapping[str, _Field]) -> tuple[str 
         else:
             given[path] = [_only(flag, values)]
     return preset_name, given
+
+
+def _drop_replaced(settings: Settings, given: Settings, exclusive: Iterable[Sequence[str]]) -> None:
+    """Removes the preset's values that a flag of the same group replaces.
+
+    Raises ConfigError for two flags of one group.
+    """
+    for group in exclusive:
+        chosen = [path for path in group if given.get(path, ["None"]) != ["None"]]
+        if len(chosen) > 1:
+            flags = " and ".join("--" + path.replace("_", "-") for path in chosen)
+            raise ConfigError(f"{flags}: expected one of them, found both (see --help)")
+        if chosen:
+            for path in group:
+                settings.pop(path, None)
 
 
 def _spellings(fields: Mapping[str, _Field]) -> dict[str, tuple[str, str | None]]:
@@ -243,31 +259,13 @@ def _only(flag: str, values: Sequence[str]) -> str:
     return values[0]
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses duplicate keys, of which PyYAML silently keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key.value!r}", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def _read_preset(path: Path, section: str, fields: Mapping[str, _Field]) -> Settings:
     """Returns a preset's settings for a command: shared keys that it has, then its section."""
-    try:
-        document = yaml.load(path.read_bytes(), Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: invalid YAML: {_one_line(str(error))}") from None
-    document = _mapping(document, str(path))
+    document = _mapping(load_yaml(path), str(path))
     for key in document:
         if key not in SHARED_KEYS and key not in SECTIONS:
             known = [*SHARED_KEYS, *SECTIONS]
-            raise ConfigError(f"{path}: unknown key {key!r}{_suggest(str(key), known)}")
+            raise ConfigError(f"{path}: unknown key {key!r}{suggest(str(key), known)}")
     shared = {key: document[key] for key in SHARED_KEYS if key in document and key in fields}
     own = _flatten(_mapping(document.get(section), f"{path}: {section}"), fields, path, section)
     return _flatten(shared, fields, path, "") | own
@@ -292,7 +290,7 @@ def _flatten(
         elif path in fields:
             settings[path] = _to_text(value, fields[path], place)
         else:
-            raise ConfigError(f"{place}: unknown key{_suggest(path, _siblings(prefix, fields))}")
+            raise ConfigError(f"{place}: unknown key{suggest(path, _siblings(prefix, fields))}")
     return settings
 
 
@@ -306,7 +304,7 @@ def _mapping(value: object, place: str) -> dict[Any, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise ConfigError(f"{place}: expected a mapping, found {value!r}")
+        raise ConfigError(f"{place}: expected a mapping, found {value!r:.80}")
     return value
 
 
@@ -318,13 +316,14 @@ def _to_text(value: object, field: _Field, place: str) -> list[str]:
     if value is None and not field.accepts(NoneType):
         raise ConfigError(f"{place}: expected a value, found null")
     if isinstance(value, dict):
-        raise ConfigError(f"{place}: expected a value, found keys {', '.join(map(str, value))}")
+        raise ConfigError(f"{place}: expected a value, found the mapping {value!r:.80}")
     if isinstance(value, list) != field.takes_many and value is not None:
-        raise ConfigError(
-            f"{place}: expected {'a list' if field.takes_many else 'one value'}, found {value!r}"
-        )
+        expected = "a list" if field.takes_many else "one value"
+        raise ConfigError(f"{place}: expected {expected}, found {value!r:.80}")
     items = value if isinstance(value, list) else [value]
     for item in items:
+        if isinstance(item, list | dict):
+            raise ConfigError(f"{place}: expected a list of values, found {item!r:.80} in it")
         if isinstance(item, bool) != field.accepts(bool) and item is not None:
             expected = "true or false" if field.accepts(bool) else "a string or number (quote it)"
             raise ConfigError(f"{place}: expected {expected}, found {str(item).lower()}")
@@ -377,9 +376,10 @@ def _call_tyro(cls: type[T], tokens: Sequence[str], prog: str = "") -> T:
     # tyro does not wrap a description, and joins lines that start with a letter.
     wrap = functools.partial(textwrap.fill, width=80, initial_indent="  ", subsequent_indent="  ")
     summary = (cls.__doc__ or "").strip().partition("\n\n")[0]
+    names = ", ".join(preset_names())
     presets = (
-        f"--config PRESET reads a YAML file first, by path or by name ({_preset_names()});"
-        " the flags below override it."
+        f"--config PRESET reads a YAML file first, by path or by name ({names}); the flags below "
+        "override it."
     )
     description = "\n".join(map(wrap, (_one_line(summary), presets)))
     return tyro.cli(cls, args=tokens, prog=prog, description=description)
@@ -415,16 +415,6 @@ def _origin(error: ConfigError, preset: Path | None, from_preset: Set[str]) -> s
     return f" (in {preset})" if named & from_preset else ""
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
-    """Returns a "did you mean" hint: a name with the same last part, else the most similar."""
-    bare = {candidate.removeprefix("--"): candidate for candidate in known}
-    name = name.removeprefix("--")
-    last = name.rpartition(".")[2]
-    same = [candidate for candidate in bare if candidate.rpartition(".")[2] == last]
-    near = same or difflib.get_close_matches(name, bare, n=1)
-    return f", did you mean {bare[near[0]]}?" if near else ""
-
-
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dump(value)
@@ -433,11 +423,21 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _describe(error: ValueError | OSError) -> str:
+def _describe(error: ValueError | OSError | ModuleNotFoundError) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        extras = [extra for extra, names in EXTRAS.items() if package in names]
+        name = f"latent-t2i[{extras[0]}]" if extras else package
+        return f"the package {package} is not installed; install it: pip install '{name}'"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return _one_line(str(error))
+        return _escape(f"{error.filename}: {error.strerror}")
+    return _escape(_one_line(str(error)))
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def _escape(text: str) -> str:
+    """Escapes control characters, which could change the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from latent_t2i.cli import PROG
-from latent_t2i.configs.cli import PRESETS_DIR
+from latent_t2i.configs.presets import PRESETS_DIR
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.sample.config import SampleConfig

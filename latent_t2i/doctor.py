@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from latent_t2i import __version__
-from latent_t2i.configs.cli import PRESETS_DIR
+from latent_t2i.configs.presets import PRESETS_DIR
 from latent_t2i.model.paths import ROOT, format_bytes, free_bytes, output_root
 from latent_t2i.sizes import size_preset
 from latent_t2i.train.estimate import available_bytes

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from latent_t2i.model.checks import read_json_object
 from latent_t2i.model.diffusion import Schedule
 from latent_t2i.model.encoders import (
     PENULTIMATE,
@@ -41,6 +42,14 @@ if TYPE_CHECKING:
 INFO_FILE = "bundle.json"
 STOCK_MULTIPLE_PX = 8
 """`StableDiffusionPipeline` only makes images whose sides are multiples of this."""
+INFO_TYPES = {
+    "name": str,
+    "step": int,
+    "train_seconds": float,
+    "num_parameters": int,
+    "config": dict,
+    "metrics": dict,
+}
 StorageDtype = Literal["float32", "float16"]
 
 
@@ -55,6 +64,8 @@ def save_bundle(
     with complete_or_absent(folder) as temporary:
         with quiet():
             pipeline.save_pretrained(temporary)
+        # transformers 4 needs vocab.json and merges.txt; transformers 5 writes only tokenizer.json.
+        pipeline.tokenizer.backend_tokenizer.model.save(str(temporary / "tokenizer"))
         if dtype == "float16":
             for path in temporary.rglob("*.safetensors"):
                 _store_float16(path)
@@ -216,9 +227,8 @@ def find_bundle(name: str | Path) -> Path:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """Returns the content of a bundle's `bundle.json`."""
-    info: dict[str, Any] = json.loads((folder / INFO_FILE).read_text())
-    return info
+    """Returns the content of `bundle.json`; raises ValueError with the file's name if damaged."""
+    return read_json_object(folder / INFO_FILE, INFO_TYPES)
 
 
 def digest(folder: Path) -> str:

@@ -6,7 +6,6 @@ pickle (.bin, .ckpt) can run arbitrary code. If files are unavailable, the error
 download and where to put it.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -17,6 +16,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
+from latent_t2i.model.checks import read_json_object
 from latent_t2i.model.paths import find_path
 
 CONNECT_TIMEOUT_S = 10.0
@@ -73,10 +73,9 @@ def read_config(folder: Path, field: str, expected: Sequence[str], *, flag: str)
     """Returns `field` of config.json; raises ValueError unless it is one of `expected`."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        found = str(read_json_object(path).get(field))
     except ValueError as error:
-        raise ValueError(f"{flag}: {path} is not JSON: {error}") from error
-    found = str(config.get(field)) if isinstance(config, dict) else "None"
+        raise ValueError(f"{flag}: {error}") from error
     if found not in expected:
         raise ValueError(
             f"{flag}: {path}: expected {field} {' or '.join(map(repr, expected))}, found {found!r}"

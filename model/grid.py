@@ -28,9 +28,12 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Returns the settings that `save_png` stored; raises ValueError if there are none."""
     with Image.open(path) as image:
         text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
-    if text is None:
+    try:
+        settings = json.loads(text or "null")
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
         raise ValueError(f"{path}: no {SETTINGS_CHUNK} text chunk with settings")
-    settings: dict[str, Any] = json.loads(text)
     return settings
 
 

@@ -49,9 +49,10 @@ def complete_or_absent(final: Path, num_bytes: int | None = None) -> Iterator[Pa
     """Yields a temporary folder that is renamed to `final` when the block ends without an error.
 
     The files are flushed to disk before the rename, so neither a killed process nor a power cut
-    leaves a partial folder under the final name. An existing `final` is replaced. Leftovers of an
-    earlier killed attempt are deleted. If the disk is full, raises OSError with the folder, the
-    required `num_bytes` and the free bytes; `final` is then unchanged.
+    leaves a partial folder under the final name; their permissions follow the umask. An existing
+    `final` is replaced. Leftovers of an earlier killed attempt are deleted. If the disk is full,
+    raises OSError with the folder, the required `num_bytes` and the free bytes; `final` is then
+    unchanged.
     """
     temporary = final.with_name(f".{final.name}.partial")
     old = final.with_name(f".{final.name}.old")
@@ -59,9 +60,12 @@ def complete_or_absent(final: Path, num_bytes: int | None = None) -> Iterator[Pa
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     num_free = shutil.disk_usage(temporary).free
+    default_mode = _default_mode(temporary)
     try:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
+            if path.is_file() and not path.is_symlink():  # safetensors creates files with mode 0600
+                path.chmod(path.stat().st_mode | default_mode)
             _flush(path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,6 +80,15 @@ def complete_or_absent(final: Path, num_bytes: int | None = None) -> Iterator[Pa
     temporary.rename(final)
     _flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _default_mode(folder: Path) -> int:
+    """Returns the permissions of a new file, which depend on the umask and on default ACLs."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode
 
 
 def _no_space_errno(error: BaseException) -> int | None:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latent_t2i.model.bundle import INFO_FILE, read_info
+from latent_t2i.model.checks import read_json_object
 from latent_t2i.model.config import EMAConfig, check_sigma_rel
 from latent_t2i.model.ema import gamma_of
 from latent_t2i.model.paths import complete_or_absent, find_path
@@ -142,12 +143,23 @@ def read_snapshots(snapshots: Path) -> list[Snapshot]:
 
 def _read_snapshot(folder: Path) -> Snapshot:
     """Returns one snapshot without its tensors; raises ValueError if it is damaged."""
+    types = {"step": int, "train_s": float, "sigma_rels": list, "dtype": str, "config": dict}
     try:
-        record = json.loads((folder / SNAPSHOT_FILE).read_text())
-        record["sigma_rels"] = tuple(record["sigma_rels"])
-        return Snapshot(folder=folder, **record)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = read_json_object(folder / SNAPSHOT_FILE, types)
+        for sigma_rel in record["sigma_rels"]:
+            check_sigma_rel("sigma_rels", sigma_rel)
+        if folder_of(folder.parent, record["step"]) != folder or record["dtype"] not in ROUNDING:
+            raise ValueError(f"unexpected step {record['step']} or dtype {record['dtype']!r:.80}")
+    except (OSError, ValueError) as error:
         raise _damaged(folder, error) from error
+    return Snapshot(
+        folder=folder,
+        step=record["step"],
+        train_s=record["train_s"],
+        sigma_rels=tuple(record["sigma_rels"]),
+        dtype=record["dtype"],
+        config=record["config"],
+    )
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:

@@ -6,12 +6,11 @@ python -m pipeline.run --config coco64 --source.images DIR --source.captions FIL
 
 from latent_t2i.configs import cli
 from latent_t2i.pipeline.config import PipelineConfig
-from latent_t2i.pipeline.stage import build
 
 
 def main(prog: str | None = None) -> None:
     """Runs the command; `prog` is its name in the help."""
-    cli.main(build, PipelineConfig, "pipeline", prog=prog)
+    cli.main("latent_t2i.pipeline.stage:build", PipelineConfig, "pipeline", prog=prog)
 
 
 if __name__ == "__main__":

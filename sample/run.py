@@ -6,12 +6,11 @@ python -m sample.run --bundle runs/NAME/bundle --prompt "a red circle" "a blue s
 
 from latent_t2i.configs import cli
 from latent_t2i.sample.config import SampleConfig
-from latent_t2i.sample.pictures import sample
 
 
 def main(prog: str | None = None) -> None:
     """Runs the command; `prog` is its name in the help."""
-    cli.main(sample, SampleConfig, "sample", prog=prog)
+    cli.main("latent_t2i.sample.pictures:sample", SampleConfig, "sample", prog=prog)
 
 
 if __name__ == "__main__":

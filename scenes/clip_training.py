@@ -360,6 +360,7 @@ def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt: transformers 4
     CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=64).save_pretrained(folder)
 
 

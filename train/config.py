@@ -4,9 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from latent_t2i.model.checks import check_number
-from latent_t2i.model.denoiser import DenoiserConfig
-from latent_t2i.model.diffusion import ObjectiveConfig
-from latent_t2i.model.ema import EMAConfig
+from latent_t2i.model.config import DenoiserConfig, EMAConfig, ObjectiveConfig
 from latent_t2i.shards.order import LastBatch, Shuffle
 from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, Verify
 

@@ -212,8 +212,8 @@ def require_memory(memory: Memory, available: int | None, config: TrainConfig) -
             f"{format_bytes(memory.peak_bytes)} for the forward and backward pass), but only "
             f"{format_bytes(available)} are free; use a smaller --micro-batch-size or "
             "--validation.batch-size (same result), --gradient-checkpointing, --mixed-precision "
-            "bf16, --optim.kind adamw8bit, --fsdp over several processes, fewer --ema.sigma-rels or "
-            "a smaller --model.channels"
+            "bf16, --optim.kind adamw8bit, --fsdp over several processes, fewer --ema.sigma-rels "
+            "or a smaller --model.channels"
         )
 
 

@@ -10,12 +10,11 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a script
 
 from latent_t2i.configs import cli
 from latent_t2i.train.config import TrainConfig
-from latent_t2i.train.loop import train
 
 
 def main(prog: str | None = None) -> None:
     """Runs the command; `prog` is its name in the help."""
-    cli.main(train, TrainConfig, "train", prog=prog)
+    cli.main("latent_t2i.train.loop:train", TrainConfig, "train", prog=prog)
 
 
 if __name__ == "__main__":

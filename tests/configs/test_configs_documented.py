@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from latent_t2i.cli import COMMANDS as COMMANDS_OF_CLI
-from latent_t2i.configs.cli import PRESETS_DIR, parse
+from latent_t2i.configs.cli import parse
+from latent_t2i.configs.presets import PRESETS_DIR
 from tests.commands import COMMANDS
 
 ROOT = PRESETS_DIR.parent

@@ -1,12 +1,17 @@
 """Every preset parses for every command, and every command has a readable help text."""
 
 import json
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from latent_t2i.configs.cli import PRESETS_DIR, SECTIONS, ConfigError, dump, find_preset, parse
+from latent_t2i.configs.cli import EXTRAS, SECTIONS, dump, parse
+from latent_t2i.configs.presets import PRESETS_DIR, ConfigError, find_preset
 from tests.commands import COMMANDS
 
 PRESETS = sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
@@ -69,3 +74,32 @@ def test_coco64_has_the_documented_settings() -> None:
     assert (train.batch_size, train.num_epochs, train.mixed_precision) == (8, 4, "fp16")
     assert train.objective.beta_schedule == "linear"
     assert 0 < train.objective.caption_dropout < 1
+
+
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "webdataset")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--hlep"])
+@pytest.mark.parametrize("section", COMMANDS)
+def test_help_and_typos_do_not_import_torch(section: str, flag: str) -> None:
+    code = f"""if True:
+        import sys
+        from latent_t2i.{section}.run import main
+        sys.argv[1:] = [{flag!r}]
+        try:
+            main()
+        except SystemExit as stop:
+            print(stop.code, [name for name in {HEAVY} if name in sys.modules])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PRESETS_DIR.parent, capture_output=True, text=True
+    )
+    expected = "0 []" if flag == "--help" else "2 []"
+    assert done.stdout.splitlines()[-1:] == [expected], done.stderr
+
+
+def test_extras_are_those_of_pyproject() -> None:
+    project = tomllib.loads((PRESETS_DIR.parent / "pyproject.toml").read_text())["project"]
+    for extra, packages in EXTRAS.items():
+        listed = project["optional-dependencies"][extra]
+        assert [re.split("[<>=]", each)[0] for each in listed] == list(packages)

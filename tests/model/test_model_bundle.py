@@ -1,6 +1,14 @@
 """The bundle is a stock pipeline folder that loads without warnings and records its origin."""
 
+import copy
 import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +17,10 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTokenizer
 
 from latent_t2i.model import bundle
+from latent_t2i.model.checks import MAX_JSON_BYTES
 from latent_t2i.model.config import DenoiserConfig, ObjectiveConfig
 from latent_t2i.model.denoiser import build
 from latent_t2i.model.diffusion import make_scheduler
@@ -23,10 +33,20 @@ from latent_t2i.model.encoders import (
     load_text_encoder,
     load_vae,
     tokenize,
+    tokenizer_fingerprint,
 )
+from latent_t2i.model.paths import ROOT
 from tests import tiny
 
 MAX_TOKENS = 20
+INFO: dict[str, Any] = {
+    "name": "tiny",
+    "step": 7,
+    "train_seconds": 1.5,
+    "num_parameters": 100,
+    "config": {"seed": 0, "optim": {"betas": [0.9, 0.99]}},
+    "metrics": {"loss": 0.5},
+}
 
 
 def save(
@@ -51,7 +71,7 @@ def save(
         "max_tokens": MAX_TOKENS,
     }
     pipeline = bundle.make_pipeline(**(values | changes))
-    bundle.save_bundle(folder, pipeline, info={"step": 7}, dtype=dtype)
+    bundle.save_bundle(folder, pipeline, info=INFO, dtype=dtype)
     assert tokenizer.model_max_length == tiny.MAX_POSITIONS  # the caller's tokenizer is unchanged
     return folder
 
@@ -94,6 +114,48 @@ def test_the_pipeline_encodes_text_as_in_training(tmp_path: Path) -> None:
     torch.testing.assert_close(seen, encode_text(text_encoder, ids), rtol=0, atol=0)
 
 
+def test_the_tokenizer_has_the_files_of_transformers_4(tmp_path: Path) -> None:
+    saved = save(tmp_path / "bundle") / "tokenizer"
+    for folder in (saved, ROOT / "scenes/bundle/tokenizer", ROOT / "scenes/encoders/clip"):
+        expected = tokenizer_fingerprint(CLIPTokenizer.from_pretrained(folder))
+        copied = Path(shutil.copytree(folder, tmp_path / expected, dirs_exist_ok=True))
+        (copied / "tokenizer.json").unlink()
+        assert tokenizer_fingerprint(CLIPTokenizer.from_pretrained(copied)) == expected
+        assert (copied / "merges.txt").read_text().startswith("#version")
+
+
+DRAW = """
+import sys
+import numpy, torch
+from diffusers import StableDiffusionPipeline
+
+torch.set_num_threads(1)
+pipeline = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+generator = torch.Generator().manual_seed(0)
+drawn = pipeline("a red star", num_inference_steps=10, generator=generator, output_type="np")
+numpy.save(sys.argv[2], drawn.images)
+"""
+
+
+@pytest.mark.slow
+def test_old_diffusers_and_transformers_make_the_same_image(tmp_path: Path) -> None:
+    venv.create(tmp_path / "old", with_pip=True)
+    python = str(tmp_path / "old" / "bin" / "python")
+    packages = "diffusers==0.35.*", "transformers==4.57.*", "huggingface_hub<1", "tokenizers<0.23"
+    command = [python, "-m", "pip", "install", "--quiet", "--no-deps", *packages]
+    if subprocess.run(command, check=False).returncode:
+        pytest.skip("pip cannot download the old packages")
+    # All other packages, such as torch, are this environment's.
+    (site,) = (tmp_path / "old" / "lib").glob("python*/site-packages")
+    (site / "shared.pth").write_text(sysconfig.get_path("purelib"))
+    images = []
+    for number, interpreter in enumerate((python, sys.executable)):
+        path = tmp_path / f"{number}.npy"
+        subprocess.run([interpreter, "-c", DRAW, ROOT / "scenes/bundle", path], check=True)
+        images.append(np.load(path))
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-6)
+
+
 def test_float16_gives_nearly_the_same_image(tmp_path: Path) -> None:
     whole, half = save(tmp_path / "whole"), save(tmp_path / "half", dtype="float16")
     sizes = [
@@ -129,10 +191,45 @@ def test_a_perfect_denoiser_ends_at_the_clean_latent() -> None:
 def test_a_bundle_is_found_read_and_hashed(tmp_path: Path) -> None:
     folder = save(tmp_path / "bundle")
     assert bundle.find_bundle(folder) == folder
-    assert bundle.read_info(folder) == {"step": 7}
+    assert bundle.read_info(folder) == INFO
     before = bundle.digest(folder)
     (folder / bundle.INFO_FILE).write_text(json.dumps({"step": 8}))
     assert bundle.digest(folder) != before
+
+
+VALUES = (None, True, -1, 1.5, 1e400, 10**400, "x", "\x1b[31m", [], [[1]], {}, {"step": []})
+
+
+def mutate(rng: random.Random) -> bytes:
+    """Returns INFO as JSON with a changed or missing value, a changed byte, or a missing end."""
+    kind, record = rng.randrange(4), copy.deepcopy(INFO)
+    name = rng.choice(list(record))
+    if kind == 0:
+        record[name] = rng.choice(VALUES)
+    elif kind == 1:
+        del record[name]
+    data = bytearray(json.dumps(record), "utf-8")
+    if kind == 2:
+        data[rng.randrange(len(data))] = rng.randrange(256)
+    return bytes(data[: rng.randrange(len(data))] if kind == 3 else data)
+
+
+def test_damaged_bundle_files_are_refused_by_name(tmp_path: Path) -> None:
+    path, rng, num_refused = tmp_path / bundle.INFO_FILE, random.Random(0), 0
+    nested = b"[" * 10**6
+    for data in [nested, b"[]", b" " * (MAX_JSON_BYTES + 1), *(mutate(rng) for _ in range(400))]:
+        path.write_bytes(data)
+        try:
+            info = bundle.read_info(tmp_path)
+        except ValueError as error:
+            num_refused += 1
+            assert str(error).startswith(str(path))
+            assert len(str(error)) < 500 and str(error).isprintable()
+        else:
+            assert {type(info[name]) for name in ("config", "metrics")} == {dict}
+            assert {type(info[name]) for name in ("step", "num_parameters")} == {int}
+            assert isinstance(info["name"], str) and math.isfinite(info["train_seconds"])
+    assert num_refused > 300
 
 
 def test_other_folders_are_not_bundles(tmp_path: Path) -> None:

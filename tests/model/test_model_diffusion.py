@@ -312,6 +312,11 @@ def test_the_posterior_matches_diffusers() -> None:
         ({"flow_shift": 3.0}, "flow_shift: has no effect .* expected 1, found 3.0 with epsilon"),
         ({"prediction": "flow", "flow_shift": 0.0}, "flow_shift: expected more than 0, found 0.0"),
         ({"offset_noise": -0.1}, "offset_noise: expected 0 or more, found -0.1"),
+        *(
+            ({name: value}, f"objective.{name}: expected .*, found {value}")
+            for name in ("snr_gamma", "logit_mean", "logit_std", "flow_shift", "caption_dropout")
+            for value in (math.nan, math.inf)
+        ),
     ],
 )
 def test_invalid_settings_are_refused(change: dict[str, Any], message: str) -> None:

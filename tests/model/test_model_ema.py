@@ -132,6 +132,8 @@ def test_averages_with_other_profiles_are_refused() -> None:
         ({"decay": 1.0}, r"ema.decay: expected 0 or more and less than 1, found 1.0"),
         ({"decay": None}, r"ema.decay, ema.sigma_rels: expected at least one, found neither"),
         ({"sigma_rels": (0.3,)}, r"ema.sigma_rels: expected .* less than 0.2886\d+, found 0.3"),
+        ({"decay": float("nan")}, r"ema.decay: expected .*, found nan"),
+        ({"sigma_rels": (float("nan"), 0.1)}, r"ema.sigma_rels: expected .*, found nan"),
         ({"sigma_rels": (0.0,)}, r"ema.sigma_rels: expected more than 0 .* found 0.0"),
         (
             {"sigma_rels": (0.1, 0.1)},

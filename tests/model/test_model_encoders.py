@@ -299,7 +299,11 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
         weights.write_bytes(weights.read_bytes()[:5000])
     change_config(wide, latent_channels=5)
     (words / "config.json").write_text("{")
-    for folder, message in ((cut, "does not load: "), (wide, "size mismatch"), (words, "not JSON")):
+    for folder, message in (
+        (cut, "does not load: "),
+        (wide, "size mismatch"),
+        (words, "not valid JSON"),
+    ):
         with pytest.raises(ValueError, match=rf"--vae: .*{folder.name}.*{message}") as error:
             encoders.load_vae(str(folder))
         assert "\n" not in str(error.value)

@@ -1,8 +1,13 @@
 """Paths are found from any directory, and folders are written completely or not at all."""
 
+import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from latent_t2i.model import paths
 
@@ -35,3 +40,25 @@ def test_a_folder_is_replaced_only_when_it_is_complete(tmp_path: Path) -> None:
         assert not (final / "b").exists()
         (folder / "b").write_text("new")
     assert [p.name for p in tmp_path.rglob("*")] == ["final", "b"]
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_permissions_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    with paths.complete_or_absent(tmp_path / "final") as folder:
+        (folder / "sub").mkdir()
+        save_file({"weight": torch.zeros(2)}, folder / "sub" / "weights.safetensors")
+        (folder / "run.sh").touch(0o700)
+    modes = {
+        path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "final").rglob("*")
+    }
+    assert modes == {
+        "sub": 0o777 & ~umask,
+        "weights.safetensors": 0o666 & ~umask,
+        "run.sh": 0o700 | 0o666 & ~umask,
+    }

@@ -310,6 +310,25 @@ def test_a_snapshot_of_another_run_is_refused(run: Path) -> None:
     assert len(mixture.profiles) == 22
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 50},
+        {"step": 40.0},
+        {"train_s": "x"},
+        {"sigma_rels": 0.1},
+        {"sigma_rels": ["x"]},
+        {"dtype": "int8"},
+        {"config": []},
+    ],
+)
+def test_a_snapshot_with_invalid_fields_is_refused(run: Path, changes: dict[str, Any]) -> None:
+    path = posthoc.folder_of(run / "snapshots", 40) / posthoc.SNAPSHOT_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=r"step-00000040: damaged \(.*\); delete the folder"):
+        synthesise(run, 0.15)
+
+
 @pytest.mark.parametrize("name", ["sigma_rel-0.1.safetensors", posthoc.SNAPSHOT_FILE])
 def test_a_truncated_snapshot_is_refused(run: Path, name: str) -> None:
     path = posthoc.folder_of(run / "snapshots", 40) / name

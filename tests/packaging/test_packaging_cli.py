@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from latent_t2i import __version__, cli, completion, doctor, sizes
-from latent_t2i.configs.cli import PRESETS_DIR
+from latent_t2i.configs.presets import PRESETS_DIR
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "tyro"}
 
