@@ -78,9 +78,14 @@ class MapLoader:
 
     def nonfinite_keys(self, step: int) -> list[str]:
         records = self.order.records(step)
-        batch = self.shards.gather(records, *choices(self.order.seed, step, len(records)))
-        bad = ~are_finite(batch)
-        return self.shards.keys(records[bad] if bad.any() else records)
+        caption_u, view_u = choices(self.order.seed, step, len(records))
+        keys, is_bad = np.empty(len(records), object), np.zeros(len(records), np.bool_)
+        shards = self.shards.shards_of(records)
+        for shard in np.unique(shards):  # one by one, because a cache may not hold all of them
+            rows = np.flatnonzero(shards == shard)
+            batch = self.shards.gather(records[rows], caption_u[rows], view_u[rows])
+            keys[rows], is_bad[rows] = self.shards.keys(records[rows]), ~are_finite(batch)
+        return list(keys[is_bad] if is_bad.any() else keys)
 
 
 @dataclass(frozen=True, kw_only=True)

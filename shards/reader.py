@@ -187,6 +187,10 @@ class ShardSet:
             raise FormatError(f"{place}: expected a JSON object, found {show(document)}")
         return document
 
+    def shards_of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns the index of the shard of each record."""
+        return np.searchsorted(self._starts, records, side="right") - 1
+
     def finish_verification(self) -> None:
         """Waits until all shards used so far are hashed. Raises FormatError for a mismatch."""
         if self._verifier is not None:
@@ -199,7 +203,7 @@ class ShardSet:
             raise IndexError(f"{self.folder}: expected records in 0..{len(self) - 1}")
         if self._verifier is not None:
             self._verifier.check()
-        shard = np.searchsorted(self._starts, records, side="right") - 1
+        shard = self.shards_of(records)
         for absent in np.unique(shard[~self._region.is_mapped[shard]]):
             self._map(int(absent))
         within = (records - self._starts[shard]) * self._record_bytes[self._layout[shard]]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_t2i.shards.loader import MapLoader, are_finite
+from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.order import Cursor, Order, choices, share
 from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
 from latent_t2i.shards.remote.store import Store
@@ -86,10 +86,6 @@ class CachedShards(ShardSet):
 
     def _is_hashed(self, shard: int) -> bool:
         return shard in self.store.hashed
-
-    def shards_of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the index of the shard of each record."""
-        return np.searchsorted(self._starts, records, side="right") - 1
 
     @contextmanager
     def _using(self, records: NDArray[np.int64]) -> Iterator[None]:
@@ -233,18 +229,6 @@ class CacheLoader(MapLoader):
             target = out.map(itemgetter(part))
             self.shards.gather(records[part], caption_u[part], view_u[part], target)
         return out
-
-    def nonfinite_keys(self, step: int) -> list[str]:
-        """Like MapLoader's, one shard at a time, because the cache may not hold all of them."""
-        records = self.order.records(step)
-        caption_u, view_u = choices(self.order.seed, step, len(records))
-        shards = self.shards.shards_of(records)
-        keys, bad = np.empty(len(records), object), np.zeros(len(records), np.bool_)
-        for shard in np.unique(shards):
-            rows = np.flatnonzero(shards == shard)
-            batch = self.shards.gather(records[rows], caption_u[rows], view_u[rows])
-            keys[rows], bad[rows] = self.shards.keys(records[rows]), ~are_finite(batch)
-        return list(keys[bad] if bad.any() else keys)
 
 
 def _nearest_first(away: NDArray[np.int64], which: NDArray[np.bool_]) -> list[int]:
