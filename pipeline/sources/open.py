@@ -191,7 +191,9 @@ def _find_remote(url: str, suffix: str) -> list[str]:
     """Returns the URLs of a folder, pattern or file. A web server cannot list its files."""
     if url.startswith(("http://", "https://")):
         if "*" in url:
-            raise SourceError(f"{FLAG}: {url}: http has no patterns, name the files with braces")
+            raise SourceError(
+                f"{FLAG}: {without_query(url)}: http has no patterns, name the files with braces"
+            )
         return [url]
     system, path = find_filesystem(url)
 
