@@ -17,7 +17,7 @@ from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.train import loop
 from latent_t2i.train.batches import Batch
-from latent_t2i.train.config import TrainConfig, ValidationConfig
+from latent_t2i.train.config import PreviewConfig, TrainConfig, ValidationConfig
 from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import validate
 from latent_t2i.train.setup import Run, start
@@ -91,16 +91,17 @@ def test_the_loss_is_measured_at_the_interval_and_at_the_end(validated: Any) -> 
     assert metrics(config.out) == lines
 
 
-def test_validation_does_not_change_training(
+def test_validation_and_previews_do_not_change_training(
     validated: Any, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     model = replace(make_config().model, dropout=0.3)
     plain = train(make_config(out=str(tmp_path / "plain"), model=model))
-    with_validation = train(validated(model=model))
-    assert_same_weights(with_validation, plain)
+    preview = PreviewConfig(every_steps=4, prompts=("red",), num_steps=2)
+    watched = train(validated(model=model, preview=preview))
+    assert_same_weights(watched, plain)
     for name in ("unet", "ema", "optimizer"):
         file = Path("checkpoints") / "step-00000010" / f"{name}.safetensors"
-        one, other = (load_file(bundle.parent / file) for bundle in (with_validation, plain))
+        one, other = (load_file(bundle.parent / file) for bundle in (watched, plain))
         assert all(torch.equal(one[key], other[key]) for key in other)
 
 
