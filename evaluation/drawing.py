@@ -62,6 +62,8 @@ def read_captions(name: str, num: int) -> list[Prompt]:
 def draw_all(config: EvaluationConfig, folder: Path) -> list[Samples]:
     """Generates all images of each kind at the main guidance scale, and half at the others."""
     pipeline = sampler.load(folder, device=config.device, dtype=config.dtype)
+    if config.oracle:
+        _require_square(pipeline)
     others = [scale for scale in config.guidance_scales if scale != config.guidance_scale]
     samples = []
     for kind, prompts in make_prompts(config).items():
@@ -69,6 +71,15 @@ def draw_all(config: EvaluationConfig, folder: Path) -> list[Samples]:
         half = prompts[: max(1, len(prompts) // 2)]
         samples += [_draw(pipeline, config, kind, half, scale) for scale in others]
     return samples
+
+
+def _require_square(pipeline: "StableDiffusionPipeline") -> None:
+    size, factor = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
+    if not isinstance(size, int) and size[0] != size[1]:
+        raise ValueError(
+            f"--oracle: the bundle generates images of {size[1] * factor} x {size[0] * factor} "
+            "pixels, but the oracle needs square ones; expected --no-oracle and --captions"
+        )
 
 
 def _draw(

@@ -74,6 +74,24 @@ def test_the_grid_shows_every_image_with_its_label() -> None:
         assert (label.max(-1) < 128).any()
 
 
+@pytest.mark.parametrize(
+    ("sizes", "factor"),
+    [([(64, 128)] * 5, 1), ([(96, 48)] * 5, 2), ([(64, 64), (80, 48), (48, 80)], 2)],
+)
+def test_the_grid_shows_images_of_any_shape_whole(
+    sizes: list[tuple[int, int]], factor: int
+) -> None:
+    colours = [(200, 30 * i, 60) for i in range(len(sizes))]
+    images = [Image.new("RGB", *pair) for pair in zip(sizes, colours, strict=True)]
+    grid = np.asarray(labelled_grid(images, ["a label of several lines below it"] * len(sizes)))
+    for (width, height), colour in zip(sizes, colours, strict=True):
+        ys, xs = np.nonzero((grid == colour).all(-1))
+        assert len(ys) == width * height * factor**2
+        assert (np.ptp(xs) + 1, np.ptp(ys) + 1) == (width * factor, height * factor)
+        below = grid[ys.max() + 1 : ys.max() + 40, xs.min() : xs.max()]
+        assert (below.max(-1) < 128).any()
+
+
 def test_prompts_of_the_file_follow_those_of_the_flag(tmp_path: Path) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("three\n\n  four \n", "utf-8")
