@@ -25,7 +25,8 @@ class EvaluationConfig:
     world: Literal["easy", "full"] = "easy"
     """With the oracle: the distribution of the scenes."""
     captions: str | None = None
-    """Without the oracle: a COCO captions file; the first caption of each image is a prompt."""
+    """Without the oracle: prompts, the first caption of each image. A COCO captions file, a .jsonl
+    file, a folder with captions as for stage one, or a folder of shards."""
     num_prompts: int = 128
     """Number of prompts of each kind (single, pair, held out) at the main guidance scale."""
     guidance_scale: float = 4.0
@@ -56,7 +57,10 @@ class EvaluationConfig:
                 "add --no-oracle or omit --captions"
             )
         if not self.oracle and self.captions is None:
-            raise ValueError("--captions: required with --no-oracle; give a COCO captions file")
+            raise ValueError(
+                "--captions: required with --no-oracle; expected a file, or a folder of "
+                "captions or shards"
+            )
         check_number("--num-prompts", self.num_prompts, least=1)
         check_number("--num-steps", self.num_steps, least=1)
         check_number("--batch-size", self.batch_size, least=1)

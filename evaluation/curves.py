@@ -110,7 +110,7 @@ def loss_chart(history: Sequence[Mapping[str, Any]]) -> str | None:
             _plot(axes, *zip(*validation, strict=True), color=COLOURS[1], label="validation (EMA)")
             axes.legend(frameon=False, loc="upper right")
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.set_ylabel("loss")
         values = [loss for _, loss in (*training, *validation)]
         if min(values) > 0:

@@ -1,6 +1,5 @@
 """Generates the images to evaluate: each kind of prompt at each guidance scale."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from latent_t2i.evaluation.captions import read_captions
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.model.paths import find_path
 from latent_t2i.sample import sampler
 from latent_t2i.scenes import prompts as scene_prompts
 from latent_t2i.scenes.prompts import Prompt
@@ -43,20 +42,6 @@ def make_prompts(config: EvaluationConfig) -> dict[str, list[Prompt]]:
         kind: scene_prompts.make_prompts(config.world, kind, config.num_prompts, config.seed)
         for kind in scene_prompts.KINDS
     }
-
-
-def read_captions(name: str, num: int) -> list[Prompt]:
-    """Returns the first caption of each of the first `num` images of a COCO captions file."""
-    path = find_path(name)
-    if path is None:
-        raise ValueError(f"--captions: no file {name!r} in the current directory or the project")
-    first: dict[int, str] = {}
-    try:
-        for annotation in json.loads(path.read_text("utf-8"))["annotations"]:
-            first.setdefault(annotation["image_id"], annotation["caption"].strip())
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--captions: {path} is not a COCO captions file: {error!r}") from error
-    return [Prompt(text=first[image_id]) for image_id in sorted(first)[:num]]
 
 
 def draw_all(config: EvaluationConfig, folder: Path) -> list[Samples]:

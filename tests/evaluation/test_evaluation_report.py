@@ -11,7 +11,6 @@ import pytest
 
 from latent_t2i.configs.cli import ConfigError, parse
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.drawing import read_captions
 from latent_t2i.evaluation.evaluate import evaluate
 from latent_t2i.model.bundle import digest
 from latent_t2i.model.paths import ROOT
@@ -111,15 +110,6 @@ def test_the_report_of_images_that_are_not_square(bundle: Path, tmp_path: Path) 
     assert links.sizes == [("128", "64")]
     assert "aspect-ratio" not in page
     assert "at each guidance scale" not in page, "there is only one"
-
-
-def test_a_file_without_captions_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--captions: no file 'gone\.json'"):
-        read_captions("gone.json", 1)
-    other = tmp_path / "instances.json"
-    other.write_text(json.dumps({"annotations": [{"image_id": 1, "bbox": []}]}))
-    with pytest.raises(ValueError, match=r"instances\.json is not a COCO captions file"):
-        read_captions(str(other), 1)
 
 
 def test_a_run_without_a_bundle_is_an_error(
