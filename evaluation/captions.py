@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from latent_t2i.model.paths import find_path
+from latent_t2i.sample.pictures import read_text
 from latent_t2i.scenes.prompts import Prompt
 from latent_t2i.shards.buckets import holds_buckets, open_buckets
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import MANIFEST_NAME
 
-MAX_BYTES = 2**30
-"""Larger files of captions are refused, so that a wrong file does not fill the memory."""
 COLUMNS = ("text", "caption", "captions")
 KINDS = (
     "a COCO captions file, a .jsonl file, a folder with metadata.jsonl, metadata.csv, .txt or "
@@ -37,7 +36,7 @@ def read_captions(name: str, num: int) -> list[Prompt]:
         raise ValueError(f"--captions: no file {name!r} in the current directory or the project")
     try:
         texts = list(islice(_first_captions(path, num), num))
-    except (ValueError, OSError) as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"--captions: {error}") from error
     if not texts:
         raise ValueError(f"--captions: found no captions in {path}; expected {KINDS}")
@@ -73,7 +72,7 @@ def _from_folder(folder: Path) -> Iterator[str]:
             return
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".txt", ".caption")):
         if not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            text = _first_text(_read(path).splitlines(), str(path))
+            text = _first_text(read_text(path).split("\n"), str(path))
             if text is not None:
                 yield text
 
@@ -81,7 +80,9 @@ def _from_folder(folder: Path) -> Iterator[str]:
 def _from_rows(path: Path) -> Iterator[str]:
     """Yields the first caption of each `file_name`, or of each row without one."""
     seen: set[str] = set()
-    rows = csv.DictReader(io.StringIO(_read(path))) if path.suffix == ".csv" else _json_rows(path)
+    rows = (
+        csv.DictReader(io.StringIO(read_text(path))) if path.suffix == ".csv" else _json_rows(path)
+    )
     for number, row in enumerate(rows, start=1):
         place = f"{path}, row {number}"
         if not isinstance(row, dict):
@@ -98,11 +99,11 @@ def _from_rows(path: Path) -> Iterator[str]:
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    return (_parse(line, path) for line in _read(path).splitlines() if line.strip())
+    return (_parse(line, path) for line in read_text(path).split("\n") if line.strip())
 
 
 def _from_coco(path: Path) -> Iterator[str]:
-    document = _parse(_read(path), path)
+    document = _parse(read_text(path), path)
     annotations = document.get("annotations") if isinstance(document, dict) else None
     if not isinstance(annotations, list):
         raise ValueError(f"{path} is not a COCO captions file: it has no list of annotations")
@@ -137,16 +138,3 @@ def _parse(text: str, path: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {str(error)[:100]}: {text[:60]!r}") from error
-
-
-def _read(path: Path) -> str:
-    # A FIFO would block, and a device would never end.
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file")
-    num_bytes = path.stat().st_size
-    if num_bytes > MAX_BYTES:
-        raise ValueError(f"{path} has {num_bytes:,} bytes, expected at most {MAX_BYTES:,}")
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error

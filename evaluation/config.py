@@ -67,6 +67,12 @@ class EvaluationConfig:
         check_number("--guidance-scale", self.guidance_scale, least=1)
         for scale in self.guidance_scales:
             check_number("--guidance-scales", scale, least=1)
+        scales = {self.guidance_scale, *self.guidance_scales}
+        if len({f"{scale:g}" for scale in scales}) < len(scales):
+            raise ValueError(
+                f"--guidance-scales: found {sorted(scales)}, of which two have the same name in "
+                "the metrics; expected scales that differ in six digits"
+            )
         check_number("--seed", self.seed, least=0, below=SEED_LIMIT)
         if self.started_at is not None:
             check_number("--started-at", self.started_at, least=0, most=int(time()) + 1)

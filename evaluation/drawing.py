@@ -49,7 +49,7 @@ def draw_all(config: EvaluationConfig, folder: Path) -> list[Samples]:
     pipeline = sampler.load(folder, device=config.device, dtype=config.dtype)
     if config.oracle:
         _require_square(pipeline)
-    others = [scale for scale in config.guidance_scales if scale != config.guidance_scale]
+    others = sorted({*config.guidance_scales} - {config.guidance_scale})
     samples = []
     for kind, prompts in make_prompts(config).items():
         samples.append(_draw(pipeline, config, kind, prompts, config.guidance_scale))

@@ -20,9 +20,15 @@ def write_coco(folder: Path) -> Path:
 
 
 def write_jsonl(folder: Path) -> Path:
-    rows = [{"text": "first"}, {"caption": "second"}, {"captions": ["", "third"]}, {"text": None}]
+    # Only a newline ends a line of JSON: other line separators may be part of a string.
+    rows = [
+        {"text": "\u2028first"},
+        {"caption": "second"},
+        {"captions": ["", "third"]},
+        {"text": None},
+    ]
     path = folder / "captions.jsonl"
-    path.write_text("\n\n".join(map(json.dumps, rows)))
+    path.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
     return path
 
 
@@ -108,6 +114,7 @@ def annotated(**annotation: object) -> str:
             "row 1: expected one of text, .*, found prompt",
         ),
         ("x.jsonl", "", "no captions in"),
+        ("x/metadata.csv", "file_name,text\na," + "x" * 200_000, "field larger than field limit"),
         ("x/a.txt", b"\xff\xfea", r"a\.txt is not UTF-8"),
         ("x/a.png", "", r"no captions in .*/x; expected"),
     ],

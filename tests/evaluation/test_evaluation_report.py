@@ -152,6 +152,7 @@ def test_an_unusable_bundle_info_is_an_error(bundle: Path, tmp_path: Path) -> No
         (["--batch-size", "0"], "--batch-size: expected .*, found 0"),
         (["--guidance-scale", "nan"], "--guidance-scale: expected .*, found nan"),
         (["--guidance-scales", "0", "4"], "--guidance-scales: expected .*, found 0"),
+        (["--guidance-scales", "2", "2.0000001"], "--guidance-scales: .* the same name"),
         (["--guidance-scales", "2", "inf"], "--guidance-scales: expected .*, found inf"),
         (["--seed", str(2**63)], f"--seed: expected .*, found {2**63}"),
         (["--started-at", "99999999999"], "--started-at: expected .*, found 99999999999"),
