@@ -25,7 +25,8 @@ class EvaluationConfig:
     world: Literal["easy", "full"] = "easy"
     """With the oracle: the distribution of the scenes."""
     captions: str | None = None
-    """Without the oracle: a COCO captions file; the first caption of each image is a prompt."""
+    """Without the oracle: prompts, the first caption of each image. A COCO captions file, a .jsonl
+    file, a folder with captions as for stage one, or a folder of shards."""
     num_prompts: int = 128
     """Number of prompts of each kind (single, pair, held out) at the main guidance scale."""
     guidance_scale: float = 4.0
@@ -56,13 +57,22 @@ class EvaluationConfig:
                 "add --no-oracle or omit --captions"
             )
         if not self.oracle and self.captions is None:
-            raise ValueError("--captions: required with --no-oracle; give a COCO captions file")
+            raise ValueError(
+                "--captions: required with --no-oracle; expected a file, or a folder of "
+                "captions or shards"
+            )
         check_number("--num-prompts", self.num_prompts, least=1)
         check_number("--num-steps", self.num_steps, least=1)
         check_number("--batch-size", self.batch_size, least=1)
         check_number("--guidance-scale", self.guidance_scale, least=1)
         for scale in self.guidance_scales:
             check_number("--guidance-scales", scale, least=1)
+        scales = {self.guidance_scale, *self.guidance_scales}
+        if len({f"{scale:g}" for scale in scales}) < len(scales):
+            raise ValueError(
+                f"--guidance-scales: found {sorted(scales)}, of which two have the same name in "
+                "the metrics; expected scales that differ in six digits"
+            )
         check_number("--seed", self.seed, least=0, below=SEED_LIMIT)
         if self.started_at is not None:
             check_number("--started-at", self.started_at, least=0, most=int(time()) + 1)

@@ -2,9 +2,10 @@
 
 import io
 import json
+import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ mpl.use("svg")  # before pyplot is imported, so that no window system is needed
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
 
-COLOURS = ("#3b7dd8", "#d9722e", "#3a9a5b", "#a257c7")
+COLOURS = ("#3b7dd8", "#d9722e", "#3a9a5b", "#a257c7", "#c9a227", "#2aa5a5", "#d2568c", "#8a8f98")
 GREY = "#8a8f98"
 STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -86,29 +87,57 @@ def smooth(values: Sequence[float], weight: float = 0.5) -> list[float]:
     return smoothed
 
 
-def loss_chart(history: Sequence[Mapping[str, Any]]) -> str:
-    """Plots the training loss, raw and smoothed, and the validation loss against the step."""
-    finite = [line for line in history if line.get("loss") is not None]
-    steps = [line["step"] for line in finite]
-    losses = [line["loss"] for line in finite]
-    measured = [line for line in history if line.get("validation", {}).get("loss") is not None]
+def loss_chart(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Plots the training loss, raw and smoothed, and the validation loss against the step.
+
+    Returns None if no line has a loss.
+    """
+    training = [(line["step"], line["loss"]) for line in history if line.get("loss") is not None]
+    validation = [
+        (line["step"], line["validation"]["loss"])
+        for line in history
+        if line.get("validation", {}).get("loss") is not None
+    ]
+    if not training and not validation:
+        return None
 
     def fill(axes: Axes) -> None:
-        axes.plot(steps, losses, color=COLOURS[0], alpha=0.35, linewidth=1)
-        axes.plot(steps, smooth(losses), color=COLOURS[0], linewidth=2, label="training")
-        if measured:
-            at_steps = [line["step"] for line in measured]
-            values = [line["validation"]["loss"] for line in measured]
-            axes.plot(at_steps, values, color=COLOURS[1], linewidth=2, label="validation (EMA)")
+        if training:
+            steps, losses = zip(*training, strict=True)
+            axes.plot(steps, losses, color=COLOURS[0], alpha=0.35, linewidth=1)
+            _plot(axes, steps, smooth(losses), color=COLOURS[0], label="training")
+        if validation:
+            _plot(axes, *zip(*validation, strict=True), color=COLOURS[1], label="validation (EMA)")
             axes.legend(frameon=False, loc="upper right")
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.set_ylabel("loss")
-        if losses and min(losses) > 0:
+        values = [loss for _, loss in (*training, *validation)]
+        if min(values) > 0:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_ylim())))
             axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-            axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_locator(NullLocator())
 
     return _chart(fill)
+
+
+def _plot(axes: Axes, steps: Sequence[float], values: Sequence[float], **style: Any) -> None:
+    marker = "o" if len(steps) == 1 else None  # a line through one point is invisible
+    axes.plot(steps, values, linewidth=2, marker=marker, **style)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Returns about three to seven ticks for a logarithmic axis, few enough for their labels."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1,)):
+        ticks = [factor * 10.0**decade for decade in decades for factor in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) < 8:
+            break
+    if len(ticks) < 3:
+        ticks = [tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high]
+    return ticks[:: max(1, math.ceil(len(ticks) / 7))]
 
 
 def guidance_chart(series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
@@ -121,14 +150,14 @@ def guidance_chart(series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
         axes.set_xlabel("guidance scale")
         axes.set_ylabel("% correct")
         axes.set_ylim(0, 103)
-        axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
 
-    return _chart(fill)
+    return _chart(fill, height_in=3.9)
 
 
-def _chart(fill: Any) -> str:
+def _chart(fill: Callable[[Axes], None], height_in: float = 3.0) -> str:
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+        figure, axes = plt.subplots(figsize=(4.8, height_in), layout="constrained")
         fill(axes)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})

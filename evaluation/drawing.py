@@ -1,6 +1,5 @@
 """Generates the images to evaluate: each kind of prompt at each guidance scale."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from latent_t2i.evaluation.captions import read_captions
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.model.paths import find_path
 from latent_t2i.sample import sampler
 from latent_t2i.scenes import prompts as scene_prompts
 from latent_t2i.scenes.prompts import Prompt
@@ -45,30 +44,27 @@ def make_prompts(config: EvaluationConfig) -> dict[str, list[Prompt]]:
     }
 
 
-def read_captions(name: str, num: int) -> list[Prompt]:
-    """Returns the first caption of each of the first `num` images of a COCO captions file."""
-    path = find_path(name)
-    if path is None:
-        raise ValueError(f"--captions: no file {name!r} in the current directory or the project")
-    first: dict[int, str] = {}
-    try:
-        for annotation in json.loads(path.read_text("utf-8"))["annotations"]:
-            first.setdefault(annotation["image_id"], annotation["caption"].strip())
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--captions: {path} is not a COCO captions file: {error!r}") from error
-    return [Prompt(text=first[image_id]) for image_id in sorted(first)[:num]]
-
-
 def draw_all(config: EvaluationConfig, folder: Path) -> list[Samples]:
     """Generates all images of each kind at the main guidance scale, and half at the others."""
     pipeline = sampler.load(folder, device=config.device, dtype=config.dtype)
-    others = [scale for scale in config.guidance_scales if scale != config.guidance_scale]
+    if config.oracle:
+        _require_square(pipeline)
+    others = sorted({*config.guidance_scales} - {config.guidance_scale})
     samples = []
     for kind, prompts in make_prompts(config).items():
         samples.append(_draw(pipeline, config, kind, prompts, config.guidance_scale))
         half = prompts[: max(1, len(prompts) // 2)]
         samples += [_draw(pipeline, config, kind, half, scale) for scale in others]
     return samples
+
+
+def _require_square(pipeline: "StableDiffusionPipeline") -> None:
+    size, factor = pipeline.unet.config.sample_size, pipeline.vae_scale_factor
+    if not isinstance(size, int) and size[0] != size[1]:
+        raise ValueError(
+            f"--oracle: the bundle generates images of {size[1] * factor} x {size[0] * factor} "
+            "pixels, but the oracle needs square ones; expected --no-oracle and --captions"
+        )
 
 
 def _draw(

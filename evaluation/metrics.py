@@ -5,6 +5,7 @@ that mention the attribute. The CLIP score (Hessel et al. 2021, 2104.08718, as i
 the mean of max(100 * cos(image, text), 0).
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -53,6 +54,7 @@ class ClipScorer:
     """A CLIP model with its tokenizer and image processor."""
 
     def __init__(self, name: str) -> None:
+        self._name = name
         folder = fetch(name, None, CLIP_FILES, flag="--clip")
         with quiet():
             from transformers import AutoImageProcessor
@@ -73,7 +75,10 @@ class ClipScorer:
         """Returns the CLIP score, 0 to 100, of images (B, H, W, 3) with their texts."""
         starts = range(0, len(texts), 64)
         scores = [self._scores(images[i : i + 64], texts[i : i + 64]) for i in starts]
-        return float(torch.cat(scores).mean())
+        mean = float(torch.cat(scores).mean())
+        if not math.isfinite(mean):
+            raise ValueError(f"--clip: the CLIP score of {self._name} is {mean}, expected a number")
+        return mean
 
     def _scores(self, images: NDArray[np.uint8], texts: Sequence[str]) -> torch.Tensor:
         pixels = self._processor(images=list(images), return_tensors="pt").pixel_values

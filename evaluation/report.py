@@ -12,7 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.curves import guidance_chart, loss_chart
+from latent_t2i.evaluation.curves import COLOURS, guidance_chart, loss_chart
 from latent_t2i.evaluation.drawing import Samples
 from latent_t2i.evaluation.metrics import Checks
 
@@ -50,6 +50,8 @@ class Card:
     """An image of the report with its prompt and the attributes that the oracle checked."""
 
     source: str
+    width: int
+    height: int
     label: str
     right: Sequence[str]
     wrong: Sequence[str]
@@ -83,10 +85,11 @@ def render_report(
         groups=[
             (group.kind, _cards(group, group_checks)[:NUM_SHOWN]) for group, group_checks in main
         ],
-        loss_svg=Markup(loss_chart(history)) if history else None,
+        has_history=history is not None,
+        loss_svg=Markup(loss_chart(history or []) or ""),
         guidance_svg=_guidance(metrics, config),
         rows=guidance_rows(samples, checks),
-        time_breakdown=_time_breakdown(history) if history else [],
+        time_breakdown=_time_breakdown(history or []),
         settings=_flat({"train": info["config"], "evaluation": asdict(config)}),
     )
 
@@ -97,8 +100,9 @@ def headlines(metrics: Mapping[str, Any], counts: Mapping[str, int]) -> list[dic
     for key, (title, meaning) in HEADLINES.items():
         if key in metrics:
             low, high = wilson(metrics[key], counts[key.split("/")[1]])
-            note = f"{meaning}. 95 % interval: {100 * low:.0f} to {100 * high:.0f} %"
-            found.append({"title": title, "value": f"{100 * metrics[key]:.0f} %", "note": note})
+            note = f"{meaning}. 95\u00a0% interval: {100 * low:.0f} to {100 * high:.0f}\u00a0%"
+            value = f"{100 * metrics[key]:.0f}\u00a0%"
+            found.append({"title": title, "value": value, "note": note})
     ceiling = metrics.get("clip_score/drawn")
     note = "100 times the cosine similarity of image and prompt."
     if ceiling is not None:
@@ -119,7 +123,8 @@ def guidance_rows(
 ) -> list[tuple[str, list[tuple[str, Card]]]]:
     """Returns a few prompts with their images, same seed, at each guidance scale.
 
-    The prompts are those on which the number of passed checks differs most between the scales.
+    With checks, the prompts are those on which the number of passed ones differs most. Returns
+    nothing for a single guidance scale.
     """
     kinds = {group.kind for group in samples}
     kind = "pair" if "pair" in kinds else samples[0].kind  # single objects leave little to improve
@@ -127,6 +132,9 @@ def guidance_rows(
         (pair for pair in zip(samples, checks, strict=True) if pair[0].kind == kind),
         key=lambda pair: pair[0].guidance_scale,
     )
+
+    if len(groups) == 1:
+        return []
 
     def spread(number: int) -> int:
         passed = [sum(group_checks[number].values()) for _, group_checks in groups if group_checks]
@@ -154,6 +162,8 @@ def _card(image: Image.Image, label: str, checks: Checks) -> Card:
     names = [name for name in checks if name not in ("all", "count") and "_" not in name]
     return Card(
         source=data_url(image),
+        width=image.width,
+        height=image.height,
         label=label,
         right=[name for name in names if checks[name]],
         wrong=[name for name in names if not checks[name]],
@@ -178,12 +188,13 @@ def _guidance(metrics: Mapping[str, Any], config: EvaluationConfig) -> Markup | 
     return Markup(guidance_chart(series)) if series else None
 
 
-def _time_breakdown(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
-    """Returns the mean share of training time per phase, largest first."""
+def _time_breakdown(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, str]]:
+    """Returns phase, mean share of training time and colour, the largest share first."""
     lines = [line["time_breakdown"] for line in history if "time_breakdown" in line]
     names = {name for line in lines for name in line}
     means = {name: sum(line.get(name, 0.0) for line in lines) / len(lines) for name in names}
-    return sorted(means.items(), key=lambda item: -item[1])
+    ranked = sorted(means.items(), key=lambda item: -item[1])
+    return [(*item, COLOURS[number % len(COLOURS)]) for number, item in enumerate(ranked)]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 SETTINGS_CHUNK = "latent-t2i"
 CELL_PX = 192
+MIN_COLUMN_PX = 128  # room for the label of a narrow image
 PADDING_PX = 12
 FONT_PX = 14
 LINE_PX = FONT_PX + 4
@@ -40,30 +41,34 @@ def read_settings(path: Path) -> dict[str, Any]:
 def labelled_grid(
     images: Sequence[Image.Image], labels: Sequence[str], *, num_columns: int | None = None
 ) -> Image.Image:
-    """Returns the images in rows, each with its label wrapped below it."""
+    """Returns the images in rows, each with its label wrapped below it.
+
+    Images may have different sizes. Small ones are enlarged without smoothing by one whole factor.
+    """
     assert len(images) == len(labels) > 0, (len(images), len(labels))
     columns = num_columns or min(len(images), 4)
     font = ImageFont.load_default(FONT_PX)
-    side = max(_enlarged(image).width for image in images)
-    texts = [_wrap(label, font, side) for label in labels]
+    factor = max(1, CELL_PX // max(max(image.size) for image in images))
+    cells = [_enlarged(image, factor) for image in images]
+    cell_width = max(MIN_COLUMN_PX, *(cell.width for cell in cells))
+    cell_height = max(cell.height for cell in cells)
+    texts = [_wrap(label, font, cell_width) for label in labels]
     label_px = max(len(text) for text in texts) * LINE_PX + 6
     rows = -(-len(images) // columns)
-    step_x, step_y = side + PADDING_PX, side + label_px + PADDING_PX
+    step_x, step_y = cell_width + PADDING_PX, cell_height + label_px + PADDING_PX
     size = (columns * step_x + PADDING_PX, rows * step_y + PADDING_PX)
     grid = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(grid)
-    for number, (image, lines) in enumerate(zip(images, texts, strict=True)):
+    for number, (cell, lines) in enumerate(zip(cells, texts, strict=True)):
         x = PADDING_PX + number % columns * step_x
         y = PADDING_PX + number // columns * step_y
-        grid.paste(_enlarged(image), (x, y))
+        grid.paste(cell, (x, y))
         for line_number, line in enumerate(lines):
-            pen.text((x, y + side + 4 + line_number * LINE_PX), line, fill=INK, font=font)
+            pen.text((x, y + cell.height + 4 + line_number * LINE_PX), line, fill=INK, font=font)
     return grid
 
 
-def _enlarged(image: Image.Image) -> Image.Image:
-    """Returns the image enlarged by a whole factor, without smoothing, to at most CELL_PX."""
-    factor = max(1, CELL_PX // image.width)
+def _enlarged(image: Image.Image, factor: int) -> Image.Image:
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
 

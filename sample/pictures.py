@@ -11,6 +11,8 @@ from latent_t2i.sample import sampler
 from latent_t2i.sample.config import SampleConfig
 
 SHIPPED_BUNDLE = "scenes/bundle"
+MAX_TEXT_BYTES = 2**30
+"""Larger text files are refused, so that a wrong file does not fill the memory."""
 
 
 def sample(config: SampleConfig) -> Path:
@@ -92,7 +94,25 @@ def read_prompts(config: SampleConfig) -> list[str]:
                 f"--prompt-file: no file {config.prompt_file!r} in the current directory or the "
                 "project"
             )
-        prompts += [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        try:
+            lines = read_text(path).split("\n")
+        except ValueError as error:
+            raise ValueError(f"--prompt-file: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError("--prompt: no prompts; give --prompt, --prompt-file or a preset with some")
     return prompts
+
+
+def read_text(path: Path) -> str:
+    """Returns the content of a UTF-8 file; raises ValueError if it is not one, or is too large."""
+    # A FIFO would block, and a device would never end.
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_TEXT_BYTES:
+        raise ValueError(f"{path} has {num_bytes:,} bytes, expected at most {MAX_TEXT_BYTES:,}")
+    try:
+        return path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error

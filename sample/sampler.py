@@ -2,6 +2,7 @@
 image for the same bundle, seed and settings (model/generate.py).
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,11 +90,22 @@ def draw(
     scheduler: SchedulerName = "dpmpp",
     **settings: Any,
 ) -> list[Image.Image]:
-    """Returns images made with the named scheduler; `settings` are those of `generate_images`."""
+    """Returns images made with the named scheduler; `settings` are those of `generate_images`.
+
+    Raises ValueError if an image is not finite.
+    """
     own = pipeline.scheduler
     pipeline.scheduler = choose_scheduler(own, scheduler)
     try:
-        return generate_images(pipeline, prompts, seeds, **settings)
+        with warnings.catch_warnings():
+            # diffusers would turn NaN into black pixels.
+            warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
+            return generate_images(pipeline, prompts, seeds, **settings)
+    except RuntimeWarning as error:
+        raise ValueError(
+            f"--bundle: the images are not finite in {pipeline.dtype}; the weights have NaN, or "
+            "overflow: try --dtype float32 or bfloat16, or another bundle"
+        ) from error
     finally:
         pipeline.scheduler = own
 

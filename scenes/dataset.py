@@ -46,13 +46,20 @@ def write_coco(
     )
     info = {"description": "procedural scenes", "world": world, "split": split,
             "num_images": num_images, "image_size_px": image_size_px, "seed": seed}  # fmt: skip
-    if not _is_finished(paths.captions, info):
+    if not _is_finished(paths, info):
         _write(paths, info)
     return paths
 
 
-def _is_finished(path: Path, info: dict[str, Any]) -> bool:
-    return path.is_file() and bool(json.loads(path.read_text("utf-8"))["info"] == info)
+def _is_finished(paths: CocoPaths, info: dict[str, Any]) -> bool:
+    if not (paths.captions.is_file() and paths.instances.is_file()):
+        return False
+    try:
+        found = json.loads(paths.captions.read_text("utf-8"))["info"]
+    except (ValueError, KeyError, TypeError):  # damaged: render again
+        return False
+    num_images = sum(1 for _ in paths.images.glob("*.png"))
+    return bool(found == info) and num_images >= info["num_images"]
 
 
 def _write(paths: CocoPaths, info: dict[str, Any]) -> None:

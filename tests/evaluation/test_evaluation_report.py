@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 
 from latent_t2i.configs.cli import ConfigError, parse
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.drawing import read_captions
 from latent_t2i.evaluation.evaluate import evaluate
 from latent_t2i.model.bundle import digest
 from latent_t2i.model.paths import ROOT
@@ -34,10 +34,11 @@ class Links(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.loads: list[str] = []
-        self.num_images = 0
+        self.sizes: list[tuple[str | None, str | None]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.num_images += tag == "img"
+        if tag == "img":
+            self.sizes.append((dict(attrs)["width"], dict(attrs)["height"]))
         self.loads += [str(value) for name, value in attrs if name in ("src", "href")]
 
 
@@ -70,8 +71,9 @@ def test_metrics_and_report_with_the_oracle(
     links.feed(page)
     assert all(link.startswith(("data:image/png", "#")) for link in links.loads)
     assert not re.search(r"url\(\s*['\"]?http|@import|<script", page)
-    assert links.num_images == 4 * 3 + 2 * 2, "the samples of each kind, and the guidance rows"
-    assert "denoise" in page
+    assert links.sizes == [("64", "64")] * (4 * 3 + 2 * 2), "samples and guidance rows"
+    assert "number of correct attributes differs most" in page
+    assert re.search(r'<i class="key" style="background:#3b7dd8"></i>denoise', page)
     assert digest(bundle)[:16] in page
     assert str(report) in capsys.readouterr().out
 
@@ -89,15 +91,25 @@ def test_metrics_and_report_of_captions(bundle: Path, tmp_path: Path) -> None:
     page = report.read_text()
     assert "caption &lt;1&gt; &amp; more" in page
     assert "The run folder has no metrics.jsonl" in page
+    assert "differs most" not in page
 
 
-def test_a_file_without_captions_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--captions: no file 'gone\.json'"):
-        read_captions("gone.json", 1)
-    other = tmp_path / "instances.json"
-    other.write_text(json.dumps({"annotations": [{"image_id": 1, "bbox": []}]}))
-    with pytest.raises(ValueError, match=r"instances\.json is not a COCO captions file"):
-        read_captions(str(other), 1)
+def test_the_report_of_images_that_are_not_square(bundle: Path, tmp_path: Path) -> None:
+    wide = tmp_path / "bundle"
+    shutil.copytree(bundle, wide)
+    path = wide / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": [8, 16]}))
+    settings = config(wide, tmp_path / "out", guidance_scales=(4.0,))
+    with pytest.raises(ValueError, match=r"--oracle: .* 128 x 64 pixels, .* square"):
+        evaluate(settings)
+    captions = tmp_path / "captions.json"
+    captions.write_text(json.dumps({"annotations": [{"image_id": 1, "caption": "a"}]}))
+    page = evaluate(replace(settings, oracle=False, captions=str(captions))).read_text()
+    links = Links()
+    links.feed(page)
+    assert links.sizes == [("128", "64")]
+    assert "aspect-ratio" not in page
+    assert "at each guidance scale" not in page, "there is only one"
 
 
 def test_a_run_without_a_bundle_is_an_error(
@@ -140,6 +152,7 @@ def test_an_unusable_bundle_info_is_an_error(bundle: Path, tmp_path: Path) -> No
         (["--batch-size", "0"], "--batch-size: expected .*, found 0"),
         (["--guidance-scale", "nan"], "--guidance-scale: expected .*, found nan"),
         (["--guidance-scales", "0", "4"], "--guidance-scales: expected .*, found 0"),
+        (["--guidance-scales", "2", "2.0000001"], "--guidance-scales: .* the same name"),
         (["--guidance-scales", "2", "inf"], "--guidance-scales: expected .*, found inf"),
         (["--seed", str(2**63)], f"--seed: expected .*, found {2**63}"),
         (["--started-at", "99999999999"], "--started-at: expected .*, found 99999999999"),

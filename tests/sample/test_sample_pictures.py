@@ -1,12 +1,14 @@
 """`sample.run`: image files with their settings, the labelled grid, and errors."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from latent_t2i.configs.cli import ConfigError, parse
 from latent_t2i.model.bundle import digest
@@ -72,6 +74,24 @@ def test_the_grid_shows_every_image_with_its_label() -> None:
         assert (grid[y : y + side, x : x + side] == colour).all()
         label = grid[y + side : y + side + label_px, x : x + side]
         assert (label.max(-1) < 128).any()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "factor"),
+    [([(64, 128)] * 5, 1), ([(96, 48)] * 5, 2), ([(64, 64), (80, 48), (48, 80)], 2)],
+)
+def test_the_grid_shows_images_of_any_shape_whole(
+    sizes: list[tuple[int, int]], factor: int
+) -> None:
+    colours = [(200, 30 * i, 60) for i in range(len(sizes))]
+    images = [Image.new("RGB", *pair) for pair in zip(sizes, colours, strict=True)]
+    grid = np.asarray(labelled_grid(images, ["a label of several lines below it"] * len(sizes)))
+    for (width, height), colour in zip(sizes, colours, strict=True):
+        ys, xs = np.nonzero((grid == colour).all(-1))
+        assert len(ys) == width * height * factor**2
+        assert (np.ptp(xs) + 1, np.ptp(ys) + 1) == (width * factor, height * factor)
+        below = grid[ys.max() + 1 : ys.max() + 40, xs.min() : xs.max()]
+        assert (below.max(-1) < 128).any()
 
 
 def test_prompts_of_the_file_follow_those_of_the_flag(tmp_path: Path) -> None:
@@ -157,3 +177,24 @@ def test_missing_prompts_are_errors() -> None:
         pictures.read_prompts(SampleConfig())
     with pytest.raises(ValueError, match=r"--prompt-file: no file 'gone\.txt'"):
         pictures.read_prompts(SampleConfig(prompt_file="gone.txt"))
+
+
+def test_a_prompt_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"\xff\xfea\x00")
+    with pytest.raises(ValueError, match=r"--prompt-file: .*prompts\.txt is not UTF-8"):
+        pictures.read_prompts(SampleConfig(prompt_file=str(path)))
+    with pytest.raises(ValueError, match=r"--prompt-file: .* is not a regular file"):
+        pictures.read_prompts(SampleConfig(prompt_file=str(tmp_path)))
+
+
+def test_images_that_are_not_finite_are_an_error(bundle: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "bundle"
+    shutil.copytree(bundle, broken)
+    path = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["conv_out.bias"] *= float("nan")
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"--bundle: the images are not finite in torch.float32"):
+        pictures.sample(config(broken, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -115,6 +115,16 @@ def test_a_complete_dataset_is_kept_and_an_incomplete_one_is_rendered_again(tmp_
     write_coco(tmp_path, "easy", "val", 3, 64, seed=0)
     assert image.read_bytes() != b"kept"
     assert paths.captions.read_bytes() == before
+    for damage in (
+        lambda: image.unlink(),
+        lambda: paths.captions.write_text("{"),
+        paths.instances.unlink,
+    ):
+        damage()
+        write_coco(tmp_path, "easy", "val", 3, 64, seed=0)
+        assert image.is_file()
+        assert paths.instances.is_file()
+        assert paths.captions.read_bytes() == before
     write_coco(tmp_path, "easy", "val", 4, 64, seed=0)
     assert len(json.loads(paths.captions.read_text())["images"]) == 4
 
