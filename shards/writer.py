@@ -108,17 +108,28 @@ def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> 
                 f"{progress / TEXT_SCALE_NAME}: missing, but finished shards depend on this scale: "
                 "choose another folder, or delete this one"
             )
+        if not in_use:
+            _delete_unreported(folder)
         return None
     if not path.exists() and folder.is_dir() and {*folder.iterdir()} - {progress}:
         raise ValueError(f"{folder}: contains files but no shards: choose an empty folder")
     progress.mkdir(parents=True, exist_ok=True)
     content = json.dumps(asdict(provenance)).encode()
     if not path.exists() or path.read_bytes() != content:
-        # Leftovers of another set, which has no reports yet.
-        for leftover in (progress / TEXT_SCALE_NAME, *folder.glob("shard-*.tar")):
-            leftover.unlink(missing_ok=True)
+        (progress / TEXT_SCALE_NAME).unlink(missing_ok=True)  # of another set, without a shard
+    _delete_unreported(folder)
     write_file(path, content)
     return None
+
+
+def _delete_unreported(folder: Path) -> None:
+    """Deletes shards without a report, of a process killed between the two.
+
+    They are written again. On a GPU the new bytes may differ, and a shard is never overwritten.
+    """
+    for shard in folder.glob("shard-*.tar"):
+        if not (folder / PROGRESS_DIR / f"{shard.stem}.json").exists():
+            shard.unlink()
 
 
 def keep_text_scale(folder: Path, found: FoundScale) -> None:

@@ -74,10 +74,6 @@ class Retry:
     longest_wait_s: float = 30.0
     pause: Callable[[float], Any] = time.sleep
 
-    def wait(self, num_failures: int) -> None:
-        """Waits after so many failures, without jitter; for pipeline/fetch.py."""
-        self.pause(min(self.first_wait_s * 2 ** (num_failures - 1), self.longest_wait_s))
-
 
 def with_retries(
     url: str, read: Callable[[], T], retry: Retry | None = None, *, position: int | None = None

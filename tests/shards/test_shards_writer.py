@@ -443,3 +443,19 @@ def test_unreported_shard_of_another_set_is_replaced(tmp_path: Path) -> None:
     assert names(tmp_path) == ["progress/provenance.json"]
     write_shard(tmp_path, 0, examples, layout_of(examples))
     finish(tmp_path, *examples)
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+@pytest.mark.parametrize("num_reported", [0, 1])
+def test_begin_deletes_shards_without_a_report_unless_in_use(
+    tmp_path: Path, num_reported: int, in_use: bool
+) -> None:
+    """A process was killed between a shard's link and its report."""
+    begin_set(tmp_path, make_provenance())
+    layout = layout_of(make_examples(2))
+    for index in range(num_reported + 1):
+        write_shard(tmp_path, index, make_examples(2), layout)
+    (tmp_path / "progress" / f"shard-{num_reported:06d}.json").unlink()
+    begin_set(tmp_path, make_provenance(), in_use=in_use)
+    shards = sorted(path.name for path in tmp_path.glob("*.tar"))
+    assert shards == [f"shard-{index:06d}.tar" for index in range(num_reported + in_use)]
