@@ -34,8 +34,8 @@ OPTIONAL = (
     ("TensorBoard logs", ("tensorboard",), "latent-t2i[track]"),
     ("evaluation reports", ("jinja2", "matplotlib", "scipy", "torchmetrics"), "latent-t2i[eval]"),
     ("8-bit AdamW", ("bitsandbytes",), "latent-t2i[8bit]"),
-    ("shards over HTTP", ("aiohttp",), "aiohttp"),
-    ("shards on S3", ("s3fs",), "s3fs"),
+    ("shards over HTTP", ("aiohttp",), "'latent-t2i[remote]'"),
+    ("shards on S3", ("s3fs",), "'latent-t2i[remote]'"),
 )
 
 
