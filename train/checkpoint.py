@@ -56,7 +56,9 @@ MUST_MATCH = (
 MAY_DIFFER = ("model.attention_kernel",)
 PARTS = ("unet", "ema", "optimizer")
 STATE_FILE = "state.json"
-MAX_STATE_BYTES = 2**26  # state.json is read into memory before its hash is known
+# Bounds what is read before the hash is known. A logging interval may have a million rows of
+# metrics, of up to 90 bytes each.
+MAX_STATE_BYTES = 2**28
 STATE_TYPES: dict[str, Any] = {
     "step": int,
     "train_s": (int, float),

@@ -170,7 +170,10 @@ def report(run: Run) -> None:
         "train_s": state.train_s,
         "time_breakdown": shares,
     }
-    progress.write(line, remaining_s=remaining_s(run, num_steps / wall_s))
+    remaining_s = (run.plan.num_steps - state.step) * wall_s / num_steps
+    if config.max_train_s is not None:
+        remaining_s = max(0.0, min(remaining_s, config.max_train_s - state.train_s))
+    progress.write(line, remaining_s=remaining_s)
     progress.say_skipped(skipped, run.source.loader.nonfinite_keys)
     first = state.step - num_steps
     flags = [step in skipped for step in range(first, state.step)]
@@ -218,13 +221,6 @@ def roll_back(run: Run, streak: range) -> NoReturn:
         "run the same command with a lower --optim.learning-rate. To continue past these steps, "
         "use a higher --max-bad-steps."
     )
-
-
-def remaining_s(run: Run, steps_per_s: float) -> float:
-    """Returns the estimated seconds to the last step or the end of the time budget."""
-    left_s = (run.plan.num_steps - run.state.step) / steps_per_s
-    budget_s = run.plan.config.max_train_s
-    return left_s if budget_s is None else max(0.0, min(left_s, budget_s - run.state.train_s))
 
 
 def evaluate(run: Run, *, last: bool) -> bool:

@@ -243,7 +243,12 @@ def resume(plan: Plan, state: TrainState) -> list[str]:
     """
     found = checkpoint.find_all(plan.folder / "checkpoints")
     if not found:
-        return describe_lost_progress(plan.folder)
+        left = [name for name in (METRICS_FILE, "bundle") if (plan.folder / name).exists()]
+        return [
+            f"{plan.folder / name}: found without a checkpoint in {plan.folder / 'checkpoints'}; "
+            "starting at step 0, it will be replaced"
+            for name in left
+        ]
     before = checkpoint.read_state(found[-1])["settings"]
     changes = checkpoint.compare_settings(before, plan.settings, plan.folder)
     checkpoint.load(found[-1], state)
@@ -253,17 +258,6 @@ def resume(plan: Plan, state: TrainState) -> list[str]:
             "partly read are repeated; map and cache access resume exactly"
         )
     return [f"resuming from {found[-1]}", *changes]
-
-
-def describe_lost_progress(folder: Path) -> list[str]:
-    """Returns a line for the log if the run was started before but has no checkpoint."""
-    left = [name for name in (METRICS_FILE, "bundle") if (folder / name).exists()]
-    if not left:
-        return []
-    return [
-        f"{folder} has {' and '.join(left)} but no checkpoint in {folder / 'checkpoints'}; "
-        "starting at step 0, these will be replaced"
-    ]
 
 
 def make_source(plan: Plan, accelerator: Accelerator) -> BatchSource:

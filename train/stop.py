@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from enum import Enum
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -69,12 +69,7 @@ class Stop:
                 self._handlers[number] = signal.signal(number, self._record)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number in list(self._handlers):
             self._restore(number)
 

@@ -183,8 +183,8 @@ def test_without_its_checkpoints_a_run_starts_again_and_says_so(
     shutil.rmtree(last.parent)
     train(make_config(num_steps=3))
     stderr = capsys.readouterr().err
-    assert "run has metrics.jsonl and bundle but no checkpoint in" in stderr
-    assert "starting at step 0, these will be replaced" in stderr
+    for name in ("metrics.jsonl", "bundle"):
+        assert f"run/{name}: found without a checkpoint in" in stderr
     assert_same_checkpoint(last, Path(kept))
 
 
