@@ -231,7 +231,7 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
     if config.buckets:
         bucket_settings = {
             "image_size_px": config.image_size_px,
-            "max_aspect": config.max_aspect,
+            "max_aspect": f"{config.max_aspect:g}",
             "bucket_multiple_px": config.bucket_multiple_px,
         }
     return Provenance(
