@@ -198,7 +198,7 @@ def test_reasons_name_files_not_hashed_keys(tmp_path: Path, out: Path) -> None:
         build(config)
     for path in images.iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match=rf"--source.images: '{images}' contains no images"):
+    with pytest.raises(ValueError, match=rf"--source.images: .*{images}.* no images"):
         build(config)
 
 
