@@ -8,6 +8,7 @@ provenance, scale of int8 text, manifest. The trade-off is that each process lis
 
 import errno
 import fcntl
+import itertools
 import os
 import socket
 import stat
@@ -23,6 +24,8 @@ LOCK_NAME = "lock"
 RUN_NAME = "run.lock"
 """Every process that writes the set holds a shared lock on this file."""
 SHARED_NAMES = {LOCK_NAME, RUN_NAME}
+MAX_ATTEMPTS = 100
+"""A folder that cannot be created this often is not being deleted by another process."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of `flock` on file systems without locks."""
 
@@ -110,12 +113,12 @@ def _lock(folder: Path, name: str, mode: int) -> Iterator[IO[str]]:
     file locks the new one instead. Folders that only locks used are removed again.
     """
     progress, existed = folder / PROGRESS_DIR, folder.exists()
-    while True:
+    for attempt in itertools.count(1):
         try:
             progress.mkdir(parents=True, exist_ok=True)
             file = (progress / name).open("a+")
         except (FileExistsError, FileNotFoundError):
-            if _is_no_folder(progress):
+            if attempt == MAX_ATTEMPTS or _is_no_folder(progress):
                 raise
             continue  # another process has just finished the set
         with file:

@@ -240,7 +240,7 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
     if config.buckets:
         bucket_settings = {
             "image_size_px": config.image_size_px,
-            "max_aspect": config.max_aspect,
+            "max_aspect": f"{config.max_aspect:g}",
             "bucket_multiple_px": config.bucket_multiple_px,
         }
     return Provenance(
@@ -346,15 +346,17 @@ def require_enough(
 ) -> None:
     """Raises ValueError if too many images are quarantined; writes all reasons beside `out`."""
     allowed = int(config.max_quarantined * index.num_source)
+    path = out and out.with_name(f"{out.name}-quarantined.json")
     if len(reasons) <= allowed:
+        if path is not None:
+            path.unlink(missing_ok=True)  # the reasons of an earlier, refused run
         return
     named = index.by_file_name(reasons)
     text = (
         f"{len(named)} of {index.num_source} images cannot be used, but --max-quarantined "
         f"{config.max_quarantined:g} allows {allowed}: {'; '.join(report.first_of(named))}"
     )
-    if out is not None:
-        path = out.with_name(f"{out.name}-quarantined.json")
+    if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(named, indent=1), encoding="utf-8")
         text += f" (all in {path})"

@@ -6,7 +6,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
@@ -77,10 +78,20 @@ def run(forks: ForkServerContext, config: PipelineConfig, **changes: Any) -> int
     return cast(int, process.exitcode)
 
 
-def wait_until_stopped(log: Path) -> None:
-    """Waits for the `stop_at` of a process with this log."""
-    while "signal\n" not in (log.read_text() if log.exists() else ""):
-        time.sleep(0.01)
+@contextmanager
+def stopped(
+    forks: ForkServerContext, config: PipelineConfig, at: Moment, log: Path, **changes: Any
+) -> Iterator[ForkServerProcess]:
+    """Yields a process that has stopped itself; kills it at the end, unless it has ended."""
+    process = start(forks, config, stop_at=at, log=log, **changes)
+    try:
+        while "signal\n" not in (log.read_text() if log.exists() else ""):
+            assert process.is_alive()
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def begun(log: Path) -> list[str]:

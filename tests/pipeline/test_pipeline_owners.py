@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import random
+import re
 import signal
 import socket
 from dataclasses import replace
@@ -16,7 +17,7 @@ import pytest
 from latent_t2i.pipeline.processes import own_rank
 from latent_t2i.pipeline.stage import build
 from tests.coco_folders import CocoFolder, make_coco
-from tests.stage_one import contents, make_config, run, start, wait_until_stopped
+from tests.stage_one import contents, make_config, run, start, stopped
 
 NUM_STARTS = 20
 LONGEST_RUN_S = 1.0
@@ -67,15 +68,13 @@ def test_a_second_run_is_refused_at_once_by_process_and_host(
     folder: CocoFolder, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     config = make_config(folder, tmp_path / "out")
-    log = tmp_path / "log"
-    first = start(forks, config, stop_at=("write", 1), log=log)
-    wait_until_stopped(log)
-    message = rf"process {first.pid} on {socket.gethostname()} is writing this set: wait until"
-    for second in (config, replace(config, max_tokens=12)):
-        with pytest.raises(ValueError, match=message):
-            build(second)
-    os.kill(first.pid, signal.SIGCONT)
-    first.join()
+    with stopped(forks, config, ("write", 1), tmp_path / "log") as first:
+        message = f"process {first.pid} on {socket.gethostname()} is writing this set: wait until"
+        for second in (config, replace(config, max_tokens=12)):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                build(second)
+        os.kill(first.pid, signal.SIGCONT)
+        first.join()
     assert first.exitcode == 0
     build(replace(config, out=str(tmp_path / "whole")))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -86,15 +85,11 @@ def test_another_command_as_another_rank_is_refused_before_the_first_shard(
     folder: CocoFolder, tmp_path: Path, forks: ForkServerContext, buckets: bool
 ) -> None:
     config = make_config(folder, tmp_path / "out", buckets=buckets)
-    log = tmp_path / "log"
-    first = start(forks, config, rank=0, num_processes=2, stop_at=("write", 1), log=log)
-    wait_until_stopped(log)
     other = replace(config, max_tokens=12)
-    refused = tmp_path / "refused.log"
-    assert run(forks, other, rank=1, num_processes=2, log=refused) == 2
-    assert "max_tokens: " in refused.read_text()
-    first.kill()
-    first.join()
+    with stopped(forks, config, ("write", 1), tmp_path / "log", num_processes=2):
+        refused = tmp_path / "refused.log"
+        assert run(forks, other, rank=1, num_processes=2, log=refused) == 2
+        assert "max_tokens: " in refused.read_text()
     assert build(other)  # without another owner, and without a shard, settings may change
 
 

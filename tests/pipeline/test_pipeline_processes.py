@@ -79,6 +79,11 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_cannot_be_created_is_an_error() -> None:
+    with pytest.raises(FileNotFoundError), folder_lock(Path("/proc/none")):
+        pass
+
+
 def hold(folder: Path) -> None:
     with folder_lock(folder):
         (folder / "held").touch()
