@@ -71,11 +71,8 @@ def render_report(
         loader=PackageLoader("latent_t2i.evaluation"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    main = [
-        (group, group_checks)
-        for group, group_checks in zip(samples, checks, strict=True)
-        if group.guidance_scale == config.guidance_scale
-    ]
+    pairs = zip(samples, checks, strict=True)
+    main = [pair for pair in pairs if pair[0].guidance_scale == config.guidance_scale]
     return environment.get_template("report.html.j2").render(
         name=config.name,
         info=info,
@@ -83,7 +80,8 @@ def render_report(
         metrics=metrics,
         headlines=headlines(metrics, {group.kind: len(group.prompts) for group, _ in main}),
         groups=[
-            (group.kind, _cards(group, group_checks)[:NUM_SHOWN]) for group, group_checks in main
+            (group.kind, [_card(group, found, i) for i in range(min(NUM_SHOWN, len(group.images)))])
+            for group, found in main
         ],
         has_history=history is not None,
         loss_svg=Markup(loss_chart(history or []) or ""),
@@ -132,7 +130,6 @@ def guidance_rows(
         (pair for pair in zip(samples, checks, strict=True) if pair[0].kind == kind),
         key=lambda pair: pair[0].guidance_scale,
     )
-
     if len(groups) == 1:
         return []
 
@@ -142,31 +139,26 @@ def guidance_rows(
 
     count = min(len(group.prompts) for group, _ in groups)
     chosen = sorted(range(count), key=lambda number: (-spread(number), number))[:NUM_ROWS]
-    columns = [(f"{group.guidance_scale:g}", _cards(group, found)) for group, found in groups]
     return [
-        (groups[0][0].prompts[number].text, [(scale, cards[number]) for scale, cards in columns])
+        (
+            groups[0][0].prompts[number].text,
+            [(f"{group.guidance_scale:g}", _card(group, found, number)) for group, found in groups],
+        )
         for number in chosen
     ]
 
 
-def _cards(group: Samples, checks: Sequence[Checks]) -> list[Card]:
-    """Returns a card for every image."""
-    return [
-        _card(image, prompt.text, checks[number] if checks else {})
-        for number, (image, prompt) in enumerate(zip(group.images, group.prompts, strict=True))
-    ]
-
-
-def _card(image: Image.Image, label: str, checks: Checks) -> Card:
+def _card(group: Samples, checks: Sequence[Checks], number: int) -> Card:
+    image, found = group.images[number], checks[number] if checks else {}
     # Combined attributes, such as shape_and_colour, repeat single ones.
-    names = [name for name in checks if name not in ("all", "count") and "_" not in name]
+    names = [name for name in found if name not in ("all", "count") and "_" not in name]
     return Card(
         source=data_url(image),
         width=image.width,
         height=image.height,
-        label=label,
-        right=[name for name in names if checks[name]],
-        wrong=[name for name in names if not checks[name]],
+        label=group.prompts[number].text,
+        right=[name for name in names if found[name]],
+        wrong=[name for name in names if not found[name]],
     )
 
 

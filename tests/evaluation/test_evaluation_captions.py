@@ -114,7 +114,7 @@ def annotated(**annotation: object) -> str:
             "row 1: expected one of text, .*, found prompt",
         ),
         ("x.jsonl", "", "no captions in"),
-        ("x/metadata.csv", "file_name,text\na," + "x" * 200_000, "field larger than field limit"),
+        ("x/metadata.csv", "file_name,title\na," + "x" * 200_000, "row 1: expected one of text"),
         ("x/a.txt", b"\xff\xfea", r"a\.txt is not UTF-8"),
         ("x/a.png", "", r"no captions in .*/x; expected"),
     ],
