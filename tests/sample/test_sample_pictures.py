@@ -159,7 +159,7 @@ def test_make_samples_uses_the_shipped_bundle_unless_config_is_given(
         (["--images-per-prompt", "0"], "--images-per-prompt: expected .*, found 0"),
         (["--seed", "-1"], "--seed: expected .*, found -1"),
         (["--seed", str(2**63)], f"--seed: expected .*, found {2**63}"),
-        (["--scheduler", "heun"], "scheduler"),
+        (["--scheduler", "heun"], r"'heun' .*'ddim', 'dpmpp', 'unipc', 'euler', 'bundle'"),
     ],
 )
 def test_invalid_settings_are_errors(flags: list[str], message: str) -> None:
