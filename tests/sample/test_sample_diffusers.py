@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from latent_t2i.model import drawing
+from latent_t2i.model.generate import generate_images
 from latent_t2i.model.paths import ROOT
 from latent_t2i.sample import sampler
 from latent_t2i.scenes import oracle
@@ -68,7 +68,7 @@ def test_the_oracle_with_each_sampler(name: str, documented: int) -> None:
     pipeline = sampler.load(ROOT / "scenes" / "bundle")
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
     texts, seeds = [prompt.text for prompt in prompts], list(range(NUM_IMAGES))
-    images = drawing.draw(pipeline, texts, seeds, guidance_scale=4, num_steps=20)
+    images = generate_images(pipeline, texts, seeds, guidance_scale=4, num_steps=20)
     detections = oracle.detect(np.stack([np.asarray(image) for image in images]))
     correct = [
         oracle.check(prompt.scene, detected)["shape_and_colour"]
