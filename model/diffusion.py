@@ -76,6 +76,7 @@ def sample_timesteps(u: Tensor, config: ObjectiveConfig) -> Tensor:
     if config.prediction != "flow":
         return (u * config.num_timesteps).long().clamp(max=config.num_timesteps - 1)
     sigma = config.flow_shift * u / (1 + (config.flow_shift - 1) * u)
+    # Below 1 also after rounding: timestep num_timesteps does not exist.
     return sigma.float().clamp(max=1 - 2**-23) * config.num_timesteps
 
 

@@ -37,7 +37,7 @@ def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str
     if latent_channels(network) != manifest.latent_channels:
         raise ValueError(
             f"--vae: {name!r} has {latent_channels(network)} latent channels, but the latents in "
-            f"{shards.folder} have {manifest.latent_channels}; give the VAE that made them"
+            f"{shards.folder} have {manifest.latent_channels}; pass the VAE that encoded them"
         )
     records = spread(len(shards), num)
     first = np.zeros(len(records))
@@ -51,7 +51,7 @@ def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str
     labelled_grid(images, captions).save(out)
     is_same = fingerprint(network) == manifest.vae.sha256
     warning = "" if is_same else "; its weights differ from those that made the latents"
-    return f"{out}: {len(records)} pictures, decoded with {name}{warning}"
+    return f"{out}: {len(records)} images, decoded with {name}{warning}"
 
 
 def draw_sheets(folder: Path, num: int, *, vae: str | None, out: Path) -> Iterator[str]:

@@ -45,7 +45,7 @@ SAME = (
     "text_width",
     "text_scale",
 )
-"""What all buckets have in common. Encoders and scales are compared by their hashes."""
+"""Manifest keys that must be equal in all buckets. Encoders and scales are compared by hash."""
 
 
 @dataclass(frozen=True, kw_only=True)

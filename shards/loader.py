@@ -181,6 +181,7 @@ def prefetch(
                 buffer, filled = pending.popleft().result()
                 yield filled
                 step = next(steps, None)
+                # Recorded now, after the consumer has queued its copies from this buffer.
                 queued = None if stream is None else stream.record_event()
                 if step is not None:
                     pending.append(pool.submit(refill, step, buffer, queued))

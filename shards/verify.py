@@ -123,7 +123,7 @@ def _verify_buckets(folder: Path, jobs: int, advance: Advance) -> Iterator[str]:
 
 
 def _check_form(path: Path, expected: str, names: set[str]) -> Iterator[str]:
-    """Checks that a file is byte for byte what the writer writes, and alone with `names`."""
+    """Checks a file's exact formatting, and that its folder contains only `names`."""
     if path.read_bytes() != expected.encode():
         yield f"{path}: expected the writer's formatting, found other spacing or order"
     for stray in sorted({other.name for other in path.parent.iterdir()} - names):

@@ -5,9 +5,9 @@
         shard.write(example)  # or shard.quarantine(key, reason)
     finish_set(folder, provenance, num_shards=..., ...)
 
-Each finished shard leaves a report in FOLDER/progress, and the manifest is the sum of the reports,
-so the same examples give the same bytes whether or not a run was interrupted. All state is on disk:
-several processes may each write shards of their own, and any of them may finish the set.
+Each finished shard has a report in FOLDER/progress, and the manifest is the sum of the reports, so
+the same examples result in the same bytes whether or not a run was interrupted. All state is on
+disk: several processes may each write their own shards, and any of them may finish the set.
 """
 
 import contextlib
@@ -352,6 +352,7 @@ class ShardWriter:
     def _publish(self) -> None:
         """Gives the shard its final name, if it has records, and writes its report."""
         records = len(self._keys)
+        # The shard before its report: a report without its shard counts as unfinished.
         sha256 = self._file.publish(self._folder / self._name) if records else ""
         self._file.close()
         self._file.path.unlink(missing_ok=True)

@@ -146,8 +146,8 @@ def delete_old(folder: Path, state: TrainState, *, keep: int) -> None:
 def repair(folder: Path) -> None:
     """Cleans up after a process that was killed while it saved or deleted a checkpoint."""
     for replaced in folder.glob(".step-*.old"):
-        # It was to be replaced by another checkpoint of the same step. Killed between the two
-        # renames of `complete_or_absent`, it is the only one.
+        # A checkpoint of the same step was replacing it. After a kill between the two renames of
+        # `complete_or_absent`, it is the only complete one.
         final = folder / replaced.name.removeprefix(".").removesuffix(".old")
         if not final.exists():
             replaced.rename(final)
@@ -311,7 +311,7 @@ def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
             # In the parameter's memory format, which files do not keep.
             local = fsdp.local_shard(tensor, parameter)
             entries[parameter][kind] = torch.empty_like(parameter, dtype=local.dtype).copy_(local)
-        elif tensor.dtype == torch.int64:
+        elif tensor.dtype == torch.int64:  # the step count of 8-bit AdamW
             entries[parameter][kind] = int(tensor)
         else:
             entries[parameter][kind] = tensor.to(parameter.device)

@@ -49,8 +49,8 @@ class StepGraph:
 
     def __call__(self, batch: Batch, rate: float) -> StepResult:
         """Runs a step. All batches have one shape; the next call overwrites the result."""
-        static = self._copy_in(batch)
-        self._rate.fill_(rate)
+        static = self._copy_in(batch)  # a replay reads the addresses of the capture
+        self._rate.fill_(rate)  # a Python number would be a constant of the graph
         if self._num_eager < NUM_WARMUP_STEPS:
             self._num_eager += 1
             return self._backend.run(lambda: self._step(static, self._rate))

@@ -73,10 +73,10 @@ def records(
     """Yields a record for each sample of the tars, given as (path or URL, short name).
 
     A key that does not start with its tar's short name, as img2dataset's do, gets it as a prefix.
-    Raises SourceError, with tar and byte, for a tar that is cut short or broken, and RemoteError
+    Raises SourceError, with tar and byte, for a tar that is truncated or broken, and RemoteError
     for one that cannot be downloaded.
     """
-    # Among names of several lengths, one could be the beginning of another: prefix all keys then.
+    # With names of different lengths, one could be a prefix of another: then prefix all keys.
     has_one_length = len({len(short_name) for _, short_name in tars}) == 1
     for url, short_name in tars:
         for key, members in _samples(url, options, retry):
@@ -176,7 +176,7 @@ def _members(url: str, file: "ForwardFile", texts: set[str]) -> Iterator[Member]
             elif not member.isdir():
                 raise SourceError(f"{name}: {member.name} is a link, device or sparse file")
     except (tarfile.TarError, EOFError) as error:
-        message = f"{name}: not a tar, or cut short, at byte {file.tell()}: {error}"
+        message = f"{name}: not a tar, or truncated, at byte {file.tell()}: {error}"
         raise SourceError(message) from None
     _require_end(name, file)
 
@@ -190,10 +190,10 @@ def _read_text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def _require_end(name: str, file: "ForwardFile") -> None:
     """Raises SourceError unless the last block is zeros, as at the end of a tar.
 
-    tarfile takes the end of the file for the end of the tar, also where it is cut between members.
+    tarfile accepts the end of the file as the end of the tar, even if it is truncated there.
     """
     if file.last != bytes(BLOCK_BYTES):
-        problem = "not a tar header" if len(file.last) == BLOCK_BYTES else "cut short"
+        problem = "not a tar header" if len(file.last) == BLOCK_BYTES else "truncated"
         raise SourceError(f"{name}: {problem} at byte {file.tell() - len(file.last)}")
     end = file.tell()
     while chunk := file.read(BUFFER_BYTES):

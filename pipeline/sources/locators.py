@@ -47,7 +47,7 @@ ERRORS_OF_ONE_FILE = (
     errno.ENXIO,  # a socket
     errno.EPERM,
 )
-"""Other numbers, such as too many open files, are the machine's fault and not the image's."""
+"""Other numbers, such as too many open files, are errors of the machine, not of the image."""
 
 T = TypeVar("T")
 
@@ -170,7 +170,7 @@ def open_regular(path: str | Path, max_bytes: int | None = None) -> BinaryIO:
     Raises LocatorError for a folder, pipe, socket or device, and for a file that is too large, and
     OSError as `open` does.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait otherwise
     status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode) and (max_bytes is None or status.st_size <= max_bytes):
         return os.fdopen(descriptor, "rb")

@@ -4,7 +4,7 @@
 
 A shard is downloaded under a hidden name, checked against its size and hash, and renamed, so a file
 with a shard's name is that shard. Space is freed under a folder lock, so all files together, also
-unfinished ones, never exceed the bound. The price: a process may evict a shard that another needs.
+unfinished ones, never exceed the bound. The cost: a process may evict a shard that another needs.
 """
 
 import contextlib
@@ -109,7 +109,7 @@ class Store:
 
     @property
     def room_bytes(self) -> int:
-        """The part of the bound that is left for shards."""
+        """The part of the bound that remains for shards."""
         small = sum(entry.bytes for entry in self.manifest.small_files)
         return self.cache_bytes - small - (self.folder / MANIFEST_NAME).stat().st_size
 
