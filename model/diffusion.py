@@ -50,7 +50,7 @@ def make_scheduler(config: ObjectiveConfig) -> Schedule:
             **settings, use_flow_sigmas=True, flow_shift=config.flow_shift, steps_offset=1
         )
     if config.beta_schedule == "sigmoid":
-        # Only DDPMScheduler knows this schedule (Xu et al. 2022, 2203.02923) by name, so that the
+        # Only DDPMScheduler supports this schedule (Xu et al. 2022, 2203.02923) by name, so the
         # config of other schedulers needs the betas themselves.
         betas = DDPMScheduler(**(settings | {"rescale_betas_zero_snr": False})).betas
         settings["trained_betas"] = betas.tolist()

@@ -50,7 +50,7 @@ def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str
     captions = [shards.meta(record)["captions"][0] for record in records.tolist()]
     labelled_grid(images, captions).save(out)
     is_same = fingerprint(network) == manifest.vae.sha256
-    warning = "" if is_same else "; its weights differ from those that made the latents"
+    warning = "" if is_same else "; its weights differ from those of the VAE that encoded them"
     return f"{out}: {len(records)} images, decoded with {name}{warning}"
 
 

@@ -191,7 +191,7 @@ def finish_set(
         text_scale: A `FoundScale` for int8 text, else None.
 
     Raises:
-        ValueError: Another command has begun the folder, a shard has no report, no image was
+        ValueError: The folder is of another command, a shard has no report, no image was
             written, or `text_scale` and the text in the shards do not match `provenance`.
     """
     _require_same(folder, _read_provenance(folder), provenance)
@@ -415,7 +415,7 @@ def _read_reports(folder: Path, num_shards: int) -> list[ShardReport]:
 
 def _read_provenance(folder: Path) -> Provenance:
     path = folder / PROGRESS_DIR / PROVENANCE_NAME
-    return from_json(Provenance, read_document(path), f"{path}: begun by another release")
+    return from_json(Provenance, read_document(path), f"{path}: written by another release")
 
 
 def _report_path(folder: Path, index: int) -> Path:

@@ -262,7 +262,7 @@ class TrainConfig:
 
 
 def _check_text(name: str, value: str | None) -> None:
-    """Raises ValueError for an empty text, such as an unset shell variable gives."""
+    """Raises ValueError for an empty text, such as the value of an unset shell variable."""
     if value is not None and not value.strip():
         raise ValueError(f"{name}: expected a name or path, found {value!r}")
 

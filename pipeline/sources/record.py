@@ -1,7 +1,7 @@
 """The record that all sources yield for an image, and functions that make its parts.
 
-A source never drops an image. An image that it knows to be unusable becomes a record with a
-`problem`, and one without captions a record without captions, so that stage one can count each.
+A source never drops an image. An unusable image becomes a record with a `problem`, and one without
+captions a record without captions, so that stage one can count each.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class Record:
     extra: Mapping[str, Any]
     """Further JSON fields of the record in the shard."""
     problem: str | None = None
-    """Why the record cannot be used, if the source knows."""
+    """Why the record cannot be used, if the source found a reason."""
 
 
 def make_meta(record: Record, *, truncated: Sequence[int], picture: Picture) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reads the files of a set from a local folder or from a URL that fsspec knows, with retries.
+"""Reads the files of a set from a local folder or from any URL of fsspec, with retries.
 
     with open_stream(join("https://host/train", "shard-000000.tar"), size=entry.bytes) as stream:
         stream.read(4096)

@@ -49,7 +49,7 @@ def test_sheet_shows_decoded_latents(
     out = tmp_path / "sheet.png"
     flags = ["--num", "5", "--out", out, *(["--vae", vae] if is_given else [])]
     assert run_main(contact_sheet, monkeypatch, tmp_path / "set", *flags) == 0
-    warning = "; its weights differ from those that made the latents" if is_given else ""
+    warning = "; its weights differ from those of the VAE that encoded them" if is_given else ""
     assert capsys.readouterr().out == f"{out}: 5 images, decoded with {vae}{warning}\n"
     with Image.open(out) as image:
         sheet = np.asarray(image)

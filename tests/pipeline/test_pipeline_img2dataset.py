@@ -257,7 +257,7 @@ def test_an_empty_tar(tmp_path: Path) -> None:
     assert read(write_tar(tmp_path / "0.tar", [])) == []
 
 
-def test_a_tar_cut_at_any_block_is_refused(tmp_path: Path) -> None:
+def test_a_tar_truncated_at_any_block_is_refused(tmp_path: Path) -> None:
     members = [("0.jpg", b"x" * 700), ("0.txt", "t"), ("1.jpg", b"y"), ("1.txt", "t")]
     content = write_tar(tmp_path / "0.tar", members).read_bytes()
     num_blocks = 3 + 2 + 2 + 2  # headers and contents
@@ -269,7 +269,7 @@ def test_a_tar_cut_at_any_block_is_refused(tmp_path: Path) -> None:
     assert len(read(tmp_path / "0.tar")) == 2
 
 
-def test_a_remote_tar_cut_short(folder: Path) -> None:
+def test_a_truncated_remote_tar(folder: Path) -> None:
     content = (folder / "00000.tar").read_bytes()
     (folder / "00000.tar").write_bytes(content[: len(content) // 2])
     with serve(folder) as server, pytest.raises(ValueError, match=r"00000\.tar: .*truncated"):

@@ -222,7 +222,7 @@ def test_columns_refused(tmp_path: Path, columns: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize("size", [0, 3, 200])
-def test_a_file_that_is_cut_short(folder: Path, size: int) -> None:
+def test_a_truncated_file(folder: Path, size: int) -> None:
     path = folder / "train-00000-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(

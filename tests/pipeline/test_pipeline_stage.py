@@ -183,7 +183,7 @@ def test_a_finished_set_says_how_to_retry(
     config = make_config(folder, out, max_quarantined=0.5)
     for _ in range(2):
         build(config)
-        assert "restore the images and make the set again with another --out" in (
+        assert "restore the images and encode them again with another --out" in (
             capsys.readouterr().out
         )
 

@@ -188,7 +188,7 @@ def test_other_profiles_are_refused_in_the_same_folder(make_config: MakeConfig) 
         train(make_config(num_steps=2, ema=other))
 
 
-def test_a_checkpoint_from_before_there_were_several_averages_goes_on(
+def test_a_checkpoint_with_a_single_average_resumes(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     whole = train(make_config(out=str(tmp_path / "whole")))
