@@ -3,8 +3,6 @@
 Karras et al. 2024 (2312.02696), section 3.2 and algorithm 3. A snapshot is a known linear
 combination of the weights of all steps so far. The combination of snapshots that is nearest to the
 wanted average is a small least-squares problem, and its error is known without reading any weights.
-Snapshots need 4 bytes of disk per parameter (two averages in float16); combining them needs 8 bytes
-of CPU memory per parameter.
 
     python -m model.posthoc --run runs/NAME --sigma-rel 0.1 [--step N] [--out DIR]
 """

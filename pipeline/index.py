@@ -164,7 +164,7 @@ class Index:
         captions, extra = _dump(record.captions), _dump(record.extra)
         self._hash(record, captions, check)
         query = "INSERT OR IGNORE INTO keys VALUES (?, ?)"
-        is_new = self._db.execute(query, (record.key, number)).rowcount
+        is_new = self._db.execute(query, (record.key, number)).rowcount  # 0 for a duplicate key
         key, problem = record.key, check.problem or (None if record.captions else "no caption")
         if not is_new:
             key, problem = f"{key}#{number}", f"another record has the key {key}"

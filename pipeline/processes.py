@@ -1,9 +1,9 @@
 """Several processes on one set: each writes its share of the shards, the last one merges them.
 
-They share only the output folder, no connection: start them with `accelerate launch`, with Slurm,
-or by hand with RANK and WORLD_SIZE, on one machine or several. File locks, which the system
-releases if a process dies, refuse a second process of a rank and serialise what is written once:
-provenance, scale of int8 text, manifest. The cost: each process lists the source.
+They share only the output folder: start them with `accelerate launch`, with Slurm, or by hand with
+RANK and WORLD_SIZE, on one machine or several. File locks, which the system releases if a process
+dies, refuse a second process of a rank and serialise what is written once. The cost: each process
+lists the source.
 """
 
 import errno

@@ -1,8 +1,7 @@
 """Stage one from end to end: writes the missing shards and keeps the finished ones.
 
-A killed run, started again with the same command, resumes after its last finished shard and ends
-with the same bytes as an uninterrupted run. Several processes divide the shards by number. Every
-image of the source is written or quarantined with a reason; the last line printed counts both.
+A killed run, started again, resumes after its last finished shard and ends with the same bytes as
+an uninterrupted run. Every image of the source is written or quarantined with a reason.
 """
 
 import json

@@ -1,10 +1,9 @@
 """Decodes and encodes in parallel, with the results in order and the memory bounded.
 
-A shard's records are cut into batches, each with the captions that no earlier batch of the shard
-has, so every distinct caption of a shard is encoded once. On a CPU each core processes whole
-batches, decoding included; on a GPU all cores decode and two streams encode. No batch spans two
-shards and none depends on timing: a shard's bytes are a function of its own records. The cost: a
-caption that occurs in two shards is encoded twice.
+Every distinct caption of a shard is encoded once, with the first batch that has it. On a CPU each
+core processes whole batches, decoding included; on a GPU all cores decode and two streams encode.
+No batch spans two shards, so a shard's bytes are a function of its own records. The cost: a caption
+that occurs in two shards is encoded twice.
 """
 
 import threading

@@ -5,8 +5,7 @@
 
     map      memory-maps local folders; any record at memory speed
     cache    downloads shards ahead of use to a bounded local folder; the same batches as map
-    stream   reads shards from start to end and keeps nothing on disk; shuffles within a window and
-             resumes at a shard
+    stream   reads shards from start to end, stores nothing, resumes at a shard
 
 `auto` is map for folders and cache for URLs. Bucketed sets cannot be streamed, because independent
 readers could not agree on the bucket of a step.

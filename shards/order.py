@@ -141,6 +141,7 @@ def epoch_order(
     shuffled together. A small window reads from few files at once; a window of all shards gives a
     full shuffle.
     """
+    # PCG64 by name, because default_rng may use another generator in a later NumPy.
     generator = np.random.Generator(np.random.PCG64(mixed_seed(seed, "order", epoch)))
     if window_shards >= len(sizes):
         return generator.permutation(sum(sizes))

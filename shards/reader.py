@@ -165,6 +165,7 @@ class ShardSet:
         layout = self._layout[shard]
         out = self.buffer(len(first)) if out is None else out
         for name, rows in self._rows.items():
+            # Text and tokens share a draw, so they belong to the same caption.
             item = _choose(view_u if name == "latent" else caption_u, rows.num_items[layout])
             rows.gather(first + rows.offsets[layout] + item * rows.item_bytes, getattr(out, name))
         return out

@@ -4,9 +4,8 @@
 
 Checks the manifest's hash and form, the size and sha256 of each file, all tar and array headers and
 padding, tokens, JSON, keys and scales, that values are finite, and the totals and latent statistics
-in the manifest. Threads check shards in parallel, since hashing and numpy release the GIL. For a
-bucketed set, the list and each set are checked. The exit code is 0 without faults, 1 with faults,
-and 2 for a missing folder or a wrong flag.
+in the manifest. For a bucketed set, the list and each set are checked. The exit code is 0 without
+faults, 1 with faults, and 2 for a missing folder or a wrong flag.
 """
 
 import argparse
@@ -187,7 +186,7 @@ def _check_shards(
     if jobs == 1:
         yield from map(check, manifest.shards)
         return
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:  # threads suffice: hashing and numpy release the GIL
         yield from pool.map(check, manifest.shards)
 
 

@@ -86,9 +86,8 @@ class FoundScale(NamedTuple):
 def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> Manifest | None:
     """Prepares a folder for a set; returns the manifest if the same set is already finished.
 
-    Raises ValueError, naming both values, if the folder holds another set or a part of one, and if
-    it holds anything else. A set that another process writes (`in_use`) is refused even before its
-    first shard.
+    Raises ValueError, naming both values, if the folder holds another set, a part of one, or other
+    files. With `in_use`, another process writes the set, which must match even without shards.
     """
     remove_stale_attempts(folder)
     remove_stale_attempts(folder / PROGRESS_DIR)
@@ -272,6 +271,7 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self._file = HashingFile(self._folder / self._name)
+        # Constant time and mode, so that equal records have equal bytes.
         self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, mode=0o444)
         return self
 

@@ -56,7 +56,7 @@ def draw(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch(RawBatch):
-    """One process's share of a step: the gathered records and their random numbers."""
+    """One process's share of a step: the gathered records and their random numbers (Draws)."""
 
     drop: Tensor  # (B,) bool
     timesteps: Tensor  # (B,) int64, float32 for flow

@@ -135,7 +135,7 @@ def loop(run: Run, stop: Stop) -> StopReason:
         evaluated = evaluate(run, last=True)
         if snapshot_every is not None:
             snapshot(run, replace=snapshot_step < state.step)
-    if evaluated or saved_step < state.step:
+    if evaluated or saved_step < state.step:  # a checkpoint records the last validation
         save(run)
     return reason
 

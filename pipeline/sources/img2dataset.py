@@ -1,9 +1,9 @@
 """Tars of img2dataset: KEY.jpg with KEY.txt, KEY.json or both for each image.
 
-Other WebDataset tars work too, if the members of a key are adjacent. Listing reads each tar once:
-it skips the images of a local tar, but downloads all of a remote one. Images are read later by byte
-range, so tars must not be compressed, and a server must support ranges. The caption is the .txt, or
-a field of the JSON if the .txt is missing or blank, or if a field is named.
+Listing reads each tar once: it skips the images of a local tar, but downloads all of a remote one.
+Images are read later by byte range, so tars must not be compressed, and a server must support
+ranges. The caption is the .txt, or a field of the JSON if the .txt is missing or blank, or if a
+field is named.
 """
 
 import contextlib

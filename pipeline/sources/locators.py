@@ -2,10 +2,9 @@
 
     read_image_bytes(TarLocator("s3://bucket/00000.tar", 1536, 40_960, "00000.tar/000000000.jpg"))
 
-Locators are small plain values, so that millions can be kept on disk. Errors of one image are
-FileNotFoundError or LocatorError; errors of the network or the machine are RemoteError and other
-OSErrors, which must not quarantine an image. Parquet is read in whole row groups through a cache:
-rows in order read each group once, rows out of order may read a group per image.
+Locators are small plain values, so that millions can be kept on disk. Parquet is read in whole row
+groups through a cache: rows in order read each group once, rows out of order may read a group per
+image.
 """
 
 import errno

@@ -127,7 +127,7 @@ class CachedShards(ShardSet):
             raise RuntimeError(f"{self.store.location}: closed while a batch waited for shards")
 
     def step(self) -> bool:
-        """Gets the next shard, or waits briefly if there is nothing to do.
+        """Downloads the next shard, or waits briefly if there is nothing to do.
 
         Returns False at the end and after an error, which waiting gathers then raise.
         """
@@ -144,7 +144,7 @@ class CachedShards(ShardSet):
         return not self.store.stopped.is_set()
 
     def _get_next(self) -> bool:
-        """Gets and maps the shard that is needed next; returns False if it cannot."""
+        """Downloads and maps the shard that is needed next; returns False if it cannot."""
         mapped = self._region.is_mapped.copy()
         if mapped.all():
             return False

@@ -261,7 +261,7 @@ def _share(path: Path) -> IO[bytes]:
             continue  # the folder was deleted in between
         fcntl.flock(file, fcntl.LOCK_SH)
         if _is_still_at(path, file):
-            os.utime(path)
+            os.utime(path)  # the time of the set's last use
             return file
         file.close()
 
@@ -306,7 +306,7 @@ def _remove_unused(mark: Path) -> bool:
         with mark.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             doomed = Path(tempfile.mkdtemp(prefix=".removed-", dir=mark.parent.parent))
-            mark.parent.rename(doomed)
+            mark.parent.rename(doomed)  # first, so that no process opens a half-deleted set
     except (BlockingIOError, FileNotFoundError):
         return False  # in use, or just deleted by another process
     shutil.rmtree(doomed, ignore_errors=True)

@@ -4,8 +4,7 @@
         stream.read(4096)
 
 Lost connections, busy servers and truncated responses are retried with exponential backoff. Reading
-continues where it broke off if the server supports ranges, else the file is read again up to that
-position. Protocols, credentials and endpoints are fsspec's.
+resumes at the same byte; a server without ranges sends the file from its start again.
 """
 
 import hashlib
