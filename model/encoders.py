@@ -63,7 +63,7 @@ HiddenState = Literal["last", "penultimate"]
 
 
 def load_vae(name: str, revision: str | None = None) -> Autoencoder:
-    """Loads an autoencoder (float32, evaluation mode) from a folder or hub repository.
+    """Loads an autoencoder (float32, evaluation mode) from a folder or Hub repository.
 
     `name` may be a whole pipeline with a `vae` sub-folder. Raises ValueError, with instructions, if
     it is unavailable or not supported.

@@ -27,7 +27,7 @@ DECODE_BATCH = 8
 def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str:
     """Decodes up to `num` records, spread over the set, and saves the sheet.
 
-    `vae` is a folder or hub repository; None stands for the manifest's VAE. Returns one line that
+    `vae` is a folder or Hub repository; None stands for the manifest's VAE. Returns one line that
     describes the sheet. Raises ValueError if the VAE is unavailable or has another number of
     latent channels.
     """

@@ -1,4 +1,4 @@
-"""Encodes the unfinished shards and writes them in a thread of their own.
+"""Encodes the unfinished shards and writes them in a background thread.
 
 Encoding does not wait for the disk; `MAX_PENDING_BATCHES` bounds the memory.
 """

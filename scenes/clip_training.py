@@ -1,4 +1,4 @@
-"""Trains the embedded CLIP: a stock `CLIPModel` of 1.7 M weights with its own small tokenizer.
+"""Trains the embedded CLIP: a stock `CLIPModel` of 1.7 M parameters with a small tokenizer.
 
 Contrastive training alone learns colours and then stalls. So the text tower is first trained to
 classify the caption's attributes through a linear layer. It is then locked (LiT, Zhai et al. 2022),

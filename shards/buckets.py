@@ -5,8 +5,8 @@
     finish_buckets(folder, ["64x64", "48x80"], quarantined={"dog": "not an image"})
     shards = open_buckets("shards/data/demo/train")
 
-All records of a set have one shape, so each size is a set of its own that can be opened, checked
-and trained on alone. `buckets.json` is written last and contains the hash of each set's manifest.
+All records of a set have one shape, so each size is a separate set that can be opened, checked and
+trained on alone. `buckets.json` is written last and contains the hash of each set's manifest.
 """
 
 import hashlib

@@ -32,7 +32,7 @@ from latent_t2i.train.preflight import Plan
 from latent_t2i.train.validation import plain_sets
 
 FLOAT_BYTES = 4
-# Both of AdamW's moments of one weight, by `optim.kind`.
+# Both of AdamW's moments of one parameter, by `optim.kind`.
 MOMENTS_BYTES = {"adamw": 8, "adamw8bit": 2}
 # The backward pass computes twice as much as the forward pass.
 TRAINING_FLOP = 3

@@ -218,7 +218,7 @@ def roll_back(run: Run, streak: range) -> NoReturn:
         f"steps {streak[0]} to {streak[-1]}: {len(streak)} steps in a row had non-finite gradients "
         f"(max_bad_steps: {run.plan.config.max_bad_steps}) and were skipped; {restored}; records "
         f"of the last ones: {shorten(list(dict.fromkeys(keys)))}. If these records are broken, "
-        "make the shards without them and start a run with another --name. If they are intact, "
+        "encode the shards without them and start a run with another --name. If they are intact, "
         "run the same command with a lower --optim.learning-rate. To continue past these steps, "
         "use a higher --max-bad-steps."
     )

@@ -256,7 +256,7 @@ def find_shards(given: str, flag: str = "shards") -> str:
     path = find_path(given)
     if path is None:
         raise ValueError(
-            f"{flag}: the folder {given!r} does not exist; make it with python -m pipeline.run"
+            f"{flag}: the folder {given!r} does not exist; encode it with python -m pipeline.run"
         )
     return str(path)
 
@@ -320,7 +320,7 @@ def check_sides(latent_size: tuple[int, ...], num_levels: int, downscale: int) -
         raise ValueError(
             f"shards: found latents of {width} x {height}; a denoiser of {num_levels} levels "
             f"(model.channels) halves them {num_levels - 1} times, expected multiples of "
-            f"{multiple}; use fewer levels, or make the shards from images whose sides are "
+            f"{multiple}; use fewer levels, or encode the shards from images whose sides are "
             f"multiples of {multiple * downscale} px (pipeline's --image-size-px and "
             "--bucket-multiple-px)"
         )

@@ -126,7 +126,7 @@ def dry_run(config: TrainConfig) -> Path:
 
 
 def join_processes() -> PartialState:
-    """Joins the run's process group, if it has several processes, and returns this one's place.
+    """Joins the run's process group, if it has several processes, and returns its state.
 
     Raises ValueError if accelerate's configuration requests a feature that this project does not
     use.

@@ -1,4 +1,4 @@
-"""Parquet files with images and captions in columns, as on the Hugging Face hub.
+"""Parquet files with images and captions in columns, as on the Hugging Face Hub.
 
 The image column is a struct of `bytes` and `path`, or plain bytes; a caption is a text or a list of
 texts. Listing reads captions and other small columns only. Images are read later, in whole row
