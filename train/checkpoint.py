@@ -206,9 +206,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     for fault in _type_faults(record, STATE_TYPES, STATE_FILE):
         raise _damaged(checkpoint, fault)
     expected, found = record["sha256"], hash_state(record)
-    # The text is compared as well: a change of white space does not change the content's hash.
-    if found != expected or text != _dump(record):
+    if found != expected:
         raise _damaged(checkpoint, f"{STATE_FILE}: sha256: expected {expected}, found {found}")
+    if text != _dump(record):  # white space, which does not change the content's hash
+        raise _damaged(checkpoint, f"{STATE_FILE}: its text has changed since it was written")
     if record["step"] != (step := _step_of(checkpoint)):
         raise _damaged(checkpoint, f"{STATE_FILE}: step: expected {step}, found {record['step']}")
     state: dict[str, Any] = record

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from latent_t2i.model.encoders import fingerprint, load_text_encoder, load_vae
 from latent_t2i.pipeline import stage
 from latent_t2i.pipeline.config import SourceConfig
+from latent_t2i.pipeline.run import main as run_main
 from latent_t2i.pipeline.stage import build
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.verify import verify
@@ -28,7 +28,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
     """Runs `python -m pipeline.run` in this process; returns the exit code."""
     monkeypatch.setattr(sys, "argv", ["pipeline.run", *flags])
     try:
-        runpy.run_module("latent_t2i.pipeline.run", run_name="__main__")
+        run_main()
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code

@@ -20,6 +20,7 @@ from latent_t2i.model.bundle import read_info
 from latent_t2i.model.ema import EMA, EMAConfig, gamma_of
 from latent_t2i.model.posthoc import find_folders, synthesise
 from latent_t2i.shards.reader import ShardSet
+from latent_t2i.train.checkpoint import hash_state
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.loop import train
 from tests import tiny
@@ -197,7 +198,8 @@ def test_a_checkpoint_with_a_single_average_resumes(
     record = json.loads((checkpoint / "state.json").read_text())
     for name in ("sigma_rels", "snapshot_every_steps", "snapshot_dtype"):
         del record["settings"]["ema"][name]
-    (checkpoint / "state.json").write_text(json.dumps(record))
+    record["sha256"] = hash_state(record)
+    (checkpoint / "state.json").write_text(json.dumps(record, indent=1) + "\n")
     assert different(network(train(make_config())), network(whole)) == []
 
 

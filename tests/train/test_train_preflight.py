@@ -23,7 +23,7 @@ def test_the_plan_of_a_valid_run(make_config: MakeConfig, shards: Path) -> None:
 @pytest.mark.parametrize(
     ("batch_size", "micro", "num_processes", "message"),
     [
-        (10, None, 4, "batch_size: 10 records over 4 processes are 2.5 each; .* multiple of 4"),
+        (10, None, 4, r"batch_size: 10 records cannot .* \(2\.5 each\); use a multiple of 4"),
         (24, 5, 2, "24 examples / 2 processes = 12 each, found 5, expected a divisor of 12"),
     ],
 )
