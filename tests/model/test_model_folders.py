@@ -1,4 +1,4 @@
-"""Only the required files are downloaded from the hub, and never pickles."""
+"""Only the required files are downloaded from the Hub, and never pickles."""
 
 from collections.abc import Sequence
 from pathlib import Path

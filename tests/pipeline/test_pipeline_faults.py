@@ -130,7 +130,7 @@ def test_two_processes_at_once(
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_of_two_processes_one_is_killed(
+def test_one_of_two_processes_is_killed(
     folder: CocoFolder, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     """The other writes its own share only; the same commands again complete the set."""

@@ -423,7 +423,7 @@ def test_fast_jpeg_is_close_to_a_full_decode(options: dict[str, Any]) -> None:
     ],
 )
 @pytest.mark.parametrize("turned", [False, True])
-def test_which_fraction(
+def test_the_chosen_jpeg_fraction(
     size: tuple[int, int],
     target: tuple[int, int],
     divisor: int,

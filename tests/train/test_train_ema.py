@@ -203,7 +203,7 @@ def test_a_checkpoint_with_a_single_average_resumes(
     assert different(network(train(make_config())), network(whole)) == []
 
 
-def test_another_length_is_made_after_the_run(make_config: MakeConfig) -> None:
+def test_another_width_is_synthesised_after_the_run(make_config: MakeConfig) -> None:
     ema = EMAConfig(
         decay=None, sigma_rels=(0.05, 0.1), snapshot_every_steps=2, snapshot_dtype="float32"
     )
