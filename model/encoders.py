@@ -65,8 +65,7 @@ HiddenState = Literal["last", "penultimate"]
 def load_vae(name: str, revision: str | None = None) -> Autoencoder:
     """Loads an autoencoder (float32, evaluation mode) from a folder or Hub repository.
 
-    `name` may be a whole pipeline with a `vae` sub-folder. Raises ValueError, with instructions, if
-    it is unavailable or not supported.
+    `name` may be a whole pipeline. Raises ValueError if it is unavailable or not supported.
     """
     flag = "--vae"
     folder = find_part(
@@ -103,8 +102,8 @@ def load_text_encoder(
     """Loads a CLIP tokenizer and text encoder (float32, evaluation mode).
 
     `name` may hold a CLIPTextModel, a CLIPTextModelWithProjection (the projection is ignored), a
-    whole CLIPModel (the image tower is ignored) or a whole pipeline. Raises ValueError, with the
-    remedy, if it cannot be found or downloaded.
+    whole CLIPModel (the image tower is ignored) or a whole pipeline. Raises ValueError if it is
+    unavailable or not supported.
     """
     parts, flag = ("text_encoder", "tokenizer"), "--text-encoder"
     root = fetch(name, revision, TEXT_FILES, flag=flag, parts=parts)

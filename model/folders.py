@@ -33,8 +33,8 @@ def fetch(
 ) -> Path:
     """Returns the local folder of `name`: a path, a cached Hub repository or a new download.
 
-    `files` are patterns of file names. `parts` are the sub-folders that contain them in a whole
-    pipeline, the network's first. Raises ValueError, with instructions, if nothing is found.
+    `files` are patterns of file names, in the sub-folders `parts` of a whole pipeline, the
+    network's first. Raises ValueError, with instructions, if nothing is found.
     """
     local = find_path(name)
     if local is not None and local.is_file():

@@ -321,11 +321,9 @@ def _decoding() -> Iterator[None]:
 
 
 def _ignore_warnings() -> None:
-    """Installs the filters for Pillow's warnings about metadata, unless they come first already.
-
-    They are checked for each image because `warnings.catch_warnings`, which pytest uses around each
-    test, removes them. `catch_warnings` itself is not safe in threads.
-    """
+    """Installs the filters for Pillow's warnings about metadata, unless they come first already."""
+    # For each image, because others' `catch_warnings` (pytest's, say) removes them. It is not used
+    # here, because it is not safe in threads.
     front = tuple(entry[:4] for entry in warnings.filters[: len(_IGNORED_WARNINGS)])
     if front != _IGNORED_WARNINGS:
         for action, message, category, module in reversed(_IGNORED_WARNINGS):

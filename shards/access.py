@@ -87,11 +87,9 @@ def open_set(
 ) -> ShardSet | BucketedShards:
     """Opens a finished set of shards, bucketed or not. Of a remote set, only small files are read.
 
-    `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use. `verify`
-    applies to shards on a local disk. Downloads and streams are always hashed.
-
-    Raises FormatError like `open_shards`, RemoteError for a location that cannot be read, and
-    ValueError for stream access to a bucketed set.
+    `vae_sha256` and `text_sha256` are the hashes of the caller's encoders. `verify` applies to
+    shards on a local disk. Raises FormatError like `open_shards`, RemoteError for a location that
+    cannot be read, and ValueError for stream access to a bucketed set.
     """
     shards = _open(location, access, verify=verify, retry=retry)
     shown = without_query(location)

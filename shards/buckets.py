@@ -2,9 +2,6 @@
 
     FOLDER/buckets.json   64x64/manifest.json ...   48x80/manifest.json ...
 
-    finish_buckets(folder, ["64x64", "48x80"], quarantined={"dog": "not an image"})
-    shards = open_buckets("shards/data/demo/train")
-
 All records of a set have one shape, so each size is a separate set that can be opened, checked and
 trained on alone. `buckets.json` is written last and contains the hash of each set's manifest.
 """

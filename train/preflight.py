@@ -150,8 +150,7 @@ def resolve_initial(
 ) -> tuple[TrainConfig, Initial | None, str | None, list[str]]:
     """Returns the resolved configuration, the network of `init_from`, its hash, and log lines.
 
-    With `model_from_init`, the settings under `model` become the network's. A run that has a
-    checkpoint does not read the network again.
+    A run that has a checkpoint does not read the network again.
     """
     name = config.init_from
     if name is None:

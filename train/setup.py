@@ -113,7 +113,8 @@ def dry_run(config: TrainConfig) -> Path:
     """
     _, notes = trackers.choose(config.trackers)
     accelerator = make_accelerator(config.mixed_precision)
-    plan = validate(replace(config, dry_run=False), accelerator.num_processes)  # as checkpoints do
+    # dry_run is False in every checkpoint, so it must not count as a changed setting.
+    plan = validate(replace(config, dry_run=False), accelerator.num_processes)
     lines = [*estimate_run(plan, accelerator), *plan.notes, *notes]
     found = checkpoint.find_all(plan.folder / "checkpoints")
     if found:

@@ -165,6 +165,7 @@ def _samples(
 def _members(url: str, file: "ForwardFile", texts: set[str]) -> Iterator[Member]:
     name = without_query(url)
     try:
+        # "r:" refuses compression, so offsets in the tar are offsets in the file.
         tar = tarfile.open(fileobj=cast(BinaryIO, file), mode="r:")  # noqa: SIM115 - holds nothing
         while (member := tar.next()) is not None:
             cast(Any, tar).members.clear()  # tarfile would keep all of them in memory

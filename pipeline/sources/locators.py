@@ -244,10 +244,10 @@ def open_parquet(url: str) -> Any:
     """Returns a pyarrow ParquetFile of a path or URL. The caller closes it with `force=True`."""
     parquet = import_parquet()
     if not is_remote(url):
-        open_regular(url).close()
+        open_regular(url).close()  # refuses pipes and devices
         return parquet.ParquetFile(url)
     system, path = find_filesystem(url)
-    return parquet.ParquetFile(system.open(path, "rb"), pre_buffer=True)
+    return parquet.ParquetFile(system.open(path, "rb"), pre_buffer=True)  # fewer, larger requests
 
 
 def read_row_group(url: str, row_group: int, columns: list[str], retry: Retry | None = None) -> Any:
@@ -294,7 +294,7 @@ class RowGroupCache:
             table = read_row_group(url, row_group, [column], self._retry)
         except BaseException as error:
             with self._lock:
-                self._cached.pop(key, None)
+                self._cached.pop(key, None)  # so that a later call tries again
             future.set_exception(error)
             raise
         future.set_result(table.column(0))
