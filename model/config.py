@@ -73,7 +73,7 @@ def _check_divides(name: str, divisor: int, width: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What the denoiser predicts, and the noise schedule."""
+    """Prediction target, noise schedule and loss weights."""
 
     prediction: Prediction = "epsilon"
     """Target: the noise (DDPM), the velocity (progressive distillation), the clean latent, or the

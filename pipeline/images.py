@@ -93,7 +93,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image of an EXIF orientation upright. From 5 on, width and height swap."""
+"""The transposition for each EXIF orientation. From 5 on, width and height swap."""
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels."""
@@ -105,7 +105,7 @@ class UnreadableImageError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How images become rectangles of pixels."""
+    """Settings of decoding, resizing and cropping."""
 
     size_px: tuple[int, int]
     """(width, height) of the result."""

@@ -1,4 +1,4 @@
-"""What stage one prints: the plan, a progress bar, and the summary; 80 columns wide."""
+"""Text that stage one prints: plan, progress bar and summary; 80 columns wide."""
 
 import sys
 import time

@@ -34,7 +34,7 @@ MAX_REASONS = 10
 
 @dataclass(frozen=True)
 class Sample:
-    """What was read from some records."""
+    """Caption lengths and latent statistics of some records."""
 
     records: NDArray[np.int64]
     lengths: NDArray[np.int64]

@@ -78,7 +78,7 @@ STATE_TYPES: dict[str, Any] = {
 
 @dataclass(kw_only=True)
 class TrainState:
-    """What a training step changes."""
+    """The state that a training step changes."""
 
     unet: UNet2DConditionModel
     ema: EMA

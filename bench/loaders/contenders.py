@@ -9,7 +9,7 @@ from bench.loaders.contents import Contender
 
 @dataclass(frozen=True)
 class Entry:
-    """How to create a contender, and what it needs."""
+    """A contender's class, folder and required package."""
 
     module: str
     cls: str

@@ -217,7 +217,7 @@ class ForwardFile:
         self._skip = skip
         self._position = 0
         self.last = b""
-        """What `read` returned last."""
+        """The result of the last `read`."""
 
     def read(self, size: int) -> bytes:
         """Returns up to `size` bytes. Raises ReadError for a header that would fill the memory."""

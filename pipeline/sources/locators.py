@@ -1,4 +1,4 @@
-"""Where an image's bytes are: a file, a byte range of a tar, or a cell of a parquet file.
+"""Locators of images: a file, a byte range of a tar, or a cell of a parquet file.
 
     read_image_bytes(TarLocator("s3://bucket/00000.tar", 1536, 40_960, "00000.tar/000000000.jpg"))
 

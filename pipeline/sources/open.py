@@ -25,7 +25,7 @@ FLAG = "--source.images"
 
 
 class SceneSettings(NamedTuple):
-    """What a source of kind `scenes` needs beside its `SourceConfig`."""
+    """Settings of a source of kind `scenes` that are not in its `SourceConfig`."""
 
     folder: Path
     """Where the scenes are drawn, unless they are there already."""

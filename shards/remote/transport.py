@@ -64,7 +64,7 @@ class ShortReadError(OSError):
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """How often, and after which waits, a failed read is repeated."""
+    """Number of attempts of a failed read, and the waits between them."""
 
     attempts: int = 8
     """Number of attempts without progress before the read fails."""
