@@ -139,8 +139,8 @@ def require_stock_shards(vae: Autoencoder, *, text_name: str, latent_size: tuple
     if text_name.endswith(PENULTIMATE) and find_path(text_name) is None:
         raise ValueError(
             f"text_encoder: the shards' text is of {text_name!r}; the bundle is a stock "
-            "StableDiffusionPipeline, which uses the text encoder's last hidden state: make the "
-            "shards with --text-hidden-state last, or train on these with another program"
+            "StableDiffusionPipeline, which uses the text encoder's last hidden state: encode "
+            "the shards with --text-hidden-state last, or train on these with another program"
         )
     require_stock_vae(vae)
     height, width = (side * vae_downscale(vae) for side in latent_size)
@@ -219,7 +219,9 @@ def find_bundle(name: str | Path) -> Path:
     """Returns the folder of a bundle; raises ValueError if there is none."""
     folder = find_path(name)
     if folder is None:
-        raise ValueError(f"--bundle: no folder {str(name)!r} here or in the project")
+        raise ValueError(
+            f"--bundle: no folder {str(name)!r} in the current directory or the project"
+        )
     missing = [f for f in ("model_index.json", INFO_FILE) if not (folder / f).is_file()]
     if missing:
         raise ValueError(f"--bundle: {folder} is not a finished bundle: it has no {missing[0]}")

@@ -49,7 +49,8 @@ def fetch(
         pass  # not in the cache: try the Hub below
     except HFValidationError:
         raise ValueError(
-            f"{flag}: no folder {name!r} here or in the project, and not a valid Hub name"
+            f"{flag}: no folder {name!r} in the current directory or the project, and not a valid "
+            "Hub name"
         ) from None
     return _download(name, revision, files, flag, parts)
 

@@ -293,7 +293,7 @@ def synthesise(
     """
     run = find_path(name)
     if run is None:
-        raise ValueError(f"--run: no folder {str(name)!r} here or in the project")
+        raise ValueError(f"--run: no folder {str(name)!r} in the current directory or the project")
     bundle = run / "bundle"
     if not (bundle / INFO_FILE).is_file():
         raise ValueError(f"--run: no finished bundle in {run}; it is written when the run ends")

@@ -165,7 +165,9 @@ def _find_folder(name: str) -> Path:
 def _find(flag: str, name: str) -> Path:
     path = find_path(name)
     if path is None:
-        raise SourceError(f"{flag}: {name!r} does not exist, here or in the project")
+        raise SourceError(
+            f"{flag}: {name!r} does not exist in the current directory or the project"
+        )
     return path
 
 
@@ -176,7 +178,9 @@ def _find_local(name: str, suffix: str) -> list[str]:
     if path is not None:
         return sorted(str(file) for file in path.iterdir() if file.name.endswith(_endings(suffix)))
     if not _is_pattern(name):
-        raise SourceError(f"{FLAG}: {name!r} does not exist, here or in the project")
+        raise SourceError(
+            f"{FLAG}: {name!r} does not exist in the current directory or the project"
+        )
     given = Path(name).expanduser()
     if given.is_absolute():
         root, pattern = Path(given.anchor), str(given.relative_to(given.anchor))

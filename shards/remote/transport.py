@@ -301,7 +301,7 @@ def find_filesystem(url: str) -> tuple[Any, str]:
 def refusal(error: Exception) -> str:
     """Returns the reason if an error is final; an empty string if a retry may change it."""
     if isinstance(error, FileNotFoundError):
-        return "not found: there is no such file at this address; check it"
+        return "not found: there is no such file at this address"
     status = _status(error)
     is_denied = status is not None and 400 <= status < 500 and status not in BUSY_STATUS
     is_refused = isinstance(error, _loaded(REFUSED)) and not isinstance(error, _loaded(LOST))

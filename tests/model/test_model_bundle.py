@@ -303,7 +303,7 @@ def test_shards_that_do_not_fit_a_stock_pipeline_are_refused() -> None:
     bundle.require_stock_shards(vae, text_name="some/clip", latent_size=(8, 10))
     with pytest.raises(ValueError, match=r"the images have 32 x 36 px; .* multiples of 8 px"):
         bundle.require_stock_shards(vae, text_name="some/clip", latent_size=(9, 8))
-    with pytest.raises(ValueError, match=r"uses the text encoder's last hidden state: make"):
+    with pytest.raises(ValueError, match=r"uses the text encoder's last hidden state: encode"):
         bundle.require_stock_shards(vae, text_name="some/clip (penultimate)", latent_size=(8, 8))
 
 

@@ -261,7 +261,9 @@ def test_a_run_without_bundle_or_snapshots_is_refused(run: Path) -> None:
     shutil.rmtree(run / "bundle")
     with pytest.raises(ValueError, match=r"--run: no finished bundle in .*; it is written when"):
         synthesise(run, 0.1)
-    with pytest.raises(ValueError, match=r"--run: no folder 'runs/nobody' here or in the project"):
+    with pytest.raises(
+        ValueError, match=r"--run: no folder 'runs/nobody' in the current directory or the project"
+    ):
         synthesise("runs/nobody", 0.1)
 
 

@@ -62,11 +62,11 @@ def read(split: str = "val", **source: Any) -> list[Record]:
 @pytest.mark.parametrize("part", ["images", "captions", "instances"])
 def test_missing_paths_name_the_flag(folder: CocoFolder, part: str) -> None:
     paths = {"images": str(folder.images), "captions": str(folder.captions)} | {part: "nowhere"}
-    message = f"--source.{part}: 'nowhere' does not exist, here or in the project"
+    message = f"--source.{part}: 'nowhere' does not exist in the current directory or the project"
     with pytest.raises(ValueError, match=message):
         open_source(SourceConfig(**paths))
     for kind in ("folder", "webdataset", "parquet"):
-        with pytest.raises(ValueError, match="'nowhere' does not exist, here"):
+        with pytest.raises(ValueError, match="'nowhere' does not exist in"):
             open_source(SourceConfig(kind=kind, images="nowhere"))
 
 

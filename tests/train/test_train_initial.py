@@ -228,7 +228,7 @@ def test_another_objective_and_other_encoders_are_warned_about(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no/such/folder", r"--init-from: no folder 'no/such/folder' here"),
+        ("no/such/folder", r"--init-from: no folder 'no/such/folder' in the"),
         ("someone/network", r"--init-from: no folder 'someone/network', .* point --init-from to"),
         (str(tiny.__file__), "--init-from: .* is a file; expected a folder"),
         ("tests", r"--init-from: .* has no config.json; expected one there, .* in unet/"),
