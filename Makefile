@@ -29,7 +29,7 @@ LAUNCH = $(PYTHON) -m accelerate.commands.launch --quiet --num_machines 1 \
   --num_processes $(NUM_PROCESSES) --num_cpu_threads_per_process $(THREADS) \
   --mixed_precision no --dynamo_backend no
 
-# QUICK=1 runs every step of the demo with too little training for good pictures.
+# QUICK=1 runs every step of the demo with too little training for good images.
 QUICK ?=
 ifneq ($(QUICK),)
 DEMO_NAME := demo-quick

@@ -1,4 +1,4 @@
-"""Memory, arithmetic and shard size of each preset: a table, then a line of JSON.
+"""Memory, compute and shard size of each preset: a table, then a line of JSON.
 
     python bench/sizes.py [--quick] [--config demo coco64 ...] [flags]
 
@@ -40,7 +40,8 @@ def main() -> None:
         for name in (PRESETS[:1] if args.quick else args.config)
     ]
     print(
-        "| preset | latents | weights | GFLOP per image, forward | in shards | memory, at batch |"
+        "| preset | latents | parameters | GFLOP per image, forward | in shards "
+        "| memory, at batch |"
     )
     print("|---|---|---|---|---|---|")
     for row in rows:

@@ -59,10 +59,9 @@ def main(
     """Parses the command line into a `cls` and calls `run` with it.
 
     `run` is a function or its name, "module:function", which is imported after parsing, so that
-    `--help` and typos do not wait for torch. `prog` is the command's name in help texts, by default
-    `python -m SECTION.run`. A `ValueError`, an `OSError` or a missing package is printed as one
-    line and exits with 2. Exit codes are 130 after an interrupt and 141 if the reader of the
-    output, such as `head`, exits first.
+    `--help` and typos do not wait for torch. `prog` is as in `parse`. A `ValueError`, an `OSError`
+    or a missing package is printed as one line, with exit code 2. The code is 130 after an
+    interrupt and 141 if the reader of the output, such as `head`, exits first.
     """
     try:
         config = parse(cls, section, prog=prog)

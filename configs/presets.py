@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 
 def find_preset(name: str) -> Path:
-    """Returns the file of a preset, given by name or path (from here or from the project root).
+    """Returns the file of a preset, by name or path (relative to here or to the project root).
 
     Raises ConfigError, with the names of all presets, if there is no such file.
     """

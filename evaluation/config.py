@@ -40,7 +40,7 @@ class EvaluationConfig:
     batch_size: int = 32
     """Number of images generated at once."""
     clip: str = "scenes/encoders/clip"
-    """Folder or hub name of the CLIP model for the CLIP score."""
+    """Folder or Hub name of the CLIP model for the CLIP score."""
     seed: int = 0
     """Seed of the prompts and of the first image."""
     device: str = "auto"

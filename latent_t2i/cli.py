@@ -17,7 +17,7 @@ PROG = "latent-t2i"
 COMMANDS = {
     "encode": ("latent_t2i.pipeline.run", "encode captioned images into shards (stage one)"),
     "train": ("latent_t2i.train.run", "train a denoiser from shards, in one process (stage two)"),
-    "sample": ("latent_t2i.sample.run", "draw pictures from a bundle"),
+    "sample": ("latent_t2i.sample.run", "generate images from a bundle"),
     "evaluate": ("latent_t2i.evaluation.run", "compute metrics of a bundle and write a report"),
     "verify": ("latent_t2i.shards.verify", "check every byte of a shard folder"),
     "summary": ("latent_t2i.shards.summary", "print what a shard folder contains"),

@@ -1,9 +1,9 @@
-"""Shows what this machine has, which presets fit into its memory, and what is missing.
+"""Shows this machine's hardware and packages, which presets fit, and what is missing.
 
     latent-t2i doctor
     latent-t2i doctor --json
 
-The estimates run each preset's network on tensors without content: about 15 s for all presets.
+The estimates run each preset's network on FakeTensors: about 15 s for all presets.
 """
 
 import argparse
@@ -34,13 +34,13 @@ OPTIONAL = (
     ("TensorBoard logs", ("tensorboard",), "latent-t2i[track]"),
     ("evaluation reports", ("jinja2", "matplotlib", "scipy", "torchmetrics"), "latent-t2i[eval]"),
     ("8-bit AdamW", ("bitsandbytes",), "latent-t2i[8bit]"),
-    ("shards over HTTP", ("aiohttp",), "'latent-t2i[remote]'"),
-    ("shards on S3", ("s3fs",), "'latent-t2i[remote]'"),
+    ("shards over HTTP", ("aiohttp",), "latent-t2i[remote]"),
+    ("shards on S3", ("s3fs",), "latent-t2i[remote]"),
 )
 
 
 def main(prog: str | None = None) -> int:
-    """Prints the findings; the exit code is 0 whatever is missing."""
+    """Prints the findings; the exit code is 0 even if something is missing."""
     description = "Shows what this machine has, which presets fit, and what is missing."
     parser = argparse.ArgumentParser(prog=prog or "latent-t2i doctor", description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -50,14 +50,14 @@ def main(prog: str | None = None) -> int:
     machine = inspect_machine()
     for line in describe(machine):
         print(line)
-    print("\npreset        weights  batch  training memory per process (estimate)", flush=True)
+    print("\npreset     parameters  batch  training memory per process (estimate)", flush=True)
     for row in size_presets():
         print(describe_preset(row), flush=True)
     return 0
 
 
 def inspect_machine() -> dict[str, Any]:
-    """Returns what this machine has, as JSON can hold it."""
+    """Returns hardware, packages and free space as JSON values."""
     root = output_root()
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     return {

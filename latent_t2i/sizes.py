@@ -1,4 +1,4 @@
-"""Estimates of the memory, arithmetic and shard size of a preset, made without its shards."""
+"""Estimates of the memory, compute and shard size of a preset, without its shards."""
 
 import json
 from dataclasses import dataclass

@@ -198,9 +198,9 @@ def sampling_scheduler(scheduler: Schedule) -> DDIMScheduler | DPMSolverMultiste
     Sampling starts at the last timestep, which is (nearly) pure noise in training, and the last
     step returns the predicted clean latent. The schedule of flow is already a sampler.
     """
-    # steps_offset has no effect with this spacing, but the pipeline warns about other values.
     if isinstance(scheduler, DPMSolverMultistepScheduler):
         return scheduler
+    # steps_offset has no effect with trailing spacing, but the pipeline warns about other values.
     return DDIMScheduler.from_config(
         scheduler.config, set_alpha_to_one=True, steps_offset=1, clip_sample=False
     )

@@ -81,8 +81,8 @@ class ObjectiveConfig:
     beta_schedule: BetaSchedule = "linear"
     """Noise schedule, by its name in diffusers; `flow` has no betas."""
     num_timesteps: int = 1000
-    """Number of noise levels. `flow` has continuous levels, which the denoiser sees rounded to this
-    many."""
+    """Number of noise levels. `flow` has continuous levels, which are rounded to this many for the
+    denoiser."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that the last level is pure noise (Lin et al. 2023, 2305.08891)."""
     snr_gamma: float | None = None

@@ -50,7 +50,7 @@ def make_scheduler(config: ObjectiveConfig) -> Schedule:
             **settings, use_flow_sigmas=True, flow_shift=config.flow_shift, steps_offset=1
         )
     if config.beta_schedule == "sigmoid":
-        # Only DDPMScheduler knows this schedule (Xu et al. 2022, 2203.02923) by name, so that the
+        # Only DDPMScheduler supports this schedule (Xu et al. 2022, 2203.02923) by name, so the
         # config of other schedulers needs the betas themselves.
         betas = DDPMScheduler(**(settings | {"rescale_betas_zero_snr": False})).betas
         settings["trained_betas"] = betas.tolist()
@@ -76,6 +76,7 @@ def sample_timesteps(u: Tensor, config: ObjectiveConfig) -> Tensor:
     if config.prediction != "flow":
         return (u * config.num_timesteps).long().clamp(max=config.num_timesteps - 1)
     sigma = config.flow_shift * u / (1 + (config.flow_shift - 1) * u)
+    # Below 1 also after rounding: timestep num_timesteps does not exist.
     return sigma.float().clamp(max=1 - 2**-23) * config.num_timesteps
 
 

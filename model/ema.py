@@ -77,6 +77,7 @@ class EMA:
     @torch.no_grad()
     def _exchange(self, module: nn.Module) -> None:
         average = self.average
+        # In place: a CUDA graph, DDP and the optimizer refer to the parameters' memory.
         for name, parameter in module.named_parameters():
             assert parameter.dtype == torch.float32, name  # the exchange would round others
             kept = parameter.detach().clone()

@@ -63,10 +63,9 @@ HiddenState = Literal["last", "penultimate"]
 
 
 def load_vae(name: str, revision: str | None = None) -> Autoencoder:
-    """Loads an autoencoder (float32, evaluation mode) from a folder or hub repository.
+    """Loads an autoencoder (float32, evaluation mode) from a folder or Hub repository.
 
-    `name` may be a whole pipeline with a `vae` sub-folder. Raises ValueError, with instructions, if
-    it is unavailable or not supported.
+    `name` may be a whole pipeline. Raises ValueError if it is unavailable or not supported.
     """
     flag = "--vae"
     folder = find_part(
@@ -103,8 +102,8 @@ def load_text_encoder(
     """Loads a CLIP tokenizer and text encoder (float32, evaluation mode).
 
     `name` may hold a CLIPTextModel, a CLIPTextModelWithProjection (the projection is ignored), a
-    whole CLIPModel (the image tower is ignored) or a whole pipeline. Raises ValueError, with the
-    remedy, if it cannot be found or downloaded.
+    whole CLIPModel (the image tower is ignored) or a whole pipeline. Raises ValueError if it is
+    unavailable or not supported.
     """
     parts, flag = ("text_encoder", "tokenizer"), "--text-encoder"
     root = fetch(name, revision, TEXT_FILES, flag=flag, parts=parts)
@@ -273,7 +272,7 @@ def tokenize(
 
 
 def _fit(whole: Sequence[Sequence[int]], max_tokens: int, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Truncates (keeping the end token) or pads ids to (N, T); returns which were cut (N,)."""
+    """Truncates (keeping the end token) or pads ids to (N, T); returns which were truncated."""
     fitted = [
         [*ids[: max_tokens - 1], ids[-1]]
         if len(ids) > max_tokens
@@ -344,16 +343,16 @@ class TextEncoder:
         return self
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
-        """Returns each caption's token ids, start and end included, neither cut nor padded."""
+        """Returns each caption's token ids, not truncated and not padded."""
         return [found.ids for found in self._tokenizer.encode_batch_fast(list(captions))]
 
     def encode(
         self, token_ids: Sequence[Sequence[int]], max_tokens: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Encodes the token ids that `tokenize` returns, cut or padded to T = `max_tokens`.
+        """Encodes the token ids that `tokenize` returns, truncated or padded to T = `max_tokens`.
 
         Returns hidden states (N, T, D) float32 on the network's device, and on the CPU the ids
-        (N, T) int64 and which captions were cut (N,).
+        (N, T) int64 and which captions were truncated (N,).
         """
         assert max_tokens <= self.max_length, (max_tokens, self.max_length)
         ids, is_cut = _fit(token_ids, max_tokens, self._pad_id)
@@ -362,7 +361,7 @@ class TextEncoder:
 
 
 def _without_truncation(tokenizer: CLIPTokenizer) -> Tokenizer:
-    """Returns a copy of the tokenizer's core that neither cuts nor pads."""
+    """Returns a copy of the tokenizer's core that neither truncates nor pads."""
     copied = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     copied.no_truncation()
     copied.no_padding()

@@ -1,4 +1,4 @@
-"""Finds a network's files: in a local folder, the Hugging Face cache, or on the hub.
+"""Finds a network's files: in a local folder, the Hugging Face cache, or on the Hub.
 
 A name may refer to a network's own folder or to a whole pipeline; of a pipeline, only the required
 sub-folders are read or downloaded. Weights are loaded from safetensors only, because loading a
@@ -31,10 +31,10 @@ def fetch(
     flag: str,
     parts: Sequence[str] = (),
 ) -> Path:
-    """Returns the local folder of `name`: a path, a cached hub repository or a new download.
+    """Returns the local folder of `name`: a path, a cached Hub repository or a new download.
 
-    `files` are patterns of file names. `parts` are the sub-folders that contain them in a whole
-    pipeline, the network's first. Raises ValueError, with instructions, if nothing is found.
+    `files` are patterns of file names, in the sub-folders `parts` of a whole pipeline, the
+    network's first. Raises ValueError, with instructions, if nothing is found.
     """
     local = find_path(name)
     if local is not None and local.is_file():
@@ -46,10 +46,10 @@ def fetch(
         if _is_complete(folder, parts):
             return folder
     except LocalEntryNotFoundError:
-        pass  # not in the cache: try the hub below
+        pass  # not in the cache: try the Hub below
     except HFValidationError:
         raise ValueError(
-            f"{flag}: no folder {name!r} here or in the project, and not a valid hub name"
+            f"{flag}: no folder {name!r} here or in the project, and not a valid Hub name"
         ) from None
     return _download(name, revision, files, flag, parts)
 
@@ -144,7 +144,7 @@ def _is_complete(folder: Path, parts: Sequence[str]) -> bool:
 def _download(
     name: str, revision: str | None, files: Sequence[str], flag: str, parts: Sequence[str]
 ) -> Path:
-    """Downloads files of a hub repository."""
+    """Downloads files of a Hub repository."""
     found = f"{name!r} at revision {revision!r}" if revision else repr(name)
     at = f" --revision {revision}" if revision else ""
     of_parts = f" (in a whole pipeline, from {' and '.join(parts)})" if parts else ""
@@ -157,7 +157,7 @@ def _download(
         info = HfApi().model_info(name, revision=revision, timeout=CONNECT_TIMEOUT_S)
     except HfHubHTTPError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{flag}: the hub rejected {found}: {reason}; {remedy}") from error
+        raise ValueError(f"{flag}: the Hub rejected {found}: {reason}; {remedy}") from error
     except _connection_errors() as error:
         raise ValueError(
             f"{flag}: no folder {found}, not in the cache, no network; {remedy}"
@@ -167,7 +167,7 @@ def _download(
     if not any(file.endswith(".safetensors") for file in chosen):
         pickles = [other for other in names if Path(other).suffix in PICKLES]
         hint = f", only {pickles[0]}, a pickle, which can run arbitrary code" if pickles else ""
-        raise ValueError(f"{flag}: {found} on the hub has none of {', '.join(files[1:])}{hint}")
+        raise ValueError(f"{flag}: {found} on the Hub has none of {', '.join(files[1:])}{hint}")
     return Path(snapshot_download(name, revision=revision, allow_patterns=chosen))
 
 
@@ -183,6 +183,6 @@ def _choose(names: Sequence[str], files: Sequence[str], parts: Sequence[str]) ->
 
 
 def _connection_errors() -> tuple[type[BaseException], ...]:
-    """Returns the exceptions of the hub's client without a network."""
+    """Returns the exceptions of the Hub's client without a network."""
     # huggingface_hub 1 is based on httpx, earlier versions on requests.
     return (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))

@@ -76,7 +76,7 @@ def complete_or_absent(final: Path, num_bytes: int | None = None) -> Iterator[Pa
             raise OSError(number, text, str(final)) from error
         raise
     if final.exists():
-        final.rename(old)
+        final.rename(old)  # a folder cannot be replaced in one rename
     temporary.rename(final)
     _flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -3,8 +3,6 @@
 Karras et al. 2024 (2312.02696), section 3.2 and algorithm 3. A snapshot is a known linear
 combination of the weights of all steps so far. The combination of snapshots that is nearest to the
 wanted average is a small least-squares problem, and its error is known without reading any weights.
-Snapshots take 4 bytes of disk per parameter (two averages in float16); combining them takes 8 bytes
-of memory per parameter, on the CPU.
 
     python -m model.posthoc --run runs/NAME --sigma-rel 0.1 [--step N] [--out DIR]
 """
@@ -164,8 +162,8 @@ def _read_snapshot(folder: Path) -> Snapshot:
 
 def _damaged(path: Path, error: Exception) -> ValueError:
     return ValueError(
-        f"{path}: damaged ({error}); delete the folder: a mixture can be made without one "
-        "snapshot, and training writes the bundle again"
+        f"{path}: damaged ({error}); delete the folder: one missing snapshot only lowers the "
+        "accuracy, and training writes the bundle again"
     )
 
 
@@ -233,9 +231,9 @@ def choose_mixture(
         reached = [m.wanted.sigma_rel for m in mix(profiles, *candidates) if m.error <= max_error]
         text = f"possible are {reached[0]} to {reached[-1]}" if reached else "no width is possible"
         raise ValueError(
-            f"--sigma-rel: {sigma_rel} at step {step} cannot be made of {len(profiles)} averages "
-            f"in {steps.index(step) + 1} snapshots: the error is {mixture.error:.1%}, expected at "
-            f"most --max-error {max_error}; {text}, and more snapshots extend the range"
+            f"--sigma-rel: {sigma_rel} at step {step} cannot be synthesised from {len(profiles)} "
+            f"averages in {steps.index(step) + 1} snapshots: the error is {mixture.error:.1%}, "
+            f"expected at most --max-error {max_error}; {text}, and more snapshots extend the range"
         )
     return mixture
 

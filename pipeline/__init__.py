@@ -2,5 +2,5 @@
 
     python -m pipeline.run --config demo
 
-An image's path: `sources.open_source()` -> `images.load()` -> `EncoderPool` -> `ShardWriter`.
+An image's path: `sources.open.open_source()` -> `images.load()` -> `EncoderPool` -> `ShardWriter`.
 """

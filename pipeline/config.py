@@ -93,15 +93,15 @@ class PipelineConfig:
     split: str = "train"
     """Name of this part of the data set; for scenes: train, val or held_out."""
     vae: str
-    """Folder or hub name of an autoencoder."""
+    """Folder or Hub name of an autoencoder."""
     text_encoder: str
-    """Folder or hub name of a CLIP text encoder with its tokenizer."""
+    """Folder or Hub name of a CLIP text encoder with its tokenizer."""
     vae_revision: str | None = None
-    """Branch, tag or commit, for a VAE from the hub."""
+    """Branch, tag or commit, for a VAE from the Hub."""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the VAE's computations; float16 is not offered because many VAEs overflow in it."""
     text_encoder_revision: str | None = None
-    """Branch, tag or commit, for a text encoder from the hub."""
+    """Branch, tag or commit, for a text encoder from the Hub."""
     text_hidden_state: Literal["last", "penultimate"] = "last"
     """last: after the final norm, as in Stable Diffusion 1; penultimate: as in SDXL."""
     source: SourceConfig

@@ -27,7 +27,7 @@ DECODE_BATCH = 8
 def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str:
     """Decodes up to `num` records, spread over the set, and saves the sheet.
 
-    `vae` is a folder or hub repository; None stands for the manifest's VAE. Returns one line that
+    `vae` is a folder or Hub repository; None stands for the manifest's VAE. Returns one line that
     describes the sheet. Raises ValueError if the VAE is unavailable or has another number of
     latent channels.
     """
@@ -37,7 +37,7 @@ def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str
     if latent_channels(network) != manifest.latent_channels:
         raise ValueError(
             f"--vae: {name!r} has {latent_channels(network)} latent channels, but the latents in "
-            f"{shards.folder} have {manifest.latent_channels}; give the VAE that made them"
+            f"{shards.folder} have {manifest.latent_channels}; pass the VAE that encoded them"
         )
     records = spread(len(shards), num)
     first = np.zeros(len(records))
@@ -50,8 +50,8 @@ def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str
     captions = [shards.meta(record)["captions"][0] for record in records.tolist()]
     labelled_grid(images, captions).save(out)
     is_same = fingerprint(network) == manifest.vae.sha256
-    warning = "" if is_same else "; its weights differ from those that made the latents"
-    return f"{out}: {len(records)} pictures, decoded with {name}{warning}"
+    warning = "" if is_same else "; its weights differ from those of the VAE that encoded them"
+    return f"{out}: {len(records)} images, decoded with {name}{warning}"
 
 
 def draw_sheets(folder: Path, num: int, *, vae: str | None, out: Path) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Downloads and unpacks COCO: `python -m pipeline.download coco2014 --images train val`.
 
 Each zip is downloaded, checked by SHA-256, unpacked and deleted before the next one. The same
-command resumes a download. A folder that has all its files counts as complete, damaged or not.
+command resumes a download. A folder is complete if it has all files; their content is not checked.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ def _bytes_needed(to: Path, names: list[str]) -> int:
         used += num_bytes - sum(path.stat().st_size for path in to.glob(f"{name}.zip*"))
         used += num_bytes * 4 if "_" in name else num_bytes + 4096 * num_files  # whole disk blocks
         most = max(most, used)
-        used -= 0 if (to / f"{name}.zip").exists() else num_bytes
+        used -= 0 if (to / f"{name}.zip").exists() else num_bytes  # a user's zip is kept
     return most
 
 

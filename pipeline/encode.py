@@ -1,7 +1,7 @@
 """Runs the frozen networks: pixels and token ids in, the arrays of the shards out.
 
-Latents are stored as the posterior's moments, so that training samples them anew at each visit; a
-VAE without a posterior gives plain latents. Values are stored in float16, text optionally in int8.
+Latents are stored as the posterior's moments, so that training samples them anew at each visit; for
+a VAE without a posterior they are plain. Values are stored in float16, text optionally in int8.
 """
 
 import os
@@ -72,7 +72,7 @@ def encode_captions(
 ) -> tuple[NDArray[np.float16], NDArray[np.int32], NDArray[np.bool_]]:
     """Encodes the token ids of captions, as `TextEncoder.tokenize` returns them.
 
-    Returns text (N, T, D), tokens (N, T) and which captions were cut (N,).
+    Returns text (N, T, D), tokens (N, T) and which captions were truncated (N,).
     """
     hidden, ids, is_cut = encoders.text.encode(token_ids, encoders.max_tokens)
     return _to_float16(hidden), ids.numpy().astype(np.int32), is_cut.numpy()
@@ -121,6 +121,7 @@ def num_cores() -> int:
 
 def _to_device(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
     images = torch.from_numpy(pixels)
+    # Only a copy from pinned memory is asynchronous.
     return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images
 
 

@@ -1,9 +1,9 @@
 """Decodes image files and resizes them: upright, RGB, antialiased, cropped to the target shape.
 
 A JPEG much larger than the target is decoded at 1/2, 1/4 or 1/8 of its size, at least 2.5 times the
-target's. That keeps PSNR above 42 dB of a full decode and is 1.5 times as fast on COCO at 64 px
-(bench/decode.py). Animations give their first frame, transparency becomes white, and colour
-profiles are not applied, as in most data set tools.
+target's. The PSNR against a full decode stays above 42 dB, and decoding COCO at 64 px is 1.5 times
+as fast (bench/decode.py). Of an animation the first frame is used, transparency becomes white, and
+colour profiles are not applied, as in most data set tools.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ DRAFT_DIVISORS = (8, 4, 2)
 MAX_PIXELS = 89_478_485
 """Larger images count as decompression bombs. Decoding this many pixels needs 358 MB."""
 
-# What Pillow raises in open(), load() and getexif() for broken files, found by a million mutations.
-# Only those calls are guarded, so that our own mistakes stay visible.
+# What Pillow raises in open(), load() and getexif() for broken files, found by fuzzing it with a
+# million mutated files. Only those calls are guarded, so that our own bugs stay visible.
 DECODE_ERRORS = (
     OSError,  # most plugins
     SyntaxError,  # PNG, AVIF, EXIF
@@ -110,7 +110,7 @@ class Preprocessing:
     size_px: tuple[int, int]
     """(width, height) of the result."""
     crop: Literal["centre", "random"] = "centre"
-    """Which part is kept. random depends on the seed and the record's key."""
+    """The part that is kept. random depends on the seed and the record's key."""
     seed: int = 0
     """Seed of the random crops."""
     min_size_px: int = 1
@@ -181,7 +181,7 @@ def read_size(source: bytes | BinaryIO) -> tuple[int, int]:
 
 
 def describe(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Returns the settings that decide the pixels, for the provenance."""
+    """Returns the settings that determine the pixels, for the provenance."""
     is_random = preprocessing.crop == "random"
     scale = f"scaled DCT, at least {MIN_DRAFT_SCALE} times the size"
     return {
@@ -321,11 +321,9 @@ def _decoding() -> Iterator[None]:
 
 
 def _ignore_warnings() -> None:
-    """Installs the filters for Pillow's warnings about metadata, unless they come first already.
-
-    They are checked for each image because `warnings.catch_warnings`, which pytest uses around each
-    test, removes them. `catch_warnings` itself is not safe in threads.
-    """
+    """Installs the filters for Pillow's warnings about metadata, unless they come first already."""
+    # For each image, because others' `catch_warnings` (pytest's, say) removes them. It is not used
+    # here, because it is not safe in threads.
     front = tuple(entry[:4] for entry in warnings.filters[: len(_IGNORED_WARNINGS)])
     if front != _IGNORED_WARNINGS:
         for action, message, category, module in reversed(_IGNORED_WARNINGS):

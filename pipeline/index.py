@@ -1,8 +1,8 @@
 """The source's records, listed once into a temporary SQLite file, so that memory stays flat.
 
 The file is unnamed: it disappears with the process, and a rerun lists the source again. Listing
-also computes the hash of everything that decides the content of the shards. The trade-off is
-listing twice as slowly as into a list in memory: some 30,000 records a second.
+also computes the hash of everything that determines the content of the shards. The cost: listing
+is half as fast as into a list in memory, at about 30,000 records per second.
 """
 
 import hashlib
@@ -33,9 +33,10 @@ LARGEST_PICTURE = Picture(
     source_size_px=(2**31, 2**31),
     crop_px=(2**31, 2**31, 2**31, 2**31),
 )
-"""The picture whose sizes take the most characters in a record's JSON."""
+"""An image whose sizes have the most characters in a record's JSON."""
 CHUNK_RECORDS = 1024
 """Records are checked and inserted in chunks of this size."""
+# No journal and no sync: nothing reads the file after a crash.
 TABLES = """
     PRAGMA journal_mode = OFF;
     PRAGMA synchronous = OFF;
@@ -51,10 +52,10 @@ TABLES = """
 
 @dataclass(frozen=True, kw_only=True)
 class RecordCheck:
-    """What a check found out about a record."""
+    """The result of checking a record."""
 
     token_ids: Sequence[Sequence[int]]
-    """Of each caption, uncut."""
+    """Of each caption, not truncated."""
     num_cut: int
     """Captions with more tokens than are kept."""
     bucket: str
@@ -163,7 +164,7 @@ class Index:
         captions, extra = _dump(record.captions), _dump(record.extra)
         self._hash(record, captions, check)
         query = "INSERT OR IGNORE INTO keys VALUES (?, ?)"
-        is_new = self._db.execute(query, (record.key, number)).rowcount
+        is_new = self._db.execute(query, (record.key, number)).rowcount  # 0 for a duplicate key
         key, problem = record.key, check.problem or (None if record.captions else "no caption")
         if not is_new:
             key, problem = f"{key}#{number}", f"another record has the key {key}"
@@ -189,7 +190,7 @@ class Index:
         self._db.execute(f"INSERT INTO records VALUES ({', '.join('?' * len(row))})", row)
 
     def _hash(self, record: Record, captions: str, check: RecordCheck) -> None:
-        """Updates the hash with what decides the record's content in the shard."""
+        """Updates the hash with what determines the record's content in the shard."""
         before = _dump([record.key, locator_name(record.locator)])[:-1]
         extra = json.dumps(record.extra, sort_keys=True, separators=(",", ":"))
         # Whether a record is usable moves those after it to other shards.
@@ -221,9 +222,9 @@ def _file_name(extra: Mapping[str, Any], locator: list[Any]) -> str:
 
 
 def _max_meta_bytes(num_captions: int, captions: str, extra: str) -> int:
-    """Returns the size of a record's JSON with all captions cut and the largest picture.
+    """Returns the size of a record's JSON with all captions truncated and the largest image.
 
-    `captions` and `extra` are JSON already: only the rest is added up here.
+    `captions` and `extra` are JSON already, so only the other fields are encoded here.
     """
     inner = f"{captions[1:-1]}{extra[1:-1]}" + ("," if extra != "{}" else "")
     return _bytes_without_captions(num_captions) + len(inner.encode())

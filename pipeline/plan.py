@@ -1,8 +1,8 @@
 """Divides the listed records into shards, before anything is encoded.
 
-Images with the same number of captions come together, in the source's order: all records of a shard
-then have the same byte layout without empty caption slots, and shard `i` holds the same records on
-every run. An unreadable image makes its shard shorter and moves no other record.
+Images are grouped by number of captions, in the source's order. All records of a shard then have
+the same byte layout without empty caption slots, and shard `i` holds the same records on every run.
+An unreadable image makes its shard shorter and moves no other record.
 """
 
 from collections import Counter

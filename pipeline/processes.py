@@ -1,9 +1,9 @@
 """Several processes on one set: each writes its share of the shards, the last one merges them.
 
-They share only the output folder, no connection: start them with `accelerate launch`, with Slurm,
-or by hand with RANK and WORLD_SIZE, on one machine or several. File locks, which the system
-releases if a process dies, keep a second process from a rank and serialise what is written once:
-provenance, scale of int8 text, manifest. The trade-off is that each process lists the source.
+They share only the output folder: start them with `accelerate launch`, with Slurm, or by hand with
+RANK and WORLD_SIZE, on one machine or several. File locks, which the system releases if a process
+dies, refuse a second process of a rank and serialise what is written once. The cost: each process
+lists the source.
 """
 
 import errno
@@ -116,7 +116,7 @@ def _lock(folder: Path, name: str, mode: int) -> Iterator[IO[str]]:
     for attempt in itertools.count(1):
         try:
             progress.mkdir(parents=True, exist_ok=True)
-            file = (progress / name).open("a+")
+            file = (progress / name).open("a+")  # "w" would erase the owner's name before the lock
         except (FileExistsError, FileNotFoundError):
             if attempt == MAX_ATTEMPTS or _is_no_folder(progress):
                 raise
@@ -128,6 +128,7 @@ def _lock(folder: Path, name: str, mode: int) -> Iterator[IO[str]]:
             try:
                 yield file
             finally:
+                # Shared files stay: other processes hold them or wait for them.
                 if name not in SHARED_NAMES and _is_at(file.fileno(), progress / name):
                     (progress / name).unlink()
                 _remove_if_unused(progress, existed=existed)

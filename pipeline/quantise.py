@@ -1,6 +1,6 @@
 """Text in int8: one scale per channel, measured on a sample of the captions before encoding.
 
-The trade-off is that the sample is encoded twice more, which is 2 % of COCO's captions.
+The cost: the sample is encoded twice more, which is 2 % of COCO's captions.
 """
 
 import threading
@@ -24,7 +24,7 @@ NUM_SAMPLE = 4096
 """Captions in the sample; with a quarter of them, more values of other captions saturate."""
 NUM_PASSES = 2
 LARGEST = 127
-"""-128 is not used, so that a value and its negative are stored alike."""
+"""-128 is not used, so that the range is symmetric."""
 
 
 class Quantiser:

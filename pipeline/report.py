@@ -14,7 +14,7 @@ from latent_t2i.pipeline.plan import SetPlan, bytes_by_member
 from latent_t2i.shards.schema import Manifest
 
 NUM_LISTED = 10
-"""How many of the quarantined images are named."""
+"""Number of quarantined images that are listed."""
 MIN_ESTIMATE_S = 10.0
 """A shorter remaining time is not printed."""
 
@@ -66,7 +66,7 @@ def plan_lines(index: Index, sets: Sequence[SetPlan], out: Path, free_bytes: int
     notes = [f"{num} {what}" for what, num in unusable.items() if num]
     lines = {
         "images": ", ".join([f"{index.num_source} in", *notes]),
-        "captions": f"{index.num_captions}, {index.num_cut} of them will be cut",
+        "captions": f"{index.num_captions}, {index.num_cut} of them will be truncated",
         "shards": f"{num_shards} in {show(out)}",
         **({"buckets": _buckets(sets)} if sets[0].bucket else {}),
         "bytes": ", ".join(f"{name} {format_bytes(num)}" for name, num in sizes.items()),
@@ -89,7 +89,7 @@ def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], o
     lines = {
         "shards": f"{len(shards)}, {format_bytes(sum(shard.bytes for shard in shards))}, "
         f"in {show(out)}",
-        "captions": f"{num_captions}, {num_cut} cut at {first.max_tokens} tokens",
+        "captions": f"{num_captions}, {num_cut} truncated at {first.max_tokens} tokens",
         "text": _describe_text(first),
         "latents": _describe_latents(manifests),
         "images": f"{written + len(quarantined)} in = {written} written"
@@ -97,7 +97,7 @@ def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], o
     }
     skipped = [f"quarantined {line}" for line in first_of(quarantined)]
     if skipped:
-        skipped.append("to retry    restore the images and make the set again with another --out")
+        skipped.append("to retry    restore the images and encode them again with another --out")
     return "\n".join([*skipped, _lines(lines)])
 
 

@@ -1,7 +1,7 @@
-"""Which sets a source becomes, and whether they fit on the disk.
+"""Divides a source into sets, and checks that they fit on the disk.
 
-The output is one set, or with `buckets` one set per aspect ratio in a folder of its own: all
-records of a set have one size, and so have the batches drawn from it.
+The output is one set, or with `buckets` one set per aspect ratio, each in its own folder: all
+records of a set have one size, and so does every batch of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -140,7 +140,7 @@ def require_own_folder(sets: Sequence[SetPlan], out: Path) -> None:
     expected = [part.bucket for part in sets]
     if foreign := sorted(buckets - {*expected}):
         raise ValueError(
-            f"{out}: expected the buckets {', '.join(expected)}, found also {', '.join(foreign)}, "
+            f"{out}: expected the buckets {', '.join(expected)}, also found {', '.join(foreign)}, "
             f"of other images or settings: {advice}"
         )
     if not buckets and names:

@@ -1,8 +1,7 @@
 """Stage one from end to end: writes the missing shards and keeps the finished ones.
 
-A killed run, started again with the same command, resumes after its last finished shard and ends
-with the same bytes as an uninterrupted run. Several processes divide the shards by number. Every
-image of the source is written or quarantined with a reason; the last line printed counts both.
+A killed run, started again, resumes after its last finished shard and ends with the same bytes as
+an uninterrupted run. Every image of the source is written or quarantined with a reason.
 """
 
 import json
@@ -132,7 +131,7 @@ def write_shards(
         require_enough(config, index, out, index.quarantined | index.missing)
         if not config.force:
             require_room(sets, out)
-        # One lock for checks and notes, or two commands could both find the folder free.
+        # One lock for both steps, or two commands could both find the folder free.
         with folder_lock(out):
             require_own_folder(sets, out)
             in_use = not owner.is_alone()
@@ -158,7 +157,7 @@ def write_shards(
 
 
 def print_plan(config: PipelineConfig, encoders: Encoders) -> None:
-    """Prints the plan, and why the run would be refused, if it would."""
+    """Prints the plan and, if the run would be refused, the reasons."""
     out = output_folder(config)
     with closing(list_source(config, encoders, out, is_first=True)) as index:
         sets = plan_sets(config, encoders, index, out)
@@ -233,8 +232,8 @@ def list_source(config: PipelineConfig, encoders: Encoders, out: Path, *, is_fir
 
 
 def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) -> Provenance:
-    """Returns what decides the content of the shards, apart from the bucket and its size."""
-    # Without batch size, device and processes: at most they change the last bit of a float16.
+    """Returns what determines the content of the shards, except the bucket and its size."""
+    # Batch size, device and processes are not included: they change at most the last float16 bit.
     text = encoders.text
     bucket_settings: dict[str, Any] = {}
     if config.buckets:
@@ -298,7 +297,7 @@ def finish(
         require_enough(config, index, out, merged)
         manifests = {}
         for part in sets:
-            # A set has at least one record, so this bucket becomes none.
+            # A set has at least one record, so an empty bucket is deleted.
             if part.bucket and len(quarantined[part.bucket]) == part.num_records:
                 no_bucket |= quarantined[part.bucket]
                 shutil.rmtree(part.folder)

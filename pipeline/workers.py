@@ -1,10 +1,9 @@
 """Decodes and encodes in parallel, with the results in order and the memory bounded.
 
-A shard's records are cut into batches, each with the captions that no earlier batch of the shard
-has, so every distinct caption of a shard is encoded once. On a CPU each core processes whole
-batches, decoding included; on a GPU all cores decode and two streams encode. No batch spans two
-shards and none depends on timing: a shard's bytes are a function of its own records. The trade-off
-is that a caption of two shards is encoded twice.
+Every distinct caption of a shard is encoded once, with the first batch that has it. On a CPU each
+core processes whole batches, decoding included; on a GPU all cores decode and two streams encode.
+No batch spans two shards, so a shard's bytes are a function of its own records. The cost: a caption
+that occurs in two shards is encoded twice.
 """
 
 import threading
@@ -34,7 +33,7 @@ GPU_STREAMS = 2
 JOBS_AHEAD = 2
 """Batches in progress per encoding thread, beyond the one whose result is awaited."""
 NOT_FINITE = ("latent is not finite in float16", "text is not finite in float16")
-"""Reasons to quarantine a record that lie in the networks, not in its image."""
+"""Reasons to quarantine a record that are caused by the networks, not by its image."""
 Quantise = Callable[[NDArray[np.float16]], NDArray[np.int8]]
 LoadResult = Picture | UnreadableImageError
 
@@ -62,7 +61,7 @@ class Skipped:
 
 
 class EncodedCaption(NamedTuple):
-    """A caption's arrays, and whether it was cut and is finite."""
+    """A caption's arrays, and whether it was truncated and is finite."""
 
     hidden: NDArray[np.float16] | NDArray[np.int8]  # (T, D)
     tokens: NDArray[np.int32]  # (T,)
@@ -113,7 +112,7 @@ class EncoderPool:
         for batch, (new_captions, images) in self._encoded(batches):
             captions |= new_captions
             yield batch, [_finish(image, captions) for image in images]
-            for caption in batch.last_uses:
+            for caption in batch.last_uses:  # bounds the memory to the captions of open batches
                 del captions[caption]
 
     def _encoded(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Encoded]]:

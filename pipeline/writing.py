@@ -1,4 +1,4 @@
-"""Encodes the unfinished shards and writes them in a thread of their own.
+"""Encodes the unfinished shards and writes them in a background thread.
 
 Encoding does not wait for the disk; `MAX_PENDING_BATCHES` bounds the memory.
 """
@@ -32,7 +32,7 @@ from latent_t2i.shards.writer import ShardWriter, discard_shard, read_report
 MAX_PENDING_BATCHES = 4
 """`put` blocks while more than this many batches are unwritten."""
 MAX_FAILURES = 4
-"""A run stops if its first images, at least this many, all give values that are not finite."""
+"""A run stops if the outputs of its first images, at least this many, are all not finite."""
 
 
 class WriterThread:
@@ -44,7 +44,7 @@ class WriterThread:
 
     def __init__(self, kind: LatentKind) -> None:
         self._kind: LatentKind = kind
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writing")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writing")  # one: keeps the order
         self._pending: deque[Future[None]] = deque()
         self._open = ExitStack()
         self._writer: ShardWriter | None = None
@@ -109,9 +109,9 @@ def write_missing(
     num_threads: int,
     make_bar: report.Bar,
 ) -> None:
-    """Encodes and writes those of the shards that are unfinished, or lack a restored image.
+    """Encodes and writes the shards that are unfinished or lack a restored image.
 
-    Raises ValueError if the networks give only values that are not finite.
+    Raises ValueError if the networks' outputs are all not finite.
     """
     for part, shard in shards:
         discard_if_restored(index, part, shard)
@@ -124,7 +124,7 @@ def write_missing(
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
-        num_good = len(shards) - len(missing)
+        num_good = len(shards) - len(missing)  # a finished shard shows that the networks work
         failures: list[str] = []
         for batch, items in pool.encode(read_batches(missing, index, encoders.batch_size)):
             reasons = [item.reason for item in items if isinstance(item, Skipped)]

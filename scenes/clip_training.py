@@ -1,9 +1,9 @@
-"""Trains the embedded CLIP: a stock `CLIPModel` of 1.7 M weights with its own small tokenizer.
+"""Trains the embedded CLIP: a stock `CLIPModel` of 1.7 M parameters with a small tokenizer.
 
-Contrastive training alone learns colours and then stalls, because shapes and relations hardly
-lower its loss. So the text tower is first trained to classify the caption's attributes through a
-linear layer. It is then locked (LiT, Zhai et al. 2022), and the image tower is trained on the same
-attributes and on the contrastive loss (Radford et al. 2021) with hard negatives.
+Contrastive training alone learns colours and then stalls. So the text tower is first trained to
+classify the caption's attributes through a linear layer. It is then locked (LiT, Zhai et al. 2022),
+and the image tower is trained on the same attributes and on the contrastive loss (Radford et al.
+2021) with hard negatives.
 
     python -m scenes.train_encoders --only clip
 """

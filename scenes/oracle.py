@@ -1,10 +1,10 @@
 """The oracle: detects the objects of an image and checks them against a prompt.
 
-Detection uses no network. The border gives the background, connected components give the objects,
-the palette's nearest colour names the fill, and templates name the shape. The main trade-off is in
-MAX_MISFIT and MIN_MARGIN: an object has a shape only if one template fits well and clearly better
-than all others, so blobs do not pass. With these limits at least 98 % of the objects keep their
-shape after the embedded VAE's round trip (tests/scenes).
+Detection uses no neural network. The background is the border's colour, objects are connected
+components, colours are the nearest of the palette, and shapes are matched with templates. The main
+trade-off is in MAX_MISFIT and MIN_MARGIN: a shape is accepted only if it fits well, and clearly
+better than all others, so blobs do not pass. With these limits at least 98 % of the objects keep
+their shape after the embedded VAE's round trip (tests/scenes).
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _detect_object(
         unit_area, unit_centroid_y = _unit_moments(shape)
         radius = float(np.sqrt(area / unit_area) / EXTENT[shape])
         size = "small" if radius < SIZE_LIMIT_PX else "large"
-        # A scene gives the centre of the bounding box, the moments that of mass.
+        # From the centre of mass to the centre of the bounding box, which a scene stores.
         y -= unit_centroid_y * EXTENT[shape] * radius
     found = DetectedObject(shape=shape, colour=_nearest(fill, COLOURS), size=size, x_px=x, y_px=y,
                   misfit=misfit, margin=margin)  # fmt: skip

@@ -1,7 +1,7 @@
-"""Trains the embedded VAE: a stock `AutoencoderKL`, 8x downscaling, 8 latent channels, 1 M weights.
+"""Trains the embedded VAE: a stock `AutoencoderKL`, 8x downscaling, 8 channels, 1 M parameters.
 
-Training has four phases (Kingma and Welling 2014 for the objective): a VAE with 4x downscaling; the
-same VAE grown to 8x; the decoder alone on noisy latents; encoder and decoder on noisy latents.
+Training has four phases: a VAE with 4x downscaling; the same VAE grown to 8x; the decoder alone on
+noisy latents; encoder and decoder on noisy latents. Objective: Kingma and Welling 2014.
 
     python -m scenes.train_encoders --only vae
 """

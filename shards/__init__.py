@@ -1,1 +1,1 @@
-"""The contract between the stages: the shard format (README.md), its writer and its readers."""
+"""The shard format (README.md), its writer and its readers; shared by both stages."""

@@ -5,8 +5,7 @@
 
     map      memory-maps local folders; any record at memory speed
     cache    downloads shards ahead of use to a bounded local folder; the same batches as map
-    stream   reads shards from start to end and keeps nothing on disk; shuffles within a window and
-             resumes at a shard
+    stream   reads shards from start to end, stores nothing, resumes at a shard
 
 `auto` is map for folders and cache for URLs. Bucketed sets cannot be streamed, because independent
 readers could not agree on the bucket of a step.
@@ -88,11 +87,9 @@ def open_set(
 ) -> ShardSet | BucketedShards:
     """Opens a finished set of shards, bucketed or not. Of a remote set, only small files are read.
 
-    `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use. `verify`
-    applies to shards on a local disk. Downloads and streams are always hashed.
-
-    Raises FormatError like `open_shards`, RemoteError for a location that cannot be read, and
-    ValueError for stream access to a bucketed set.
+    `vae_sha256` and `text_sha256` are the hashes of the caller's encoders. `verify` applies to
+    shards on a local disk. Raises FormatError like `open_shards`, RemoteError for a location that
+    cannot be read, and ValueError for stream access to a bucketed set.
     """
     shards = _open(location, access, verify=verify, retry=retry)
     shown = without_query(location)

@@ -6,9 +6,9 @@
 Each bucket has its own order (order.py). An epoch takes the batches of all buckets in a shuffled
 sequence by (seed, epoch), so everything is a function of the seed and the step.
 
-`fill` has visited every record n times by the end of epoch n. The last batch of each bucket is
-filled from the bucket's next epoch, so a bucket smaller than a batch contributes several epochs at
-once and is skipped until the others have caught up. `drop` skips the last, partial batch of each
+With `fill`, every record was visited n times by the end of epoch n. The last batch of each bucket
+is filled from the bucket's next epoch, so a bucket smaller than a batch contributes several epochs
+at once and is skipped in the epochs that these cover. `drop` skips the last, partial batch of each
 bucket, and buckets smaller than a batch altogether.
 """
 

@@ -2,11 +2,8 @@
 
     FOLDER/buckets.json   64x64/manifest.json ...   48x80/manifest.json ...
 
-    finish_buckets(folder, ["64x64", "48x80"], quarantined={"dog": "not an image"})
-    shards = open_buckets("shards/data/demo/train")
-
-All records of a set have one shape, so each size is a set of its own that can be opened, checked
-and trained on alone. `buckets.json` is written last and contains the hash of each set's manifest.
+All records of a set have one shape, so each size is a separate set that can be opened, checked and
+trained on alone. `buckets.json` is written last and contains the hash of each set's manifest.
 """
 
 import hashlib
@@ -45,7 +42,7 @@ SAME = (
     "text_width",
     "text_scale",
 )
-"""What all buckets have in common. Encoders and scales are compared by their hashes."""
+"""Manifest keys that must be equal in all buckets. Encoders and scales are compared by hash."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ def check_size(folder: Path, entry: FileEntry) -> None:
         raise FormatError(f"{path}: missing, expected a file of {entry.bytes} bytes")
     found = path.stat().st_size
     if found != entry.bytes:
-        state = "cut short" if found < entry.bytes else "too long"
+        state = "truncated" if found < entry.bytes else "too long"
         raise FormatError(f"{path}: {state}: expected {entry.bytes} bytes, found {found}")
 
 
@@ -52,7 +52,8 @@ class BackgroundVerifier:
             self._is_started = True
             stopped = threading.Event()
             arguments = (self._folder, self._queue, self._faults, stopped)
-            # A daemon, so that the process can end while files are left.
+            # A daemon, so that the process can end before all files are hashed. Its arguments do
+            # not include self: the thread would keep the verifier alive and never be stopped.
             threading.Thread(target=_hash_files, args=arguments, name="verify", daemon=True).start()
             weakref.finalize(self, _stop, self._queue, stopped)
         self._queue.put(entry)

@@ -24,7 +24,7 @@ LINK_FAILURES = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, err
 
 
 class HashingFile:
-    """A file under a temporary name that keeps count of its bytes and their sha256."""
+    """A file under a temporary name that counts its bytes and computes their sha256."""
 
     def __init__(self, final: Path) -> None:
         self._file = _open_attempt(final)
@@ -67,7 +67,7 @@ class HashingFile:
         if sha256 != self._hash.hexdigest():
             raise OSError(errno.EIO, "the disk returns other bytes than were written", str(final))
         try:
-            os.link(self.path, final)
+            os.link(self.path, final)  # unlike a rename, fails if another process was first
         except OSError as error:
             if error.errno not in LINK_FAILURES:
                 raise

@@ -1,4 +1,4 @@
-"""Fills batches for one process ahead of use, in a background thread, into two buffers in turn.
+"""Prefetches the batches of one process in a background thread, into two alternating buffers.
 
     shards = open_shards("shards/data/demo/train")
     loader = MapLoader(shards, shards.order(batch_size=256, seed=0), rank=0, num_processes=1)
@@ -153,7 +153,7 @@ def prefetch(
 ) -> Generator[U]:
     """Yields the results of `fill(step, buffer)` for steps `start` to `stop`, in order.
 
-    A background thread fills the buffers in turn. A result, its buffer or a part of it, is valid
+    A background thread fills the buffers by turns. A result, its buffer or a part of it, is valid
     until the next one is requested. If `stream` copies from the buffers, a buffer is refilled only
     after the work that was queued on the stream by then. An error in `fill` is raised when its step
     is requested.
@@ -181,6 +181,7 @@ def prefetch(
                 buffer, filled = pending.popleft().result()
                 yield filled
                 step = next(steps, None)
+                # Recorded now, after the consumer has queued its copies from this buffer.
                 queued = None if stream is None else stream.record_event()
                 if step is not None:
                     pending.append(pool.submit(refill, step, buffer, queued))

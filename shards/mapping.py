@@ -53,6 +53,7 @@ class Region:
     def unmap(self, index: int) -> None:
         """Unmaps a file; its addresses stay reserved."""
         self.is_mapped[index] = False
+        # Not munmap: another mapping of the process could then be placed in the gap.
         self._place(index, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, None)
 
     def _place(

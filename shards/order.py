@@ -5,8 +5,8 @@
     order.cursor(step)              # (epoch, position): the whole state to resume from
 
 Position p of a global batch belongs to rank p // (batch_size / ranks), so 1, 2 or 8 processes see
-the same batches, and a run resumes in mid-epoch without reading a record twice or skipping one. The
-price: the permutation of an epoch is held as a whole, 8 bytes and 0.1 us per record.
+the same batches, and a run resumes in mid-epoch without repeating or skipping a record. The cost:
+the permutation of an epoch is held in memory, 8 bytes and 0.1 us per record.
 """
 
 import math
@@ -141,6 +141,7 @@ def epoch_order(
     shuffled together. A small window reads from few files at once; a window of all shards gives a
     full shuffle.
     """
+    # PCG64 by name, because default_rng may use another generator in a later NumPy.
     generator = np.random.Generator(np.random.PCG64(mixed_seed(seed, "order", epoch)))
     if window_shards >= len(sizes):
         return generator.permutation(sum(sizes))
@@ -181,5 +182,6 @@ def share(batch_size: int, rank: int, num_processes: int) -> slice:
 
 def mixed_seed(seed: int, use: Use, *numbers: int) -> int:
     """Returns a 64-bit seed; seeds of different uses and numbers are independent."""
+    # The index in USES enters the seed, so new uses belong at the end: old runs must not change.
     sequence = np.random.SeedSequence(seed, spawn_key=(USES.index(use), *numbers))
     return int(sequence.generate_state(1, np.uint64)[0])

@@ -2,7 +2,7 @@
 
     manifest = from_json(Manifest, load_json(content, "manifest.json"), "manifest.json")
 
-Files come from other machines, so nothing is taken on trust: size, nesting, keys and types.
+Files come from other machines, so size, nesting, keys and types are all checked.
 """
 
 import dataclasses

@@ -3,9 +3,9 @@
     shards = open_shards("shards/data/demo/train")
     batch = shards.gather(records, caption_u, view_u)
 
-The position of any caption of any record is arithmetic, so a batch is one indexed copy per field,
-straight into the caller's buffer, and reads only the chosen caption and view. The price is that the
-shards must be on a local disk; remote/cache.py downloads them there.
+The byte offset of any caption is computed, not looked up, so a batch is one indexed copy per field,
+straight into the caller's buffer, and reads only the chosen caption and view. The cost: the shards
+must be on a local disk; remote/cache.py downloads them there.
 """
 
 import math
@@ -165,6 +165,7 @@ class ShardSet:
         layout = self._layout[shard]
         out = self.buffer(len(first)) if out is None else out
         for name, rows in self._rows.items():
+            # Text and tokens share a draw, so they belong to the same caption.
             item = _choose(view_u if name == "latent" else caption_u, rows.num_items[layout])
             rows.gather(first + rows.offsets[layout] + item * rows.item_bytes, getattr(out, name))
         return out
@@ -360,6 +361,7 @@ def require_encoders(
 
 
 def _choose(draw: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.int64]:
+    # The minimum guards against a caller's draw of exactly 1.
     return np.minimum((np.asarray(draw) * count).astype(np.int64), count - 1)
 
 

@@ -1,10 +1,10 @@
-"""The types that cross between the stages, and the manifest of a set of shards.
+"""The types that both stages share, and the manifest of a set of shards.
 
     FOLDER/manifest.json   empty_text.npy   empty_tokens.npy   shard-000000.tar ...
 
 All records of a shard have the same byte layout, so a shard is a strided array as well as a tar:
-item `i` of a field starts at `offset_bytes + i * record_bytes`. The price is that all images of a
-shard have the same number of captions and that the JSON is padded. README.md is the specification.
+item `i` of a field starts at `offset_bytes + i * record_bytes`. The cost: all images of a shard
+have the same number of captions, and the JSON is padded. README.md is the specification.
 """
 
 import hashlib
@@ -51,14 +51,14 @@ FieldDtype = Literal["uint8", "float16", "int8", "int32"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Example:
-    """One encoded image with its captions: the type that stage one gives to the shards."""
+    """One encoded image with its captions: what stage one passes to the shard writer."""
 
     key: str
     latent: NDArray[np.float16]  # (views, 2C, h, w) moments, or (views, C, h, w)
     text: NDArray[np.float16 | np.int8]  # (captions, T, D)
     tokens: NDArray[np.int32]  # (captions, T)
     meta: Mapping[str, Any]
-    """JSON: `captions` (list of text), `truncated` (indices of captions cut at T tokens), and
+    """JSON: `captions` (list of text), `truncated` (indices of captions cut to T tokens), and
     further keys of the source."""
 
 
@@ -77,7 +77,7 @@ class Identity:
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """Where a field lies in a record, and its dtype and shape."""
+    """A field's position in a record, its dtype and its shape."""
 
     offset_bytes: int
     """From the start of the record to the first data byte."""
@@ -140,7 +140,7 @@ class LatentStatistics:
     mean: tuple[float, ...]  # (C,)
     std: tuple[float, ...]  # (C,)
     scaling_factor: float
-    """1 / (standard deviation over all values); Stable Diffusion's 0.18215 was found this way."""
+    """1 / (standard deviation over all values), which is how Stable Diffusion's was chosen."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -246,7 +246,7 @@ def _entry(name: str, text: str) -> list[str]:
 
 
 def _short(text: str, width: int) -> str:
-    """Returns the text on one line, cut to `width` characters."""
+    """Returns the text on one line, truncated to `width` characters."""
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width - 1]}…"
 

@@ -4,9 +4,8 @@
 
 Checks the manifest's hash and form, the size and sha256 of each file, all tar and array headers and
 padding, tokens, JSON, keys and scales, that values are finite, and the totals and latent statistics
-in the manifest. Threads check shards in parallel, since hashing and numpy release the GIL. For a
-bucketed set, the list and each set are checked. The exit code is 0 without faults, 1 with faults,
-and 2 for a missing folder or a wrong flag.
+in the manifest. For a bucketed set, the list and each set are checked. The exit code is 0 without
+faults, 1 with faults, and 2 for a missing folder or a wrong flag.
 """
 
 import argparse
@@ -123,7 +122,7 @@ def _verify_buckets(folder: Path, jobs: int, advance: Advance) -> Iterator[str]:
 
 
 def _check_form(path: Path, expected: str, names: set[str]) -> Iterator[str]:
-    """Checks that a file is byte for byte what the writer writes, and alone with `names`."""
+    """Checks a file's exact formatting, and that its folder contains only `names`."""
     if path.read_bytes() != expected.encode():
         yield f"{path}: expected the writer's formatting, found other spacing or order"
     for stray in sorted({other.name for other in path.parent.iterdir()} - names):
@@ -187,7 +186,7 @@ def _check_shards(
     if jobs == 1:
         yield from map(check, manifest.shards)
         return
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:  # threads suffice: hashing and numpy release the GIL
         yield from pool.map(check, manifest.shards)
 
 

@@ -5,9 +5,9 @@
         shard.write(example)  # or shard.quarantine(key, reason)
     finish_set(folder, provenance, num_shards=..., ...)
 
-Each finished shard leaves a report in FOLDER/progress, and the manifest is the sum of the reports,
-so the same examples give the same bytes whether or not a run was interrupted. All state is on disk:
-several processes may each write shards of their own, and any of them may finish the set.
+Each finished shard has a report in FOLDER/progress, and the manifest is the sum of the reports, so
+the same examples result in the same bytes whether or not a run was interrupted. All state is on
+disk: several processes may each write their own shards, and any of them may finish the set.
 """
 
 import contextlib
@@ -86,9 +86,8 @@ class FoundScale(NamedTuple):
 def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> Manifest | None:
     """Prepares a folder for a set; returns the manifest if the same set is already finished.
 
-    Raises ValueError, naming both values, if the folder holds another set or a part of one, and if
-    it holds anything else. A set that another process writes (`in_use`) is refused even before its
-    first shard.
+    Raises ValueError, naming both values, if the folder holds another set, a part of one, or other
+    files. With `in_use`, another process writes the set, which must match even without shards.
     """
     remove_stale_attempts(folder)
     remove_stale_attempts(folder / PROGRESS_DIR)
@@ -191,7 +190,7 @@ def finish_set(
         text_scale: A `FoundScale` for int8 text, else None.
 
     Raises:
-        ValueError: Another command has begun the folder, a shard has no report, no image was
+        ValueError: The folder is of another command, a shard has no report, no image was
             written, or `text_scale` and the text in the shards do not match `provenance`.
     """
     _require_same(folder, _read_provenance(folder), provenance)
@@ -272,6 +271,7 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self._file = HashingFile(self._folder / self._name)
+        # Constant time and mode, so that equal records have equal bytes.
         self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, mode=0o444)
         return self
 
@@ -352,6 +352,7 @@ class ShardWriter:
     def _publish(self) -> None:
         """Gives the shard its final name, if it has records, and writes its report."""
         records = len(self._keys)
+        # The shard before its report: a report without its shard counts as unfinished.
         sha256 = self._file.publish(self._folder / self._name) if records else ""
         self._file.close()
         self._file.path.unlink(missing_ok=True)
@@ -414,7 +415,7 @@ def _read_reports(folder: Path, num_shards: int) -> list[ShardReport]:
 
 def _read_provenance(folder: Path) -> Provenance:
     path = folder / PROGRESS_DIR / PROVENANCE_NAME
-    return from_json(Provenance, read_document(path), f"{path}: begun by another release")
+    return from_json(Provenance, read_document(path), f"{path}: written by another release")
 
 
 def _report_path(folder: Path, index: int) -> Path:

@@ -145,7 +145,7 @@ def functions_with_parameter(annotation: str, source: str) -> list[str]:
     ]
 
 
-def test_only_stage_one_s_top_takes_its_whole_config() -> None:
+def test_only_the_top_function_of_stage_one_receives_the_config() -> None:
     for path in sorted((ROOT / "pipeline").rglob("*.py")):
         found = functions_with_parameter("PipelineConfig", path.read_text(encoding="utf-8"))
         assert not found or path.name == "stage.py", f"{path.relative_to(ROOT)}: {found}"

@@ -1,1 +1,1 @@
-"""Stage two: shards in, a bundle out; nothing but the denoiser runs."""
+"""Stage two: trains the denoiser from shards and writes a bundle."""

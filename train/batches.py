@@ -2,8 +2,8 @@
 
 The random numbers of a step are drawn for the global batch, from one CPU generator seeded by
 (seed, step), and each process keeps its slice. Batches and noise therefore do not depend on the
-number of processes, and a resumed run needs no state but the step. The cost is that every process
-draws for the whole global batch: 0.3 ms for 64 latents of 8 x 8 x 8, in the loader's thread.
+number of processes, and a resumed run needs only the step. The cost: every process draws for the
+whole global batch (0.3 ms for 64 latents of 8 x 8 x 8), in the loader's thread.
 """
 
 from collections.abc import Generator
@@ -38,6 +38,7 @@ def draw(
     """Draws the random numbers of a step's global batch."""
     generator = torch.Generator().manual_seed(mixed_seed(seed, "draws", step))
     shape = (batch_size, *latent_shape)
+    # float64 resolves the tails of logit-normal timesteps, which float32 would round away.
     u = torch.rand(2, batch_size, dtype=torch.float64, generator=generator)
     posterior_noise = torch.randn(shape, generator=generator)
     noise = torch.randn(shape, generator=generator)
@@ -55,7 +56,7 @@ def draw(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch(RawBatch):
-    """One process's share of a step: the gathered records and their random numbers."""
+    """One process's share of a step: the gathered records and their random numbers (Draws)."""
 
     drop: Tensor  # (B,) bool
     timesteps: Tensor  # (B,) int64, float32 for flow
@@ -79,7 +80,7 @@ class BatchSource:
     def buffer(self) -> Batch:
         """Returns an uninitialised batch of the largest shape in the set."""
         raw = self.loader.buffer(pin_memory=self.pin_memory)
-        draws = vars(self._draw(0, len(raw), raw))
+        draws = vars(self._draw(0, len(raw), raw))  # only for their dtypes and shapes
         empty = {name: torch.empty_like(draws[name]) for name in draws}
         if self.pin_memory:
             empty = {name: tensor.pin_memory() for name, tensor in empty.items()}

@@ -4,9 +4,8 @@
         unet.safetensors  ema.safetensors  optimizer.safetensors  state.json
 
 A checkpoint is complete or absent. Data order and noise are functions of (seed, step), so it stores
-no loader or generator state. No format that can execute code is read. Running the same command
-again resumes from the newest checkpoint; settings that would change the run are refused. state.json
-holds the hashes of all files. The trade-off: saving and loading read every byte once more.
+no loader or generator state. No format that can execute code is read. state.json holds the hashes
+of all files. The cost: saving and loading read every byte once more.
 """
 
 import hashlib
@@ -121,6 +120,7 @@ def save(
     num_bytes = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
     with complete_or_absent(folder / f"step-{state.step:08d}", num_bytes) as temporary:
         for name, tensors in parts.items():
+            # safetensors refuses other memory formats, such as channels_last.
             packed = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(packed, temporary / f"{name}.safetensors")
         record["files"] = {f"{name}.safetensors": _hash_file(temporary, name) for name in PARTS}
@@ -146,8 +146,8 @@ def delete_old(folder: Path, state: TrainState, *, keep: int) -> None:
 def repair(folder: Path) -> None:
     """Cleans up after a process that was killed while it saved or deleted a checkpoint."""
     for replaced in folder.glob(".step-*.old"):
-        # It was to be replaced by another checkpoint of the same step. Killed between the two
-        # renames of `complete_or_absent`, it is the only one.
+        # A checkpoint of the same step was replacing it. After a kill between the two renames of
+        # `complete_or_absent`, it is the only complete one.
         final = folder / replaced.name.removeprefix(".").removesuffix(".old")
         if not final.exists():
             replaced.rename(final)
@@ -250,7 +250,7 @@ def load(checkpoint: Path, state: TrainState) -> None:
     for file, found in (("unet", set(unet)), ("optimizer", with_moments)):
         if different := found ^ names:
             raise _damaged(checkpoint, f"{file}.safetensors: {min(different)} missing or unknown")
-    try:
+    try:  # first, because its error must leave the rest of the state unchanged
         state.ema.load(fsdp.local_shards(ema, state.ema.state_dict()))
     except KeyError as error:
         raise _damaged(checkpoint, f"ema.safetensors: {error} missing or unknown") from error
@@ -312,7 +312,7 @@ def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
             # In the parameter's memory format, which files do not keep.
             local = fsdp.local_shard(tensor, parameter)
             entries[parameter][kind] = torch.empty_like(parameter, dtype=local.dtype).copy_(local)
-        elif tensor.dtype == torch.int64:
+        elif tensor.dtype == torch.int64:  # the step count of 8-bit AdamW
             entries[parameter][kind] = int(tensor)
         else:
             entries[parameter][kind] = tensor.to(parameter.device)

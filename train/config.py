@@ -21,7 +21,7 @@ class OptimConfig:
     """AdamW (Loshchilov & Hutter 2019, 1711.05101) and its learning rate schedule."""
 
     kind: Literal["adamw", "adamw8bit"] = "adamw"
-    """Optimizer. `adamw8bit` is AdamW of bitsandbytes: 2 bytes of moments per weight instead of 8,
+    """Optimizer. `adamw8bit` is AdamW of bitsandbytes: 2 bytes of moments per parameter, not 8,
     but the host waits for the device at every step (pip install 'latent-t2i[8bit]')."""
     learning_rate: float = 1e-4
     """Peak learning rate, reached after the warm-up."""
@@ -145,15 +145,15 @@ class TrainConfig:
     name: str
     """Name of the run, and of the data set unless `shards` is given."""
     vae: str | None = None
-    """VAE for the bundle, a folder or hub name. Default: the one named in the shards."""
+    """VAE for the bundle, a folder or Hub name. Default: the one named in the shards."""
     text_encoder: str | None = None
-    """Text encoder for the bundle, a folder or hub name. Default: the one named in the shards."""
+    """Text encoder for the bundle, a folder or Hub name. Default: the one named in the shards."""
     shards: str | None = None
     """Folder or URL of the shards. Default: shards/data/NAME/train."""
     out: str | None = None
     """Output folder of the run. Default: runs/NAME."""
     init_from: str | None = None
-    """Start from the weights of a bundle, a diffusers pipeline or a U-Net, a folder or hub name."""
+    """Start from the weights of a bundle, a diffusers pipeline or a U-Net, a folder or Hub name."""
     init_allow: Literal["strict", "partial"] = "strict"
     """`strict`: every tensor of `init_from` must fit. `partial`: tensors that do not fit keep their
     random initialization."""
@@ -262,7 +262,7 @@ class TrainConfig:
 
 
 def _check_text(name: str, value: str | None) -> None:
-    """Raises ValueError for an empty text, such as an unset shell variable gives."""
+    """Raises ValueError for an empty text, such as the value of an unset shell variable."""
     if value is not None and not value.strip():
         raise ValueError(f"{name}: expected a name or path, found {value!r}")
 

@@ -1,8 +1,8 @@
 """Memory, compute and disk that a run needs, estimated and checked before its first step.
 
 The forward and backward pass run once on FakeTensors, which allocate nothing: a few seconds for 860
-million weights. The count leaves out allocator fragmentation, kernel workspaces and the savings of
-torch.compile, so a run is refused only if it certainly does not fit.
+million parameters. Allocator fragmentation, kernel workspaces and the savings of torch.compile are
+not counted, so a run is refused only if it certainly does not fit.
 """
 
 import functools
@@ -32,7 +32,7 @@ from latent_t2i.train.preflight import Plan
 from latent_t2i.train.validation import plain_sets
 
 FLOAT_BYTES = 4
-# Both of AdamW's moments of one weight, by `optim.kind`.
+# Both of AdamW's moments of one parameter, by `optim.kind`.
 MOMENTS_BYTES = {"adamw": 8, "adamw8bit": 2}
 # The backward pass computes twice as much as the forward pass.
 TRAINING_FLOP = 3
@@ -79,6 +79,7 @@ class AllocationCounter(TorchDispatchMode):
         return out
 
     def _add(self, storage: Any) -> None:
+        # Views share a storage, which counts once.
         key, num_bytes = storage._cdata, storage.nbytes()
         if key in self._alive:
             return
@@ -162,8 +163,8 @@ def count_memory(
 ) -> Memory:
     """Returns the memory of one training process with `num_averages` EMA copies.
 
-    FSDP divides the state over `fsdp_size` processes. The full weights of the block that is being
-    computed are left out.
+    FSDP divides the state over `fsdp_size` processes. The gathered weights of the current block are
+    not counted.
     """
     each_bytes = FLOAT_BYTES * (1 + num_averages + keeps_gradients) + moments_bytes
     # After the backward pass the gradients alone are alive.

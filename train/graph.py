@@ -1,11 +1,9 @@
 """Captures a whole training step as a CUDA graph and replays it.
 
 A GPU step on few or small latents is limited by launching about a thousand kernels; a replay
-launches one graph. The graph covers the forward and backward passes, clipping, the loss scale and
-the update or its skipping (optim.py). The moving averages, a single call, run after it.
-
-The first steps run eagerly so that libraries can select their kernels. Batch and learning rate are
-copied into static memory. See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+launches one graph: the forward and backward passes, clipping, and the update or its skipping
+(optim.py). The first steps run eagerly, so that libraries can select their kernels. See
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from collections.abc import Callable
@@ -49,8 +47,8 @@ class StepGraph:
 
     def __call__(self, batch: Batch, rate: float) -> StepResult:
         """Runs a step. All batches have one shape; the next call overwrites the result."""
-        static = self._copy_in(batch)
-        self._rate.fill_(rate)
+        static = self._copy_in(batch)  # a replay reads the addresses of the capture
+        self._rate.fill_(rate)  # a Python number would be a constant of the graph
         if self._num_eager < NUM_WARMUP_STEPS:
             self._num_eager += 1
             return self._backend.run(lambda: self._step(static, self._rate))

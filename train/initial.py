@@ -1,7 +1,7 @@
 """Initial weights from an existing network (`init_from`) instead of random initialization.
 
 `init_from` is a bundle (its EMA weights), a diffusers pipeline (its `unet`) or a
-UNet2DConditionModel, as a folder or hub name. The network is compared with the settings before
+UNet2DConditionModel, as a folder or Hub name. The network is compared with the settings before
 anything is built. Only safetensors are read.
 """
 
@@ -80,7 +80,7 @@ class Initial:
 
 
 def find(source: str) -> Initial:
-    """Returns the network at a folder or hub name; raises ValueError if there is none to read."""
+    """Returns the network at a folder or Hub name; raises ValueError if there is none to read."""
     root = fetch(source, None, FILES, flag=FLAG, parts=("unet", "scheduler"))
     folder = find_part(root, "unet", flag=FLAG)
     read_config(folder, "_class_name", ("UNet2DConditionModel",), flag=FLAG)
@@ -225,9 +225,7 @@ def require_fit(
             f"{'; '.join(lines[:MAX_LISTED])}{more} ({remedy})"
         )
     if lines:
-        lines.append(
-            f"{num_fit} of {len(shapes)} tensors come from {FLAG}; the others start random"
-        )
+        lines.append(f"{num_fit} of {len(shapes)} tensors come from {FLAG}; the others are random")
     return [f"init_from: {line}" for line in lines]
 
 

@@ -1,8 +1,8 @@
 """The training loop and what it calls at intervals: reports, validation, previews, checkpoints.
 
-The trade-off: within a step the host never waits for the device. Losses, gradient norms and skip
-flags stay on the device until the logging interval (progress.py), and non-finite steps are skipped
-there (optim.py). Run it with `accelerate launch train/run.py`, or call `train(TrainConfig(...))`.
+Within a step the host never waits for the device: losses, gradient norms and skip flags stay there
+until the logging interval (progress.py), and so does the decision to skip a step (optim.py). Run it
+with `accelerate launch train/run.py`, or call `train(TrainConfig(...))`.
 """
 
 import contextlib
@@ -94,6 +94,7 @@ def loop(run: Run, stop: Stop) -> StopReason:
             # Accumulate gradients and update the weights.
             rate = optim.learning_rate(config.optim, state.step, plan.num_steps)
             rank = run.accelerator.process_index
+            # Seeded by step, so that a resumed run draws the same dropout masks.
             torch.manual_seed(mixed_seed(config.seed, "dropout", state.step, rank))
             if graph is not None:
                 with timer.phase("denoise"):  # includes the update
@@ -134,7 +135,7 @@ def loop(run: Run, stop: Stop) -> StopReason:
         evaluated = evaluate(run, last=True)
         if snapshot_every is not None:
             snapshot(run, replace=snapshot_step < state.step)
-    if evaluated or saved_step < state.step:
+    if evaluated or saved_step < state.step:  # a checkpoint records the last validation
         save(run)
     return reason
 
@@ -150,7 +151,7 @@ def accumulate_gradients(run: Run, batch: Batch) -> Tensor:
             if number == len(pieces)
             else fsdp.no_gradient_sync(run.accelerator, run.state.unet, run.model)
         ):
-            loss = run.objective(run.model, piece).sum() / len(batch)
+            loss = run.objective(run.model, piece).sum() / len(batch)  # pieces add up to the mean
             run.accelerator.backward(loss)
         total += loss.detach()
     return total
@@ -217,7 +218,7 @@ def roll_back(run: Run, streak: range) -> NoReturn:
         f"steps {streak[0]} to {streak[-1]}: {len(streak)} steps in a row had non-finite gradients "
         f"(max_bad_steps: {run.plan.config.max_bad_steps}) and were skipped; {restored}; records "
         f"of the last ones: {shorten(list(dict.fromkeys(keys)))}. If these records are broken, "
-        "make the shards without them and start a run with another --name. If they are intact, "
+        "encode the shards without them and start a run with another --name. If they are intact, "
         "run the same command with a lower --optim.learning-rate. To continue past these steps, "
         "use a higher --max-bad-steps."
     )
@@ -277,7 +278,7 @@ def save(run: Run) -> None:
     skipped = [bool(row[2]) for row in state.metrics["rows"]]
     streak = longest_streak(state.step - len(skipped), num_before, skipped)
     if len(streak) > config.max_bad_steps:
-        report(run)
+        report(run)  # rolls back and raises, so the newest checkpoint stays a good one
     checkpoint.save(
         run.plan.folder / "checkpoints",
         state,

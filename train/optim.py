@@ -81,7 +81,7 @@ def update(
     on the device, the gradient norm before clipping, and 1.0 if the step was skipped or else 0.0.
     """
     adamw: Any = optimizer.optimizer
-    adamw.param_groups[0]["lr"] = rate
+    adamw.param_groups[0]["lr"] = rate  # a tensor in a CUDA graph, so that replays can change it
     if optimizer.scaler is not None:  # fp16: divides by the loss scale, detects infinities
         optimizer.scaler.unscale_(adamw)
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -89,7 +89,7 @@ def update(
     if isinstance(norm, DTensor):  # FSDP
         norm = norm.full_tensor()
     skipped = (~norm.isfinite()).float()
-    too_long = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    too_long = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # 1e-6 as in torch's clip_grad_norm_
     # The attribute by which torch's own GradScaler recognises a fused optimizer.
     if on_device and getattr(adamw, "_step_supports_amp_scaling", False):
         adamw.grad_scale, adamw.found_inf = too_long, skipped

@@ -150,8 +150,7 @@ def resolve_initial(
 ) -> tuple[TrainConfig, Initial | None, str | None, list[str]]:
     """Returns the resolved configuration, the network of `init_from`, its hash, and log lines.
 
-    With `model_from_init`, the settings under `model` become the network's. A run that has a
-    checkpoint does not read the network again.
+    A run that has a checkpoint does not read the network again.
     """
     name = config.init_from
     if name is None:
@@ -256,7 +255,7 @@ def find_shards(given: str, flag: str = "shards") -> str:
     path = find_path(given)
     if path is None:
         raise ValueError(
-            f"{flag}: the folder {given!r} does not exist; make it with python -m pipeline.run"
+            f"{flag}: the folder {given!r} does not exist; encode it with python -m pipeline.run"
         )
     return str(path)
 
@@ -320,7 +319,7 @@ def check_sides(latent_size: tuple[int, ...], num_levels: int, downscale: int) -
         raise ValueError(
             f"shards: found latents of {width} x {height}; a denoiser of {num_levels} levels "
             f"(model.channels) halves them {num_levels - 1} times, expected multiples of "
-            f"{multiple}; use fewer levels, or make the shards from images whose sides are "
+            f"{multiple}; use fewer levels, or encode the shards from images whose sides are "
             f"multiples of {multiple * downscale} px (pipeline's --image-size-px and "
             "--bucket-multiple-px)"
         )

@@ -1,7 +1,7 @@
 """Preview images during training: fixed prompts and seeds, drawn with the EMA weights.
 
-A preview shows what a bundle of that step would draw: the same pipeline, assembled from the run's
-own networks. The VAE and the text encoder are on the device only while it draws.
+A preview equals the images of a bundle of that step: the same pipeline is assembled from the run's
+networks. The VAE and the text encoder are on the device only during a preview.
 """
 
 from pathlib import Path

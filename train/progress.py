@@ -203,7 +203,7 @@ def _loss(value: float | None) -> str:
 
 
 def truncate_metrics(path: Path, step: int, *, validated: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`, and a last line that a kill cut short.
+    """Drops the lines of metrics.jsonl after `step`, and a last line that a kill truncated.
 
     Validation lines are kept up to `validated`: a run may be killed between its last validation
     and the checkpoint that records it.

@@ -1,7 +1,7 @@
-"""A lock on the run folder: two trainings of one run would overwrite each other's files.
+"""A lock on the run folder, because two trainings of one run would overwrite each other's files.
 
-The main process holds the lock for the whole run. The system releases it when that process ends in
-any way, so no lock is ever stale.
+The main process holds the lock for the whole run. The system releases it when that process ends,
+even by SIGKILL, so a lock is never stale.
 """
 
 import contextlib

@@ -69,7 +69,7 @@ def start(config: TrainConfig) -> Run:
     if accelerator.is_main_process:
         checkpoint.repair(run_folder(config) / "checkpoints")
     accelerator.wait_for_everyone()
-    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")
+    torch.set_float32_matmul_precision("high" if config.tf32 else "highest")  # "high" is TF32
     torch.backends.cudnn.allow_tf32 = config.tf32
     plan = validate(config, accelerator.num_processes)
     estimate = estimate_run(plan, accelerator)
@@ -113,6 +113,7 @@ def dry_run(config: TrainConfig) -> Path:
     """
     _, notes = trackers.choose(config.trackers)
     accelerator = make_accelerator(config.mixed_precision)
+    # dry_run is False in every checkpoint, so it must not count as a changed setting.
     plan = validate(replace(config, dry_run=False), accelerator.num_processes)
     lines = [*estimate_run(plan, accelerator), *plan.notes, *notes]
     found = checkpoint.find_all(plan.folder / "checkpoints")
@@ -126,7 +127,7 @@ def dry_run(config: TrainConfig) -> Path:
 
 
 def join_processes() -> PartialState:
-    """Joins the run's process group, if it has several processes, and returns this one's place.
+    """Joins the run's process group, if it has several processes, and returns its state.
 
     Raises ValueError if accelerate's configuration requests a feature that this project does not
     use.
@@ -169,7 +170,7 @@ def make_accelerator(
         precision = "no"
     for note in notes if state.is_main_process else ():
         print(f"warning: {note}", file=sys.stderr)
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # saves a copy of gradients
     return Accelerator(
         cpu=on_cpu,
         mixed_precision=precision,  # also "no", which otherwise means the launcher's setting
@@ -201,7 +202,7 @@ def cpu_warnings(environment: Mapping[str, str], num_processes: int) -> list[str
 def make_state(plan: Plan, accelerator: Accelerator) -> tuple[TrainState, nn.Module]:
     """Returns the state at step 0, and the network as it is called (wrapped, maybe compiled)."""
     config = plan.config
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # the same weights in all processes, which FSDP requires
     channels, height, width = plan.latent_shape
     unet = denoiser.build(
         config.model,
@@ -224,7 +225,7 @@ def make_state(plan: Plan, accelerator: Accelerator) -> tuple[TrainState, nn.Mod
     sharded = config.fsdp and accelerator.num_processes > 1
     if sharded:
         fsdp.apply_fsdp(unet, accelerator)
-    ema = EMA(config.ema, unet.named_parameters())
+    ema = EMA(config.ema, unet.named_parameters())  # after FSDP, so that averages are sharded too
     model = accelerator.prepare_model(
         torch.compile(unet) if config.compile else unet,
         device_placement=False,

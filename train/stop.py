@@ -28,7 +28,7 @@ class StopReason(Enum):
 
 
 def prepare_signals() -> None:
-    """Makes process 1 exit at SIGTERM, and requests a signal for the death of the launcher."""
+    """Makes process 1 exit at SIGTERM, and requests a signal when the launcher dies."""
     if os.getpid() == 1:
         # In a container. The kernel does not apply the default action of SIGTERM to process 1.
         signal.signal(signal.SIGTERM, _exit)
@@ -64,7 +64,7 @@ class Stop:
 
     def __enter__(self) -> "Stop":
         for number in SIGNALS:
-            # nohup has SIGHUP ignored, which must stay so.
+            # nohup ignores SIGHUP, which must stay ignored.
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._record)
         return self

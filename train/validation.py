@@ -134,7 +134,7 @@ def no_validation(default: Path) -> str:
 
 
 def plain_sets(shards: Shards) -> tuple[ShardSet, ...]:
-    """Returns the sets of the buckets, or the one set there is."""
+    """Returns the sets of the buckets, or the only set."""
     return shards.sets if isinstance(shards, BucketedShards) else (shards,)
 
 
@@ -201,7 +201,7 @@ def by_set(
 def first_latents(part: ShardSet, numbers: NDArray[np.int64]) -> Tensor:
     """Returns the latents (N, C, h, w) of the records' first views, the means of moments.
 
-    Log-variances are left out: they are large and nearly equal for all images.
+    Log-variances are excluded, because they are large and nearly equal for all images.
     """
     zeros = np.zeros(len(numbers))
     return part.gather(numbers, zeros, zeros).latent[:, : part.manifest.latent_channels]
@@ -235,6 +235,7 @@ def measure(
             found = objective(unet, validation.batch(positions).to(accelerator.device))
             if counts:
                 losses[positions.start : positions.stop] = found
+    # Each loss was measured in one process and is 0 in the others.
     total: Tensor = accelerator.reduce(losses, reduction="sum")
     means = total.cpu().double()
     quarter = validation.timesteps * NUM_QUARTERS // validation.num_timesteps

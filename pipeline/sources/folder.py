@@ -1,9 +1,8 @@
 """A folder of images, with captions in metadata or in a text file beside each image.
 
 metadata.jsonl or metadata.csv with a `file_name` (Hugging Face's imagefolder) covers all images
-below its folder. Further columns go into the shards, and several lines for one image are several
-captions. Without metadata, each line of the .txt beside an image is a caption (kohya's layout);
-other extensions, and captions of several lines, are settings.
+below its folder, and several lines for one image are several captions. Without metadata, each line
+of the .txt beside an image is a caption (kohya's layout).
 
 Images are sorted by their path below the folder. Other files and names with a leading dot are
 ignored. Memory holds the names in one folder per level and the text of one metadata file.

@@ -1,9 +1,9 @@
 """Tars of img2dataset: KEY.jpg with KEY.txt, KEY.json or both for each image.
 
-Other WebDataset tars work too, if the members of a key are adjacent. Listing reads each tar once:
-it skips the images of a local tar, but downloads all of a remote one. Images are read later by byte
-range, so tars must not be compressed, and a server must support ranges. The caption is the .txt, or
-a field of the JSON if the .txt is missing or blank, or if a field is named.
+Listing reads each tar once: it skips the images of a local tar, but downloads all of a remote one.
+Images are read later by byte range, so tars must not be compressed, and a server must support
+ranges. The caption is the .txt, or a field of the JSON if the .txt is missing or blank, or if a
+field is named.
 """
 
 import contextlib
@@ -73,10 +73,10 @@ def records(
     """Yields a record for each sample of the tars, given as (path or URL, short name).
 
     A key that does not start with its tar's short name, as img2dataset's do, gets it as a prefix.
-    Raises SourceError, with tar and byte, for a tar that is cut short or broken, and RemoteError
+    Raises SourceError, with tar and byte, for a tar that is truncated or broken, and RemoteError
     for one that cannot be downloaded.
     """
-    # Among names of several lengths, one could be the beginning of another: prefix all keys then.
+    # With names of different lengths, one could be a prefix of another: then prefix all keys.
     has_one_length = len({len(short_name) for _, short_name in tars}) == 1
     for url, short_name in tars:
         for key, members in _samples(url, options, retry):
@@ -165,6 +165,7 @@ def _samples(
 def _members(url: str, file: "ForwardFile", texts: set[str]) -> Iterator[Member]:
     name = without_query(url)
     try:
+        # "r:" refuses compression, so offsets in the tar are offsets in the file.
         tar = tarfile.open(fileobj=cast(BinaryIO, file), mode="r:")  # noqa: SIM115 - holds nothing
         while (member := tar.next()) is not None:
             cast(Any, tar).members.clear()  # tarfile would keep all of them in memory
@@ -176,7 +177,7 @@ def _members(url: str, file: "ForwardFile", texts: set[str]) -> Iterator[Member]
             elif not member.isdir():
                 raise SourceError(f"{name}: {member.name} is a link, device or sparse file")
     except (tarfile.TarError, EOFError) as error:
-        message = f"{name}: not a tar, or cut short, at byte {file.tell()}: {error}"
+        message = f"{name}: not a tar, or truncated, at byte {file.tell()}: {error}"
         raise SourceError(message) from None
     _require_end(name, file)
 
@@ -190,10 +191,10 @@ def _read_text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def _require_end(name: str, file: "ForwardFile") -> None:
     """Raises SourceError unless the last block is zeros, as at the end of a tar.
 
-    tarfile takes the end of the file for the end of the tar, also where it is cut between members.
+    tarfile accepts the end of the file as the end of the tar, even if it is truncated there.
     """
     if file.last != bytes(BLOCK_BYTES):
-        problem = "not a tar header" if len(file.last) == BLOCK_BYTES else "cut short"
+        problem = "not a tar header" if len(file.last) == BLOCK_BYTES else "truncated"
         raise SourceError(f"{name}: {problem} at byte {file.tell() - len(file.last)}")
     end = file.tell()
     while chunk := file.read(BUFFER_BYTES):

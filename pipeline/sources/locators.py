@@ -2,10 +2,9 @@
 
     read_image_bytes(TarLocator("s3://bucket/00000.tar", 1536, 40_960, "00000.tar/000000000.jpg"))
 
-Locators are small plain values, so that millions can be kept on disk. Errors of one image are
-FileNotFoundError or LocatorError; errors of the network or the machine are RemoteError and other
-OSErrors, which must not quarantine an image. Parquet is read in whole row groups through a cache:
-rows in order read each group once, rows out of order may read a group per image.
+Locators are small plain values, so that millions can be kept on disk. Parquet is read in whole row
+groups through a cache: rows in order read each group once, rows out of order may read a group per
+image.
 """
 
 import errno
@@ -47,7 +46,7 @@ ERRORS_OF_ONE_FILE = (
     errno.ENXIO,  # a socket
     errno.EPERM,
 )
-"""Other numbers, such as too many open files, are the machine's fault and not the image's."""
+"""Other numbers, such as too many open files, are errors of the machine, not of the image."""
 
 T = TypeVar("T")
 
@@ -170,7 +169,7 @@ def open_regular(path: str | Path, max_bytes: int | None = None) -> BinaryIO:
     Raises LocatorError for a folder, pipe, socket or device, and for a file that is too large, and
     OSError as `open` does.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe would wait otherwise
     status = os.fstat(descriptor)
     if stat.S_ISREG(status.st_mode) and (max_bytes is None or status.st_size <= max_bytes):
         return os.fdopen(descriptor, "rb")
@@ -245,10 +244,10 @@ def open_parquet(url: str) -> Any:
     """Returns a pyarrow ParquetFile of a path or URL. The caller closes it with `force=True`."""
     parquet = import_parquet()
     if not is_remote(url):
-        open_regular(url).close()
+        open_regular(url).close()  # refuses pipes and devices
         return parquet.ParquetFile(url)
     system, path = find_filesystem(url)
-    return parquet.ParquetFile(system.open(path, "rb"), pre_buffer=True)
+    return parquet.ParquetFile(system.open(path, "rb"), pre_buffer=True)  # fewer, larger requests
 
 
 def read_row_group(url: str, row_group: int, columns: list[str], retry: Retry | None = None) -> Any:
@@ -295,7 +294,7 @@ class RowGroupCache:
             table = read_row_group(url, row_group, [column], self._retry)
         except BaseException as error:
             with self._lock:
-                self._cached.pop(key, None)
+                self._cached.pop(key, None)  # so that a later call tries again
             future.set_exception(error)
             raise
         future.set_result(table.column(0))

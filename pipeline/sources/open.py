@@ -1,11 +1,8 @@
 """Opens a source of captioned images: one module per kind, all of which yield records.
 
-    for record in open_source(config.source): ...
-
-To add a source, write a module beside `folder.py` whose `records` yields a `Record` for each image,
-add its kind to `SourceConfig.kind`, and call it here. Its order is the order of the shards. A fault
-of one image becomes that record's `problem`, a fault of a whole file a SourceError. Records are
-yielded one by one, so that a source may be larger than memory.
+Records are yielded one by one, so a source may be larger than memory. Their order is the order of
+the shards. A fault of one image becomes its record's `problem`; a fault of a whole file is a
+SourceError. docs/extending.md describes how to add a source.
 """
 
 import os

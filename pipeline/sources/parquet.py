@@ -1,8 +1,8 @@
-"""Parquet files with images and captions in columns, as on the Hugging Face hub.
+"""Parquet files with images and captions in columns, as on the Hugging Face Hub.
 
 The image column is a struct of `bytes` and `path`, or plain bytes; a caption is a text or a list of
 texts. Listing reads captions and other small columns only. Images are read later, in whole row
-groups. Columns that JSON cannot hold, such as bytes and times, are left out of the shards' JSON.
+groups. Columns that JSON cannot hold, such as bytes and times, are omitted from the shards' JSON.
 
 Needs pyarrow: pip install 'latent-t2i[parquet]'
 """
@@ -55,7 +55,7 @@ class Columns:
 
 
 class RowGroup(NamedTuple):
-    """What a file's footer says about a row group."""
+    """A row group, as the file's footer describes it."""
 
     num_rows: int
     has_nulls: bool

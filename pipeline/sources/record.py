@@ -1,7 +1,7 @@
-"""The record that all sources give for an image, and functions that make its parts.
+"""The record that all sources yield for an image, and functions that make its parts.
 
-A source never drops an image. An image that it knows to be unusable becomes a record with a
-`problem`, and one without captions a record without captions, so that stage one can count each.
+A source never drops an image. An unusable image becomes a record with a `problem`, and one without
+captions a record without captions, so that stage one can count each.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ class Record:
     extra: Mapping[str, Any]
     """Further JSON fields of the record in the shard."""
     problem: str | None = None
-    """Why the record cannot be used, if the source knows."""
+    """Why the record cannot be used, if the source found a reason."""
 
 
 def make_meta(record: Record, *, truncated: Sequence[int], picture: Picture) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def problem_of_name(file_name: str) -> str | None:
     """Returns why a file name must not be opened, or None if it is a path below the folder."""
     path = PurePosixPath(file_name)
     if path.is_absolute() or ".." in path.parts:
-        return "file name leads out of the folder"
+        return "file name points outside the folder"
     if any(len(part.encode("utf-8", "replace")) > MAX_NAME_BYTES for part in path.parts):
         return f"file name of more than {MAX_NAME_BYTES} bytes"
     return "file name has a NUL byte" if "\0" in file_name else None

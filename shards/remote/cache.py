@@ -3,9 +3,9 @@
     shards = CachedShards(open_store("s3://bucket/train", cache_dir, cache_bytes=10**11))
     loader = CacheLoader(shards=shards, order=shards.order(batch_size=256, seed=0))
 
-A background thread downloads shards in the order of their first use and evicts the one that is used
-last. Batches are identical to those of map access. The price: with `shuffle` full all shards must
-fit, and the first batch needs nearly all of them; `blocks` needs one window and one shard.
+A background thread downloads shards in the order of their first use and evicts the one whose next
+use is furthest away. Batches are identical to those of map access. The cost: with `shuffle` full
+all shards must fit, and the first batch needs nearly all; `blocks` needs one window and one shard.
 """
 
 import threading
@@ -96,7 +96,7 @@ class CachedShards(ShardSet):
         shards = np.unique(self.shards_of(records))
         with self._changed:
             self._start()
-            self._uses[shards] += 1
+            self._uses[shards] += 1  # before the wait: it also requests shards that are missing
             self._notify()
         try:
             with self._changed:
@@ -127,7 +127,7 @@ class CachedShards(ShardSet):
             raise RuntimeError(f"{self.store.location}: closed while a batch waited for shards")
 
     def step(self) -> bool:
-        """Gets the next shard, or waits briefly if there is nothing to do.
+        """Downloads the next shard, or waits briefly if there is nothing to do.
 
         Returns False at the end and after an error, which waiting gathers then raise.
         """
@@ -144,7 +144,7 @@ class CachedShards(ShardSet):
         return not self.store.stopped.is_set()
 
     def _get_next(self) -> bool:
-        """Gets and maps the shard that is needed next; returns False if it cannot."""
+        """Downloads and maps the shard that is needed next; returns False if it cannot."""
         mapped = self._region.is_mapped.copy()
         if mapped.all():
             return False
@@ -157,7 +157,7 @@ class CachedShards(ShardSet):
         for shard in _nearest_first(away, ~mapped & (away < NEVER)):
             later = away > away[shard]
             full = sizes[mapped].sum() + sizes[shard] > self.store.room_bytes
-            # To evict a shard that is needed earlier would gain nothing.
+            # Evicting a shard that is needed earlier would gain nothing.
             if full and not (mapped & later).any():
                 return False
             outcome = self.store.get(shard, _nearest_first(away, later)[::-1], self._drop)
@@ -185,7 +185,7 @@ class CachedShards(ShardSet):
             try:
                 self._map(shard)
             except (FormatError, FileNotFoundError):
-                if self.store.has(shard):
+                if self.store.has(shard):  # not evicted, so the file itself is wrong
                     raise
                 return False
             self._changed.notify_all()

@@ -4,7 +4,7 @@
 
 A shard is downloaded under a hidden name, checked against its size and hash, and renamed, so a file
 with a shard's name is that shard. Space is freed under a folder lock, so all files together, also
-unfinished ones, never exceed the bound. The price: a process may evict a shard that another needs.
+unfinished ones, never exceed the bound. The cost: a process may evict a shard that another needs.
 """
 
 import contextlib
@@ -109,7 +109,7 @@ class Store:
 
     @property
     def room_bytes(self) -> int:
-        """The part of the bound that is left for shards."""
+        """The part of the bound that remains for shards."""
         small = sum(entry.bytes for entry in self.manifest.small_files)
         return self.cache_bytes - small - (self.folder / MANIFEST_NAME).stat().st_size
 
@@ -261,7 +261,7 @@ def _share(path: Path) -> IO[bytes]:
             continue  # the folder was deleted in between
         fcntl.flock(file, fcntl.LOCK_SH)
         if _is_still_at(path, file):
-            os.utime(path)
+            os.utime(path)  # the time of the set's last use
             return file
         file.close()
 
@@ -306,7 +306,7 @@ def _remove_unused(mark: Path) -> bool:
         with mark.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             doomed = Path(tempfile.mkdtemp(prefix=".removed-", dir=mark.parent.parent))
-            mark.parent.rename(doomed)
+            mark.parent.rename(doomed)  # first, so that no process opens a half-deleted set
     except (BlockingIOError, FileNotFoundError):
         return False  # in use, or just deleted by another process
     shutil.rmtree(doomed, ignore_errors=True)

@@ -3,14 +3,13 @@
     loader = StreamLoader(shards=open_streamed("s3://bucket/train"), order=order)
 
 The shards of an epoch come in an order by (seed, epoch) and are divided among ranks and workers. A
-worker shuffles records within a window, of which it keeps only the chosen caption and view. So
-memory holds a window and the disk nothing. The price:
+worker shuffles records within a window, of which it keeps only the chosen caption and view. Memory
+holds one window, and nothing is written to disk. The costs:
 
-* a record is only mixed with records near it;
+* records are shuffled within a window only, and ranks do not stay in the same epoch;
 * a damaged shard is noticed at its end, after some of its records were used;
-* ranks do not stay in the same epoch;
-* a run resumes at a shard: shards read completely are not read again, interrupted ones are read
-  from their start, and records that were left in a window are skipped until the next epoch.
+* a run resumes at a shard: partly read shards are read again from their start, and records that
+  were left in a window are skipped until the next epoch.
 """
 
 import hashlib

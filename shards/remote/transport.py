@@ -1,11 +1,10 @@
-"""Reads the files of a set from a local folder or from a URL that fsspec knows, with retries.
+"""Reads the files of a set from a local folder or from any URL of fsspec, with retries.
 
     with open_stream(join("https://host/train", "shard-000000.tar"), size=entry.bytes) as stream:
         stream.read(4096)
 
 Lost connections, busy servers and truncated responses are retried with exponential backoff. Reading
-continues where it broke off if the server supports ranges, else the file is read again up to that
-position. Protocols, credentials and endpoints are fsspec's.
+resumes at the same byte; a server without ranges sends the file from its start again.
 """
 
 import hashlib

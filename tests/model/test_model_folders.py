@@ -1,4 +1,4 @@
-"""Only the required files are downloaded from the hub, and never pickles."""
+"""Only the required files are downloaded from the Hub, and never pickles."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_pickles_on_the_hub_are_refused(hub: Any) -> None:
     with pytest.raises(ValueError, match=r"--vae: .*has none of .*pytorch_model.bin, a pickle"):
         fetch_vae()
     hub.names = ("README.md",)
-    with pytest.raises(ValueError, match=r"'some/vae' at revision 'v1' on the hub has none of"):
+    with pytest.raises(ValueError, match=r"'some/vae' at revision 'v1' on the Hub has none of"):
         fetch_vae()
     assert hub.downloads == []
 

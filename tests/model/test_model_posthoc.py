@@ -217,8 +217,9 @@ def test_a_failed_write_leaves_no_snapshot(tmp_path: Path, monkeypatch: pytest.M
         (["--sigma-rel", "0.3"], r"--sigma-rel: expected .* less than 0.2886\d+, found 0.3"),
         (
             ["--sigma-rel", "0.005"],
-            r"--sigma-rel: 0.005 at step 120 cannot be made of 24 averages in 12 snapshots: the "
-            r"error is \d+.\d%, expected at most --max-error 0.1; possible are 0.03 to 0.2\d,",
+            r"--sigma-rel: 0.005 at step 120 cannot be synthesised from 24 averages in 12 "
+            r"snapshots: the error is \d+.\d%, expected at most --max-error 0.1; possible "
+            r"are 0.03 to 0.2\d,",
         ),
         (
             ["--sigma-rel", "0.07", "--max-error", "0"],

@@ -68,7 +68,7 @@ def test_unknown_command_is_one_line(
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_help_of_a_command_bears_its_name(
+def test_help_of_a_command_shows_its_name(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["latent-t2i"])

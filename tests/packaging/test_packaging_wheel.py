@@ -62,7 +62,7 @@ def test_sdist_builds_the_same_wheel(checkout: Path, wheel: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_installed_commands_walk_the_demo(environment: Path, tmp_path: Path) -> None:
+def test_installed_commands_run_the_demo(environment: Path, tmp_path: Path) -> None:
     for name in FOREIGN:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("raise ImportError('a module of the user was imported')\n")

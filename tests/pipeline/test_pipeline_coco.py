@@ -90,13 +90,13 @@ def test_captions_that_are_not_text(
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("../images/000000000001.png", "file name leads out of the folder"),
-        ("/etc/passwd", "file name leads out of the folder"),
+        ("../images/000000000001.png", "file name points outside the folder"),
+        ("/etc/passwd", "file name points outside the folder"),
         ("a\0b.png", "file name has a NUL byte"),
         ("é" * 128 + "/a.png", "file name of more than 255 bytes"),
     ],
 )
-def test_file_names_that_lead_elsewhere(folder: CocoFolder, name: str, problem: str) -> None:
+def test_file_names_outside_the_folder(folder: CocoFolder, name: str, problem: str) -> None:
     images = folder.read("captions")["images"]
     folder.change("captions", images=[{"id": 1, "file_name": name}, *images[1:]])
     assert [record.problem for record in read(folder)] == [problem, None, None]

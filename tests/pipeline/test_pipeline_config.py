@@ -48,7 +48,7 @@ def test_flags_make_a_config() -> None:
         ((*COCO, "--views", "3"), "invalid choice '3' for argument '--views'"),
     ],
 )
-def test_refused(flags: tuple[Any, ...], message: str) -> None:
+def test_invalid_settings_are_refused(flags: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(PipelineConfig, "pipeline", [*BASE, *flags])
     assert str(error.value).startswith(message)

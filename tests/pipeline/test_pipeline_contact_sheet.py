@@ -49,8 +49,8 @@ def test_sheet_shows_decoded_latents(
     out = tmp_path / "sheet.png"
     flags = ["--num", "5", "--out", out, *(["--vae", vae] if is_given else [])]
     assert run_main(contact_sheet, monkeypatch, tmp_path / "set", *flags) == 0
-    warning = "; its weights differ from those that made the latents" if is_given else ""
-    assert capsys.readouterr().out == f"{out}: 5 pictures, decoded with {vae}{warning}\n"
+    warning = "; its weights differ from those of the VAE that encoded them" if is_given else ""
+    assert capsys.readouterr().out == f"{out}: 5 images, decoded with {vae}{warning}\n"
     with Image.open(out) as image:
         sheet = np.asarray(image)
     step = CELL_PX + PADDING_PX
@@ -77,7 +77,7 @@ def test_embedded_vae_is_found_from_any_folder(tmp_path: Path, elsewhere: Path) 
     write_with_vae(tmp_path / "set", vae, network, examples)
     out = elsewhere / "sheet.png"
     line = contact_sheet.draw_sheet(open_shards(tmp_path / "set"), 4, vae=None, out=out)
-    assert line == f"{out}: 1 pictures, decoded with {vae}"
+    assert line == f"{out}: 1 images, decoded with {vae}"
     assert out.is_file()
 
 
@@ -85,7 +85,7 @@ def test_bucketed_set_has_a_sheet_per_bucket(tmp_path: Path) -> None:
     write_buckets(tmp_path / "set", {"64x64": (2,), "128x32": (1,)})
     vae, out = tiny.encoders().vae, tmp_path / "sheet.png"
     first, second = contact_sheet.draw_sheets(tmp_path / "set", 2, vae=vae, out=out)
-    assert "sheet-64x64.png: 2 pictures" in first and "sheet-128x32.png: 1 pictures" in second
+    assert "sheet-64x64.png: 2 images" in first and "sheet-128x32.png: 1 images" in second
     found = {path.name for path in tmp_path.glob("*.png")}
     assert found == {"sheet-64x64.png", "sheet-128x32.png"}
 

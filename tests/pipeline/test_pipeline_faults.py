@@ -130,7 +130,7 @@ def test_two_processes_at_once(
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_of_two_processes_one_is_killed(
+def test_one_of_two_processes_is_killed(
     folder: CocoFolder, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     """The other writes its own share only; the same commands again complete the set."""
@@ -248,7 +248,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     assert build(replace(config, dry_run=True)) == {}
     assert not (tmp_path / "out").exists()
     plan = capsys.readouterr().out
-    assert "images      10 in\n" in plan and "captions    23, 0 of them will be cut" in plan
+    assert "images      10 in\n" in plan and "captions    23, 0 of them will be truncated" in plan
     (manifest,) = build(config).values()
     assert plan in capsys.readouterr().out
     written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())

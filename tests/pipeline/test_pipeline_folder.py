@@ -241,8 +241,8 @@ def test_problems_in_metadata(tmp_path: Path) -> None:
     root = write(tmp_path, dict.fromkeys(names, b"") | {"metadata.jsonl": metadata})
     records = read(root)
     assert summary(records) == [
-        ("../up.jpg", ("up",), "file name leads out of the folder"),
-        ("/etc/passwd", ("etc",), "file name leads out of the folder"),
+        ("../up.jpg", ("up",), "file name points outside the folder"),
+        ("/etc/passwd", ("etc",), "file name points outside the folder"),
         ("a.jpg", ("one", "two", "three"), None),
         ("b.jpg", (), None),
         ("c.jpg", (), "caption is not text but int"),

@@ -423,7 +423,7 @@ def test_fast_jpeg_is_close_to_a_full_decode(options: dict[str, Any]) -> None:
     ],
 )
 @pytest.mark.parametrize("turned", [False, True])
-def test_which_fraction(
+def test_the_chosen_jpeg_fraction(
     size: tuple[int, int],
     target: tuple[int, int],
     divisor: int,
@@ -659,7 +659,7 @@ SOUND = [
 
 
 @given(st.data())
-def test_damage_gives_a_picture_or_a_reason(data: st.DataObject) -> None:
+def test_a_damaged_file_is_decoded_or_quarantined(data: st.DataObject) -> None:
     """Damaged files raise nothing else, and no warning."""
     content = bytearray(data.draw(st.sampled_from(SOUND)))
     for _ in range(data.draw(st.integers(1, 6))):
@@ -719,7 +719,7 @@ def test_size_of_unreadable_images(name: str) -> None:
     assert str(error.value) == reason
 
 
-def test_threads_give_equal_pictures() -> None:
+def test_threads_decode_equal_images() -> None:
     contents = [make() for make, _ in GOOD.values()] * 3
     one_by_one = [load_as(content, to(32)).pixels for content in contents]
     with ThreadPoolExecutor(8) as pool:

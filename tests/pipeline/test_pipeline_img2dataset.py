@@ -257,30 +257,30 @@ def test_an_empty_tar(tmp_path: Path) -> None:
     assert read(write_tar(tmp_path / "0.tar", [])) == []
 
 
-def test_a_tar_cut_at_any_block_is_refused(tmp_path: Path) -> None:
+def test_a_tar_truncated_at_any_block_is_refused(tmp_path: Path) -> None:
     members = [("0.jpg", b"x" * 700), ("0.txt", "t"), ("1.jpg", b"y"), ("1.txt", "t")]
     content = write_tar(tmp_path / "0.tar", members).read_bytes()
     num_blocks = 3 + 2 + 2 + 2  # headers and contents
     for size in [*range(0, num_blocks * 512 + 1, 512), 100, 700, 1600, num_blocks * 512 + 100]:
         (tmp_path / "0.tar").write_bytes(content[:size])
-        with pytest.raises(ValueError, match=r"0\.tar: .*cut short.* at byte \d+"):
+        with pytest.raises(ValueError, match=r"0\.tar: .*truncated.* at byte \d+"):
             read(tmp_path / "0.tar")
     (tmp_path / "0.tar").write_bytes(content[: num_blocks * 512 + 512])
     assert len(read(tmp_path / "0.tar")) == 2
 
 
-def test_a_remote_tar_cut_short(folder: Path) -> None:
+def test_a_truncated_remote_tar(folder: Path) -> None:
     content = (folder / "00000.tar").read_bytes()
     (folder / "00000.tar").write_bytes(content[: len(content) // 2])
-    with serve(folder) as server, pytest.raises(ValueError, match=r"00000\.tar: .*cut short"):
+    with serve(folder) as server, pytest.raises(ValueError, match=r"00000\.tar: .*truncated"):
         source_of(f"{server.url}/00000.tar")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"no tar" * 1000, "0.tar: not a tar, or cut short, at byte 512: "),
-        (b"\x1f\x8b" + bytes(2000), "0.tar: not a tar, or cut short, at byte 512: "),
+        (b"no tar" * 1000, "0.tar: not a tar, or truncated, at byte 512: "),
+        (b"\x1f\x8b" + bytes(2000), "0.tar: not a tar, or truncated, at byte 512: "),
     ],
 )
 def test_a_file_that_is_not_a_tar(tmp_path: Path, content: bytes, message: str) -> None:

@@ -103,7 +103,7 @@ def test_a_rank_of_a_killed_process_is_free(
     assert not (tmp_path / "out/progress").exists()
 
 
-def test_ranks_are_owned_apart_and_leave_nothing(tmp_path: Path) -> None:
+def test_each_rank_has_its_own_lock_and_leaves_no_file(tmp_path: Path) -> None:
     with own_rank(tmp_path / "set", 0) as first:
         assert first.is_alone()
         with own_rank(tmp_path / "set", 1) as second:

@@ -1,4 +1,4 @@
-"""Parquet of the Hugging Face hub: which columns are used, and that listing reads no image."""
+"""Parquet of the Hugging Face Hub: which columns are used, and that listing reads no image."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def write(path: Path, columns: dict[str, Any], *, rows_per_group: int = 2) -> Pa
 
 
 def images(num_images: int, *, num_bytes: int = 10) -> list[dict[str, Any]]:
-    """Returns an image column as the hub has it."""
+    """Returns an image column as the Hub stores it."""
     return [
         {"bytes": bytes([number]) * num_bytes, "path": f"{number}.jpg"}
         for number in range(num_images)
@@ -45,7 +45,7 @@ def source_of(location: str, **options: Any) -> list[Record]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files of the hub's kind, with five rows in three row groups each."""
+    """Two files in the layout of the Hub, with five rows in three row groups each."""
     for name in ("train-00000-of-00002", "train-00001-of-00002"):
         columns = {"image": images(5), "text": [f"{name} {n}" for n in range(5)]}
         write(tmp_path / "data" / f"{name}.parquet", columns)
@@ -222,7 +222,7 @@ def test_columns_refused(tmp_path: Path, columns: dict[str, Any], message: str) 
 
 
 @pytest.mark.parametrize("size", [0, 3, 200])
-def test_a_file_that_is_cut_short(folder: Path, size: int) -> None:
+def test_a_truncated_file(folder: Path, size: int) -> None:
     path = folder / "train-00000-of-00002.parquet"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(

@@ -67,7 +67,7 @@ def test_buckets_of_other_settings_are_named(folder: CocoFolder, bucketed: Pipel
     for path in folder.images.iterdir():
         Image.new("RGB", (120, 60)).save(path)
     build(bucketed)
-    foreign = "expected the buckets 64x64, found also 80x48, of other images or settings"
+    foreign = "expected the buckets 64x64, also found 80x48, of other images or settings"
     require_refused(replace(bucketed, max_aspect=1.0), foreign)
     setting = "preprocessing.bucket_multiple_px: found 16, .* 8"
     require_refused(replace(bucketed, bucket_multiple_px=8, max_aspect=1.8), setting)

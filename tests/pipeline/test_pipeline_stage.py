@@ -161,7 +161,7 @@ def test_a_restored_image_is_written_by_the_same_command(
     assert sum(tars.get(name) == time for name, time in times.items()) == len(times) - 1
 
 
-def test_a_shard_deleted_meanwhile_is_no_success(
+def test_a_shard_deleted_during_the_run_is_an_error(
     folder: CocoFolder, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def delete(*args: Any, **kwargs: Any) -> None:
@@ -183,7 +183,7 @@ def test_a_finished_set_says_how_to_retry(
     config = make_config(folder, out, max_quarantined=0.5)
     for _ in range(2):
         build(config)
-        assert "restore the images and make the set again with another --out" in (
+        assert "restore the images and encode them again with another --out" in (
             capsys.readouterr().out
         )
 

@@ -133,7 +133,7 @@ def test_missing_shard(folder: Path) -> None:
         open_shards(folder)
 
 
-@pytest.mark.parametrize(("extra", "state"), [(-1, "cut short"), (1, "too long")])
+@pytest.mark.parametrize(("extra", "state"), [(-1, "truncated"), (1, "too long")])
 def test_wrong_size(folder: Path, extra: int, state: str) -> None:
     path = shard_of(folder)
     size = path.stat().st_size
@@ -218,7 +218,7 @@ def test_manifest_of_another_set(tmp_path: Path, folder: Path) -> None:
     write_set(tmp_path / "other", [make_examples(3, seed=1)])
     write_set(tmp_path / "longer", [make_examples(4)])
     shutil.copy(tmp_path / "longer" / "manifest.json", folder / "manifest.json")
-    with pytest.raises(FormatError, match=r"shard-000000\.tar: cut short: expected \d+ bytes"):
+    with pytest.raises(FormatError, match=r"shard-000000\.tar: truncated: expected \d+ bytes"):
         open_shards(folder)
     shutil.copy(tmp_path / "other" / "manifest.json", folder / "manifest.json")
     open_shards(folder)
@@ -307,7 +307,7 @@ def test_shard_truncated_after_opening(folder: Path) -> None:
     shards = open_shards(folder)
     path = shard_of(folder)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(FormatError, match=r"shard-000000\.tar: cut short"):
+    with pytest.raises(FormatError, match=r"shard-000000\.tar: truncated"):
         shards.keys(np.array([0]))
 
 

@@ -318,7 +318,7 @@ def test_begin_rejects_progress_of_another_release(tmp_path: Path) -> None:
     write_shard(tmp_path, 0, examples, layout_of(examples))
     noted = tmp_path / "progress/provenance.json"
     noted.write_text(noted.read_text().replace('"text_dtype"', '"text_kind"'))
-    with pytest.raises(ValueError, match=r"provenance\.json: begun by another release"):
+    with pytest.raises(ValueError, match=r"provenance\.json: written by another release"):
         begin_set(tmp_path, make_provenance())
 
 

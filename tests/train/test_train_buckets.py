@@ -114,7 +114,7 @@ def test_a_run_reports_its_buckets_and_writes_a_stock_pipeline(
     assert tall.shape == (1, 96, 32, 3)
 
 
-def test_without_a_square_bucket_pictures_are_of_the_most_frequent_one(
+def test_without_a_square_bucket_images_have_the_most_frequent_size(
     make_config: MakeConfig, shards: Path, tmp_path: Path
 ) -> None:
     folder = make_buckets(tmp_path / "set", {"32x96": (2,), "96x32": (9,)}, shards)

@@ -189,7 +189,7 @@ def test_other_profiles_are_refused_in_the_same_folder(make_config: MakeConfig) 
         train(make_config(num_steps=2, ema=other))
 
 
-def test_a_checkpoint_from_before_there_were_several_averages_goes_on(
+def test_a_checkpoint_with_a_single_average_resumes(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     whole = train(make_config(out=str(tmp_path / "whole")))
@@ -203,7 +203,7 @@ def test_a_checkpoint_from_before_there_were_several_averages_goes_on(
     assert different(network(train(make_config())), network(whole)) == []
 
 
-def test_another_length_is_made_after_the_run(make_config: MakeConfig) -> None:
+def test_another_width_is_synthesised_after_the_run(make_config: MakeConfig) -> None:
     ema = EMAConfig(
         decay=None, sigma_rels=(0.05, 0.1), snapshot_every_steps=2, snapshot_dtype="float32"
     )

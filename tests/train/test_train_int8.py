@@ -137,7 +137,7 @@ def test_int8_shards_without_their_scale_are_refused(
     whole = path.read_bytes()
     open_shards(folder, verify="full")
     path.write_bytes(whole[:-4])
-    with pytest.raises(FormatError, match=r"text_scale\.npy: cut short: expected \d+ bytes, found"):
+    with pytest.raises(FormatError, match=r"text_scale\.npy: truncated: expected \d+ bytes, found"):
         open_shards(folder)
     path.unlink()
     with pytest.raises(FormatError, match=r"text_scale\.npy: missing, expected a file of \d+"):

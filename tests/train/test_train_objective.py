@@ -36,7 +36,7 @@ OBJECTIVES = {
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_stock_pipeline_draws_the_pictures_of_sample(make_config: MakeConfig, name: str) -> None:
+def test_a_stock_pipeline_draws_the_images_of_sample(make_config: MakeConfig, name: str) -> None:
     objective = OBJECTIVES[name]
     bundle = train(make_config(objective=objective, num_steps=3))
     stock = StableDiffusionPipeline.from_pretrained(bundle)

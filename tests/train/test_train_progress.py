@@ -37,7 +37,7 @@ def add(progress: Progress, *losses: float) -> None:
         progress.add(value, 2 * value, value.isnan().float())
 
 
-def test_skipped_steps_are_counted_and_left_out_of_the_means(tmp_path: Path) -> None:
+def test_skipped_steps_are_counted_but_not_averaged(tmp_path: Path) -> None:
     progress = make(tmp_path)
     add(progress, 1.0, float("nan"), 4.0, float("nan"))
     assert progress.fetch(14) == (
