@@ -178,8 +178,8 @@ def test_functions_are_short() -> None:
         for name, lines in functions(path.read_text(encoding="utf-8"))
     }
     assert not {place: lines for place, lines in lengths.items() if lines > 80}
-    assert statistics.median(lengths.values()) <= 12
-    assert statistics.quantiles(lengths.values(), n=10)[-1] <= 40
+    assert statistics.median(lengths.values()) <= 10
+    assert statistics.quantiles(lengths.values(), n=10)[-1] <= 30
 
 
 def test_function_lengths_are_measured() -> None:

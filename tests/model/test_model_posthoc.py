@@ -340,6 +340,7 @@ def test_a_truncated_snapshot_is_refused(run: Path, name: str) -> None:
         synthesise(run, 0.15)
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_command(run: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "latent_t2i.model.posthoc", "--run", str(run)]
     done = subprocess.run(

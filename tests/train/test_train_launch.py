@@ -45,6 +45,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | changes
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(
     make_config: MakeConfig, tmp_path: Path, elsewhere: Path
 ) -> None:
