@@ -4,8 +4,8 @@
     region.map(3, path)
     region.bytes[region.starts[3] : region.starts[3] + size]
 
-A batch from a thousand shards is then one indexed copy instead of a thousand. The price is an mmap
-at a fixed address, which Python's `mmap` lacks; it is called through ctypes on Linux and macOS.
+A batch from a thousand shards is then one indexed copy instead of a thousand. The cost: an mmap at
+a fixed address, which Python's `mmap` lacks; it is called through ctypes on Linux and macOS.
 
 A file that is truncated while it is mapped ends the process with SIGBUS, as with any mapping.
 """
