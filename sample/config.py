@@ -29,8 +29,7 @@ class SampleConfig:
     prompt_file: str | None = None
     """Text file with one prompt per line; these prompts follow those of --prompts."""
     out: str | None = None
-    """Output folder for samples.png and samples/; default: runs/NAME, or
-    runs/samples."""
+    """Output folder for samples.png and samples/; default: runs/NAME, or runs/samples."""
     seed: int = 0
     """Seed of the first image; each further image adds 1."""
     images_per_prompt: int = 1

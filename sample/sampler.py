@@ -1,5 +1,6 @@
-"""Samples with the stock `StableDiffusionPipeline`, so that any diffusers program gives the same
-image for the same bundle, seed and settings (model/generate.py).
+"""Samples with the stock `StableDiffusionPipeline`.
+
+Any diffusers program makes the same image of the same bundle, seed and settings.
 """
 
 import warnings

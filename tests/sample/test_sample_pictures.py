@@ -140,7 +140,8 @@ def test_only_a_call_without_name_and_bundle_uses_the_shipped_bundle(
 def test_make_samples_uses_the_shipped_bundle_unless_config_is_given(
     config: str, flags: str
 ) -> None:
-    command = ["make", "--no-print-directory", "--dry-run", "PYTHON=python", "samples", *config.split()]
+    make = ["make", "--no-print-directory", "--dry-run", "PYTHON=python", "samples"]
+    command = [*make, *config.split()]
     environment = {k: v for k, v in os.environ.items() if k not in ("CONFIG", "MAKEFLAGS")}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
