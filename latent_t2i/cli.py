@@ -21,10 +21,7 @@ COMMANDS = {
     "evaluate": ("latent_t2i.evaluation.run", "compute metrics of a bundle and write a report"),
     "verify": ("latent_t2i.shards.verify", "check every byte of a shard folder"),
     "summary": ("latent_t2i.shards.summary", "print what a shard folder contains"),
-    "doctor": (
-        "latent_t2i.doctor",
-        "show what this machine has, which presets fit, what is missing",
-    ),
+    "doctor": ("latent_t2i.doctor", "show hardware, missing packages and the presets that fit"),
     "completion": ("latent_t2i.completion", "print a completion script: completion bash|zsh|fish"),
 }
 # Section names of presets, which users try as commands.

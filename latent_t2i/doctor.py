@@ -1,4 +1,4 @@
-"""Shows this machine's hardware and packages, which presets fit, and what is missing.
+"""Shows this machine's hardware, missing packages and the presets that fit.
 
     latent-t2i doctor
     latent-t2i doctor --json
@@ -41,7 +41,7 @@ OPTIONAL = (
 
 def main(prog: str | None = None) -> int:
     """Prints the findings; the exit code is 0 even if something is missing."""
-    description = "Shows what this machine has, which presets fit, and what is missing."
+    description = "Shows this machine's hardware, missing packages and the presets that fit."
     parser = argparse.ArgumentParser(prog=prog or "latent-t2i doctor", description=description)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     if parser.parse_args().json:
