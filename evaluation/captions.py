@@ -20,7 +20,7 @@ from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import MANIFEST_NAME
 
 csv.field_size_limit(2**31 - 1)  # the default refuses captions above 128 kB
-COLUMNS = ("text", "caption", "captions")
+COLUMNS = ("text", "caption", "captions", "prompt")
 KINDS = (
     "a COCO captions file, a .jsonl file, a folder with metadata.jsonl, metadata.csv, .txt or "
     ".caption files, or a folder of shards"
