@@ -110,8 +110,8 @@ def annotated(**annotation: object) -> str:
         ("x.jsonl", '{"text": "a"}\n"b"', "row 2: expected a JSON object, found 'b'"),
         (
             "x.jsonl",
-            '{"prompt": "a"}',
-            "row 1: expected one of text, .*, found prompt",
+            '{"title": "a"}',
+            "row 1: expected one of text, .*, found title",
         ),
         ("x.jsonl", "", "no captions in"),
         ("x/metadata.csv", "file_name,title\na," + "x" * 200_000, "row 1: expected one of text"),
