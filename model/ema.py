@@ -139,11 +139,6 @@ def gamma_of(sigma_rel: float) -> float:
     return float(np.roots([1.0, 7.0, 16.0 - inverse, 12.0 - inverse]).real.max())
 
 
-def sigma_rel_of(gamma: float) -> float:
-    """Returns the standard deviation of the profile t^gamma on [0, 1], as a share of the run."""
-    return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
-
-
 def power_decay(gamma: float, num_updates: int) -> float:
     """Returns the decay of update t = num_updates + 1: (1 - 1 / t)^(gamma + 1).
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from latent_t2i.model.config import MAX_SIGMA_REL, EMAConfig
-from latent_t2i.model.ema import EMA, gamma_of, power_decay, sigma_rel_of
+from latent_t2i.model.ema import EMA, gamma_of, power_decay
 from tests.weights import direct_sum, random_walk
 
 POWERS = EMAConfig(decay=None, sigma_rels=(0.05, 0.1))
@@ -62,6 +62,11 @@ def test_initial_weights_do_not_contribute_to_a_power_average() -> None:
     nn.init.constant_(layer.weight, 7.0)
     ema.update(layer.parameters(), 0)
     assert all((average["weight"] == 7.0).all() for average in ema.powers.values())
+
+
+def sigma_rel_of(gamma: float) -> float:
+    """Returns the standard deviation of the profile t^gamma on [0, 1], as a share of the run."""
+    return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
 
 
 @pytest.mark.parametrize("sigma_rel", [0.001, 0.02, 0.05, 0.1, 0.2, 0.288])
