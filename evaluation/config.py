@@ -5,21 +5,85 @@ from time import time
 from typing import Literal
 
 from latent_t2i.model.checks import check_number
-from latent_t2i.sample.config import SEED_LIMIT, DtypeName, SchedulerName
+from latent_t2i.sample.config import SEED_LIMIT, DtypeName
+
+ResizeMode = Literal["legacy", "clean"]
+ProtocolName = Literal["own", "coco-uvit", "coco-mlperf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsConfig:
+    """Networks that metrics use, each a file, a folder or a Hub name."""
+
+    clip: str = "scenes/encoders/clip"
+    """CLIP model of the CLIP score and of R-precision."""
+    inception: str | None = None
+    """torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth) for FID, KID and
+    the Inception score; default: the torch hub cache."""
+    lpips: str | None = None
+    """Weights of LPIPS' backbone (torchvision's vgg16-397923af.pth); default: the torch hub cache."""
+    features: str = "scenes/encoders/clip"
+    """Feature extractor of the Frechet distance, CMMD, MIND and of memorisation: a transformers
+    or timm model, such as facebook/dinov2-large or openai/clip-vit-large-patch14-336."""
+    captioner: str | None = None
+    """Captioner of caption similarity, such as Salesforce/blip-image-captioning-large."""
+    sentences: str | None = None
+    """Sentence encoder of caption similarity; default: the text tower of `clip`."""
+    detector: str | None = None
+    """Object detector of semantic consistency, such as PekingU/rtdetr_r50vd or
+    google/owlv2-base-patch16-ensemble."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Further settings to compare, each on a part of the prompts."""
+
+    num_prompts: int | None = None
+    """Prompts of each kind per setting; default: half of --num-prompts."""
+    guidance_intervals: tuple[tuple[float, float], ...] = ()
+    """Guidance intervals to compare, in sigma, at the main guidance scale."""
+    guides: tuple[str, ...] = ()
+    """Weaker bundles for autoguidance: an earlier snapshot, or a shorter EMA."""
+    schedulers: tuple[str, ...] = ()
+    """Samplers to compare, each at all of `num_steps`."""
+    num_steps: tuple[int, ...] = ()
+    """Numbers of steps to compare, with each of `schedulers`."""
+    checkpoints: tuple[str, ...] = ()
+    """Bundles of one run at different steps, for the metrics against images seen: bundle folders, or
+    one folder that contains them."""
+
+    def __post_init__(self) -> None:
+        if self.num_prompts is not None:
+            check_number("--sweep.num-prompts", self.num_prompts, least=1, whole=True)
+        for steps in self.num_steps:
+            check_number("--sweep.num-steps", steps, least=1, whole=True)
+        for low, high in self.guidance_intervals:
+            check_number("--sweep.guidance-intervals", low, least=0)
+            check_number("--sweep.guidance-intervals", high, above=low)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Generates images, computes their metrics and writes metrics.json and report.html."""
+    """Judges a bundle, or a folder of images: metrics, their floors and ceilings, and a report."""
 
     name: str
-    """Name of the run; the metrics and the report are written to its folder."""
+    """Name of the run; the results are written to its folder."""
     bundle: str | None = None
     """Folder of the bundle; default: runs/NAME/bundle."""
+    images: str | None = None
+    """Folder of finished images to judge instead of a bundle."""
+    reference: str | None = None
+    """Real images to compare with: a folder, or statistics (.npz) made by evaluation.reference, by
+    pytorch-fid or by clean-fid. Default: with the oracle, the scenes of the prompts."""
     out: str | None = None
-    """Output folder for metrics.json and report.html; default: runs/NAME."""
+    """Output folder; default: runs/NAME."""
     run: str | None = None
     """Folder with the training's metrics.jsonl; default: the folder that contains the bundle."""
+    metrics: tuple[str, ...] = ("all",)
+    """Metrics to compute; `all`: every metric whose weights and inputs are available."""
+    protocol: ProtocolName = "own"
+    """own: these settings. coco-uvit, coco-mlperf: the published protocols, which fix prompts,
+    number of images, size, crop and resize mode."""
     oracle: bool = True
     """Use generated scene prompts and check the images with the oracle."""
     world: Literal["easy", "full"] = "easy"
@@ -27,45 +91,52 @@ class EvaluationConfig:
     captions: str | None = None
     """Without the oracle: prompts, the first caption of each image. A COCO captions file, a .jsonl
     file, a folder with captions as for stage one, or a folder of shards."""
+    objects: str | None = None
+    """COCO instances file of the captions' images, for semantic consistency."""
+    train_shards: str | None = None
+    """The training set, for memorisation and the check for contamination; default: the run's."""
+    allow_contamination: bool = False
+    """Continue if prompts or reference images are in the training set; marked in every result."""
     num_prompts: int = 128
     """Number of prompts of each kind (single, pair, held out) at the main guidance scale."""
+    num_seed_sets: int = 3
+    """Disjoint parts of the images for the spread of set metrics such as FID."""
+    num_diverse_prompts: int = 8
+    """Prompts of which several images are drawn, for LPIPS as diversity."""
+    resize: ResizeMode = "legacy"
+    """How images reach Inception's 299 px. legacy: TF1 bilinear, as in torch-fidelity. clean: PIL
+    bicubic with antialiasing, as in clean-fid."""
     guidance_scale: float = 4.0
     """The main guidance scale, whose metrics have no suffix."""
+    guidance_interval: tuple[float, float] | None = None
+    """Interval of sigma in which guidance applies (Kynkaanniemi et al. 2024, 2404.07724)."""
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 4.0, 7.0)
     """Guidance scales to compare, on half of the prompts."""
     num_steps: int = 20
     """Number of sampler steps."""
-    scheduler: SchedulerName = "dpmpp"
+    scheduler: str = "dpmpp"
     """The sampler, as for sample.run."""
+    sweep: SweepConfig = SweepConfig()
+    """Further settings to compare."""
+    weights: WeightsConfig = WeightsConfig()
+    """Networks of the metrics."""
     batch_size: int = 32
-    """Number of images generated at once."""
-    clip: str = "scenes/encoders/clip"
-    """Folder or Hub name of the CLIP model for the CLIP score."""
+    """Number of images generated or judged at once."""
     seed: int = 0
     """Seed of the prompts and of the first image."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     dtype: DtypeName = "auto"
-    """Data type of the networks; auto: float16 on a GPU, float32 elsewhere."""
+    """Data type of the networks that draw; auto: float16 on a GPU, float32 elsewhere."""
     started_at: int | None = None
     """Unix time at which the whole pipeline started, for total_seconds."""
 
     def __post_init__(self) -> None:
-        if self.oracle and self.captions is not None:
-            raise ValueError(
-                f"--captions: found {self.captions!r}, but the oracle uses generated prompts; "
-                "add --no-oracle or omit --captions"
-            )
-        if not self.oracle and self.captions is None:
-            raise ValueError(
-                "--captions: required with --no-oracle; expected a file, or a folder of "
-                "captions or shards"
-            )
-        check_number("--num-prompts", self.num_prompts, least=1)
-        check_number("--num-steps", self.num_steps, least=1)
-        check_number("--batch-size", self.batch_size, least=1)
-        check_number("--guidance-scale", self.guidance_scale, least=1)
-        for scale in self.guidance_scales:
+        self._check_inputs()
+        for name in ("num_prompts", "num_steps", "batch_size", "num_seed_sets"):
+            check_number(f"--{name.replace('_', '-')}", getattr(self, name), least=1)
+        check_number("--num-diverse-prompts", self.num_diverse_prompts, least=0)
+        for scale in (self.guidance_scale, *self.guidance_scales):
             check_number("--guidance-scales", scale, least=1)
         scales = {self.guidance_scale, *self.guidance_scales}
         if len({f"{scale:g}" for scale in scales}) < len(scales):
@@ -76,3 +147,22 @@ class EvaluationConfig:
         check_number("--seed", self.seed, least=0, below=SEED_LIMIT)
         if self.started_at is not None:
             check_number("--started-at", self.started_at, least=0, most=int(time()) + 1)
+
+    def _check_inputs(self) -> None:
+        if self.images is not None and self.bundle is not None:
+            raise ValueError(
+                f"--images: found {self.images!r} beside --bundle {self.bundle!r}; expected one of "
+                "them: finished images, or a bundle that draws them"
+            )
+        if self.images is not None:
+            return
+        if self.oracle and self.captions is not None:
+            raise ValueError(
+                f"--captions: found {self.captions!r}, but the oracle uses generated prompts; "
+                "add --no-oracle or omit --captions"
+            )
+        if not self.oracle and self.captions is None:
+            raise ValueError(
+                "--captions: required with --no-oracle; expected a file, or a folder of "
+                "captions or shards"
+            )

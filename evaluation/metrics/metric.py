@@ -1,0 +1,199 @@
+"""What every metric implements, and two base classes that cover nearly all of them.
+
+A metric judges one *row*: a stream of image batches, such as the model's samples, or the real images
+that give its ceiling. `update` is called for each batch of the row, `gather` once with the other
+processes, then `compute`. A metric keeps sums or numbers per image, never images, so its memory does
+not grow with them beyond a few numbers each. To add a metric: one module, and a line in METRICS.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from latent_t2i.evaluation.config import EvaluationConfig
+from latent_t2i.evaluation.processes import Group
+from latent_t2i.scenes.prompts import Prompt
+
+if TYPE_CHECKING:
+    from latent_t2i.evaluation.statistics import FeatureStats
+
+T = TypeVar("T")
+Need = Literal["reference", "captions", "scenes", "bundle", "shards", "objects"]
+"""What a metric needs besides the images. reference: real images or their statistics. captions: the
+texts that an image shows. scenes: prompts with their scene. bundle: a VAE to reconstruct with.
+shards: the training set. objects: the annotated objects of each prompt's image."""
+RowName = Literal["samples", "real", "reconstruction", "shuffled"]
+"""samples: the images to judge. real: reference images in their place, the ceiling (set metrics: one
+half of the reference against the other). reconstruction: reference images through the bundle's VAE.
+shuffled: the samples with the captions of other samples, the floor."""
+
+
+class MissingWeights(ValueError):
+    """Weights are unavailable; the message names the file, its origin and where to put it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """What is known of an image besides its pixels."""
+
+    position: int
+    """Number within its row: unique, and the same whatever the batch size and process count."""
+    key: str
+    """Name of the image for messages and reports, such as a file name."""
+    captions: tuple[str, ...] = ()
+    """Reference captions; the first is the prompt."""
+    prompt: Prompt | None = None
+    """The generated prompt with its scene, for scenes."""
+    objects: tuple[Mapping[str, Any], ...] = ()
+    """Annotated objects of the image that the prompt describes: `category` and `bbox` (x, y, width,
+    height, as shares of the image's sides)."""
+    group: str = ""
+    """Kind of prompt, such as single or pair."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Batch:
+    """Images of a row.  Features are computed once per batch and extractor."""
+
+    images: NDArray[np.uint8]  # (B, H, W, 3)
+    items: Sequence[Item]
+    originals: NDArray[np.uint8] | None = None  # (B, H, W, 3)
+    """In the row `reconstruction`: the images before the VAE."""
+    _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def cached(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns the value stored for `key`; makes it at the first call."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        found: T = self._cache[key]
+        return found
+
+    @property
+    def positions(self) -> NDArray[np.int64]:  # (B,)
+        return np.array([item.position for item in self.items], np.int64)
+
+
+@dataclass(eq=False, kw_only=True)
+class Context:
+    """What metrics share: settings, and networks that are loaded once for all rows."""
+
+    config: EvaluationConfig
+    device: str = "cpu"
+    row: RowName = "samples"
+    stats: dict[str, FeatureStats] = field(default_factory=dict)
+    """Statistics of the row's images, by extractor; metrics of one extractor share them."""
+    reference: Callable[[str], FeatureStats] | None = None
+    """Statistics of the reference under an extractor."""
+    train_features: Callable[[str], Any] | None = None
+    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+    """Loaded networks, by what identifies them."""
+
+    def load(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Returns the shared network of `key`; loads it at the first call."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        found: T = self.shared[key]
+        return found
+
+
+class Metric(abc.ABC):
+    """One metric on one row."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    rows: ClassVar[tuple[RowName, ...]] = ("samples",)
+    """The rows on which the metric says something; the others are its floors and ceilings."""
+
+    def __init__(self, context: Context) -> None:
+        """Loads what the metric needs; raises MissingWeights if it is unavailable."""
+        self.context = context
+
+    @abc.abstractmethod
+    def update(self, batch: Batch) -> None:
+        """Takes the next images of the row."""
+
+    @abc.abstractmethod
+    def gather(self, group: Group) -> None:
+        """Combines the sums of all processes; afterwards each has the whole row's."""
+
+    @abc.abstractmethod
+    def compute(self) -> dict[str, float]:
+        """Returns the figures by name; raises ValueError if one is not finite."""
+
+    def identity(self) -> dict[str, str]:
+        """Returns what the figures depend on besides the images, such as weights' sha256."""
+        return {}
+
+    def details(self) -> dict[str, Any]:
+        """Returns further results for the report; must be JSON."""
+        return {}
+
+
+class FeatureMetric(Metric):
+    """A metric of the distribution of features, whose statistics other metrics may share."""
+
+    extractor: ClassVar[str] = "inception"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        from latent_t2i.evaluation.features import load_extractor
+        from latent_t2i.evaluation.statistics import FeatureStats
+
+        name = self.extractor_name()
+        self._extractor = load_extractor(name, context)
+        if name not in context.stats:
+            context.stats[name] = FeatureStats(self._extractor.dim)
+        self.stats = context.stats[name]
+
+    def extractor_name(self) -> str:
+        """Returns the extractor's name; it may depend on the settings."""
+        return self.extractor
+
+    def update(self, batch: Batch) -> None:
+        # Several metrics share `stats`: the second update with a batch does nothing.
+        self.stats.update(batch, self._extractor)
+
+    def gather(self, group: Group) -> None:
+        self.stats.gather(group)
+
+    def identity(self) -> dict[str, str]:
+        return self._extractor.identity()
+
+
+class ImageMetric(Metric):
+    """A metric with values per image, of which it reports the mean.
+
+    A value may be NaN where it does not apply to an image; the mean leaves it out.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.values: dict[int, dict[str, float]] = {}
+        """By position: the values of an image."""
+
+    @abc.abstractmethod
+    def score(self, batch: Batch) -> Sequence[Mapping[str, float]]:
+        """Returns the values of each image of the batch."""
+
+    def update(self, batch: Batch) -> None:
+        for item, values in zip(batch.items, self.score(batch), strict=True):
+            self.values[item.position] = dict(values)
+
+    def gather(self, group: Group) -> None:
+        merged = {p: v for values in group.gather(self.values) for p, v in values.items()}
+        self.values = dict(sorted(merged.items()))
+
+    def compute(self) -> dict[str, float]:
+        names = dict.fromkeys(name for values in self.values.values() for name in values)
+        return {name: self._mean(name) for name in names}
+
+    def _mean(self, name: str) -> float:
+        found = np.array([values.get(name, np.nan) for values in self.values.values()])
+        found = found[~np.isnan(found)]
+        return float(found.mean()) if found.size else float("nan")
