@@ -5,7 +5,6 @@ before they are judged, so a killed evaluation continues with the same command a
 figures.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latent_t2i.evaluation import protocol, results, rows, sweep_points
+from latent_t2i.evaluation import results, rows, sweep_points
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.draws import Draw, diverse_items, main_settings, seeds_of
+from latent_t2i.evaluation.draws import NUM_DIVERSE, Draw, diverse_items, main_settings, seeds_of
 from latent_t2i.evaluation.images import batches_of
 from latent_t2i.evaluation.inputs import Inputs, open_inputs
 from latent_t2i.evaluation.metrics.metric import Batch, Item
@@ -67,6 +66,12 @@ class Evaluation:
             batch_size=self.config.batch_size,
             size=self.inputs.size if own else None,
         )
+
+    def batches_of_prompts(self, paths: Sequence[Path], items: Sequence[Item]) -> Iterator[Batch]:
+        """Yields this process's share of prompts, the images of each as one batch."""
+        for number in range(self.group.rank, len(items) // NUM_DIVERSE, self.group.world_size):
+            part = slice(number * NUM_DIVERSE, (number + 1) * NUM_DIVERSE)
+            yield from batches_of(paths[part], items[part], batch_size=NUM_DIVERSE)
 
 
 def evaluate(config: EvaluationConfig) -> Path:
@@ -128,7 +133,6 @@ def judge_all(run: Evaluation, samples: Draw | None, paths: Sequence[Path]) -> d
     if "lpips" in panel.names and run.pipeline is not None and config.num_diverse_prompts:
         items = diverse_items(inputs.items, config.num_diverse_prompts)
         draw = run.draw("diverse", items)
-        batches = run.batches(draw.paths(run.out), items)
-        only = panel.row("diverse", only=lambda cls: cls.name == "lpips")
-        judged["diverse"] = rows.judge(only, batches, group, len(items))
+        batches = run.batches_of_prompts(draw.paths(run.out), items)
+        judged["diverse"] = rows.judge(panel.row("diverse"), batches, group, len(items))
     return results.collect(run, judged, samples, paths)

@@ -98,15 +98,17 @@ def hash_files(folder: Path, paths: Sequence[Path]) -> str:
     """Returns the sha256 of the files' relative names and contents."""
     total = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").digest()
-        total.update(path.relative_to(folder).as_posix().encode() + b"\n" + content)
+        total.update(f"{path.relative_to(folder).as_posix()}\n{hash_file(path)}\n".encode())
     return total.hexdigest()
 
 
-def reconstructions(
-    vae: Autoencoder, batches: Iterator[Batch], num: int | None = None
-) -> Iterator[Batch]:
+def hash_file(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reconstructions(vae: Autoencoder, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Yields batches after the VAE: encoded to the posterior mean and decoded, in float32."""
     for batch in batches:
         yield Batch(

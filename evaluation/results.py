@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_t2i.evaluation import protocol
+from latent_t2i.evaluation.compare import read_results
 from latent_t2i.evaluation.draws import Draw
 from latent_t2i.evaluation.intervals import interval
 from latent_t2i.evaluation.metrics.metric import FeatureMetric
+from latent_t2i.evaluation.reals import hash_file
 from latent_t2i.evaluation.report import render_report
 from latent_t2i.evaluation.rows import Row
 from latent_t2i.sample.pictures import describe_bundle

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from latent_t2i.evaluation import rows
-from latent_t2i.evaluation.draws import Draw, part_of, seeds_of
+from latent_t2i.evaluation.draws import Draw, part_of
 from latent_t2i.evaluation.metrics.metric import Item, Metric
+from latent_t2i.evaluation.reals import hash_file
 from latent_t2i.model.bundle import INFO_FILE, find_bundle, read_info
 from latent_t2i.model.paths import find_path
 from latent_t2i.model.posthoc import average_file, find_folders, read_snapshot
@@ -200,7 +201,7 @@ def _weights_of(run: Evaluation, checkpoint: Checkpoint) -> Iterator[Evaluation]
     main = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     try:
         unet.load_state_dict(load_file(checkpoint.weights))
-        sha256 = rows.hash_file(checkpoint.weights)
+        sha256 = hash_file(checkpoint.weights)
         yield replace(run, identity={**run.identity, "weights_sha256": sha256})
     finally:
         unet.load_state_dict(main)
