@@ -177,7 +177,7 @@ def judge_reference(panel: Panel, batches: Iterable[Batch], group: Group, num: i
     row.gather(group)
     for stats in panel.full.values():
         stats.gather(group)
-    return replace(row, metrics={**row.metrics, **_halves(panel).metrics})
+    return replace(row, metrics={**row.metrics, **halves(panel).metrics})
 
 
 def _halves(panel: Panel) -> Row:
