@@ -21,7 +21,7 @@ from latent_t2i.evaluation.processes import Group
 from latent_t2i.scenes.prompts import Prompt
 
 if TYPE_CHECKING:
-    from latent_t2i.evaluation.statistics import FeatureStats
+    from latent_t2i.evaluation.feature_stats import FeatureStats
 
 T = TypeVar("T")
 Need = Literal["reference", "captions", "scenes", "bundle", "shards", "objects"]
@@ -138,22 +138,42 @@ class Metric(abc.ABC):
 class FeatureMetric(Metric):
     """A metric of the distribution of features, whose statistics other metrics may share."""
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
     extractor: ClassVar[str] = "inception"
+    uses_rows: ClassVar[bool] = False
+    """Whether mean and covariance are not enough."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
+        from latent_t2i.evaluation.feature_stats import FeatureStats
         from latent_t2i.evaluation.features import load_extractor
-        from latent_t2i.evaluation.statistics import FeatureStats
 
         name = self.extractor_name()
         self._extractor = load_extractor(name, context)
         if name not in context.stats:
-            context.stats[name] = FeatureStats(self._extractor.dim)
+            sets = context.config.num_seed_sets
+            context.stats[name] = FeatureStats(self._extractor.dim, num_parts=sets)
         self.stats = context.stats[name]
+        if self.uses_rows and context.reference is not None and not len(self.reference.features):
+            raise MissingWeights(
+                f"--reference: its statistics hold mean and covariance only, but {self.name} needs "
+                "the features of images: make statistics of the reference images with "
+                "evaluation.reference"
+            )
 
     def extractor_name(self) -> str:
         """Returns the extractor's name; it may depend on the settings."""
         return self.extractor
+
+    @property
+    def reference(self) -> FeatureStats:
+        """The statistics of the reference."""
+        assert self.context.reference is not None
+        return self.context.reference(self.extractor_name())
+
+    @abc.abstractmethod
+    def figures(self, stats: FeatureStats, reference: FeatureStats) -> dict[str, float]:
+        """Returns the figures of two distributions."""
 
     def update(self, batch: Batch) -> None:
         # Several metrics share `stats`: the second update with a batch does nothing.
@@ -161,6 +181,17 @@ class FeatureMetric(Metric):
 
     def gather(self, group: Group) -> None:
         self.stats.gather(group)
+
+    def compute(self) -> dict[str, float]:
+        return self.figures(self.stats, self.reference)
+
+    def spread(self, num_sets: int) -> dict[str, list[float]]:
+        """Returns each figure for disjoint sets of the images: position modulo `num_sets`.
+
+        `num_sets` is --num-seed-sets, or divides it.
+        """
+        found = [self.figures(part, self.reference) for part in self.stats.split(num_sets)]
+        return {name: [figures[name] for figures in found] for name in found[0]}
 
     def identity(self) -> dict[str, str]:
         return self._extractor.identity()
