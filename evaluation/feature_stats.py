@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latent_t2i.evaluation.processes import Group
+from latent_t2i.model.paths import find_path
 
 if TYPE_CHECKING:
     from latent_t2i.evaluation.features import Extractor
@@ -327,6 +328,15 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     cross = np.sqrt(np.clip(values, 0, None)).sum()
     shift = a.mean - b.mean
     return float(shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
+
+
+def has_rows(reference: str | None) -> bool:
+    """Returns whether a reference gives rows: images, or a file of statistics with features."""
+    path = None if reference is None else find_path(reference)
+    if path is None or not path.is_file() or not zipfile.is_zipfile(path):
+        return True
+    with np.load(path, allow_pickle=False) as file:
+        return bool({"features", "feats"} & set(file.files))
 
 
 def subset(features: Rows, size: int, rng: np.random.RandomState) -> Rows:

@@ -28,10 +28,11 @@ Need = Literal["reference", "captions", "scenes", "bundle", "shards", "objects"]
 """What a metric needs besides the images. reference: real images or their statistics. captions: the
 texts that an image shows. scenes: prompts with their scene. bundle: a VAE to reconstruct with.
 shards: the training set. objects: the annotated objects of each prompt's image."""
-RowName = Literal["samples", "real", "reconstruction", "shuffled"]
+RowName = Literal["samples", "real", "reconstruction", "shuffled", "diverse"]
 """samples: the images to judge. real: reference images in their place, the ceiling (set metrics: one
 half of the reference against the other). reconstruction: reference images through the bundle's VAE.
-shuffled: the samples with the captions of other samples, the floor."""
+shuffled: the samples with the captions of other samples, the floor. diverse: several images of each
+of a few prompts, whose batches are one prompt's images."""
 
 
 class MissingWeights(ValueError):
@@ -68,11 +69,18 @@ class Batch:
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def cached(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Returns the value stored for `key`; makes it at the first call."""
+        """Returns the value stored for `key`; makes it at the first call.
+
+        The value must depend on the images only, never on the items.
+        """
         if key not in self._cache:
             self._cache[key] = make()
         found: T = self._cache[key]
         return found
+
+    def with_items(self, items: Sequence[Item]) -> "Batch":
+        """Returns the same images with other items; what is cached of the images is shared."""
+        return Batch(images=self.images, items=items, originals=self.originals, _cache=self._cache)
 
     @property
     def positions(self) -> NDArray[np.int64]:  # (B,)
@@ -109,6 +117,8 @@ class Metric(abc.ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     rows: ClassVar[tuple[RowName, ...]] = ("samples",)
     """The rows on which the metric says something; the others are its floors and ceilings."""
+    in_sweeps: ClassVar[bool] = True
+    """Whether to compute the metric at every setting of a sweep, too."""
 
     def __init__(self, context: Context) -> None:
         """Loads what the metric needs; raises MissingWeights if it is unavailable."""
@@ -145,20 +155,20 @@ class FeatureMetric(Metric):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        from latent_t2i.evaluation.feature_stats import FeatureStats
+        from latent_t2i.evaluation.feature_stats import FeatureStats, has_rows
         from latent_t2i.evaluation.features import load_extractor
 
         name = self.extractor_name()
-        self._extractor = load_extractor(name, context)
+        self.network = load_extractor(name, context)
         if name not in context.stats:
             sets = context.config.num_seed_sets
-            context.stats[name] = FeatureStats(self._extractor.dim, num_parts=sets)
+            context.stats[name] = FeatureStats(self.network.dim, num_parts=sets)
         self.stats = context.stats[name]
-        if self.uses_rows and context.reference is not None and not len(self.reference.features):
+        if self.uses_rows and not has_rows(context.config.reference):
             raise MissingWeights(
-                f"--reference: its statistics hold mean and covariance only, but {self.name} needs "
-                "the features of images: make statistics of the reference images with "
-                "evaluation.reference"
+                f"--reference: {context.config.reference} holds mean and covariance only, but "
+                f"{self.name} needs the features of images: make statistics of the reference "
+                "images with evaluation.reference"
             )
 
     def extractor_name(self) -> str:
@@ -177,7 +187,7 @@ class FeatureMetric(Metric):
 
     def update(self, batch: Batch) -> None:
         # Several metrics share `stats`: the second update with a batch does nothing.
-        self.stats.update(batch, self._extractor)
+        self.stats.update(batch, self.network)
 
     def gather(self, group: Group) -> None:
         self.stats.gather(group)
@@ -185,16 +195,21 @@ class FeatureMetric(Metric):
     def compute(self) -> dict[str, float]:
         return self.figures(self.stats, self.reference)
 
-    def spread(self, num_sets: int) -> dict[str, list[float]]:
-        """Returns each figure for disjoint sets of the images: position modulo `num_sets`.
+    def spread(self, num_sets: int) -> dict[str, dict[str, Any]]:
+        """Returns each figure's mean, deviation and values over disjoint sets of the images.
 
-        `num_sets` is --num-seed-sets, or divides it.
+        The sets are position modulo `num_sets`, which is --num-seed-sets or divides it.
         """
         found = [self.figures(part, self.reference) for part in self.stats.split(num_sets)]
-        return {name: [figures[name] for figures in found] for name in found[0]}
+        spreads = {}
+        for name in found[0]:
+            values = [figures[name] for figures in found]
+            std = float(np.std(values, ddof=1)) if num_sets > 1 else 0.0
+            spreads[name] = {"mean": float(np.mean(values)), "std": std, "values": values}
+        return spreads
 
     def identity(self) -> dict[str, str]:
-        return self._extractor.identity()
+        return self.network.identity()
 
 
 class ImageMetric(Metric):
