@@ -12,7 +12,9 @@ import heapq
 import json
 import weakref
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latent_t2i.evaluation.processes import Group
-from latent_t2i.model.paths import find_path
 
 if TYPE_CHECKING:
     from latent_t2i.evaluation.features import Extractor
@@ -211,17 +212,20 @@ class FeatureStats:
     def save(self, path: Path) -> None:
         """Writes a .npz file; `mu` and `sigma` are as in pytorch-fid's."""
         self._flush()
-        positions, features = self._rows()
         arrays = {
             "mu": self.mean,
             "sigma": self.cov,
-            "positions": positions,
-            "features": features,
-            "part_counts": np.array([part.count for part in self._parts]),
-            "part_means": np.stack([part.mean for part in self._parts]),
-            "part_scatters": np.stack([part.scatter for part in self._parts]),
             "identity": np.array(json.dumps(dict(self.identity))),
         }
+        if self._given is None:
+            positions, features = self._rows()
+            arrays |= {
+                "positions": positions,
+                "features": features,
+                "part_counts": np.array([part.count for part in self._parts]),
+                "part_means": np.stack([part.mean for part in self._parts]),
+                "part_scatters": np.stack([part.scatter for part in self._parts]),
+            }
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("wb") as file:
             np.savez(file, **arrays)
@@ -233,20 +237,19 @@ class FeatureStats:
 
         clean-fid's files of features (`feats`) are read, too. Raises ValueError for other files.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-            raise ValueError(f"{path} is not a .npz file of statistics: {error}") from error
+        with open_npz(path) as file:
+            arrays = dict(file)
         if "part_scatters" in arrays:
             return cls._restore(path, arrays)
-        return _foreign(path, arrays)
+        stats = _foreign(path, arrays)
+        stats.identity = _identity(arrays)
+        return stats
 
     @classmethod
     def _restore(cls, path: Path, arrays: Mapping[str, NDArray[Any]]) -> FeatureStats:
         try:
             stats = cls(len(arrays["mu"]), num_parts=len(arrays["part_counts"]))
-            stats.identity = json.loads(str(arrays["identity"]))
+            stats.identity = _identity(arrays)
             stats._kept.add(arrays["positions"], arrays["features"])
             means, scatters = arrays["part_means"], arrays["part_scatters"]
         except (KeyError, ValueError) as error:
@@ -330,13 +333,46 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     return float(shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
 
 
-def has_rows(reference: str | None) -> bool:
-    """Returns whether a reference gives rows: images, or a file of statistics with features."""
-    path = None if reference is None else find_path(reference)
-    if path is None or not path.is_file() or not zipfile.is_zipfile(path):
-        return True
-    with np.load(path, allow_pickle=False) as file:
-        return bool({"features", "feats"} & set(file.files))
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a file of statistics says of itself."""
+
+    identity: Mapping[str, str]
+    dim: int
+    has_rows: bool
+
+
+def read_header(path: Path) -> Header:
+    """Returns a file's header without reading its covariance; raises ValueError as `load` does."""
+    with open_npz(path) as file:
+        name = next((name for name in ("mu", "feats") if name in file.files), None)
+        if name is None:
+            found = ", ".join(file.files)[:200] or "nothing"
+            raise ValueError(f"{path}: expected the arrays mu and sigma, or feats, found {found}")
+        return Header(
+            identity=_identity({"identity": file["identity"]} if "identity" in file.files else {}),
+            dim=int(file[name].shape[-1]),
+            has_rows=bool({"features", "feats"} & set(file.files)),
+        )
+
+
+@contextmanager
+def open_npz(path: Path) -> Iterator[Any]:
+    """Opens a .npz file; raises ValueError, with its name, if it is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array")
+            yield file
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} is not a .npz file of statistics: {error}") from error
+
+
+def _identity(arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, str]:
+    found = json.loads(str(arrays["identity"])) if "identity" in arrays else {}
+    return {str(key): str(value) for key, value in found.items()}
 
 
 def subset(features: Rows, size: int, rng: np.random.RandomState) -> Rows:

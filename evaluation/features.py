@@ -3,8 +3,8 @@
     extractor = load_extractor("inception", context)
     extractor.features(batch)  # (B, D)
 
-Three kinds: `inception`, torch-fidelity's port of the network of all published FID figures; CLIP and
-other transformers models with an image processor (DINOv2, SigLIP, ViT); timm models, which
+Three kinds: `inception`, torch-fidelity's port of the network of all published FID figures; CLIP
+and other transformers models with an image processor (DINOv2, SigLIP, ViT); timm models, which
 transformers wraps. Image processors always use their PIL backend: torchvision's resize differs, and
 whether it is installed must not change a figure.
 """
@@ -17,7 +17,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,19 +25,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from latent_t2i.evaluation.config import ResizeMode
-from latent_t2i.evaluation.metrics.metric import Batch, Context, MissingWeights
-from latent_t2i.evaluation.resize import resize
+from latent_t2i.evaluation.feature_stats import Header, read_header
+from latent_t2i.evaluation.metrics.metric import Batch, Context, FeatureMetric, MissingWeights
+from latent_t2i.evaluation.resize import prepare
 from latent_t2i.model.encoders import fingerprint, quiet
 from latent_t2i.model.folders import fetch, loading
 from latent_t2i.model.paths import find_path
 
-if TYPE_CHECKING:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
 INCEPTION = "inception"
 INCEPTION_DIM = 2048
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+INCEPTION_URL = (
+    f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+)
 MODEL_FILES = ("config.json", "model.safetensors*", "model-*-of-*.safetensors",
                "preprocessor_config.json")  # fmt: skip
 WHAT_MATTERS = ("network", "weights_sha256", "resize")
@@ -108,8 +108,7 @@ class Inception(Extractor):
         self._last: Any = last.to(device)
 
     def _forward(self, images: NDArray[np.uint8]) -> Tensor:
-        pixels = resize(images, self._mode).to(self.device)
-        found: Tensor = self._body((pixels - 128) / 128)
+        found: Tensor = self._body(prepare(images, self._mode).to(self.device))
         return found
 
     @torch.inference_mode()
@@ -158,6 +157,39 @@ class TransformersExtractor(Extractor):
         } | _versions("torch", "transformers", "pillow")
 
 
+def mismatch(header: Header, extractor: Extractor) -> str | None:
+    """Returns why statistics cannot be compared with an extractor's; None if they can."""
+    identity = extractor.identity()
+    for name in WHAT_MATTERS if header.identity else ():
+        if header.identity.get(name) != identity[name]:
+            found = header.identity.get(name, "nothing")
+            return f"expected {name} {identity[name]!r}, found {found!r}"
+    if not header.identity and extractor.name != INCEPTION:
+        return (
+            "it does not name its feature network, so Inception is assumed, but the metric uses "
+            f"{extractor.name}"
+        )
+    if header.dim != extractor.dim:
+        return f"expected {extractor.dim} features, found {header.dim}"
+    return None
+
+
+def require_fit(reference: str | None, metric: FeatureMetric) -> None:
+    """Raises MissingWeights if a reference is a file of statistics that a metric cannot use."""
+    path = None if reference is None else find_path(reference)
+    if path is None or not path.is_file():
+        return
+    header = read_header(path)
+    reason = mismatch(header, metric.network)
+    if reason is None and metric.uses_rows and not header.has_rows:
+        reason = f"it holds mean and covariance only, but {metric.name} needs features of images"
+    if reason is not None:
+        raise MissingWeights(
+            f"--reference: {path}: {reason}; make statistics of the real images with "
+            "evaluation.reference"
+        )
+
+
 def find_inception(weights: str | None) -> Path:
     """Returns the path of Inception's weights; raises MissingWeights if there are none."""
     cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
@@ -170,10 +202,11 @@ def find_inception(weights: str | None) -> Path:
     return path
 
 
-def _load_inception(path: Path) -> FeatureExtractorInceptionV3:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    expected = f"--weights.inception: {path} does not hold the weights of torch-fidelity's Inception"
+def _load_inception(path: Path) -> nn.Module:
+    network = _import_inception()
+    expected = (
+        f"--weights.inception: {path} does not hold the weights of torch-fidelity's Inception"
+    )
     try:
         # torch-fidelity reads any pickle, which can run code. This call allows tensors only.
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -184,12 +217,25 @@ def _load_inception(path: Path) -> FeatureExtractorInceptionV3:
         found = ", ".join(map(str, state))[:80] if isinstance(state, Mapping) else type(state)
         raise ValueError(f"{expected}: found {found}; expected the file of {INCEPTION_URL}")
     try:
-        return FeatureExtractorInceptionV3(
-            INCEPTION, [str(INCEPTION_DIM)], feature_extractor_weights_path=str(path)
-        )
+        return network(INCEPTION, [str(INCEPTION_DIM)], feature_extractor_weights_path=str(path))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{expected}: {reason}; expected the file of {INCEPTION_URL}") from error
+
+
+def _import_inception() -> Any:
+    """Returns torch-fidelity's class; raises ModuleNotFoundError that says what to install."""
+    try:
+        from torch_fidelity import FeatureExtractorInceptionV3
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the package {error.name} is not installed; install it: pip install "
+            "'latent-t2i[metrics]'",
+            name=error.name,
+        ) from error
+    except RuntimeError as error:  # of torchvision
+        raise MissingWeights(f"torch-fidelity cannot be imported: {error}") from error
+    return FeatureExtractorInceptionV3
 
 
 def _fetch(name: str) -> Path:

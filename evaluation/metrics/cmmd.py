@@ -1,8 +1,8 @@
 """CMMD: the squared maximum mean discrepancy of CLIP embeddings under a Gaussian kernel.
 
 Jayasumana et al. 2024 (2401.09603): embeddings of unit length, sigma 10, times 1000. The figure is
-that of the authors' code, the estimator with the diagonal; `details` has the unbiased one. Published
-figures use openai/clip-vit-large-patch14-336: others are on another scale.
+that of the authors' code, the estimator with the diagonal; `details` has the unbiased one.
+Published figures use openai/clip-vit-large-patch14-336: other networks have another scale.
 """
 
 from typing import Any, ClassVar
@@ -67,7 +67,7 @@ def _unit(rows: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def _mean_kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Returns the mean of kernel - 1: the kernel is so close to 1 that its digits are in the rest."""
+    """Returns the mean of kernel - 1, whose digits would be lost beside the 1."""
     total = 0.0
     for start in range(0, len(x), CHUNK_ROWS):
         squared = 2 - 2 * x[start : start + CHUNK_ROWS] @ y.T

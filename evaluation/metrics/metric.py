@@ -155,8 +155,8 @@ class FeatureMetric(Metric):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        from latent_t2i.evaluation.feature_stats import FeatureStats, has_rows
-        from latent_t2i.evaluation.features import load_extractor
+        from latent_t2i.evaluation.feature_stats import FeatureStats
+        from latent_t2i.evaluation.features import load_extractor, require_fit
 
         name = self.extractor_name()
         self.network = load_extractor(name, context)
@@ -164,12 +164,7 @@ class FeatureMetric(Metric):
             sets = context.config.num_seed_sets
             context.stats[name] = FeatureStats(self.network.dim, num_parts=sets)
         self.stats = context.stats[name]
-        if self.uses_rows and not has_rows(context.config.reference):
-            raise MissingWeights(
-                f"--reference: {context.config.reference} holds mean and covariance only, but "
-                f"{self.name} needs the features of images: make statistics of the reference "
-                "images with evaluation.reference"
-            )
+        require_fit(context.config.reference, self)
 
     def extractor_name(self) -> str:
         """Returns the extractor's name; it may depend on the settings."""

@@ -1,9 +1,9 @@
 """Precision, recall, density and coverage: the share of one set near the other, in feature space.
 
-Precision and recall (Kynkaanniemi et al. 2019, 1904.06991), density and coverage (Naeem et al. 2020,
-2002.09797), with 5 nearest neighbours as in the package prdc. Precision says whether samples look
-real, recall and coverage how much of the reference's variety they show. Coverage tolerates outliers
-and needs the fewest images.
+Precision and recall (Kynkaanniemi et al. 2019, 1904.06991), density and coverage (Naeem et al.
+2020, 2002.09797), with 5 nearest neighbours as in the package prdc. Precision says whether samples
+look real, recall and coverage how much of the reference's variety they show. Coverage tolerates
+outliers and needs the fewest images.
 """
 
 from typing import Any, ClassVar
