@@ -1,8 +1,8 @@
 """A captioner that describes images: BLIP, BLIP-2, GIT and kin of transformers.
 
-The decoding is greedy, so that a description depends on the image alone: not on the batch, and on no
-random number. Descriptions are remembered by the image's content, because the rows of an evaluation
-share images; a description is short, so memory stays small.
+The decoding is greedy, so that a description depends on the image alone: neither on the batch nor
+on random numbers. Descriptions are remembered by the image's content, because the rows of an
+evaluation share images; a description is short, so memory stays small.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ from latent_t2i.model.folders import loading, read_config, require_complete, req
 FLAG = "--weights.captioner"
 EXAMPLE = "Salesforce/blip-image-captioning-large"
 FILES = ("config.json", "generation_config.json", "model.safetensors*",
-         "model-*-of-*.safetensors", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
-         "preprocessor_config.json")  # fmt: skip
+         "model-*-of-*.safetensors", "tokenizer*", "vocab*", "merges.txt",
+         "special_tokens_map.json", "preprocessor_config.json")  # fmt: skip
 KINDS = ("blip", "blip-2", "git")
 """Models that describe an image without being prompted."""
 MAX_NEW_TOKENS = 30

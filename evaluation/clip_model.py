@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.metrics.metric import Batch, Context, Item, MissingWeights
+from latent_t2i.evaluation.metrics.metric import Batch, Context, MissingWeights
 from latent_t2i.model.encoders import fingerprint, quiet
 from latent_t2i.model.folders import (
     fetch,
@@ -118,24 +118,17 @@ def load_clip(context: Context) -> Clip:
 
 
 def embed_batch(clip: Clip, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Returns the embeddings (B, D) of a batch's images and of their first captions."""
-    texts = tuple(first_caption(item) for item in batch.items)
+    """Returns the embeddings (B, D) of a batch's images and of their prompts.
+
+    An image without captions has the empty prompt's; its score must be left out.
+    """
+    texts = tuple(item.captions[0] if item.captions else "" for item in batch.items)
     images = batch.cached(
         ("clip images", clip.fingerprint), lambda: clip.embed_images(batch.images)
     )
     return images, batch.cached(
         ("clip texts", clip.fingerprint, texts), lambda: clip.embed_texts(texts)
     )
-
-
-def first_caption(item: Item) -> str:
-    """Returns the prompt of an image; raises ValueError if it has none."""
-    if not item.captions:
-        raise ValueError(
-            f"--captions: the image {item.key} has no caption; the alignment metrics need one for "
-            "each image"
-        )
-    return item.captions[0]
 
 
 def warn_if_conditioning(config: EvaluationConfig, clip: Clip) -> None:

@@ -18,7 +18,8 @@ Ngrams = Counter[tuple[str, ...]]
 MAX_ORDER = 4
 PUNCTUATION = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
 """Tokens that COCO's evaluation leaves out."""
-_QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})
+_QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
+"""Typographic quotation marks to plain ones."""
 _TOKEN = re.compile(
     r"""
       (?:[a-z]\.){2,}                           # u.s., p.m.
@@ -101,8 +102,8 @@ class _Weighted:
 def bleu_4(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> float:
     """Returns BLEU-4 of the whole corpus, 0 to 1 (Papineni et al. 2002).
 
-    Counts are clipped at the highest in any reference; the brevity penalty uses the reference of the
-    closest length, the shorter of two.
+    Counts are clipped at the highest in any reference; the brevity penalty uses the reference of
+    the closest length, the shorter of two. It is 0 if no 4-gram matches.
     """
     right, guessed = [0] * MAX_ORDER, [0] * MAX_ORDER
     length = expected = 0
@@ -126,7 +127,7 @@ def bleu_4(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]])
 def rouge_l(candidate: Tokens, references: Iterable[Tokens]) -> float:
     """Returns ROUGE-L of a candidate, 0 to 1 (Lin 2004): the longest common subsequence.
 
-    Precision and recall are each the highest of any reference; beta is 1.2, as in COCO's evaluation.
+    Precision and recall are each the highest of any reference; beta is 1.2, as for COCO.
     """
     common = [(_longest_common(candidate, reference), len(reference)) for reference in references]
     precision = max((c / len(candidate) for c, _ in common), default=0.0) if candidate else 0.0

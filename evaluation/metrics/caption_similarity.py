@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from latent_t2i.evaluation.captioner import load_captioner
-from latent_t2i.evaluation.clip_model import first_caption
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.metrics.metric import Batch, Context, ImageMetric, NotApplicable, merge
 from latent_t2i.evaluation.nlg import bleu_4, cider_d, rouge_l, tokenise
@@ -50,15 +49,18 @@ class CaptionSimilarity(ImageMetric):
         self._bleu: dict[str, float] = {}
 
     def score(self, batch: Batch) -> Sequence[Mapping[str, float]]:
-        captions = self._captioner.describe(batch.images)
-        values = []
-        for item, caption in zip(batch.items, captions, strict=True):
-            first_caption(item)
-            self._described[item.position] = Described(
-                key=item.key, caption=caption, references=item.captions
+        # Reference images may have no captions; samples always have.
+        known = [number for number, item in enumerate(batch.items) if item.captions]
+        captions = dict(zip(known, self._captioner.describe(batch.images[known]), strict=True))
+        described = {
+            number: Described(
+                key=batch.items[number].key, caption=text, references=batch.items[number].captions
             )
-            values.append(self._cosines(caption, item.captions))
-        return values
+            for number, text in captions.items()
+        }
+        self._described |= {batch.items[n].position: found for n, found in described.items()}
+        cosines = dict(zip(known, self._cosines([*described.values()]), strict=True))
+        return [cosines.get(number, {}) for number in range(len(batch.items))]
 
     def gather(self, group: Group) -> None:
         super().gather(group)
@@ -85,14 +87,18 @@ class CaptionSimilarity(ImageMetric):
             "num_human": len(_human(self._described)),
         }
 
-    def _cosines(self, caption: str, references: Sequence[str]) -> dict[str, float]:
+    def _cosines(self, described: Sequence[Described]) -> list[dict[str, float]]:
         """Returns the mean cosine with the references: of the caption, and of the first of them."""
-        own, *others = self._sentences.embed([caption, *references])
-        cosines = {f"{self.name}/cosine": float(np.mean([other @ own for other in others]))}
-        if self.context.row == "samples" and len(others) > 1:
-            first, *rest = others
-            cosines[f"{self.name}/cosine/human"] = float(np.mean([o @ first for o in rest]))
-        return cosines
+        texts = [text for d in described for text in (d.caption, *d.references)]
+        found = iter(self._sentences.embed(texts) if texts else ())
+        values = []
+        for item in described:
+            own, *others = (next(found) for _ in range(1 + len(item.references)))
+            cosines = {f"{self.name}/cosine": float(np.mean(others @ own))}
+            if self.context.row == "samples" and len(others) > 1:
+                cosines[f"{self.name}/cosine/human"] = float(np.mean(others[1:] @ others[0]))
+            values.append(cosines)
+        return values
 
     def _add(self, described: Mapping[int, Described], suffix: str) -> None:
         """Adds the figures that depend on the captions of all images."""

@@ -5,6 +5,7 @@ least 0, averaged over the images. The constant 2.5 of the paper is left out, as
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,14 @@ class ClipScore(ImageMetric):
                     f"--weights.clip: the CLIP score of {item.key} with {self._clip.name} is "
                     f"{score}, expected a number"
                 )
-        return [{self.name: float(score)} for score in scores]
+        # Reference images may have no captions; samples always have.
+        return [
+            {self.name: float(score)} if item.captions else {}
+            for item, score in zip(batch.items, scores, strict=True)
+        ]
+
+    def details(self) -> dict[str, Any]:
+        return {"num_images": sum(bool(values) for values in self.values.values())}
 
     def identity(self) -> dict[str, str]:
         return self._clip.identity()

@@ -1,10 +1,10 @@
 """LPIPS: the distance of two images as people see it (Zhang et al. 2018, 1801.03924).
 
-It has two uses. In the row `reconstruction`, `lpips` is the VAE's error: the distance of each
-reference image from its reconstruction. Among the samples, `lpips_diversity` is the mean distance
-between images of one prompt, over the items of the group `diverse`: 0 means that the prompt always
-gives the same image. The network is torchmetrics' with torchvision's VGG16 or AlexNet; the weights
-decide which. Main trade-off: VGG16 is the training loss of most VAEs, which it therefore favours.
+It has two uses. In the row `reconstruction` it is the VAE's error: the distance of each reference
+image from its reconstruction. In the row `diverse` it is the mean distance between images of one
+prompt: near 0, the prompt always gives the same image. The network is torchmetrics' with
+torchvision's VGG16 or AlexNet; the weights' file decides which. Main trade-off: VGG16's distance is
+part of most VAEs' training loss and therefore flatters them.
 """
 
 import hashlib
@@ -18,18 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latent_t2i.evaluation.clip_model import first_caption
-from latent_t2i.evaluation.metrics.metric import Batch, Context, ImageMetric, MissingWeights, merge
-from latent_t2i.evaluation.processes import Group
+from latent_t2i.evaluation.metrics.metric import Batch, Context, ImageMetric, MissingWeights
 from latent_t2i.model.paths import find_path
 
 FLAG = "--weights.lpips"
 DEFAULT = "vgg16-397923af.pth"
 URL = f"https://download.pytorch.org/models/{DEFAULT}"
-DIVERSE = "diverse"
-"""The group of several images per prompt."""
 NUM_AT_ONCE = 16
 LAST_LAYERS = {"vgg": "features.28.weight", "alex": "features.10.weight"}
+"""The last convolution of each backbone; VGG16 has the other's name, too, so it comes first."""
 
 
 class Distance:
@@ -39,62 +36,58 @@ class Distance:
         """Loads torchvision's weights; raises ValueError if they are of another network."""
         weights = _read_weights(path)
         self.net = _find_net(weights, path)
-        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self._sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         self._device = device
         self._network = make_network(self.net, weights).to(device)
 
     @torch.inference_mode()
-    def measure(self, one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.float64]:
-        """Returns the distances (B,) of images (B, H, W, 3) from others of the same size."""
+    def measure(
+        self, one: NDArray[np.uint8], other: NDArray[np.uint8]
+    ) -> NDArray[np.float64]:  # (B,)
+        """Returns the distances of images (B, H, W, 3) from others of the same size."""
         starts = range(0, len(one), NUM_AT_ONCE)
         parts = [(one[i : i + NUM_AT_ONCE], other[i : i + NUM_AT_ONCE]) for i in starts]
         found = [self._network(self._scale(a), self._scale(b)).flatten() for a, b in parts]
-        return torch.cat(found).cpu().double().numpy() if found else np.zeros(0)
+        return torch.cat(found).cpu().double().numpy()
 
     def _scale(self, images: NDArray[np.uint8]) -> torch.Tensor:
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device)
+        pixels = torch.tensor(images, device=self._device)
         return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
 
     def identity(self) -> dict[str, str]:
-        return {"net": self.net, "weights": self.sha256}
+        """Returns what the distances depend on."""
+        return {"net": self.net, "weights": self._sha256}
 
 
 class Lpips(ImageMetric):
-    """The VAE's error, and the diversity of images of one prompt."""
+    """The VAE's error for each image, and the diversity of the images of each prompt."""
 
     name = "lpips"
-    rows = ("samples", "reconstruction")
+    rows = ("reconstruction", "diverse")
+    in_sweeps = False
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._distance = load_distance(context)
-        self._diverse: dict[int, tuple[str, NDArray[np.uint8]]] = {}
-        """The few images of the group `diverse`, with their prompts, by position."""
 
     def score(self, batch: Batch) -> Sequence[Mapping[str, float]]:
-        if batch.originals is not None:
-            found = self._distance.measure(batch.images, batch.originals)
-            return [{"lpips": float(value)} for value in found]
-        for item, image in zip(batch.items, batch.images, strict=True):
-            if item.group == DIVERSE:
-                self._diverse[item.position] = first_caption(item), image
-        return [{} for _ in batch.items]  # the other images of a prompt may be in another batch
+        if self.context.row == "diverse":
+            return self._score_prompt(batch)
+        assert batch.originals is not None, self.context.row
+        found = self._distance.measure(batch.images, batch.originals)
+        return [{self.name: float(value)} for value in found]
 
-    def gather(self, group: Group) -> None:
-        super().gather(group)
-        by_prompt: dict[str, dict[int, NDArray[np.uint8]]] = {}
-        for position, (prompt, image) in merge(group, self._diverse).items():
-            by_prompt.setdefault(prompt, {})[position] = image
-        for images in by_prompt.values():
-            if len(images) > 1:
-                # One value per prompt: the distances of one prompt depend on each other.
-                self.values[min(images)] = {"lpips_diversity": self._diversity([*images.values()])}
-
-    def _diversity(self, images: Sequence[NDArray[np.uint8]]) -> float:
-        pairs = list(combinations(range(len(images)), 2))
-        stacked = np.stack(images)
-        one, other = (stacked[[pair[side] for pair in pairs]] for side in (0, 1))
-        return float(self._distance.measure(one, other).mean())
+    def _score_prompt(self, batch: Batch) -> Sequence[Mapping[str, float]]:
+        """Returns the mean distance of all pairs as the value of a prompt's first image."""
+        assert len({item.captions[:1] for item in batch.items}) == 1, "the images of one prompt"
+        nothing: dict[str, float] = {}
+        if len(batch.items) == 1:
+            return [nothing]
+        pairs = np.array(list(combinations(range(len(batch.items)), 2)))  # (P, 2)
+        one, other = batch.images[pairs[:, 0]], batch.images[pairs[:, 1]]
+        mean = float(self._distance.measure(one, other).mean())
+        # One value per prompt, because the distances of its images depend on each other.
+        return [{self.name: mean}, *[nothing] * (len(batch.items) - 1)]
 
     def identity(self) -> dict[str, str]:
         return self._distance.identity()
@@ -116,15 +109,16 @@ def load_distance(context: Context) -> Distance:
 
 
 def make_network(net: str, weights: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """Returns torchmetrics' LPIPS `net` with the weights of torchvision's network."""
+    """Returns torchmetrics' LPIPS on `net`, vgg or alex, with the weights of torchvision's."""
     _require_torchvision()
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
+    # The public class would download the backbone's weights.
     network = _NoTrainLpips(net=net, pnet_rand=True)  # type: ignore[arg-type]
-    # Its backbone holds torchvision's layers under their numbers, in slices.
-    own = network.net.state_dict()
-    backbone = {key: weights[f"features.{key.partition('.')[2]}"] for key in own}
-    network.net.load_state_dict(backbone)
+    # Its slices keep the numbers of torchvision's layers: slice1.0.weight is features.0.weight.
+    names = network.net.state_dict()
+    layers = {name: weights[f"features.{name.partition('.')[2]}"] for name in names}
+    network.net.load_state_dict(layers)
     return network.requires_grad_(False)
 
 
@@ -143,7 +137,7 @@ def _read_weights(path: Path) -> Mapping[str, torch.Tensor]:
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise ValueError(f"{FLAG}: {path} is not a file of PyTorch weights: {reason}") from error
     if not isinstance(found, dict):
         raise ValueError(
@@ -154,7 +148,7 @@ def _read_weights(path: Path) -> Mapping[str, torch.Tensor]:
 
 def _find_net(weights: Mapping[str, torch.Tensor], path: Path) -> str:
     for net, layer in LAST_LAYERS.items():
-        if layer in weights and weights[layer].ndim == 4:
+        if layer in weights:
             return net
     shown = ", ".join(list(map(str, weights))[:3])
     raise ValueError(

@@ -1,9 +1,9 @@
 """R-precision: how often CLIP finds an image's caption among 99 others.
 
-Xu et al. (2018, 1711.10485) with CLIP in the place of their network. The other captions are those of
-the row's images, chosen by the seed and the image's position, so that neither batches nor processes
-change them. Main trade-off: the embeddings of at most KEEP images are held, chosen by a keyed random
-number, which keeps memory flat; beyond that, the figure is of a random part of the images.
+Xu et al. (2018, 1711.10485) with CLIP in the place of their network. The other captions are those
+of the row's images, chosen by the seed and the image's position, so that neither batches nor
+processes change them. Main trade-off: the embeddings of at most KEEP images are held, which keeps
+memory flat; with more images, the figure is that of a random part of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,8 +53,10 @@ class RPrecision(ImageMetric):
     def score(self, batch: Batch) -> Sequence[Mapping[str, float]]:
         images, texts = embed_batch(self._clip, batch)
         for item, image, text in zip(batch.items, images, texts, strict=True):
-            self._kept[item.position] = Embedded(caption=item.captions[0], image=image, text=text)
-        self._num_images += len(batch.items)
+            if item.captions:  # reference images may have none
+                caption = item.captions[0]
+                self._kept[item.position] = Embedded(caption=caption, image=image, text=text)
+                self._num_images += 1
         if len(self._kept) > 2 * self._keep:
             self._kept = self._choose(self._kept)
         return [{} for _ in batch.items]  # known when the row is complete
@@ -95,9 +97,8 @@ class RPrecision(ImageMetric):
 def rank_first(kept: Mapping[int, Embedded], seed: int) -> dict[int, float]:
     """Returns by position whether the image's own caption is the best of up to 100.
 
-    Ties share the place: with one equal caption the value is 1/2, so that images and captions that
-    are all alike reach the level of chance. Without another caption there is nothing to find, and no
-    value.
+    Ties share the place: with one equal caption the value is 1/2, so that embeddings that are all
+    alike reach the level of chance. There are no values if all captions are the same.
     """
     texts = {item.caption: item.text for item in kept.values()}
     captions = sorted(texts)
