@@ -39,6 +39,10 @@ class MissingWeights(ValueError):
     """Weights are unavailable; the message names the file, its origin and where to put it."""
 
 
+class NotApplicable(MissingWeights):
+    """The metric says nothing about these images; the message gives the reason."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Item:
     """What is known of an image besides its pixels."""
@@ -108,6 +112,12 @@ class Context:
             self.shared[key] = make()
         found: T = self.shared[key]
         return found
+
+
+def merge(group: Group, values: Mapping[int, T]) -> dict[int, T]:
+    """Returns the values of all processes by position, in that order."""
+    merged = {position: value for part in group.gather(values) for position, value in part.items()}
+    return dict(sorted(merged.items()))
 
 
 class Metric(abc.ABC):
@@ -227,8 +237,7 @@ class ImageMetric(Metric):
             self.values[item.position] = dict(values)
 
     def gather(self, group: Group) -> None:
-        merged = {p: v for values in group.gather(self.values) for p, v in values.items()}
-        self.values = dict(sorted(merged.items()))
+        self.values = merge(group, self.values)
 
     def compute(self) -> dict[str, float]:
         names = dict.fromkeys(name for values in self.values.values() for name in values)
