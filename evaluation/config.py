@@ -75,8 +75,13 @@ class EvaluationConfig:
     reference: str | None = None
     """Real images to compare with: a folder, or statistics (.npz) made by evaluation.reference, by
     pytorch-fid or by clean-fid. Default: with the oracle, the scenes of the prompts."""
+    size: int | None = None
+    """Side in pixels to which images are cropped and resized. Default: the bundle's size for the
+    reference; with --images, all images must have one size."""
     out: str | None = None
     """Output folder; default: runs/NAME."""
+    compare: tuple[str, ...] = ()
+    """Output folders of earlier evaluations, shown side by side in the report."""
     run: str | None = None
     """Folder with the training's metrics.jsonl; default: the folder that contains the bundle."""
     metrics: tuple[str, ...] = ("all",)

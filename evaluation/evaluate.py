@@ -1,110 +1,139 @@
-"""`evaluation.run`: generates images and writes metrics.json and report.html."""
+"""`evaluation.run`: draws the images that are missing, judges them, writes the results and a report.
 
-import json
+Phases in order: inputs, choice of metrics, drawing, judging, sweeps, results. All images are on disk
+before they are judged, so a killed evaluation continues with the same command and ends with the same
+figures.
+"""
+
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from latent_t2i.evaluation import results, rows, sweep_points
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.curves import read_history
-from latent_t2i.evaluation.drawing import Samples, draw_all
-from latent_t2i.evaluation.metrics import Checks, ClipScorer, check_samples, oracle_metrics
-from latent_t2i.evaluation.report import render_report
-from latent_t2i.model.bundle import INFO_FILE, read_info
-from latent_t2i.model.paths import output_root
-from latent_t2i.sample.pictures import choose_bundle, describe_bundle
-from latent_t2i.scenes.dataset import render
+from latent_t2i.evaluation.draws import NUM_DIVERSE, Draw, diverse_items, main_settings, seeds_of
+from latent_t2i.evaluation.images import batches_of
+from latent_t2i.evaluation.inputs import Inputs, open_inputs
+from latent_t2i.evaluation.metrics.metric import Batch, Item
+from latent_t2i.evaluation.processes import Group, start_group
+from latent_t2i.evaluation.reals import reconstructions
+from latent_t2i.evaluation.reference import load_statistics
+from latent_t2i.evaluation.rows import Panel, Row
+from latent_t2i.sample import sampler
+from latent_t2i.sample.pictures import describe_bundle
 
-METRICS_FILE = "metrics.json"
-SUMMARY = (
-    "oracle/single/shape_and_colour",
-    "oracle/pair/colours",
-    "oracle/pair/shapes_colours_relation",
-    "oracle/pair/all",
-    "oracle/held_out/shape_and_colour",
-)
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+@dataclass(eq=False, kw_only=True)
+class Evaluation:
+    """One evaluation: its inputs, networks and processes."""
+
+    config: EvaluationConfig
+    inputs: Inputs
+    group: Group
+    panel: Panel
+    pipeline: "StableDiffusionPipeline | None" = None
+    identity: Mapping[str, str] = field(default_factory=dict)
+    """What images depend on besides prompts, seeds and settings."""
+
+    @property
+    def out(self) -> Path:
+        return self.inputs.out
+
+    def draw(self, name: str, items: Sequence[Item], **changes: Any) -> Draw:
+        """Returns a draw with the main settings but for `changes`; draws what is missing of it."""
+        settings = replace(main_settings(self.config), **changes)
+        seeds = seeds_of(items, self.config.seed)
+        draw = Draw(
+            name=name, items=items, seeds=seeds, settings=settings, identity=self.identity
+        )
+        assert self.pipeline is not None
+        draw.draw(self.pipeline, self.out, self.group, batch_size=self.config.batch_size)
+        return draw
+
+    def batches(self, paths: Sequence[Path], items: Sequence[Item]) -> Iterator[Batch]:
+        """Yields this process's share of finished images."""
+        share = rows.share_of(items, self.group)
+        own = self.inputs.images is not None and self.config.size is not None
+        yield from batches_of(
+            [paths[i] for i in share],
+            [items[i] for i in share],
+            batch_size=self.config.batch_size,
+            size=self.inputs.size if own else None,
+        )
+
+    def batches_of_prompts(self, paths: Sequence[Path], items: Sequence[Item]) -> Iterator[Batch]:
+        """Yields this process's share of prompts, the images of each as one batch."""
+        for number in range(self.group.rank, len(items) // NUM_DIVERSE, self.group.world_size):
+            part = slice(number * NUM_DIVERSE, (number + 1) * NUM_DIVERSE)
+            yield from batches_of(paths[part], items[part], batch_size=NUM_DIVERSE)
 
 
 def evaluate(config: EvaluationConfig) -> Path:
-    """Writes metrics.json and report.html; returns the path of the report."""
+    """Writes metrics.json, evaluation.json, per_image.jsonl and report.html; returns the report."""
     began = time.time()
-    scorer = ClipScorer(config.clip)
-    folder = choose_bundle(config.bundle, config.name)
-    out = Path(config.out) if config.out else output_root() / "runs" / config.name
-    # Everything is read before the long part, so that a mistake shows at once.
-    info, history = _read_info(folder), _read_history(config.run, folder)
-    samples = draw_all(config, folder)
-    checks = [check_samples(group) for group in samples]
-    metrics = compute_metrics(config, samples, checks, scorer)
-    metrics["train_seconds"] = round(float(info["train_seconds"]), 1)
-    metrics["total_seconds"] = round(time.time() - (config.started_at or began), 1)
-    metrics |= describe_bundle(folder)
-    page = render_report(
-        config=config, metrics=metrics, samples=samples, checks=checks, info=info, history=history
+    group = start_group()
+    inputs = open_inputs(config)
+    device = _device(config.device, group)
+    panel = Panel(config=config, device=device, inputs=inputs.available)
+    panel.choose()
+    run = Evaluation(config=config, inputs=inputs, group=group, panel=panel)
+    if inputs.bundle is not None:
+        run.pipeline = sampler.load(inputs.bundle, device=device, dtype=config.dtype)
+        dtype = str(run.pipeline.dtype).removeprefix("torch.")
+        run.identity = describe_bundle(inputs.bundle) | {"dtype": dtype}
+    samples, paths = draw_samples(run)
+    found = judge_all(run, samples, paths)
+    found["sweeps"] = sweep_points.judge_sweeps(run, samples)
+    if not group.is_main:
+        return inputs.out / results.REPORT_FILE
+    timing = {"total_seconds": round(time.time() - (config.started_at or began), 1)}
+    return results.write(run, found, timing)
+
+
+def _device(name: str, group: Group) -> str:
+    chosen = sampler.choose_device(name)
+    local = os.environ.get("LOCAL_RANK", "0")
+    return f"cuda:{local}" if chosen == "cuda" and group.world_size > 1 else chosen
+
+
+def draw_samples(run: Evaluation) -> tuple[Draw | None, list[Path]]:
+    """Draws the main images; returns them as a draw, and their files."""
+    if run.inputs.images is not None:
+        return None, list(run.inputs.images)
+    draw = run.draw("main", run.inputs.items)
+    return draw, draw.paths(run.out)
+
+
+def judge_all(run: Evaluation, samples: Draw | None, paths: Sequence[Path]) -> dict[str, Any]:
+    """Judges the samples, and their floors and ceilings; returns the rows' results."""
+    config, inputs, panel, group = run.config, run.inputs, run.panel, run.group
+    judged: dict[str, Row] = {}
+    if inputs.statistics is not None:
+        for name, extractor in panel.extractors().items():
+            panel.full[name] = load_statistics(inputs.statistics, extractor)
+        judged["real"] = rows.halves(panel)
+    if inputs.reals is not None:
+        num = len(inputs.reals)
+        reals = inputs.reals.batches(group, config.batch_size)
+        judged["real"] = rows.judge_reference(panel, reals, group, num)
+    judged["samples"], judged["shuffled"] = rows.judge_samples(
+        panel, run.batches(paths, inputs.items), group, inputs.items
     )
-    out.mkdir(parents=True, exist_ok=True)
-    report = out / "report.html"
-    (out / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", "utf-8")
-    report.write_text(page, "utf-8")
-    print(summary(metrics, out, report))
-    return report
-
-
-def _read_info(folder: Path) -> dict[str, Any]:
-    """Returns a bundle's info; raises ValueError if a field that the report shows is unusable."""
-    info = read_info(folder)
-    numbers = dict.fromkeys(("step", "num_parameters", "train_seconds"), int | float)
-    for name, kind in (numbers | {"config": dict}).items():
-        if not isinstance(info.get(name), kind):
-            expected = "an object" if kind is dict else "a number"
-            raise ValueError(
-                f"{folder / INFO_FILE}: {name} is {info.get(name)!r}, expected {expected}"
-            )
-    return info
-
-
-def _read_history(run: str | None, folder: Path) -> list[dict[str, Any]] | None:
-    """Returns the training's metrics.jsonl; None if it is missing and `run` is not given."""
-    path = (folder.parent if run is None else Path(run)) / "metrics.jsonl"
-    if run is not None and not path.is_file():
-        raise ValueError(f"--run: {path} does not exist; give the folder of the training run")
-    return read_history(path) if path.is_file() else None
-
-
-def compute_metrics(
-    config: EvaluationConfig,
-    samples: Sequence[Samples],
-    checks: Sequence[Sequence[Checks]],
-    scorer: ClipScorer,
-) -> dict[str, Any]:
-    """Returns all metrics, flat; keys of other guidance scales end in `@gSCALE`."""
-    metrics: dict[str, Any] = {}
-    suffixes = {group.guidance_scale: f"@g{group.guidance_scale:g}" for group in samples}
-    suffixes[config.guidance_scale] = ""
-    for group, group_checks in zip(samples, checks, strict=True):
-        metrics |= oracle_metrics(group.kind, group_checks, suffixes[group.guidance_scale])
-    for scale in sorted(suffixes):
-        groups = [group for group in samples if group.guidance_scale == scale]
-        texts = [prompt.text for group in groups for prompt in group.prompts]
-        pixels = np.concatenate([group.pixels for group in groups])
-        metrics[f"clip_score{suffixes[scale]}"] = scorer.score(pixels, texts)
-    prompts = [prompt for group in samples for prompt in group.prompts]
-    scenes = [prompt.scene for prompt in prompts if prompt.scene is not None]
-    if scenes:
-        # The ceiling: the score of the scenes' own renderings.
-        metrics["clip_score/drawn"] = scorer.score(render(scenes), [p.text for p in prompts])
-    main = [group for group in samples if group.guidance_scale == config.guidance_scale]
-    metrics["num_prompts"] = sum(len(group.prompts) for group in main)
-    return metrics
-
-
-def summary(metrics: dict[str, Any], out: Path, report: Path) -> str:
-    """Returns the lines that the command prints at its end."""
-    lines = [f"{name:40} {metrics[name]:6.1%}" for name in SUMMARY if name in metrics]
-    lines.append(f"{'clip_score':40} {metrics['clip_score']:6.1f}")
-    lines.append(f"bundle:  {metrics['bundle']}, sha256 {metrics['bundle_sha256'][:16]}")
-    lines += [f"metrics: {out / METRICS_FILE}", f"report:  {report}"]
-    return "\n".join(lines)
+    if inputs.reals is not None and run.pipeline is not None:
+        reals = inputs.reals.batches(group, config.batch_size)
+        judged["reconstruction"] = rows.judge(
+            panel.row("reconstruction"), reconstructions(run.pipeline.vae, reals), group,
+            len(inputs.reals),
+        )  # fmt: skip
+    if "lpips" in panel.names and run.pipeline is not None and config.num_diverse_prompts:
+        items = diverse_items(inputs.items, config.num_diverse_prompts)
+        draw = run.draw("diverse", items)
+        batches = run.batches_of_prompts(draw.paths(run.out), items)
+        judged["diverse"] = rows.judge(panel.row("diverse"), batches, group, len(items))
+    return results.collect(run, judged, samples, paths)

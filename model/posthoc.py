@@ -128,7 +128,7 @@ def save_snapshot(
 
 def read_snapshots(snapshots: Path) -> list[Snapshot]:
     """Returns a run's snapshots, oldest first; raises ValueError for fewer than two widths."""
-    found = [_read_snapshot(folder) for folder in find_folders(snapshots)]
+    found = [read_snapshot(folder) for folder in find_folders(snapshots)]
     widths = {sigma_rel for snapshot in found for sigma_rel in snapshot.sigma_rels}
     if len(widths) < 2:
         present = f"snapshots of sigma_rel {min(widths)} only" if widths else "no snapshots"
@@ -139,7 +139,7 @@ def read_snapshots(snapshots: Path) -> list[Snapshot]:
     return found
 
 
-def _read_snapshot(folder: Path) -> Snapshot:
+def read_snapshot(folder: Path) -> Snapshot:
     """Returns one snapshot without its tensors; raises ValueError if it is damaged."""
     types = {"step": int, "train_s": float, "sigma_rels": list, "dtype": str, "config": dict}
     try:

@@ -28,10 +28,11 @@ Need = Literal["reference", "captions", "scenes", "bundle", "shards", "objects"]
 """What a metric needs besides the images. reference: real images or their statistics. captions: the
 texts that an image shows. scenes: prompts with their scene. bundle: a VAE to reconstruct with.
 shards: the training set. objects: the annotated objects of each prompt's image."""
-RowName = Literal["samples", "real", "reconstruction", "shuffled"]
+RowName = Literal["samples", "real", "reconstruction", "shuffled", "diverse"]
 """samples: the images to judge. real: reference images in their place, the ceiling (set metrics: one
 half of the reference against the other). reconstruction: reference images through the bundle's VAE.
-shuffled: the samples with the captions of other samples, the floor."""
+shuffled: the samples with the captions of other samples, the floor. diverse: several images of each
+of a few prompts, whose batches are one prompt's images."""
 
 
 class MissingWeights(ValueError):
@@ -68,11 +69,18 @@ class Batch:
     _cache: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def cached(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Returns the value stored for `key`; makes it at the first call."""
+        """Returns the value stored for `key`; makes it at the first call.
+
+        The value must depend on the images only, never on the items.
+        """
         if key not in self._cache:
             self._cache[key] = make()
         found: T = self._cache[key]
         return found
+
+    def with_items(self, items: Sequence[Item]) -> "Batch":
+        """Returns the same images with other items; what is cached of the images is shared."""
+        return Batch(images=self.images, items=items, originals=self.originals, _cache=self._cache)
 
     @property
     def positions(self) -> NDArray[np.int64]:  # (B,)
@@ -109,6 +117,8 @@ class Metric(abc.ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     rows: ClassVar[tuple[RowName, ...]] = ("samples",)
     """The rows on which the metric says something; the others are its floors and ceilings."""
+    in_sweeps: ClassVar[bool] = True
+    """Whether to compute the metric at every setting of a sweep, too."""
 
     def __init__(self, context: Context) -> None:
         """Loads what the metric needs; raises MissingWeights if it is unavailable."""
@@ -146,9 +156,9 @@ class FeatureMetric(Metric):
         from latent_t2i.evaluation.statistics import FeatureStats
 
         name = self.extractor_name()
-        self._extractor = load_extractor(name, context)
+        self.network = load_extractor(name, context)
         if name not in context.stats:
-            context.stats[name] = FeatureStats(self._extractor.dim)
+            context.stats[name] = FeatureStats(self.network.dim)
         self.stats = context.stats[name]
 
     def extractor_name(self) -> str:
@@ -157,13 +167,13 @@ class FeatureMetric(Metric):
 
     def update(self, batch: Batch) -> None:
         # Several metrics share `stats`: the second update with a batch does nothing.
-        self.stats.update(batch, self._extractor)
+        self.stats.update(batch, self.network)
 
     def gather(self, group: Group) -> None:
         self.stats.gather(group)
 
     def identity(self) -> dict[str, str]:
-        return self._extractor.identity()
+        return self.network.identity()
 
 
 class ImageMetric(Metric):

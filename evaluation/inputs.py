@@ -1,0 +1,205 @@
+"""Everything that an evaluation reads before its long part, so that a mistake shows at once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from latent_t2i.evaluation import contamination
+from latent_t2i.evaluation.captions import read_items
+from latent_t2i.evaluation.config import EvaluationConfig
+from latent_t2i.evaluation.curves import read_history
+from latent_t2i.evaluation.images import Size, image_size, list_images
+from latent_t2i.evaluation.metrics.metric import Item, Need
+from latent_t2i.evaluation.objects import add_objects
+from latent_t2i.evaluation.reals import Reals, SceneReals, open_folder
+from latent_t2i.model.bundle import INFO_FILE, read_info
+from latent_t2i.model.checks import read_json_object
+from latent_t2i.model.paths import find_path, output_root
+from latent_t2i.sample.pictures import choose_bundle
+from latent_t2i.scenes.prompts import KINDS, make_prompts
+from latent_t2i.scenes.world import CANVAS_PX
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The inputs of an evaluation, read and checked."""
+
+    out: Path
+    items: Sequence[Item]
+    """What is to be drawn, or what the finished images show."""
+    size: Size
+    bundle: Path | None = None
+    info: Mapping[str, Any] | None = None
+    history: Sequence[Mapping[str, Any]] | None = None
+    images: Sequence[Path] | None = None
+    """Finished images, one per item; None if a bundle draws them."""
+    reals: Reals | None = None
+    statistics: Path | None = None
+    """Statistics of the reference without its images."""
+    train_shards: Path | None = None
+    contamination: Mapping[str, Any] | None = None
+
+    @property
+    def available(self) -> frozenset[Need]:
+        """The inputs that metrics may need."""
+        found: dict[Need, bool] = {
+            "reference": self.reals is not None or self.statistics is not None,
+            "captions": all(item.captions for item in self.items),
+            "scenes": all(item.prompt and item.prompt.scene for item in self.items),
+            "bundle": self.bundle is not None,
+            "shards": self.train_shards is not None,
+            "objects": any(item.objects for item in self.items),
+        }
+        return frozenset(need for need, present in found.items() if present)
+
+
+def open_inputs(config: EvaluationConfig) -> Inputs:
+    """Reads and checks the inputs; raises ValueError that names the faulty one."""
+    out = Path(config.out) if config.out else output_root() / "runs" / config.name
+    inputs = _finished_images(config, out) if config.images else _of_bundle(config, out)
+    inputs = replace(inputs, train_shards=_train_shards(config, inputs.info))
+    reals, statistics = _open_reference(config, inputs)
+    inputs = replace(inputs, reals=reals, statistics=statistics)
+    return replace(inputs, contamination=_check_contamination(config, inputs))
+
+
+def _of_bundle(config: EvaluationConfig, out: Path) -> Inputs:
+    folder = choose_bundle(config.bundle, config.name)
+    info, history = _read_info(folder), _read_history(config.run, folder)
+    size = (config.size, config.size) if config.size else _bundle_size(folder)
+    if config.oracle and size[0] != size[1]:
+        raise ValueError(
+            f"--oracle: the bundle generates images of {size[0]} x {size[1]} pixels, but the oracle "
+            "needs square ones; expected --no-oracle and --captions"
+        )
+    items = add_objects(_make_items(config), config.objects)
+    return Inputs(out=out, items=items, size=size, bundle=folder, info=info, history=history)
+
+
+def _bundle_size(folder: Path) -> Size:
+    """Returns width and height of a bundle's images."""
+    unet = read_json_object(folder / "unet" / "config.json", {"sample_size": object})
+    vae = read_json_object(folder / "vae" / "config.json")
+    num_blocks = len(vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or [0])
+    side = unet["sample_size"]
+    height, width = side if isinstance(side, list) else (side, side)
+    factor = 2 ** (num_blocks - 1)
+    return width * factor, height * factor
+
+
+def _finished_images(config: EvaluationConfig, out: Path) -> Inputs:
+    folder = Path(str(config.images))
+    paths = list_images(folder, "--images")
+    size = (config.size, config.size) if config.size else image_size(paths[0])
+    items = [
+        Item(position=number, key=p.relative_to(folder).as_posix())
+        for number, p in enumerate(paths)
+    ]
+    if config.captions is not None:
+        items = add_objects(_captioned(items, paths, config), config.objects)
+    return Inputs(out=out, items=items, size=size, images=paths)
+
+
+def _captioned(
+    items: Sequence[Item], paths: Sequence[Path], config: EvaluationConfig
+) -> list[Item]:
+    """Gives each image its captions: those of its file name, else those of its position."""
+    texts = read_items(str(config.captions), len(items))
+    known = {Path(text.key).stem: text for text in texts}
+    if all(path.stem in known for path in paths):
+        chosen = [known[path.stem] for path in paths]
+    elif len(texts) < len(items):
+        lacking = next(path for path in paths if path.stem not in known)
+        raise ValueError(
+            f"--captions: {config.captions} has captions of {len(texts)} images, fewer than the "
+            f"{len(items)} images of --images, and none for {lacking.name}; expected one for each"
+        )
+    else:
+        chosen = texts[: len(items)]
+    return [
+        replace(text, position=item.position, key=item.key)
+        for item, text in zip(items, chosen, strict=True)
+    ]
+
+
+def _make_items(config: EvaluationConfig) -> list[Item]:
+    """Returns the prompts as items, numbered over all kinds."""
+    if config.captions is not None:
+        return read_items(config.captions, config.num_prompts)
+    prompts = [
+        (kind, prompt)
+        for kind in KINDS
+        for prompt in make_prompts(config.world, kind, config.num_prompts, config.seed)
+    ]
+    return [
+        Item(position=n, key=f"{kind}-{n}", captions=(prompt.text,), prompt=prompt, group=kind)
+        for n, (kind, prompt) in enumerate(prompts)
+    ]
+
+
+def _open_reference(
+    config: EvaluationConfig, inputs: Inputs
+) -> tuple[Reals | None, Path | None]:
+    if config.reference is None:
+        scenes = inputs.bundle is not None and config.oracle
+        return (SceneReals(items=inputs.items, size_px=CANVAS_PX) if scenes else None), None
+    path = find_path(config.reference)
+    if path is None:
+        raise ValueError(
+            f"--reference: no folder or file {config.reference!r} in the current directory or the "
+            "project"
+        )
+    if path.is_file():
+        return None, path
+    known = {Path(item.key).stem: item for item in inputs.items if item.captions}
+    same = inputs.images is not None and config.size is None
+    return open_folder(path, known, None if same else inputs.size), None
+
+
+def _train_shards(config: EvaluationConfig, info: Mapping[str, Any] | None) -> Path | None:
+    """Returns the training set: the one given, else the one that the bundle names, if present."""
+    if config.train_shards is not None:
+        found = find_path(config.train_shards)
+        if found is None:
+            raise ValueError(f"--train-shards: no folder {config.train_shards!r}")
+        return found
+    named = (info or {}).get("config", {}).get("shards")
+    return find_path(named) if isinstance(named, str) and "://" not in named else None
+
+
+def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[str, Any] | None:
+    """Returns what contamination.check found; raises ValueError unless it is allowed."""
+    if inputs.train_shards is None or inputs.available >= {"scenes"}:
+        return None  # scenes are drawn for this evaluation, from their own random streams
+    reals = getattr(inputs.reals, "items", ())
+    found = contamination.check([*inputs.items, *reals], inputs.train_shards)
+    if found is not None and not config.allow_contamination:
+        raise ValueError(
+            f"--captions or --reference: {found['count']} of the images are in the training set "
+            f"{inputs.train_shards}, such as {', '.join(map(str, found['examples'][:3]))}; expected "
+            "images that the model has not seen: choose another split, or add "
+            "--allow-contamination to continue with a mark in every result"
+        )
+    return found
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    """Returns a bundle's info; raises ValueError if a field that the report shows is unusable."""
+    info = read_info(folder)
+    numbers = dict.fromkeys(("step", "num_parameters", "train_seconds"), int | float)
+    for name, kind in (numbers | {"config": dict}).items():
+        if not isinstance(info.get(name), kind):
+            expected = "an object" if kind is dict else "a number"
+            raise ValueError(
+                f"{folder / INFO_FILE}: {name} is {info.get(name)!r}, expected {expected}"
+            )
+    return info
+
+
+def _read_history(run: str | None, folder: Path) -> list[dict[str, Any]] | None:
+    """Returns the training's metrics.jsonl; None if it is missing and `run` is not given."""
+    path = (folder.parent if run is None else Path(run)) / "metrics.jsonl"
+    if run is not None and not path.is_file():
+        raise ValueError(f"--run: {path} does not exist; give the folder of the training run")
+    return read_history(path) if path.is_file() else None

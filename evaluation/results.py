@@ -1,0 +1,207 @@
+"""Writes what an evaluation found: metrics.json, evaluation.json, per_image.jsonl, report.html."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latent_t2i.evaluation import protocol
+from latent_t2i.evaluation.compare import read_results
+from latent_t2i.evaluation.draws import Draw
+from latent_t2i.evaluation.intervals import interval
+from latent_t2i.evaluation.metrics.metric import FeatureMetric
+from latent_t2i.evaluation.reals import hash_file
+from latent_t2i.evaluation.report import render_report
+from latent_t2i.evaluation.rows import Row
+from latent_t2i.sample.pictures import describe_bundle
+
+if TYPE_CHECKING:
+    from latent_t2i.evaluation.evaluate import Evaluation
+
+METRICS_FILE = "metrics.json"
+RESULTS_FILE = "evaluation.json"
+IMAGES_FILE = "per_image.jsonl"
+REPORT_FILE = "report.html"
+VERSION = 1
+SUMMARY = (
+    "oracle/single/shape_and_colour",
+    "oracle/pair/colours",
+    "oracle/pair/shapes_colours_relation",
+    "oracle/pair/all",
+    "oracle/held_out/shape_and_colour",
+    "fid",
+    "kid",
+    "cmmd",
+    "clip_score",
+)
+
+
+def collect(
+    run: Evaluation, judged: Mapping[str, Row], samples: Draw | None, paths: Sequence[Path]
+) -> dict[str, Any]:
+    """Returns the results of all rows, for evaluation.json."""
+    main = judged["samples"]
+    identities = {name: metric.identity() for name, metric in main.metrics.items()}
+    record = protocol.record_of(
+        run.config,
+        items=run.inputs.items,
+        num_images=main.num_images,
+        image_size=run.inputs.size,
+        drawn=_drawn(run, samples),
+        reference=_reference(run),
+        identities=identities,
+    )
+    return {
+        "version": VERSION,
+        "name": run.config.name,
+        "protocol": record,
+        "protocol_id": protocol.protocol_id(record),
+        "rows": {name: row.figures() for name, row in judged.items() if row.metrics},
+        "num_images": {name: row.num_images for name, row in judged.items()},
+        "intervals": _intervals(run, main),
+        "spread": _spread(run, main),
+        "skipped": run.panel.skipped,
+        "contamination": run.inputs.contamination,
+        "details": {
+            name: {row: metric.details() for row, metric in _by_row(judged, name).items()}
+            for name in run.panel.names
+        },
+        "identities": identities,
+        "pictures": None if samples is None else samples.folder.as_posix(),
+        "per_image": _per_image(run, main, paths),
+    }
+
+
+def _by_row(judged: Mapping[str, Row], name: str) -> dict[str, Any]:
+    found = {row.name: row.metrics.get(name) for row in judged.values()}
+    return {row: metric for row, metric in found.items() if metric and metric.details()}
+
+
+def _drawn(run: Evaluation, samples: Draw | None) -> dict[str, Any] | None:
+    if samples is None or run.pipeline is None:
+        return None
+    settings = {
+        name: value if isinstance(value, str | int | float) else str(value)
+        for name, value in vars(samples.settings).items()
+    }
+    ema = (run.inputs.info or {}).get("config", {}).get("ema", "unknown")
+    return settings | {
+        "guidance_convention": protocol.GUIDANCE,
+        "dtype": run.identity["dtype"],
+        "vae_dtype": str(run.pipeline.vae.dtype).removeprefix("torch."),
+        "seed": run.config.seed,
+        "ema": json.dumps(ema, sort_keys=True),
+    }
+
+
+def _reference(run: Evaluation) -> dict[str, Any]:
+    if run.inputs.reals is not None:
+        return run.inputs.reals.record()
+    if run.inputs.statistics is not None:
+        path = run.inputs.statistics
+        return {"name": path.name, "sha256": hash_file(path)}
+    return {"name": "none"}
+
+
+def _intervals(run: Evaluation, row: Row) -> dict[str, tuple[float, float]]:
+    """Returns 95 % intervals of the means of per-image values."""
+    by_name: dict[str, list[float]] = {}
+    for values in row.values().values():
+        for name, value in values.items():
+            by_name.setdefault(name, []).append(value)
+    return {name: interval(values, seed=run.config.seed) for name, values in by_name.items()}
+
+
+def _spread(run: Evaluation, row: Row) -> dict[str, dict[str, Any]]:
+    """Returns set metrics on disjoint parts of the images: mean, deviation and all values."""
+    found: dict[str, dict[str, Any]] = {}
+    for metric in row.metrics.values():
+        if isinstance(metric, FeatureMetric):
+            found |= metric.spread(run.config.num_seed_sets)
+    return found
+
+
+def _per_image(run: Evaluation, row: Row, paths: Sequence[Path]) -> list[dict[str, Any]]:
+    values = row.values()
+    return [
+        {
+            "position": item.position,
+            "file": os.path.relpath(path, run.out),
+            "key": item.key,
+            "prompt": item.captions[0] if item.captions else "",
+            "group": item.group,
+            "values": values.get(item.position, {}),
+        }
+        for item, path in zip(run.inputs.items, paths, strict=True)
+    ]
+
+
+def flatten(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns all figures flat, as in metrics.json.
+
+    The figures of a row other than the samples end in its name, those of another guidance scale in
+    @gSCALE.
+    """
+    flat: dict[str, Any] = dict(found["rows"]["samples"])
+    for row, figures in found["rows"].items():
+        if row != "samples":
+            flat |= {f"{name}/{row}": value for name, value in figures.items()}
+    scale = found["protocol"].get("drawn/guidance_scale")
+    for point in found["sweeps"].get("guidance_scale", ()):
+        if point["value"] != scale:
+            flat |= {f"{name}@g{point['value']:g}": v for name, v in point["figures"].items()}
+    flat["num_images"] = found["num_images"]["samples"]
+    flat["protocol_id"] = found["protocol_id"]
+    if found["contamination"] is not None:
+        flat["contaminated_images"] = found["contamination"]["count"]
+    return flat
+
+
+def write(run: Evaluation, found: dict[str, Any], timing: Mapping[str, float]) -> Path:
+    """Writes all files, the report last, and prints a summary; returns the report's path."""
+    out, info = run.out, run.inputs.info
+    per_image = found.pop("per_image")
+    metrics = flatten(found) | timing
+    if run.inputs.bundle is not None and info is not None:
+        metrics["train_seconds"] = round(float(info["train_seconds"]), 1)
+        metrics |= describe_bundle(run.inputs.bundle)
+    found["metrics"] = metrics
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in per_image)
+    _replace(out / IMAGES_FILE, lines)
+    _replace(out / RESULTS_FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    _replace(out / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
+    others = [read_results(name) for name in run.config.compare]
+    page = render_report(found, out, history=run.inputs.history, info=info, others=others)
+    _replace(out / REPORT_FILE, page)
+    print(summary(found, out))
+    return out / REPORT_FILE
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a text file completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, "utf-8")
+    temporary.replace(path)
+
+
+def summary(found: Mapping[str, Any], out: Path) -> str:
+    """Returns the lines that the command prints at its end."""
+    metrics = found["metrics"]
+    lines = [f"{name:40} {_shown(name, metrics[name])}" for name in SUMMARY if name in metrics]
+    lines += [f"{name + ' skipped':40} {reason}" for name, reason in found["skipped"].items()]
+    if "bundle" in metrics:
+        lines.append(f"bundle:   {metrics['bundle']}, sha256 {metrics['bundle_sha256'][:16]}")
+    lines += [
+        f"protocol: {found['protocol_id']}",
+        f"metrics:  {out / METRICS_FILE}",
+        f"report:   {out / REPORT_FILE}",
+    ]
+    return "\n".join(lines)
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:6.1%}" if name.startswith("oracle/") else f"{value:8.4g}"
