@@ -9,10 +9,15 @@ counts only if the annotations confirm it. The same figures of real images show 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+from latent_t2i.evaluation.metrics.metric import Item
+from latent_t2i.model.checks import read_json_object
+from latent_t2i.model.paths import find_path
 
 Box = tuple[float, float, float, float]
 """x, y, width, height, as shares of the image's sides."""
@@ -152,6 +157,7 @@ RELATION_WORDS = {
     "below": r"below|under|underneath|beneath",
 }
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
+COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12})")
 OFFSET_SHARE = 0.1
 """Share of the boxes' sizes by which their centres must differ, as in GenEval (2310.11513)."""
 DIRECTION = 0.5
@@ -280,6 +286,68 @@ def relations_between(first: Box, second: Box) -> frozenset[str]:
 
 def _centre(box: Sequence[float], axis: int) -> float:
     return box[axis] + box[axis + 2] / 2
+
+
+def add_objects(items: Sequence[Item], instances: str | None) -> list[Item]:
+    """Returns the items with the annotated objects of their images, by COCO id or file name.
+
+    `instances` is a COCO instances file, or None for none. Raises ValueError for another file, and
+    for one that has no image of the items.
+    """
+    if instances is None:
+        return list(items)
+    path = find_path(instances)
+    if path is None:
+        raise ValueError(
+            f"--objects: no file {instances!r} in the current directory or the project; expected a "
+            "COCO instances file"
+        )
+    known = _read_instances(path)
+    found = [replace(item, objects=known.get(_image_name(item.key), ())) for item in items]
+    if not any(item.objects for item in found):
+        raise ValueError(
+            f"--objects: {path} has no objects of the {len(found)} images of the captions, such as "
+            f"{found[0].key if found else 'none'}; expected the instances file of the same split"
+        )
+    return found
+
+
+def coco_id(name: str) -> int | None:
+    """Returns the COCO id in an image's key or file name, or None.
+
+    The layouts of 2014 (COCO_val2014_000000000042.jpg) and 2017 (000000000042.jpg) have the same
+    ids for the same images.
+    """
+    match = COCO_NAME.fullmatch(name.rpartition("/")[2].partition(".")[0])
+    return int(match.group(1)) if match else None
+
+
+def _image_name(name: str) -> str:
+    """Returns a COCO id without its layout, else the file's name without suffix."""
+    number = coco_id(name)
+    return Path(name).stem if number is None else str(number)
+
+
+def _read_instances(path: Path) -> dict[str, tuple[Mapping[str, Any], ...]]:
+    """Returns the objects of each image of a COCO instances file."""
+    document = read_json_object(path, dict.fromkeys(("images", "annotations", "categories"), list))
+    try:
+        names = {one["id"]: one["name"] for one in document["categories"]}
+        images = {one["id"]: one for one in document["images"]}
+        found: dict[str, list[Mapping[str, Any]]] = {}
+        for one in document["annotations"]:
+            image = images[one["image_id"]]
+            x, y, width, height = one["bbox"]
+            sides = image["width"], image["height"]
+            box = (x / sides[0], y / sides[1], width / sides[0], height / sides[1])
+            row = {"category": names[one["category_id"]], "bbox": box,
+                   "crowd": bool(one.get("iscrowd"))}  # fmt: skip
+            found.setdefault(_image_name(image["file_name"]), []).append(row)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"--objects: {path} is not a COCO instances file: {type(error).__name__}: {error}"
+        ) from error
+    return {name: tuple(rows) for name, rows in found.items()}
 
 
 def _counts_of(

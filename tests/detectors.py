@@ -1,11 +1,13 @@
 """Tiny detectors of random weights, and a detector made of a function, for tests.
 
-    from tests import detectors
-    detectors.folder("rt_detr")                     # a folder for --weights.detector
-    detectors.Fixed({position: [("dog", 0.9, (0, 0, 0.5, 0.5))]})
+from tests import detectors
+detectors.folder("rt_detr")                     # a folder for --weights.detector
+detectors.Fixed({position: [("dog", 0.9, (0, 0, 0.5, 0.5))]})
 """
 
+import atexit
 import functools
+import shutil
 import string
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -87,8 +89,9 @@ def folder(kind: str) -> Path:
 
 @functools.cache
 def _root() -> Path:
-    # pytest removes its own temporary folders; this one is the process's, as small as a few networks.
-    return Path(tempfile.mkdtemp(prefix="detectors-"))
+    root = Path(tempfile.mkdtemp(prefix="tiny-detectors-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
 
 
 def _make_rt_detr(path: Path) -> None:
@@ -117,7 +120,9 @@ def _make_detr(path: Path) -> None:
         encoder_attention_heads=2, decoder_attention_heads=2, id2label=LABELS,
     )  # fmt: skip
     DetrForObjectDetection(config).save_pretrained(path)
-    DetrImageProcessorPil(size={"shortest_edge": SIDE_PX, "longest_edge": 2 * SIDE_PX}).save_pretrained(path)
+    DetrImageProcessorPil(
+        size={"shortest_edge": SIDE_PX, "longest_edge": 2 * SIDE_PX}
+    ).save_pretrained(path)
 
 
 _TOWER = {
@@ -160,7 +165,9 @@ def _make_grounding_dino(path: Path) -> None:
         decoder_n_points=2,
     )  # fmt: skip
     GroundingDinoForObjectDetection(config).save_pretrained(path)
-    GroundingDinoImageProcessorPil(size={"shortest_edge": SIDE_PX, "longest_edge": 2 * SIDE_PX}).save_pretrained(path)
+    GroundingDinoImageProcessorPil(
+        size={"shortest_edge": SIDE_PX, "longest_edge": 2 * SIDE_PX}
+    ).save_pretrained(path)
 
 
 def _square() -> dict[str, int]:
@@ -170,7 +177,9 @@ def _square() -> dict[str, int]:
 KINDS: Mapping[str, Callable[[Path], None]] = {
     "rt_detr": _make_rt_detr,
     "detr": _make_detr,
-    "owlvit": lambda p: _make_owl(p, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessorPil),
+    "owlvit": lambda p: _make_owl(
+        p, OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessorPil
+    ),
     "owlv2": lambda p: _make_owl(p, Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessorPil),
     "grounding_dino": _make_grounding_dino,
 }

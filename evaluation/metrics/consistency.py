@@ -114,11 +114,11 @@ class Consistency(ImageMetric):
         merged = {position: image for images, _ in parts for position, image in images.items()}
         self._images = dict(sorted(merged.items()))
         self._unknown = sum((unknown for _, unknown in parts), Counter())
-
-    def compute(self) -> dict[str, float]:
-        """Returns the figures; the row `real` first sets the thresholds of all rows."""
         if self.context.row == "real":
             self.context.shared[SHARED] = calibrate(list(self._images.values()))
+
+    def compute(self) -> dict[str, float]:
+        """Returns the figures, at the thresholds that the row `real` has found."""
         self.thresholds = self.context.shared.get(SHARED, Thresholds())
         self.values = {p: values_of(one, self.thresholds) for p, one in self._images.items()}
         return super().compute()
