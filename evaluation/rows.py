@@ -27,7 +27,7 @@ from latent_t2i.evaluation.metrics.metric import (
     RowName,
 )
 from latent_t2i.evaluation.processes import Group
-from latent_t2i.evaluation.statistics import FeatureStats
+from latent_t2i.evaluation.feature_stats import FeatureStats
 
 INPUTS: dict[Need, str] = {
     "reference": "real images: --reference",

@@ -22,7 +22,7 @@ from latent_t2i.evaluation.processes import Group
 from latent_t2i.scenes.prompts import Prompt
 
 if TYPE_CHECKING:
-    from latent_t2i.evaluation.statistics import FeatureStats
+    from latent_t2i.evaluation.feature_stats import FeatureStats
     from latent_t2i.evaluation.training_set import TrainingSet
 
 T = TypeVar("T")
@@ -154,22 +154,37 @@ class Metric(abc.ABC):
 class FeatureMetric(Metric):
     """A metric of the distribution of features, whose statistics other metrics may share."""
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
     extractor: ClassVar[str] = "inception"
+    uses_rows: ClassVar[bool] = False
+    """Whether mean and covariance are not enough."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        from latent_t2i.evaluation.features import load_extractor
-        from latent_t2i.evaluation.statistics import FeatureStats
+        from latent_t2i.evaluation.feature_stats import FeatureStats
+        from latent_t2i.evaluation.features import load_extractor, require_fit
 
         name = self.extractor_name()
         self.network = load_extractor(name, context)
         if name not in context.stats:
-            context.stats[name] = FeatureStats(self.network.dim)
+            sets = context.config.num_seed_sets
+            context.stats[name] = FeatureStats(self.network.dim, num_parts=sets)
         self.stats = context.stats[name]
+        require_fit(context.config.reference, self)
 
     def extractor_name(self) -> str:
         """Returns the extractor's name; it may depend on the settings."""
         return self.extractor
+
+    @property
+    def reference(self) -> FeatureStats:
+        """The statistics of the reference."""
+        assert self.context.reference is not None
+        return self.context.reference(self.extractor_name())
+
+    @abc.abstractmethod
+    def figures(self, stats: FeatureStats, reference: FeatureStats) -> dict[str, float]:
+        """Returns the figures of two distributions."""
 
     def update(self, batch: Batch) -> None:
         # Several metrics share `stats`: the second update with a batch does nothing.
@@ -177,6 +192,22 @@ class FeatureMetric(Metric):
 
     def gather(self, group: Group) -> None:
         self.stats.gather(group)
+
+    def compute(self) -> dict[str, float]:
+        return self.figures(self.stats, self.reference)
+
+    def spread(self, num_sets: int) -> dict[str, dict[str, Any]]:
+        """Returns each figure's mean, deviation and values over disjoint sets of the images.
+
+        The sets are position modulo `num_sets`, which is --num-seed-sets or divides it.
+        """
+        found = [self.figures(part, self.reference) for part in self.stats.split(num_sets)]
+        spreads = {}
+        for name in found[0]:
+            values = [figures[name] for figures in found]
+            std = float(np.std(values, ddof=1)) if num_sets > 1 else 0.0
+            spreads[name] = {"mean": float(np.mean(values)), "std": std, "values": values}
+        return spreads
 
     def identity(self) -> dict[str, str]:
         return self.network.identity()
