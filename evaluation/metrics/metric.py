@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -22,17 +23,19 @@ from latent_t2i.scenes.prompts import Prompt
 
 if TYPE_CHECKING:
     from latent_t2i.evaluation.feature_stats import FeatureStats
+    from latent_t2i.evaluation.training_set import TrainingSet
 
 T = TypeVar("T")
 Need = Literal["reference", "captions", "scenes", "bundle", "shards", "objects"]
 """What a metric needs besides the images. reference: real images or their statistics. captions: the
 texts that an image shows. scenes: prompts with their scene. bundle: a VAE to reconstruct with.
 shards: the training set. objects: the annotated objects of each prompt's image."""
-RowName = Literal["samples", "real", "reconstruction", "shuffled", "diverse"]
+RowName = Literal["samples", "real", "reconstruction", "shuffled", "diverse", "memorisation"]
 """samples: the images to judge. real: reference images in their place, the ceiling (set metrics: one
 half of the reference against the other). reconstruction: reference images through the bundle's VAE.
 shuffled: the samples with the captions of other samples, the floor. diverse: several images of each
-of a few prompts, whose batches are one prompt's images."""
+of a few prompts, whose batches are one prompt's images. memorisation: images of training captions,
+and of the prompts at guidance 1."""
 
 
 class MissingWeights(ValueError):
@@ -102,7 +105,10 @@ class Context:
     """Statistics of the row's images, by extractor; metrics of one extractor share them."""
     reference: Callable[[str], FeatureStats] | None = None
     """Statistics of the reference under an extractor."""
-    train_features: Callable[[str], Any] | None = None
+    training: Callable[[], TrainingSet] | None = None
+    """Opens the training set, for metrics that need `shards`."""
+    out: Path | None = None
+    """The output folder, for files that a metric adds to the results."""
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """Loaded networks, by what identifies them."""
 
