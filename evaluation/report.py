@@ -1,183 +1,214 @@
-"""The report: one self-contained HTML file with metrics, images and charts."""
+"""The report: one self-contained HTML file with figures, pictures and charts.
 
-import base64
-import io
+`render_report` takes the content of evaluation.json; nothing is computed from images here, so the
+report can be written again without drawing any.
+"""
+
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import sqrt
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
-from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.curves import COLOURS, guidance_chart, loss_chart
-from latent_t2i.evaluation.drawing import Samples
-from latent_t2i.evaluation.metrics import Checks
+from latent_t2i.evaluation import gallery
+from latent_t2i.evaluation.curves import (
+    COLOURS,
+    bar_chart,
+    history_chart,
+    loss_chart,
+    quarters_chart,
+)
+from latent_t2i.evaluation.data_card import data_card
+from latent_t2i.evaluation.figures import (
+    FEW_IMAGES,
+    HEADLINES_OF_ALIGNMENT,
+    HEADLINES_OF_QUALITY,
+    describe,
+    lead_order,
+    show,
+)
+from latent_t2i.evaluation.results import read_per_image
+from latent_t2i.evaluation.sweep_charts import convergence, guidance, settings_tables
 
-NUM_SHOWN = 12
-NUM_ROWS = 4
-
-HEADLINES = {
-    "oracle/single/shape_and_colour": (
-        "One object",
-        "Prompts with one object: exactly one object with the correct shape and colour",
-    ),
-    "oracle/pair/colours": (
-        "Two objects, colours",
-        "Prompts with two objects: both colours correct",
-    ),
-    "oracle/pair/shapes_colours_relation": (
-        "Two objects, everything",
-        "Prompts with two objects: shapes, colours and relation correct",
-    ),
-    "oracle/held_out/shape_and_colour": (
-        "Held out",
-        "One object with a composition that no training caption contains",
-    ),
-}
-CURVES = {
-    "one object: shape and colour": "oracle/single/shape_and_colour",
-    "two objects: colours": "oracle/pair/colours",
-    "two objects: shapes, colours, relation": "oracle/pair/shapes_colours_relation",
-    "held out: shape and colour": "oracle/held_out/shape_and_colour",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """An image of the report with its prompt and the attributes that the oracle checked."""
-
-    source: str
-    width: int
-    height: int
-    label: str
-    right: Sequence[str]
-    wrong: Sequence[str]
+FLOORS = {"shuffled": "shuffled captions", "reconstruction": "VAE's reconstructions",
+          "real": "real images"}  # fmt: skip
+"""Rows of floors and ceilings, and how the report calls them."""
+MAX_CATEGORIES = 40
+NUM_PAIRS = 8
 
 
 def render_report(
+    results: Mapping[str, Any],
+    out: Path,
     *,
-    config: EvaluationConfig,
-    metrics: Mapping[str, Any],
-    samples: Sequence[Samples],
-    checks: Sequence[Sequence[Checks]],
-    info: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]] | None,
+    info: Mapping[str, Any] | None,
+    others: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    train_shards: str | None = None,
 ) -> str:
-    """Returns the report's HTML."""
+    """Returns the report's HTML.
+
+    Args:
+        results: The content of evaluation.json.
+        out: The folder that contains it, per_image.jsonl and the pictures.
+        history: The lines of the training's metrics.jsonl; None if there is none.
+        info: The bundle's bundle.json; None for a folder of images.
+        others: Name (or output folder) and results of runs to show beside this one.
+        train_shards: Folder of the training shards, for the data card.
+    """
     environment = Environment(
         loader=PackageLoader("latent_t2i.evaluation"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    pairs = zip(samples, checks, strict=True)
-    main = [pair for pair in pairs if pair[0].guidance_scale == config.guidance_scale]
+    images = gallery.entries(read_per_image(out), out)
+    lines = history or []
     return environment.get_template("report.html.j2").render(
-        name=config.name,
+        name=results.get("name", out.name),
         info=info,
-        config=config,
-        metrics=metrics,
-        headlines=headlines(metrics, {group.kind: len(group.prompts) for group, _ in main}),
-        groups=[
-            (group.kind, [_card(group, found, i) for i in range(min(NUM_SHOWN, len(group.images)))])
-            for group, found in main
-        ],
+        results=results,
+        headlines=headlines(results),
+        table=figure_table(results, others),
+        runs=side_by_side(results, out, others),
+        chosen=gallery.choose(images),
+        num_images=len(images),
+        guidance=guidance(results, out, images),
+        settings_tables=settings_tables(results, out, images),
+        convergence=convergence(results),
         has_history=history is not None,
-        loss_svg=Markup(loss_chart(history or []) or ""),
-        guidance_svg=_guidance(metrics, config),
-        rows=guidance_rows(samples, checks),
-        time_breakdown=_time_breakdown(history or []),
-        settings=_flat({"train": info["config"], "evaluation": asdict(config)}),
+        charts=_training_charts(lines),
+        time_breakdown=_time_breakdown(lines),
+        num_skipped=next((line["skipped"] for line in lines[::-1] if "skipped" in line), 0),
+        categories=categories(results),
+        memorisation=memorisation(results, out),
+        data=_data(info, train_shards),
+        settings=_flat({} if info is None else {"train": info.get("config", {})}),
+        show=show,
+        describe=describe,
+        few=_num(results) < FEW_IMAGES,
     )
 
 
-def headlines(metrics: Mapping[str, Any], counts: Mapping[str, int]) -> list[dict[str, str]]:
-    """Returns title, value and note of the main metrics; notes give the 95 % interval."""
+def _num(results: Mapping[str, Any], row: str = "samples") -> int:
+    return int(results.get("num_images", {}).get(row, 0))
+
+
+def headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the main figures with interval or spread, floor and ceiling, in the order to show."""
+    rows, num = results["rows"], _num(results)
     found = []
-    for key, (title, meaning) in HEADLINES.items():
-        if key in metrics:
-            low, high = wilson(metrics[key], counts[key.split("/")[1]])
-            note = f"{meaning}. 95\u00a0% interval: {100 * low:.0f} to {100 * high:.0f}\u00a0%"
-            value = f"{100 * metrics[key]:.0f}\u00a0%"
-            found.append({"title": title, "value": value, "note": note})
-    ceiling = metrics.get("clip_score/drawn")
-    note = "100 times the cosine similarity of image and prompt."
-    if ceiling is not None:
-        note += f" Exact renderings of the prompts score {ceiling:.1f}."
-    value = f"{metrics['clip_score']:.1f}"
-    return [*found, {"title": "CLIP score", "value": value, "note": note}]
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns Wilson's interval (1927) of a share of `count` trials; 95 % for z = 1.96."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def guidance_rows(
-    samples: Sequence[Samples], checks: Sequence[Sequence[Checks]]
-) -> list[tuple[str, list[tuple[str, Card]]]]:
-    """Returns a few prompts with their images, same seed, at each guidance scale.
-
-    With checks, the prompts are those on which the number of passed ones differs most. Returns
-    nothing for a single guidance scale.
-    """
-    kinds = {group.kind for group in samples}
-    kind = "pair" if "pair" in kinds else samples[0].kind  # single objects leave little to improve
-    groups = sorted(
-        (pair for pair in zip(samples, checks, strict=True) if pair[0].kind == kind),
-        key=lambda pair: pair[0].guidance_scale,
-    )
-    if len(groups) == 1:
-        return []
-
-    def spread(number: int) -> int:
-        passed = [sum(group_checks[number].values()) for _, group_checks in groups if group_checks]
-        return max(passed) - min(passed) if passed else 0
-
-    count = min(len(group.prompts) for group, _ in groups)
-    chosen = sorted(range(count), key=lambda number: (-spread(number), number))[:NUM_ROWS]
-    return [
-        (
-            groups[0][0].prompts[number].text,
-            [(f"{group.guidance_scale:g}", _card(group, found, number)) for group, found in groups],
+    for name in lead_order(list(rows["samples"]), num):
+        figure = describe(name)
+        limits = [
+            {"name": title, "value": show(name, rows[row][name])}
+            for row, title in FLOORS.items()
+            if name in rows.get(row, {})
+        ]
+        found.append(
+            {
+                "title": figure.title,
+                "value": show(name, rows["samples"][name]),
+                "meaning": figure.meaning,
+                "better": figure.better,
+                "range": uncertainty(results, name),
+                "limits": limits,
+                "is_grey": figure.needs_many and num < FEW_IMAGES,
+                "num": f"{num:,}",
+            }
         )
-        for number in chosen
-    ]
+    return found
 
 
-def _card(group: Samples, checks: Sequence[Checks], number: int) -> Card:
-    image, found = group.images[number], checks[number] if checks else {}
-    # Combined attributes, such as shape_and_colour, repeat single ones.
-    names = [name for name in found if name not in ("all", "count") and "_" not in name]
-    return Card(
-        source=data_url(image),
-        width=image.width,
-        height=image.height,
-        label=group.prompts[number].text,
-        right=[name for name in names if found[name]],
-        wrong=[name for name in names if not found[name]],
-    )
+def uncertainty(results: Mapping[str, Any], name: str) -> str:
+    """Returns a figure's 95 % interval, or mean and deviation over disjoint seed sets; "" without.
+
+    A figure has at most one of them: set metrics have no value per image to resample.
+    """
+    if name in results.get("intervals", {}):
+        low, high = results["intervals"][name]
+        return f"95\u00a0% interval {show(name, low)} to {show(name, high)}"
+    if name in results.get("spread", {}):
+        spread = results["spread"][name]
+        num = len(spread["values"])
+        return (
+            f"{num} disjoint sets: {show(name, spread['mean'])} ± {show(name, spread['std'])}"
+        )
+    return ""
 
 
-def data_url(image: Image.Image) -> str:
-    """Returns the image as a PNG data URL."""
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+def figure_table(
+    results: Mapping[str, Any], others: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Returns all figures: value, interval or spread, floors and ceilings, and other runs' values."""
+    rows = results["rows"]
+    limits = {row: title for row, title in FLOORS.items() if rows.get(row)}
+    names = dict.fromkeys([*rows["samples"], *(n for row in limits for n in rows[row])])
+    main = lead_order(list(names), _num(results))
+    return {
+        "columns": [*limits.values(), *(short_name(name) for name, _ in others)],
+        "rows": [
+            {
+                "name": name,
+                "title": describe(name).title,
+                "better": describe(name).better,
+                "value": show(name, rows["samples"].get(name), digits=4),
+                "range": uncertainty(results, name),
+                "cells": [
+                    show(name, values.get(name), digits=4) if name in values else ""
+                    for values in (
+                        *(rows[row] for row in limits),
+                        *(other["rows"]["samples"] for _, other in others),
+                    )
+                ],
+            }
+            for name in [*main, *(name for name in names if name not in main)]
+        ],
+    }
 
 
-def _guidance(metrics: Mapping[str, Any], config: EvaluationConfig) -> Markup | None:
-    scales = sorted({config.guidance_scale, *config.guidance_scales})
-    series = {}
-    for title, key in CURVES.items():
-        keys = {s: key if s == config.guidance_scale else f"{key}@g{s:g}" for s in scales}
-        points = [(scale, metrics[name]) for scale, name in keys.items() if name in metrics]
-        if points:
-            series[title] = points
-    return Markup(guidance_chart(series)) if series else None
+def short_name(name: str) -> str:
+    """Returns the last part of a run's folder, without the file's name."""
+    path = Path(name)
+    return path.parent.name if path.suffix == ".json" else path.name or name
+
+
+def side_by_side(
+    results: Mapping[str, Any], out: Path, others: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, Any] | None:
+    """Returns the other runs: how their protocols differ, and pictures of the same prompts."""
+    if not others:
+        return None
+    from latent_t2i.evaluation.compare import differences
+
+    labelled = [(str(out), results), *others]
+    folders = {short_name(name): _samples_folder(name, run) for name, run in labelled}
+    mine = gallery.entries(read_per_image(out), out)
+    return {
+        "differences": {
+            short_name(name): differences([results, other]) for name, other in others
+        },
+        "strips": gallery.strips(mine, {k: v for k, v in folders.items() if v is not None}),
+    }
+
+
+def _samples_folder(name: str, results: Mapping[str, Any]) -> Path | None:
+    path = Path(name)
+    out = path.parent if path.suffix == ".json" else path
+    folder = results.get("pictures", {}).get("samples")
+    return out / folder if folder and (out / folder).is_dir() else None
+
+
+def _training_charts(history: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
+    """Returns the charts of the training, by title, those without a value left out."""
+    charts = {
+        "Loss": loss_chart(history),
+        "Validation loss by timestep": quarters_chart(history),
+        "Throughput": history_chart(history, "images_per_s", "images per second"),
+        "Gradient norm": history_chart(history, "grad_norm", "gradient norm before clipping"),
+    }
+    if any(line.get("skipped") for line in history):
+        charts["Skipped steps"] = history_chart(history, "skipped", "skipped steps in all")
+    return {title: Markup(svg) for title, svg in charts.items() if svg is not None}
 
 
 def _time_breakdown(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, str]]:
@@ -187,6 +218,45 @@ def _time_breakdown(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, flo
     means = {name: sum(line.get(name, 0.0) for line in lines) / len(lines) for name in names}
     ranked = sorted(means.items(), key=lambda item: -item[1])
     return [(*item, COLOURS[number % len(COLOURS)]) for number, item in enumerate(ranked)]
+
+
+def categories(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the table of semantic consistency by category, the most frequent ones first."""
+    found = results.get("details", {}).get("consistency", {}).get("categories", {})
+    if not found:
+        return None
+    ranked = sorted(found.items(), key=lambda item: -item[1].get("num", 0))
+    return {
+        "columns": list(dict.fromkeys(name for _, values in ranked for name in values)),
+        "rows": ranked[:MAX_CATEGORIES],
+        "num_more": max(0, len(ranked) - MAX_CATEGORIES),
+    }
+
+
+def memorisation(results: Mapping[str, Any], out: Path) -> dict[str, Any] | None:
+    """Returns the closest pairs of a sample and a training image."""
+    details = results.get("details", {}).get("memorisation")
+    if not details:
+        return None
+    pairs = []
+    for pair in details.get("pairs", ())[:NUM_PAIRS]:
+        ratio = f"ratio {pair['ratio']:.3g}"
+        cards = [
+            gallery.picture(out / pair[side], label, note=ratio)
+            for side, label in (("sample", "sample"), ("training", f"training: {pair['key']}"))
+            if pair.get(side) and (out / pair[side]).is_file()
+        ]
+        pairs.append(cards)
+    return {"pairs": pairs}
+
+
+def _data(info: Mapping[str, Any] | None, train_shards: str | None) -> dict[str, Any]:
+    config = (info or {}).get("config", {})
+    found = data_card(train_shards or config.get("shards"))
+    if "lengths" in found:
+        chart = bar_chart(found["lengths"], "tokens per caption", "captions in the sample")
+        found["chart"] = Markup(chart or "")
+    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
