@@ -117,6 +117,7 @@ def judge_all(run: Evaluation, samples: Draw | None, paths: Sequence[Path]) -> d
     if inputs.statistics is not None:
         for name, extractor in panel.extractors().items():
             panel.full[name] = load_statistics(inputs.statistics, extractor)
+        judged["real"] = rows.halves(panel)
     if inputs.reals is not None:
         num = len(inputs.reals)
         reals = inputs.reals.batches(group, config.batch_size)

@@ -27,7 +27,7 @@ from latent_t2i.evaluation.metrics.metric import (
     RowName,
 )
 from latent_t2i.evaluation.processes import Group
-from latent_t2i.evaluation.statistics import FeatureStats
+from latent_t2i.evaluation.feature_stats import FeatureStats
 
 INPUTS: dict[Need, str] = {
     "reference": "real images: --reference",
@@ -131,21 +131,24 @@ class Panel:
         self,
         row: RowName,
         reference: Mapping[str, FeatureStats] | None = None,
+        stats: dict[str, FeatureStats] | None = None,
     ) -> Context:
+        """Returns the context of a row; `stats` are its statistics if they exist already."""
         known = self.full if reference is None else reference
         return Context(
             config=self.config, device=self.device, row=row, shared=self.shared,
-            reference=known.__getitem__,
+            reference=known.__getitem__, stats=stats or {},
         )  # fmt: skip
 
     def row(
         self,
         name: RowName,
         reference: Mapping[str, FeatureStats] | None = None,
+        stats: dict[str, FeatureStats] | None = None,
         only: Callable[[type[Metric]], bool] = lambda cls: True,
     ) -> Row:
         """Returns an empty row with the metrics that say something there."""
-        context = self.context(name, reference)
+        context = self.context(name, reference, stats)
         found = {key: metric_class(key) for key in self.names}
         metrics = {
             key: cls(context) for key, cls in found.items() if name in cls.rows and only(cls)
@@ -164,27 +167,29 @@ def judge_reference(panel: Panel, batches: Iterable[Batch], group: Group, num: i
     For set metrics, the row is one half of the reference against the other.
     """
     extractors = panel.extractors()
-    odd = {name: FeatureStats(extractor.dim) for name, extractor in extractors.items()}
-    row = panel.row("real", reference=odd)
-    even = next((m.context.stats for m in row.metrics.values()), {})
     for name, extractor in extractors.items():
-        even.setdefault(name, FeatureStats(extractor.dim))
+        panel.full[name] = FeatureStats(extractor.dim, num_parts=2)
+    row = panel.row("real", only=lambda cls: not issubclass(cls, FeatureMetric))
     for batch in _progress(batches, "reference", num, group):
-        row.num_images += len(batch.items)
-        for metric in row.metrics.values():
-            if isinstance(metric, ImageMetric):
-                metric.update(batch)
-        halves = [select(batch, batch.positions % 2 == parity) for parity in (0, 1)]
-        for stats, half in zip((even, odd), halves, strict=True):
-            for name, extractor in extractors.items():
-                if half.items:
-                    stats[name].update(half, extractor)
+        row.update(batch)
+        for name, extractor in extractors.items():
+            panel.full[name].update(batch, extractor)
     row.gather(group)
-    for name in extractors:
-        even[name].gather(group)
-        odd[name].gather(group)
-        panel.full[name] = even[name].merged(odd[name])
-    return row
+    for stats in panel.full.values():
+        stats.gather(group)
+    return replace(row, metrics={**row.metrics, **halves(panel).metrics})
+
+
+def _halves(panel: Panel) -> Row:
+    """Returns the set metrics of one half of the reference against the other."""
+    halves = {name: stats.split(2) for name, stats in panel.full.items() if stats.num_parts == 2}
+    even = {name: parts[0] for name, parts in halves.items()}
+    odd = {name: parts[1] for name, parts in halves.items()}
+    known = {m.extractor_name() for m in panel.row("samples").metrics.values()
+             if isinstance(m, FeatureMetric)}  # fmt: skip
+    if not known <= even.keys():
+        return Row(name="real", metrics={})  # statistics of another tool have no halves
+    return panel.row("real", odd, even, only=lambda cls: issubclass(cls, FeatureMetric))
 
 
 def judge_samples(panel: Panel, batches: Iterable[Batch], group: Group, items: Sequence[Item]
@@ -217,13 +222,6 @@ def _progress(batches: Iterable[Batch], title: str, num: int, group: Group) -> I
         for batch in batches:
             yield batch
             bar.update(len(batch.items))
-
-
-def select(batch: Batch, chosen: NDArray[np.bool_]) -> Batch:
-    """Returns the chosen images of a batch."""
-    items = [item for item, keep in zip(batch.items, chosen, strict=True) if keep]
-    originals = None if batch.originals is None else batch.originals[chosen]
-    return Batch(images=batch.images[chosen], items=items, originals=originals)
 
 
 def rotate_captions(items: Sequence[Item]) -> list[Item]:

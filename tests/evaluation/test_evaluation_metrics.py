@@ -1,99 +1,12 @@
-"""The metrics against torchmetrics and known values, and the charts."""
+"""Intervals of shares, and the charts."""
 
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from torchmetrics.functional.multimodal import clip_score
-from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from latent_t2i.evaluation.curves import guidance_chart, log_ticks, loss_chart, read_history, smooth
-from latent_t2i.evaluation.drawing import Samples
-from latent_t2i.evaluation.metrics import ClipScorer, check_samples, oracle_metrics
 from latent_t2i.evaluation.report import wilson
-from latent_t2i.model.encoders import quiet
-from latent_t2i.model.paths import ROOT
-from latent_t2i.scenes import prompts as scene_prompts
-from latent_t2i.scenes.draw import draw
-
-CLIP = ROOT / "scenes" / "encoders" / "clip"
-
-
-def exact_samples(kind: str, num: int = 24) -> Samples:
-    """Samples whose images are renderings of the prompts' own scenes."""
-    prompts = scene_prompts.make_prompts("easy", kind, num, 3)
-    images = [draw(p.scene) for p in prompts]
-    return Samples(kind=kind, guidance_scale=4.0, prompts=prompts, images=images)
-
-
-@pytest.mark.parametrize("kind", scene_prompts.KINDS)
-def test_exact_images_pass_all_checks_and_permuted_ones_fail(kind: str) -> None:
-    exact = exact_samples(kind)
-    metrics = oracle_metrics(kind, check_samples(exact))
-    assert set(metrics.values()) == {1.0}
-    permuted = [*exact.images[1:], exact.images[0]]
-    wrong = Samples(kind=kind, guidance_scale=4.0, prompts=exact.prompts, images=permuted)
-    assert oracle_metrics(kind, check_samples(wrong))[f"oracle/{kind}/all"] < 0.3
-
-
-def test_an_attribute_is_averaged_over_the_prompts_that_mention_it() -> None:
-    checks = [{"colour": True, "place": False}, {"colour": True}, {"colour": False}]
-    assert oracle_metrics("single", checks, "@g1") == {
-        "oracle/single/colour@g1": pytest.approx(2 / 3),
-        "oracle/single/place@g1": 0.0,
-    }
-
-
-class PlainFeatures:
-    """CLIPModel as torchmetrics expects it: features are tensors, as in older transformers."""
-
-    def __init__(self, model: CLIPModel) -> None:
-        self._model = model
-        self.config, self.device, self.dtype = model.config, model.device, model.dtype
-
-    def to(self, _: torch.device) -> "PlainFeatures":
-        return self
-
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self._model.get_image_features(pixel_values).pooler_output
-
-    def get_text_features(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self._model.get_text_features(ids, mask).pooler_output
-
-
-def test_clip_score_equals_torchmetrics() -> None:
-    exact = exact_samples("single", 12)
-    texts = [prompt.text for prompt in exact.prompts]
-    with quiet():
-        model = CLIPModel.from_pretrained(CLIP, dtype=torch.float32)
-        processor = CLIPProcessor(
-            image_processor=AutoImageProcessor.from_pretrained(CLIP),
-            tokenizer=CLIPTokenizer.from_pretrained(CLIP),
-        )
-    plain = PlainFeatures(model.eval().requires_grad_(False))
-    images = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in exact.pixels]
-    reference = clip_score(images, texts, model_name_or_path=lambda: (plain, processor))
-    assert ClipScorer(str(CLIP)).score(exact.pixels, texts) == pytest.approx(
-        float(reference), abs=1e-3
-    )
-
-
-def test_clip_score_is_independent_of_the_batch_and_prefers_the_true_text() -> None:
-    exact = exact_samples("single", 70)
-    scorer = ClipScorer(str(CLIP))
-    texts = [prompt.text for prompt in exact.prompts]
-    whole = scorer.score(exact.pixels, texts)
-    parts = [scorer.score(exact.pixels[i : i + 7], texts[i : i + 7]) for i in range(0, 70, 7)]
-    assert np.mean(parts) == pytest.approx(whole, abs=1e-3)
-    assert scorer.score(exact.pixels, [*texts[1:], texts[0]]) < whole - 5
-
-
-def test_a_folder_without_a_clip_model_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"--clip: {tmp_path}"):
-        ClipScorer(str(tmp_path))
-
 
 def test_wilson_interval_of_known_values() -> None:
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
