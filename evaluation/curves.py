@@ -17,12 +17,19 @@ mpl.use("svg")  # before pyplot is imported, so that no window system is needed
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FormatStrFormatter,
+    MaxNLocator,
+    NullLocator,
+)
 
 from latent_t2i.evaluation.sweeps import smooth
 
 COLOURS = ("#3b7dd8", "#d9722e", "#3a9a5b", "#a257c7", "#c9a227", "#2aa5a5", "#d2568c", "#8a8f98")
 GREY = "#8a8f98"
+OFFSETS = ((5, 5), (5, -13), (-20, 7), (-20, -14))  # of labels, so that near ones do not overlap
 LEGEND_IN = 0.2  # height of a legend's line
 STYLE: dict[Any, Any] = {
     "font.size": 11,
@@ -159,6 +166,7 @@ def line_chart(
     x_label: str,
     y_label: str,
     *,
+    title: str = "",
     log_x: bool = False,
     log_y: bool = False,
     whole_x: bool = False,
@@ -171,9 +179,11 @@ def line_chart(
     """Plots lines; returns None if there are none.
 
     Args:
+        title: What the y axis shows, for the text alternative; default: `y_label`.
         log_y: Logarithmic if all values are positive.
         best: A point to mark with a ring.
         level: Name and value of a horizontal line, such as the ceiling.
+        whole_x: Steps or images, with k and M for thousands and millions.
         top: Labels of the upper axis by x, such as hours beside images seen.
     """
     series = [line for line in series if line.points]
@@ -184,8 +194,7 @@ def line_chart(
         for line in series:
             _plot(axes, line)
         if level is not None:
-            style = {"color": GREY, "linestyle": ":", "linewidth": 1.5, "label": level[0]}
-            axes.axhline(level[1], **style)
+            axes.axhline(level[1], color=GREY, linestyle=":", linewidth=1.5, label=level[0])
         if best is not None:
             axes.plot(*best, "o", ms=13, mfc="none", mec=COLOURS[2], mew=2, label="best")
         axes.set_xlabel(x_label)
@@ -195,10 +204,10 @@ def line_chart(
             axes.set_ylim(bottom=0)
         if top:
             _top_axis(axes, top, top_label)
-        _legend(axes)
+        _legend(axes, inside=bool(top))
 
     num_entries = sum(bool(line.name) for line in series) + (best is not None) + (level is not None)
-    return _chart(fill, _about(series, x_label, y_label), 3.0 + LEGEND_IN * num_entries)
+    return _chart(fill, _about(series, x_label, title or y_label), 3.0 + LEGEND_IN * num_entries)
 
 
 def _scale(
@@ -212,6 +221,7 @@ def _scale(
         axes.xaxis.set_minor_locator(NullLocator())
     elif whole_x:
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if log_y and min(ys) > 0:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_ylim())))
@@ -226,9 +236,13 @@ def _top_axis(axes: Axes, top: Mapping[float, str], label: str) -> None:
     upper.set_xlabel(label)
 
 
-def _legend(axes: Axes) -> None:
-    if len(axes.get_legend_handles_labels()[1]) > 0:
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=1, fontsize=10)
+def _legend(axes: Axes, *, inside: bool = False) -> None:
+    if not axes.get_legend_handles_labels()[1]:
+        return
+    if inside:
+        axes.legend(frameon=False, loc="best", fontsize=10)
+    else:
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), fontsize=10)
 
 
 def _plot(axes: Axes, line: Series) -> None:
@@ -252,11 +266,13 @@ def front_chart(
         for number, (name, x, y) in enumerate(points):
             colour = COLOURS[0] if number in front else GREY
             axes.plot([x], [y], "o", color=colour)
-            axes.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=10)
+            offset = OFFSETS[number % len(OFFSETS)]
+            axes.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize=10)
         best = [points[number][1:] for number in front]
         if best:
             _plot(axes, Series(name="Pareto front", points=best, colour=COLOURS[0]))
         axes.margins(0.14)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _legend(axes)

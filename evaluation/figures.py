@@ -5,9 +5,10 @@ does not list is still shown, under its own name.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 Direction = Literal["higher", "lower"]
 Family = Literal["quality", "alignment", "reconstruction", "other"]
@@ -69,13 +70,21 @@ FIGURES = {
     ),
     r"clip_score": _alignment("CLIP score", "100 times the cosine similarity of image and prompt"),
     r"r_precision": _alignment(
-        "R-precision", "The image is closer to its own prompt than to the others", is_share=True
+        "R-precision", "The image is closer to its own prompt than to 99 others", is_share=True
+    ),
+    r"r_precision/of_(\d+)": _alignment(
+        "R-precision among {0}",
+        "The image is closer to its own prompt than to the others",
+        is_share=True,
     ),
     r"caption_similarity/cider": _alignment(
-        "CIDEr", "A captioner's description against the reference captions"
+        "CIDEr", "A captioner's description of the image against the reference captions"
     ),
-    r"caption_similarity/(.+)": _alignment(
+    r"caption_similarity/([^/]+)": _alignment(
         "Caption similarity: {0}", "A captioner's description against the reference captions"
+    ),
+    r"caption_similarity/([^/]+)/human": _alignment(
+        "Human captions: {0}", "One caption of the image against its other captions"
     ),
     r"consistency/presence": _alignment(
         "Objects present", "A detector finds the objects that the prompt names", is_share=True
@@ -87,7 +96,7 @@ FIGURES = {
         "KID", "Distance of Inception features, unbiased: also for few images", "lower"
     ),
     r"cmmd": _quality("CMMD", "Distance of CLIP embeddings, also for few images", "lower"),
-    r"(?:prdc/)?coverage": _quality(
+    r"coverage": _quality(
         "Coverage", "Share of real images that have a generated one nearby", "higher", is_share=True
     ),
     r"fid": _quality("FID", "Fréchet distance of Inception features", "lower", needs_many=True),
@@ -95,29 +104,42 @@ FIGURES = {
         "Fréchet distance", "Fréchet distance of the chosen features", "lower", needs_many=True
     ),
     r"mind": _quality("MIND", "Distance of the chosen features", "lower"),
-    r"(?:prdc/)?precision": _quality(
+    r"precision": _quality(
         "Precision", "Share of generated images among the real ones", "higher", is_share=True
     ),
-    r"(?:prdc/)?recall": _quality(
+    r"recall": _quality(
         "Recall", "Share of real images among the generated ones", "higher", is_share=True
     ),
-    r"(?:prdc/)?density": _quality("Density", "Generated images per real neighbourhood", "higher"),
+    r"density": _quality("Density", "Generated images per real neighbourhood", "higher"),
     r"inception_score": _quality(
         "Inception score", "Clear and varied classes of ImageNet; ignores the reference", "higher"
     ),
-    r"lpips(?:/diversity)?": _quality(
-        "LPIPS diversity", "Perceptual distance of images of one prompt", "higher"
+    r"lpips/diverse": _quality(
+        "LPIPS diversity", "Perceptual distance between images of one prompt", "higher"
     ),
-    r"lpips/(.+)": Figure(
-        title="LPIPS: {0}",
-        meaning="Perceptual distance of an image and its reconstruction by the VAE",
+    r"lpips/reconstruction": Figure(
+        title="LPIPS of the VAE",
+        meaning="Perceptual distance of real images and their reconstructions by the VAE",
         family="reconstruction",
         better="lower",
     ),
-    r"memorisation/(.+)": Figure(
-        title="Memorisation: {0}",
-        meaning="Distance to the nearest training image, relative to that image's neighbours",
+    r"memorisation/ratio": Figure(
+        title="Memorisation: ratio",
+        meaning="Distance to the nearest training image over that image's distance to its neighbours",
         family="other",
+    ),
+    r"memorisation/closer": Figure(
+        title="Memorisation: closer",
+        meaning="Share of held-out images that are farther from the training images: half is best",
+        family="other",
+        is_share=True,
+    ),
+    r"memorisation/tail": Figure(
+        title="Memorisation: tail",
+        meaning="Share of images with a lower ratio than 99 % of the held-out images",
+        family="other",
+        better="lower",
+        is_share=True,
     ),
 }
 """By pattern of the name; the first match counts. Groups of a pattern fill the title's braces."""
@@ -125,32 +147,34 @@ FIGURES = {
 HEADLINES_OF_ALIGNMENT = (
     "oracle/single/shape_and_colour", "oracle/pair/colours", "oracle/pair/shapes_colours_relation",
     "oracle/held_out/shape_and_colour", "clip_score", "r_precision", "caption_similarity/cider",
-    "consistency/presence",
+    "caption_similarity/cosine", "consistency/presence", "consistency/all",
 )  # fmt: skip
 HEADLINES_OF_QUALITY = (
-    "fid", "frechet_distance", "kid", "cmmd", "coverage", "prdc/coverage", "mind",
-    "inception_score", "lpips", "lpips/diversity",
+    "fid", "frechet_distance", "kid", "cmmd", "coverage", "mind", "inception_score",
+    "lpips/diverse", "lpips/reconstruction",
 )  # fmt: skip
 
 
 @cache
 def describe(name: str) -> Figure:
-    """Returns what a figure's name means; a suffix such as `@g2` or `/real` is not part of it."""
+    """Returns what a figure's name means; one that is not listed is its own title."""
     for pattern, figure in FIGURES.items():
         if found := re.fullmatch(pattern, name):
             groups = [group.replace("_", " ") for group in found.groups()]
-            return Figure(
-                title=figure.title.format(*groups),
-                meaning=figure.meaning,
-                family=figure.family,
-                better=figure.better,
-                is_share=figure.is_share,
-                needs_many=figure.needs_many,
-            )
+            return replace(figure, title=figure.title.format(*groups))
     return Figure(title=name, meaning="", family="other")
 
 
-def lead_order(names: list[str], num_images: int) -> list[str]:
+def main_figures(results: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the figures of the model: those of the samples, and LPIPS, which has other rows."""
+    rows = results["rows"]
+    lpips = {
+        f"lpips/{row}": rows.get(row, {}).get("lpips") for row in ("diverse", "reconstruction")
+    }
+    return rows["samples"] | {name: value for name, value in lpips.items() if value is not None}
+
+
+def lead_order(names: Collection[str], num_images: int) -> list[str]:
     """Returns the main figures among `names`, in the order in which a report should show them.
 
     With fewer than FEW_IMAGES images those that are biased for few images come last.
@@ -158,7 +182,9 @@ def lead_order(names: list[str], num_images: int) -> list[str]:
     quality = [name for name in HEADLINES_OF_QUALITY if name in names]
     if num_images < FEW_IMAGES:
         quality.sort(key=lambda name: describe(name).needs_many)  # stable
-    return [*(name for name in HEADLINES_OF_ALIGNMENT if name in names), *quality]
+    ranked = [name for name in names if name.startswith("r_precision/of_")]
+    alignment = [name for name in HEADLINES_OF_ALIGNMENT if name in names]
+    return [*alignment, *ranked, *quality]
 
 
 def show(name: str, value: float | None, *, digits: int = 3) -> str:

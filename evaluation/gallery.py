@@ -10,19 +10,16 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
-
-from latent_t2i.model.grid import read_settings
 
 MAX_PX = 256
 LOSSLESS_PX = 128
 JPEG_QUALITY = 88
 NUM_CHOSEN = 8
 NUM_ROWS = 4
-MAX_READ = 512
-"""Pictures of a sweep's folder whose prompt is read to find those of one prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +40,7 @@ class Card:
 class Entry:
     """An image of per_image.jsonl."""
 
+    position: int
     path: Path
     prompt: str
     group: str
@@ -76,7 +74,10 @@ def entries(lines: Sequence[Mapping[str, Any]], out: Path) -> list[Entry]:
         path = out / str(line.get("file", ""))
         if path.is_file():
             prompt, group = str(line.get("prompt", "")), str(line.get("group", ""))
-            found.append(Entry(path=path, prompt=prompt, group=group, values=values))
+            position = int(line["position"])
+            found.append(
+                Entry(position=position, path=path, prompt=prompt, group=group, values=values)
+            )
     return found
 
 
@@ -139,37 +140,28 @@ def data_url(image: Image.Image) -> str:
 
 
 def strips(
-    images: Sequence[Entry], folders: Mapping[str, Path], num: int = NUM_ROWS
+    images: Sequence[Entry], columns: Mapping[str, Mapping[int, Path]], num: int = NUM_ROWS
 ) -> list[tuple[str, list[Card]]]:
-    """Returns a few prompts, each with its picture in every folder: the same prompt and seed.
+    """Returns a few prompts, each with its picture in every column: the same prompt and seed.
 
-    `folders` are by the label of their pictures. The prompts are the first that all folders have,
-    taken from the groups with the longest prompts first, because short ones leave little to improve.
+    `columns` are the files of each setting or run, by label and position. The prompts are the first
+    that all columns have, of the group whose prompts are longest on average, because short ones
+    leave little to improve.
     """
-    found = {label: index_by_prompt(folder) for label, folder in folders.items()}
-    shared = [index for index in found.values() if index]
-    if len(shared) < 2:
+    columns = {label: files for label, files in columns.items() if files}
+    if len(columns) < 2:
         return []
-    longest = {image.group: 0.0 for image in images}
-    for image in images:
-        longest[image.group] = max(longest[image.group], len(image.prompt))
-    groups = {image.prompt: longest[image.group] for image in images}
-    prompts = [prompt for prompt in shared[0] if all(prompt in index for index in shared)]
-    prompts.sort(key=lambda prompt: -groups.get(prompt, 0.0))  # stable
-    return [
-        (prompt, [picture(index[prompt], label) for label, index in found.items() if index])
-        for prompt in prompts[:num]
+    shared = [
+        image for image in images if all(image.position in files for files in columns.values())
     ]
-
-
-def index_by_prompt(folder: Path) -> dict[str, Path]:
-    """Returns the first picture of each prompt that the pictures' text chunks name."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.png"))[:MAX_READ]:
-        try:
-            prompt = read_settings(path).get("prompt")
-        except (ValueError, OSError, SyntaxError):
-            continue  # a picture of another program
-        if isinstance(prompt, str):
-            found.setdefault(prompt, path)
-    return found
+    lengths: dict[str, list[int]] = {}
+    for image in shared:
+        lengths.setdefault(image.group, []).append(len(image.prompt))
+    shared.sort(key=lambda image: -fmean(lengths[image.group]))  # stable
+    return [
+        (
+            image.prompt,
+            [picture(files[image.position], label) for label, files in columns.items()],
+        )
+        for image in shared[:num]
+    ]

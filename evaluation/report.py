@@ -5,6 +5,7 @@ report can be written again without drawing any.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from latent_t2i.evaluation import gallery
+from latent_t2i.evaluation.compare import differences, read_per_image
 from latent_t2i.evaluation.curves import (
     COLOURS,
+    Series,
     bar_chart,
     history_chart,
+    line_chart,
     loss_chart,
     quarters_chart,
 )
 from latent_t2i.evaluation.data_card import data_card
 from latent_t2i.evaluation.figures import (
     FEW_IMAGES,
-    HEADLINES_OF_ALIGNMENT,
-    HEADLINES_OF_QUALITY,
     describe,
     lead_order,
+    main_figures,
     show,
 )
-from latent_t2i.evaluation.results import read_per_image
 from latent_t2i.evaluation.sweep_charts import convergence, guidance, settings_tables
 
 FLOORS = {"shuffled": "shuffled captions", "reconstruction": "VAE's reconstructions",
@@ -61,32 +63,67 @@ def render_report(
         loader=PackageLoader("latent_t2i.evaluation"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    return environment.get_template("report.html.j2").render(
+        _context(results, out, history, info, others, train_shards)
+    )
+
+
+def _context(
+    results: Mapping[str, Any],
+    out: Path,
+    history: Sequence[Mapping[str, Any]] | None,
+    info: Mapping[str, Any] | None,
+    others: Sequence[tuple[str, Mapping[str, Any]]],
+    train_shards: str | None,
+) -> dict[str, Any]:
+    """Returns what the template shows; the arguments are those of `render_report`."""
     images = gallery.entries(read_per_image(out), out)
     lines = history or []
-    return environment.get_template("report.html.j2").render(
-        name=results.get("name", out.name),
-        info=info,
-        results=results,
-        headlines=headlines(results),
-        table=figure_table(results, others),
-        runs=side_by_side(results, out, others),
-        chosen=gallery.choose(images),
-        num_images=len(images),
-        guidance=guidance(results, out, images),
-        settings_tables=settings_tables(results, out, images),
-        convergence=convergence(results),
-        has_history=history is not None,
-        charts=_training_charts(lines),
-        time_breakdown=_time_breakdown(lines),
-        num_skipped=next((line["skipped"] for line in lines[::-1] if "skipped" in line), 0),
-        categories=categories(results),
-        memorisation=memorisation(results, out),
-        data=_data(info, train_shards),
-        settings=_flat({} if info is None else {"train": info.get("config", {})}),
-        show=show,
-        describe=describe,
-        few=_num(results) < FEW_IMAGES,
-    )
+    found = {
+        "name": results.get("name", out.name),
+        "info": info,
+        "results": results,
+        "contamination": results.get("contamination"),
+        "few": _num(results) < FEW_IMAGES,
+        "few_images": FEW_IMAGES,
+        "headlines": headlines(results),
+        "table": figure_table(results, others),
+        "runs": side_by_side(results, images, others),
+        "chosen": gallery.choose(images),
+        "num_images": len(images),
+        "has_checks": any(image.checks for image in images),
+        "guidance": guidance(results, out, images),
+        "settings_tables": settings_tables(results, out, images),
+        "convergence": convergence(results),
+        "has_history": history is not None,
+        "charts_of_training": _training_charts(lines),
+        "time_breakdown": _time_breakdown(lines),
+        "num_skipped": next((line["skipped"] for line in lines[::-1] if "skipped" in line), 0),
+        "categories": categories(results),
+        "memorisation": memorisation(results, out),
+        "data": _data(info, train_shards),
+        "settings": _flat((info or {}).get("config", {})),
+    }
+    return {**found, "sections": _sections(found)}
+
+
+def _sections(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns anchor and title of the sections that the page has."""
+    sweeps = [(sweep["key"], sweep["title"]) for sweep in found["settings_tables"]]
+    titles = [
+        ("figures", "All figures"), ("runs", "Side by side"), ("pictures", "Pictures"),
+        ("guidance", "Guidance"), *sweeps, ("convergence", "Convergence"), ("training", "Training"),
+        ("categories", "Objects by category"), ("memorisation", "Memorisation"),
+        ("data", "Training data"),
+    ]  # fmt: skip
+    optional = ("runs", "guidance", "convergence", "categories", "memorisation")
+    return [(key, title) for key, title in titles if key not in optional or found[key]]
+
+
+def _details(results: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
+    """Returns a metric's details of the samples."""
+    found: Mapping[str, Any] = results.get("details", {}).get(metric, {}).get("samples", {})
+    return found
 
 
 def _num(results: Mapping[str, Any], row: str = "samples") -> int:
@@ -95,23 +132,18 @@ def _num(results: Mapping[str, Any], row: str = "samples") -> int:
 
 def headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the main figures with interval or spread, floor and ceiling, in the order to show."""
-    rows, num = results["rows"], _num(results)
+    values, num = main_figures(results), _num(results)
     found = []
-    for name in lead_order(list(rows["samples"]), num):
+    for name in lead_order(values, num):
         figure = describe(name)
-        limits = [
-            {"name": title, "value": show(name, rows[row][name])}
-            for row, title in FLOORS.items()
-            if name in rows.get(row, {})
-        ]
         found.append(
             {
                 "title": figure.title,
-                "value": show(name, rows["samples"][name]),
+                "value": show(name, values[name]),
                 "meaning": figure.meaning,
                 "better": figure.better,
                 "range": uncertainty(results, name),
-                "limits": limits,
+                "limits": _limits(results, name),
                 "is_grey": figure.needs_many and num < FEW_IMAGES,
                 "num": f"{num:,}",
             }
@@ -119,31 +151,43 @@ def headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def uncertainty(results: Mapping[str, Any], name: str) -> str:
-    """Returns a figure's 95 % interval, or mean and deviation over disjoint seed sets; "" without.
+def _limits(results: Mapping[str, Any], name: str) -> list[dict[str, str]]:
+    """Returns floors and ceilings of a figure."""
+    rows = results["rows"]
+    found = {title: rows.get(row, {}).get(name) for row, title in FLOORS.items()}
+    found["human captions"] = rows["samples"].get(f"{name}/human")
+    return [
+        {"name": title, "value": show(name, value)}
+        for title, value in found.items()
+        if value is not None
+    ]
 
-    A figure has at most one of them: set metrics have no value per image to resample.
+
+def uncertainty(results: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Returns the range of a figure and its kind; both are empty without one.
+
+    It is the 95 % interval of a figure with a value per image, else mean and deviation over
+    disjoint sets of images.
     """
     if name in results.get("intervals", {}):
         low, high = results["intervals"][name]
-        return f"95\u00a0% interval {show(name, low)} to {show(name, high)}"
+        return f"{show(name, low)} to {show(name, high)}", "95\u00a0% interval"
     if name in results.get("spread", {}):
         spread = results["spread"][name]
-        num = len(spread["values"])
-        return (
-            f"{num} disjoint sets: {show(name, spread['mean'])} ± {show(name, spread['std'])}"
-        )
-    return ""
+        text = f"{show(name, spread['mean'])} ± {show(name, spread['std'], digits=2)}"
+        return text, f"{len(spread['values'])} disjoint sets"
+    return "", ""
 
 
 def figure_table(
     results: Mapping[str, Any], others: Sequence[tuple[str, Mapping[str, Any]]]
 ) -> dict[str, Any]:
-    """Returns all figures: value, interval or spread, floors and ceilings, and other runs' values."""
-    rows = results["rows"]
+    """Returns all figures with interval or spread, floors, ceilings, and other runs' values."""
+    rows, values = results["rows"], main_figures(results)
     limits = {row: title for row, title in FLOORS.items() if rows.get(row)}
-    names = dict.fromkeys([*rows["samples"], *(n for row in limits for n in rows[row])])
-    main = lead_order(list(names), _num(results))
+    names = dict.fromkeys([*values, *(n for row in limits for n in rows[row] if n != "lpips")])
+    main = lead_order(names, _num(results))
+    columns = [*(rows[row] for row in limits), *(main_figures(other) for _, other in others)]
     return {
         "columns": [*limits.values(), *(short_name(name) for name, _ in others)],
         "rows": [
@@ -151,14 +195,11 @@ def figure_table(
                 "name": name,
                 "title": describe(name).title,
                 "better": describe(name).better,
-                "value": show(name, rows["samples"].get(name), digits=4),
+                "value": show(name, values[name], digits=4) if name in values else "",
                 "range": uncertainty(results, name),
                 "cells": [
-                    show(name, values.get(name), digits=4) if name in values else ""
-                    for values in (
-                        *(rows[row] for row in limits),
-                        *(other["rows"]["samples"] for _, other in others),
-                    )
+                    show(name, column[name], digits=4) if name in column else ""
+                    for column in columns
                 ],
             }
             for name in [*main, *(name for name in names if name not in main)]
@@ -173,29 +214,28 @@ def short_name(name: str) -> str:
 
 
 def side_by_side(
-    results: Mapping[str, Any], out: Path, others: Sequence[tuple[str, Mapping[str, Any]]]
+    results: Mapping[str, Any],
+    images: Sequence[gallery.Entry],
+    others: Sequence[tuple[str, Mapping[str, Any]]],
 ) -> dict[str, Any] | None:
     """Returns the other runs: how their protocols differ, and pictures of the same prompts."""
     if not others:
         return None
-    from latent_t2i.evaluation.compare import differences
-
-    labelled = [(str(out), results), *others]
-    folders = {short_name(name): _samples_folder(name, run) for name, run in labelled}
-    mine = gallery.entries(read_per_image(out), out)
+    mine = {image.position: image.path for image in images}
+    prompts = {image.position: image.prompt for image in images}
+    columns = {"this run": mine}
+    for name, _ in others:
+        path = Path(name)
+        found = gallery.entries(read_per_image(name), path if path.is_dir() else path.parent)
+        columns[short_name(name)] = {
+            image.position: image.path
+            for image in found
+            if prompts.get(image.position) == image.prompt
+        }
     return {
-        "differences": {
-            short_name(name): differences([results, other]) for name, other in others
-        },
-        "strips": gallery.strips(mine, {k: v for k, v in folders.items() if v is not None}),
+        "differences": {short_name(name): differences([results, run]) for name, run in others},
+        "strips": gallery.strips(images, columns),
     }
-
-
-def _samples_folder(name: str, results: Mapping[str, Any]) -> Path | None:
-    path = Path(name)
-    out = path.parent if path.suffix == ".json" else path
-    folder = results.get("pictures", {}).get("samples")
-    return out / folder if folder and (out / folder).is_dir() else None
 
 
 def _training_charts(history: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
@@ -221,33 +261,73 @@ def _time_breakdown(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, flo
 
 
 def categories(results: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns the table of semantic consistency by category, the most frequent ones first."""
-    found = results.get("details", {}).get("consistency", {}).get("categories", {})
+    """Returns the table of semantic consistency by category, the most frequent ones first.
+
+    Each row has the number of prompts that name the category, and the shares of images in which it
+    is present and rightly counted, for samples and for real images.
+    """
+    details = results.get("details", {}).get("consistency", {})
+    found = _details(results, "consistency").get("categories")
     if not found:
         return None
-    ranked = sorted(found.items(), key=lambda item: -item[1].get("num", 0))
+    real = details.get("real", {}).get("categories", {})
+    rows = [
+        (name, f"{values['num']:.0f}", [
+            _percent(row.get(key))
+            for key in ("presence", "count")
+            for row in (values, real.get(name, {}))
+        ])
+        for name, values in sorted(found.items(), key=lambda item: -item[1]["num"])
+    ]  # fmt: skip
+    columns = ("present", "present, real", "counted", "counted, real")
     return {
-        "columns": list(dict.fromkeys(name for _, values in ranked for name in values)),
-        "rows": ranked[:MAX_CATEGORIES],
-        "num_more": max(0, len(ranked) - MAX_CATEGORIES),
+        "columns": columns,
+        "rows": rows[:MAX_CATEGORIES],
+        "num_more": max(0, len(rows) - MAX_CATEGORIES),
+        "threshold": details["samples"].get("threshold", {}),
     }
 
 
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}\u00a0%"
+
+
 def memorisation(results: Mapping[str, Any], out: Path) -> dict[str, Any] | None:
-    """Returns the closest pairs of a sample and a training image."""
-    details = results.get("details", {}).get("memorisation")
+    """Returns the closest pairs of a sample and a training image, and the ratios by group."""
+    details = _details(results, "memorisation")
     if not details:
         return None
-    pairs = []
-    for pair in details.get("pairs", ())[:NUM_PAIRS]:
-        ratio = f"ratio {pair['ratio']:.3g}"
-        cards = [
-            gallery.picture(out / pair[side], label, note=ratio)
-            for side, label in (("sample", "sample"), ("training", f"training: {pair['key']}"))
-            if pair.get(side) and (out / pair[side]).is_file()
-        ]
-        pairs.append(cards)
-    return {"pairs": pairs}
+    cards = []
+    for pair in details["pairs"]:
+        if pair.get("file") and (out / pair["file"]).is_file():
+            label = f"{pair['prompt'] or 'image'} | training image {pair['train_key']}"
+            if pair.get("train_caption"):
+                label += f": {pair['train_caption']}"
+            note = f"ratio {pair['ratio']:.3g}"
+            cards.append(gallery.picture(out / pair["file"], label, note=note))
+    groups = details.get("groups", {})
+    return {
+        "pairs": cards[:NUM_PAIRS],
+        "chart": Markup(_ratio_chart(groups, details.get("edges", ())) or ""),
+        "groups": {name.replace("_", " "): group for name, group in groups.items()},
+        "num_images": details.get("num_train_images"),
+        "num_records": details.get("num_train_records"),
+    }
+
+
+def _ratio_chart(groups: Mapping[str, Any], edges: Sequence[float]) -> str | None:
+    """Plots the distribution of the ratios in each group, the held-out images dashed."""
+    middles = [(low + high) / 2 for low, high in pairwise(edges)]
+    series = []
+    for (name, group), colour in zip(groups.items(), COLOURS, strict=False):
+        total = max(1, sum(group["histogram"]))
+        shares = [100 * count / total for count in group["histogram"]]
+        points = list(zip(middles, shares, strict=True))
+        is_dashed = name == "held_out"
+        series.append(
+            Series(name=name.replace("_", " "), points=points, colour=colour, is_dashed=is_dashed)
+        )
+    return line_chart(series, "ratio", "% of the images")
 
 
 def _data(info: Mapping[str, Any] | None, train_shards: str | None) -> dict[str, Any]:

@@ -8,12 +8,7 @@ from markupsafe import Markup
 
 from latent_t2i.evaluation import gallery
 from latent_t2i.evaluation.curves import COLOURS, Series, front_chart, line_chart
-from latent_t2i.evaluation.figures import (
-    HEADLINES_OF_ALIGNMENT,
-    describe,
-    lead_order,
-    show,
-)
+from latent_t2i.evaluation.figures import describe, lead_order, show
 from latent_t2i.evaluation.sweeps import best, pareto_front, rank_correlation
 
 SHARES = "Correct images"
@@ -22,6 +17,8 @@ PARETO_ALIGNMENT = (
     "oracle/pair/shapes_colours_relation", "oracle/single/shape_and_colour", "clip_score",
     "r_precision", "caption_similarity/cider", "consistency/presence",
 )  # fmt: skip
+MAX_CHARTS = 6
+"""Of the samplers and of the checkpoints, whose tables show all main figures."""
 SWEEPS = {
     "guidance_interval": ("Guidance interval", "interval of sigma"),
     "guide": ("Autoguidance", "weaker bundle"),
@@ -38,18 +35,18 @@ def guidance(
         return None
     sweep = sorted(sweep, key=lambda entry: float(entry["value"]))
     points = [(f"{entry['value']:g}", entry["figures"]) for entry in sweep]
-    others = [
-        (f"{label} ({SWEEPS[kind][0].lower()})", entry["figures"])
-        for kind in ("guidance_interval", "guide")
-        for label, entry in _labelled(results, kind)
-    ]
+    for number, entry in enumerate(_entries(results, "guide"), start=1):
+        points.append((f"guide {number}", entry["figures"]))
+    for label, entry in _labelled(results, "guidance_interval"):
+        points.append((label.replace(" to ", "\u2013"), entry["figures"]))
+    by_scale = [(float(entry["value"]), entry["figures"]) for entry in sweep]
+    files = _files(sweep, out, [f"guidance {entry['value']:g}" for entry in sweep])
     return {
         "num": _counts(sweep),
-        "charts": _charts([(float(e["value"]), e["figures"]) for e in sweep], "guidance scale",
-                          results["rows"].get("real", {}), _num(sweep)),
-        "front": front(points + others, _num(sweep)),
-        "strips": gallery.strips(images, _folders(sweep, out, [f"guidance {p}" for p, _ in points])),
-    }  # fmt: skip
+        "charts": _charts(by_scale, "guidance scale", results["rows"].get("real", {}), _num(sweep)),
+        "front": front(points, _num(sweep)),
+        "strips": gallery.strips(images, files),
+    }
 
 
 def settings_tables(
@@ -67,6 +64,7 @@ def settings_tables(
         marks = {name: _best(name, values) for name, values in columns.items()}
         found.append(
             {
+                "key": kind.replace("_", "-"),
                 "title": title,
                 "setting": setting,
                 "num": _counts(sweep),
@@ -83,7 +81,7 @@ def settings_tables(
                 ],
                 "charts": _sampler_charts(sweep) if kind == "sampler" else {},
                 "strips": gallery.strips(
-                    images, _folders(sweep, out, [label for label, _ in labelled])
+                    images, _files(sweep, out, [label for label, _ in labelled])
                 ),
             }
         )
@@ -96,30 +94,33 @@ def convergence(results: Mapping[str, Any]) -> dict[str, Any] | None:
     The table has the rank correlation (Spearman) of the validation loss with each figure. It is
     positive if a lower loss goes with a better figure.
     """
-    sweep = sorted(_entries(results, "checkpoints"), key=lambda entry: entry["images_seen"])
+    sweep = sorted(_entries(results, "checkpoints"), key=lambda entry: int(entry["step"]))
     if len(sweep) < 2:
         return None
-    hours = {e["images_seen"]: f"{e['hours']:.3g}" for e in sweep if e.get("hours") is not None}
+    axis = "step" if any(e.get("images_seen") is None for e in sweep) else "images_seen"
+    hours = {e[axis]: f"{e['hours']:.3g}" for e in sweep if e.get("hours") is not None}
     losses = [entry.get("validation_loss") for entry in sweep]
     charts, rows = {}, []
     for name in _main_names([entry["figures"] for entry in sweep], _num(sweep)):
         values = [entry["figures"].get(name) for entry in sweep]
         number = _best(name, values)
-        points = [
-            (entry["images_seen"], value)
-            for entry, value in zip(sweep, values, strict=True)
-            if value is not None
-        ]
-        ring = None if number is None else (sweep[number]["images_seen"], values[number])
-        charts[describe(name).title] = Markup(
-            line_chart(
-                [_series(name, points)], "images seen", _label(name), best=_scaled(name, ring),
-                top=hours, top_label="hours of training",
-            )
-        )  # fmt: skip
+        points = [(e[axis], v) for e, v in zip(sweep, values, strict=True) if v is not None]
         rows.append(_convergence_row(name, sweep, values, number, losses))
-    return {"charts": charts, "rows": rows, "num": _counts(sweep),
-            "has_losses": any(loss is not None for loss in losses)}  # fmt: skip
+        if len(charts) == MAX_CHARTS:
+            continue
+        ring = None if number is None else (sweep[number][axis], values[number])
+        chart = line_chart(
+            [_series(name, points)], axis.replace("_", " "), _axis(name),
+            title=describe(name).title, best=_scaled(name, ring), top=hours,
+            top_label="hours of training", whole_x=True,
+        )  # fmt: skip
+        charts[describe(name).title] = Markup(chart)
+    return {
+        "charts": charts,
+        "rows": rows,
+        "num": _counts(sweep),
+        "has_losses": any(loss is not None for loss in losses),
+    }
 
 
 def _convergence_row(
@@ -138,7 +139,7 @@ def _convergence_row(
     return {
         "title": describe(name).title,
         "step": f"{entry['step']:,}" if entry else "none",
-        "images": f"{entry['images_seen']:,}" if entry else "none",
+        "images": f"{entry['images_seen']:,}" if entry.get("images_seen") else "unknown",
         "hours": "unknown" if hours is None else f"{hours:.3g}",
         "value": "none" if number is None else show(name, values[number]),
         "correlation": "unknown" if correlation is None else f"{correlation:+.2f}",
@@ -188,8 +189,8 @@ def _charts(
         number = _best(name, [value for _, value in found])
         level = ("real images", _percent(name, ceiling[name])) if name in ceiling else None
         charts[describe(name).title] = line_chart(
-            [_series(name, found)], x_label, _label(name), log_x=True, level=level,
-            best=_scaled(name, None if number is None else found[number]),
+            [_series(name, found)], x_label, _axis(name), title=describe(name).title, log_x=True,
+            level=level, best=_scaled(name, None if number is None else found[number]),
         )  # fmt: skip
     return {title: Markup(chart) for title, chart in charts.items() if chart is not None}
 
@@ -198,7 +199,7 @@ def _sampler_charts(sweep: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
     """Returns a chart of each main figure against the steps, with a line per scheduler."""
     schedulers = list(dict.fromkeys(entry["scheduler"] for entry in sweep))
     charts = {}
-    for name in _main_names([entry["figures"] for entry in sweep], _num(sweep)):
+    for name in _main_names([entry["figures"] for entry in sweep], _num(sweep))[:MAX_CHARTS]:
         lines = []
         for scheduler, colour in zip(schedulers, COLOURS, strict=False):
             points = sorted(
@@ -207,7 +208,7 @@ def _sampler_charts(sweep: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
                 if entry["scheduler"] == scheduler and entry["figures"].get(name) is not None
             )
             lines.append(_series(name, points, colour, legend=True, title=scheduler))
-        chart = line_chart(lines, "steps", _label(name), log_x=True)
+        chart = line_chart(lines, "steps", _axis(name), title=describe(name).title, log_x=True)
         if chart is not None and len({entry["num_steps"] for entry in sweep}) > 1:
             charts[describe(name).title] = Markup(chart)
     return charts
@@ -232,13 +233,14 @@ def _labelled(results: Mapping[str, Any], kind: str) -> list[tuple[str, Mapping[
     return found
 
 
-def _folders(
+def _files(
     sweep: Sequence[Mapping[str, Any]], out: Path, labels: Sequence[str]
-) -> dict[str, Path]:
+) -> dict[str, dict[int, Path]]:
+    """Returns the pictures of each entry of a sweep, by label and position."""
     found = {}
     for entry, label in zip(sweep, labels, strict=True):
-        if entry.get("folder") and (out / entry["folder"]).is_dir():
-            found[label] = out / entry["folder"]
+        files = {int(n): out / name for n, name in (entry.get("files") or {}).items()}
+        found[label] = {position: path for position, path in files.items() if path.is_file()}
     return found
 
 
@@ -284,8 +286,14 @@ def _scaled(name: str, point: tuple[float, Any] | None) -> tuple[float, float] |
     return None if point is None else (point[0], _percent(name, point[1]))
 
 
-def _label(name: str) -> str:
-    """Returns the axis label of a figure, with the direction that is better."""
+def _axis(name: str) -> str:
+    """Returns the axis label of a figure whose title stands above the chart."""
     figure = describe(name)
-    unit = ", %" if figure.is_share else ""
-    return f"{figure.title}{unit} ({figure.better} is better)" if figure.better else figure.title
+    parts = ["%"] if figure.is_share else []
+    return ", ".join([*parts, f"{figure.better} is better"] if figure.better else parts)
+
+
+def _label(name: str) -> str:
+    """Returns the axis label of a figure with its title."""
+    arrow = {"higher": " \u2191", "lower": " \u2193", None: ""}[describe(name).better]
+    return f"{describe(name).title}{', %' if describe(name).is_share else ''}{arrow}"
