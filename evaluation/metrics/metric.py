@@ -85,7 +85,7 @@ class Batch:
         found: T = self._cache[key]
         return found
 
-    def with_items(self, items: Sequence[Item]) -> "Batch":
+    def with_items(self, items: Sequence[Item]) -> Batch:
         """Returns the same images with other items; what is cached of the images is shared."""
         return Batch(images=self.images, items=items, originals=self.originals, _cache=self._cache)
 
