@@ -38,6 +38,7 @@ SAMPLES = {
     "coverage": 0.81,
 }
 
+DESCRIPTION = {"image": "0.png", "caption": "a cross", "references": ["a red cross", "a plus"]}
 _RATIOS = {"num": 18, "mean": 1.1, "quantiles": {"0.0": 0.4, "0.5": 1.0}, "own_image": 0.0}
 MEMORISATION = {
     "pairs": [
@@ -133,6 +134,8 @@ def _results(protocol: dict[str, Any], shift: float) -> dict[str, Any]:
                 "real": {"categories": {"dog": {"num": 12.0, "presence": 0.9}}},
             },
             "memorisation": {"samples": MEMORISATION},
+            "caption_similarity": {"samples": {"examples": [DESCRIPTION]}},
+            "fid": {"samples": {"fid_infinity": 27.5}},
         },
         "identities": {"cmmd": {"weights_sha256": "a" * 64}},
         "metrics": samples | {"bundle": "runs/tiny/bundle", "bundle_sha256": "b" * 64},

@@ -162,6 +162,14 @@ def test_memorisation_shows_pairs_and_groups(text: str) -> None:
     assert "<td>held out</td>" in section
 
 
+def test_descriptions_and_details_of_the_metrics(text: str) -> None:
+    section = between(text, '<h2 id="descriptions">', "<h2")
+    assert "<td>0.png</td><td>a cross</td><td>a red cross | a plus</td>" in section
+    details = between(text, "<summary>Details of the metrics", "</details>")
+    assert "<td>fid.samples.fid_infinity</td><td>27.5</td>" in details
+    assert "categories" not in details
+
+
 def test_runs_side_by_side_name_the_difference(text: str) -> None:
     section = between(text, '<h2 id="runs">', "<h2")
     assert "Not comparable with other:" in section
