@@ -142,7 +142,8 @@ class EvaluationConfig:
         for name in ("num_prompts", "num_steps", "batch_size", "num_seed_sets"):
             check_number(f"--{name.replace('_', '-')}", getattr(self, name), least=1)
         check_number("--num-diverse-prompts", self.num_diverse_prompts, least=0)
-        for scale in (self.guidance_scale, *self.guidance_scales):
+        check_number("--guidance-scale", self.guidance_scale, least=1)
+        for scale in self.guidance_scales:
             check_number("--guidance-scales", scale, least=1)
         scales = {self.guidance_scale, *self.guidance_scales}
         if len({f"{scale:g}" for scale in scales}) < len(scales):
