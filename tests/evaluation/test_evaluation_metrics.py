@@ -8,6 +8,7 @@ import pytest
 from latent_t2i.evaluation.curves import guidance_chart, log_ticks, loss_chart, read_history, smooth
 from latent_t2i.evaluation.report import wilson
 
+
 def test_wilson_interval_of_known_values() -> None:
     assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
