@@ -7,7 +7,7 @@ from typing import Literal
 from latent_t2i.model.checks import check_number
 from latent_t2i.sample.config import SEED_LIMIT, DtypeName
 
-ResizeMode = Literal["legacy", "clean"]
+ResizeMode = Literal["legacy", "clean", "pytorch"]
 ProtocolName = Literal["own", "coco-uvit", "coco-mlperf"]
 
 
@@ -110,7 +110,8 @@ class EvaluationConfig:
     """Prompts of which several images are drawn, for LPIPS as diversity."""
     resize: ResizeMode = "legacy"
     """How images reach Inception's 299 px. legacy: TF1 bilinear, as in torch-fidelity. clean: PIL
-    bicubic with antialiasing, as in clean-fid."""
+    bicubic with antialiasing, as in clean-fid. pytorch: bilinear without antialiasing, as in
+    pytorch-fid, U-ViT and MLPerf."""
     guidance_scale: float = 4.0
     """The main guidance scale, whose metrics have no suffix."""
     guidance_interval: tuple[float, float] | None = None
@@ -166,7 +167,7 @@ class EvaluationConfig:
                 f"--captions: found {self.captions!r}, but the oracle uses generated prompts; "
                 "add --no-oracle or omit --captions"
             )
-        if not self.oracle and self.captions is None:
+        if not self.oracle and self.captions is None and self.protocol == "own":
             raise ValueError(
                 "--captions: required with --no-oracle; expected a file, or a folder of "
                 "captions or shards"

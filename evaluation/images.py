@@ -5,6 +5,7 @@ centre to that shape and then resized with Lanczos, which is the order of U-ViT'
 changes FID, so the protocol record names it.
 """
 
+import io
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,12 +49,15 @@ def image_size(path: Path) -> Size:
         return ImageOps.exif_transpose(image).size if image.getexif() else image.size
 
 
-def read_image(path: Path, size: Size | None = None) -> NDArray[np.uint8]:
+def read_image(
+    path: Path, size: Size | None = None, content: bytes | None = None
+) -> NDArray[np.uint8]:
     """Returns an image as RGB; cropped and resized to `size` if it is given.  # (H, W, 3)
 
+    With `content`, the file's bytes, `path` only names them.
     Raises ValueError, with the file's name, for a file that is not a readable image.
     """
-    with _naming(path), Image.open(path) as image:
+    with _naming(path), Image.open(path if content is None else io.BytesIO(content)) as image:
         picture = ImageOps.exif_transpose(image).convert("RGB")
     if size is not None:
         picture = fit(picture, size)

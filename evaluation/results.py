@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_t2i.evaluation import protocol
-from latent_t2i.evaluation.compare import read_results
+from latent_t2i.evaluation.compare import PER_IMAGE_FILE, RESULTS_FILE, read_results
 from latent_t2i.evaluation.draws import Draw
 from latent_t2i.evaluation.intervals import interval
 from latent_t2i.evaluation.metrics.metric import FeatureMetric
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from latent_t2i.evaluation.evaluate import Evaluation
 
 METRICS_FILE = "metrics.json"
-RESULTS_FILE = "evaluation.json"
-IMAGES_FILE = "per_image.jsonl"
 REPORT_FILE = "report.html"
 VERSION = 1
 SUMMARY = (
@@ -170,11 +168,14 @@ def write(run: Evaluation, found: dict[str, Any], timing: Mapping[str, float]) -
         metrics |= describe_bundle(run.inputs.bundle)
     found["metrics"] = metrics
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in per_image)
-    _replace(out / IMAGES_FILE, lines)
+    _replace(out / PER_IMAGE_FILE, lines)
     _replace(out / RESULTS_FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     _replace(out / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
     others = [read_results(name) for name in run.config.compare]
-    page = render_report(found, out, history=run.inputs.history, info=info, others=others)
+    page = render_report(
+        found, out, history=run.inputs.history, info=info, others=others,
+        train_shards=None if run.inputs.train_shards is None else str(run.inputs.train_shards),
+    )  # fmt: skip
     _replace(out / REPORT_FILE, page)
     print(summary(found, out))
     return out / REPORT_FILE

@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -21,18 +22,20 @@ from latent_t2i.evaluation.processes import Group
 from latent_t2i.scenes.prompts import Prompt
 
 if TYPE_CHECKING:
-    from latent_t2i.evaluation.statistics import FeatureStats
+    from latent_t2i.evaluation.feature_stats import FeatureStats
+    from latent_t2i.evaluation.training_set import TrainingSet
 
 T = TypeVar("T")
 Need = Literal["reference", "captions", "scenes", "bundle", "shards", "objects"]
 """What a metric needs besides the images. reference: real images or their statistics. captions: the
 texts that an image shows. scenes: prompts with their scene. bundle: a VAE to reconstruct with.
 shards: the training set. objects: the annotated objects of each prompt's image."""
-RowName = Literal["samples", "real", "reconstruction", "shuffled", "diverse"]
+RowName = Literal["samples", "real", "reconstruction", "shuffled", "diverse", "memorisation"]
 """samples: the images to judge. real: reference images in their place, the ceiling (set metrics: one
 half of the reference against the other). reconstruction: reference images through the bundle's VAE.
 shuffled: the samples with the captions of other samples, the floor. diverse: several images of each
-of a few prompts, whose batches are one prompt's images."""
+of a few prompts, whose batches are one prompt's images. memorisation: images of training captions,
+and of the prompts at guidance 1."""
 
 
 class MissingWeights(ValueError):
@@ -82,7 +85,7 @@ class Batch:
         found: T = self._cache[key]
         return found
 
-    def with_items(self, items: Sequence[Item]) -> "Batch":
+    def with_items(self, items: Sequence[Item]) -> Batch:
         """Returns the same images with other items; what is cached of the images is shared."""
         return Batch(images=self.images, items=items, originals=self.originals, _cache=self._cache)
 
@@ -102,7 +105,10 @@ class Context:
     """Statistics of the row's images, by extractor; metrics of one extractor share them."""
     reference: Callable[[str], FeatureStats] | None = None
     """Statistics of the reference under an extractor."""
-    train_features: Callable[[str], Any] | None = None
+    training: Callable[[], TrainingSet] | None = None
+    """Opens the training set, for metrics that need `shards`."""
+    out: Path | None = None
+    """The output folder, for files that a metric adds to the results."""
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """Loaded networks, by what identifies them."""
 
@@ -158,22 +164,37 @@ class Metric(abc.ABC):
 class FeatureMetric(Metric):
     """A metric of the distribution of features, whose statistics other metrics may share."""
 
+    needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
     extractor: ClassVar[str] = "inception"
+    uses_rows: ClassVar[bool] = False
+    """Whether mean and covariance are not enough."""
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        from latent_t2i.evaluation.features import load_extractor
-        from latent_t2i.evaluation.statistics import FeatureStats
+        from latent_t2i.evaluation.feature_stats import FeatureStats
+        from latent_t2i.evaluation.features import load_extractor, require_fit
 
         name = self.extractor_name()
         self.network = load_extractor(name, context)
         if name not in context.stats:
-            context.stats[name] = FeatureStats(self.network.dim)
+            sets = context.config.num_seed_sets
+            context.stats[name] = FeatureStats(self.network.dim, num_parts=sets)
         self.stats = context.stats[name]
+        require_fit(context.config.reference, self)
 
     def extractor_name(self) -> str:
         """Returns the extractor's name; it may depend on the settings."""
         return self.extractor
+
+    @property
+    def reference(self) -> FeatureStats:
+        """The statistics of the reference."""
+        assert self.context.reference is not None
+        return self.context.reference(self.extractor_name())
+
+    @abc.abstractmethod
+    def figures(self, stats: FeatureStats, reference: FeatureStats) -> dict[str, float]:
+        """Returns the figures of two distributions."""
 
     def update(self, batch: Batch) -> None:
         # Several metrics share `stats`: the second update with a batch does nothing.
@@ -181,6 +202,22 @@ class FeatureMetric(Metric):
 
     def gather(self, group: Group) -> None:
         self.stats.gather(group)
+
+    def compute(self) -> dict[str, float]:
+        return self.figures(self.stats, self.reference)
+
+    def spread(self, num_sets: int) -> dict[str, dict[str, Any]]:
+        """Returns each figure's mean, deviation and values over disjoint sets of the images.
+
+        The sets are position modulo `num_sets`, which is --num-seed-sets or divides it.
+        """
+        found = [self.figures(part, self.reference) for part in self.stats.split(num_sets)]
+        spreads = {}
+        for name in found[0]:
+            values = [figures[name] for figures in found]
+            std = float(np.std(values, ddof=1)) if num_sets > 1 else 0.0
+            spreads[name] = {"mean": float(np.mean(values)), "std": std, "values": values}
+        return spreads
 
     def identity(self) -> dict[str, str]:
         return self.network.identity()
