@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 Tokens = Sequence[str]
-Ngrams = Counter[tuple[str, ...]]
+Ngram = tuple[str, ...]
+Ngrams = Counter[Ngram]
 
 MAX_ORDER = 4
 PUNCTUATION = frozenset("'`\".?!,:-;")
@@ -72,7 +73,7 @@ def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 
 
 def _cider_of_image(
-    candidate: Ngrams, references: Sequence[Ngrams], weights: Mapping[Tokens, float], rare: float
+    candidate: Ngrams, references: Sequence[Ngrams], weights: Mapping[Ngram, float], rare: float
 ) -> float:
     own = _Weighted(candidate, weights, rare)
     total = sum(own.similarity(_Weighted(reference, weights, rare)) for reference in references)
@@ -82,8 +83,8 @@ def _cider_of_image(
 class _Weighted:
     """The n-grams of a caption, weighted by term and inverse document frequency."""
 
-    def __init__(self, counts: Ngrams, weights: Mapping[Tokens, float], rare: float) -> None:
-        self.vectors: list[dict[Tokens, float]] = [{} for _ in range(MAX_ORDER)]
+    def __init__(self, counts: Ngrams, weights: Mapping[Ngram, float], rare: float) -> None:
+        self.vectors: list[dict[Ngram, float]] = [{} for _ in range(MAX_ORDER)]
         for ngram, count in counts.items():
             self.vectors[len(ngram) - 1][ngram] = count * weights.get(ngram, rare)
         self.norms = [math.sqrt(sum(x * x for x in v.values())) for v in self.vectors]
