@@ -7,6 +7,7 @@ the rank of the covariance and raise the figure. These use disjoint sets of imag
 """
 
 from collections.abc import Hashable, Sequence
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,16 @@ def interval(
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(np.concatenate(means), [tail, 100 - tail])
     return float(low), float(high)
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Returns Wilson's interval (1927) of a share of `count` trials; 95 % for z = 1.96.
+
+    For values that are 0 or 1: the bootstrap of a share of 100 % would have no width.
+    """
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _sums_by_group(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_t2i.evaluation import protocol
 from latent_t2i.evaluation.compare import PER_IMAGE_FILE, RESULTS_FILE, read_results
 from latent_t2i.evaluation.draws import Draw
-from latent_t2i.evaluation.intervals import interval
+from latent_t2i.evaluation.intervals import interval, wilson
 from latent_t2i.evaluation.metrics.metric import FeatureMetric
 from latent_t2i.evaluation.reals import hash_file
 from latent_t2i.evaluation.report import render_report
@@ -109,8 +110,15 @@ def _intervals(run: Evaluation, row: Row) -> dict[str, tuple[float, float]]:
     by_name: dict[str, list[float]] = {}
     for values in row.values().values():
         for name, value in values.items():
-            by_name.setdefault(name, []).append(value)
-    return {name: interval(values, seed=run.config.seed) for name, values in by_name.items()}
+            if isfinite(value):
+                by_name.setdefault(name, []).append(value)
+    seed = run.config.seed
+    return {
+        name: wilson(sum(values) / len(values), len(values))
+        if set(values) <= {0.0, 1.0}
+        else interval(values, seed=seed)
+        for name, values in by_name.items()
+    }
 
 
 def _spread(run: Evaluation, row: Row) -> dict[str, dict[str, Any]]:

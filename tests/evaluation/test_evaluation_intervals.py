@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_t2i.evaluation.intervals import interval
+from latent_t2i.evaluation.intervals import interval, wilson
 
 
 def test_the_interval_of_a_mean_is_the_normal_one() -> None:
@@ -56,3 +56,9 @@ def test_many_values_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     whole = interval(values, num=100, seed=3)
     monkeypatch.setattr("latent_t2i.evaluation.intervals._NUM_AT_ONCE", 350)
     assert interval(values, num=100, seed=3) == whole
+
+
+def test_wilson_interval_of_known_values() -> None:
+    assert wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson(0.0, 10)[0] == 0.0
