@@ -177,11 +177,12 @@ def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[st
     items = [*inputs.items, *(reals.items if reals else ())]
     found = contamination.check(items, inputs.train_shards, reals.paths if reals else ())
     if found is not None and not config.allow_contamination:
+        examples = ", ".join(found["examples"][:3])
         raise ValueError(
-            f"--captions or --reference: {found['count']} of the images are in the training "
-            f"set {inputs.train_shards}, such as {', '.join(map(str, found['examples'][:3]))}; expected "
-            "images that the model has not seen: choose another split, or add "
-            "--allow-contamination to continue with a mark in every result"
+            f"--captions or --reference: {found['count']} of the images are in the training set "
+            f"{inputs.train_shards}, such as {examples}; expected images that the model has not "
+            "seen: choose another split, or add --allow-contamination to continue with a mark in "
+            "every result"
         )
     return found
 
