@@ -360,7 +360,9 @@ def read_header(path: Path) -> Header:
 def open_npz(path: Path) -> Iterator[Any]:
     """Opens a .npz file; raises ValueError, with its name, if it is not one."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a file that it opens itself open after an error.
+        with path.open("rb") as binary:
+            file = np.load(binary, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array")
             yield file

@@ -31,7 +31,7 @@ def pytest_configure() -> None:
     except RuntimeError:
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901 - kept below
+        library = torch.library.Library("torchvision", "DEF")  # kept below
         for name, schema in MISSING_OPERATORS.items():
             library.define(name + schema)
         sys.modules["torchvision"] = importlib.import_module("torchvision")

@@ -96,9 +96,7 @@ def test_fid_and_kid_legacy_equal_torch_fidelity(
     fid, kid = Fid(ours), Kid(ours)
     for metric in (fid, kid):
         feed(metric, photos[0])
-    assert fid.compute()["fid"] == pytest.approx(
-        theirs["frechet_inception_distance"], rel=WITHIN
-    )
+    assert fid.compute()["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=WITHIN)
     assert kid.compute()["kid"] == pytest.approx(
         theirs["kernel_inception_distance_mean"], rel=WITHIN
     )
@@ -160,16 +158,18 @@ def test_fid_clean_equals_clean_fid(
     """clean-fid's own network has no random weights, so it gets ours; all else is its own."""
     theirs = pytest.importorskip("cleanfid.fid", reason="see .ci/references")
     extractor = extractors["clean"]
-    rows = []
-    for number, images in enumerate(photos):
-        rows.append(
-            theirs.get_folder_features(
-                str(write_images(tmp_path / str(number), images)),
-                model=lambda pixels: extractor._body((pixels - 128) / 128),
-                num_workers=0, batch_size=16, device=torch.device("cpu"), mode="clean",
-                verbose=False,
-            )  # fmt: skip
+    rows = [
+        theirs.get_folder_features(
+            str(write_images(tmp_path / str(number), images)),
+            model=lambda pixels: extractor._body((pixels - 128) / 128),
+            num_workers=0,
+            batch_size=16,
+            device=torch.device("cpu"),
+            mode="clean",
+            verbose=False,
         )
+        for number, images in enumerate(photos)
+    ]
     ours = [extractor.extract(images) for images in photos]
     for found, expected in zip(ours, rows, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -208,9 +208,8 @@ def test_fid_pytorch_equals_pytorch_fid(
     for found, expected in zip(ours, rows, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
     parts = [np.float64(r[:, :12]) for r in rows]
-    fid = theirs.calculate_frechet_distance(
-        *(f(p, **k) for p in parts for f, k in ((np.mean, {"axis": 0}), (np.cov, {"rowvar": False})))
-    )
+    moments = [(rows.mean(0), np.cov(rows, rowvar=False)) for rows in parts]
+    fid = theirs.calculate_frechet_distance(*moments[0], *moments[1])
     stats = [stats_of(np.ascontiguousarray(found[:, :12])) for found in ours]
     assert Fid.figures(_named("fid"), *stats)["fid"] == pytest.approx(fid, rel=WITHIN)
 
@@ -242,7 +241,7 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
         load_extractor("inception", make_context(path))
     state = {"Conv2d_1a_3x3.conv.weight": torch.zeros(32, 3, 3, 3)}
     torch.save(state, path)
-    with pytest.raises(ValueError, match="does not hold the weights of .* Missing key"):
+    with pytest.raises(ValueError, match=r"does not hold the weights of .* Missing key"):
         load_extractor("inception", make_context(path))
 
 
