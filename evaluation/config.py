@@ -167,7 +167,7 @@ class EvaluationConfig:
                 f"--captions: found {self.captions!r}, but the oracle uses generated prompts; "
                 "add --no-oracle or omit --captions"
             )
-        if not self.oracle and self.captions is None:
+        if not self.oracle and self.captions is None and self.protocol == "own":
             raise ValueError(
                 "--captions: required with --no-oracle; expected a file, or a folder of "
                 "captions or shards"

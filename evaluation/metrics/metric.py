@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
@@ -22,21 +23,27 @@ from latent_t2i.scenes.prompts import Prompt
 
 if TYPE_CHECKING:
     from latent_t2i.evaluation.feature_stats import FeatureStats
+    from latent_t2i.evaluation.training_set import TrainingSet
 
 T = TypeVar("T")
 Need = Literal["reference", "captions", "scenes", "bundle", "shards", "objects"]
 """What a metric needs besides the images. reference: real images or their statistics. captions: the
 texts that an image shows. scenes: prompts with their scene. bundle: a VAE to reconstruct with.
 shards: the training set. objects: the annotated objects of each prompt's image."""
-RowName = Literal["samples", "real", "reconstruction", "shuffled", "diverse"]
+RowName = Literal["samples", "real", "reconstruction", "shuffled", "diverse", "memorisation"]
 """samples: the images to judge. real: reference images in their place, the ceiling (set metrics: one
 half of the reference against the other). reconstruction: reference images through the bundle's VAE.
 shuffled: the samples with the captions of other samples, the floor. diverse: several images of each
-of a few prompts, whose batches are one prompt's images."""
+of a few prompts, whose batches are one prompt's images. memorisation: images of training captions,
+and of the prompts at guidance 1."""
 
 
 class MissingWeights(ValueError):
     """Weights are unavailable; the message names the file, its origin and where to put it."""
+
+
+class NotApplicable(MissingWeights):
+    """The metric says nothing about these images; the message gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +85,7 @@ class Batch:
         found: T = self._cache[key]
         return found
 
-    def with_items(self, items: Sequence[Item]) -> "Batch":
+    def with_items(self, items: Sequence[Item]) -> Batch:
         """Returns the same images with other items; what is cached of the images is shared."""
         return Batch(images=self.images, items=items, originals=self.originals, _cache=self._cache)
 
@@ -98,7 +105,10 @@ class Context:
     """Statistics of the row's images, by extractor; metrics of one extractor share them."""
     reference: Callable[[str], FeatureStats] | None = None
     """Statistics of the reference under an extractor."""
-    train_features: Callable[[str], Any] | None = None
+    training: Callable[[], TrainingSet] | None = None
+    """Opens the training set, for metrics that need `shards`."""
+    out: Path | None = None
+    """The output folder, for files that a metric adds to the results."""
     shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
     """Loaded networks, by what identifies them."""
 
@@ -108,6 +118,12 @@ class Context:
             self.shared[key] = make()
         found: T = self.shared[key]
         return found
+
+
+def merge(group: Group, values: Mapping[int, T]) -> dict[int, T]:
+    """Returns the values of all processes by position, in that order."""
+    merged = {position: value for part in group.gather(values) for position, value in part.items()}
+    return dict(sorted(merged.items()))
 
 
 class Metric(abc.ABC):
@@ -227,8 +243,7 @@ class ImageMetric(Metric):
             self.values[item.position] = dict(values)
 
     def gather(self, group: Group) -> None:
-        merged = {p: v for values in group.gather(self.values) for p, v in values.items()}
-        self.values = dict(sorted(merged.items()))
+        self.values = merge(group, self.values)
 
     def compute(self) -> dict[str, float]:
         names = dict.fromkeys(name for values in self.values.values() for name in values)
