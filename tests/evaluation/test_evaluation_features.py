@@ -16,7 +16,7 @@ from transformers import (
 
 from latent_t2i.evaluation import features
 from latent_t2i.evaluation.config import EvaluationConfig, WeightsConfig
-from latent_t2i.evaluation.feature_stats import FeatureStats, stats_of
+from latent_t2i.evaluation.feature_stats import stats_of
 from latent_t2i.evaluation.features import Extractor, load_extractor
 from latent_t2i.evaluation.metrics.frechet import FrechetDistance
 from latent_t2i.evaluation.metrics.kid import Kid
@@ -117,9 +117,7 @@ def test_missing_inception_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert features.INCEPTION_URL in message
     weights = WeightsConfig(inception="nowhere.pth")
     with pytest.raises(MissingWeights, match=r"no file nowhere\.pth"):
-        load_extractor(
-            "inception", Context(config=EvaluationConfig(name="tests", weights=weights))
-        )
+        load_extractor("inception", Context(config=EvaluationConfig(name="tests", weights=weights)))
 
 
 def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,9 +258,9 @@ class KnownLogits(Inception):
 
 
 def score_of(classes: list[int], batch_size: int = 7, num_processes: int = 1) -> dict[str, Any]:
-    images = np.zeros((len(classes), 4, 4, 3), np.uint8) + np.array(
-        classes, np.uint8
-    ).reshape(-1, 1, 1, 1)
+    images = np.zeros((len(classes), 4, 4, 3), np.uint8) + np.array(classes, np.uint8).reshape(
+        -1, 1, 1, 1
+    )
     metric = InceptionScore(make_context(KnownLogits()))
     feed(metric, images, batch_size)
     metric.gather(Group())

@@ -127,9 +127,7 @@ def test_an_output_file_of_other_images_is_kept(coco: CocoFolder, tmp_path: Path
         statistics(coco.images, tmp_path / "a.npz", num_images=3)
 
 
-def test_statistics_of_other_tools_are_stamped(
-    network: RandomNetwork, tmp_path: Path
-) -> None:
+def test_statistics_of_other_tools_are_stamped(network: RandomNetwork, tmp_path: Path) -> None:
     path = tmp_path / "val2014_30k_stats.npz"
     np.savez(path, mu=np.zeros(network.dim), sigma=np.eye(network.dim))
     found = statistics(path, tmp_path / "a.npz", resize="pytorch")
@@ -147,9 +145,7 @@ def test_unusable_images_of_a_source_are_counted(
 ) -> None:
     images = coco.read("captions")["images"]
     coco.change("captions", images=[*images, {"id": 99, "file_name": "../outside.png"}])
-    found = statistics(
-        coco.images, tmp_path / "a.npz", kind="coco", captions=str(coco.captions)
-    )
+    found = statistics(coco.images, tmp_path / "a.npz", kind="coco", captions=str(coco.captions))
     assert (found.count, found.identity["images_left_out"]) == (NUM, "1")
     assert "left out 1 of 7 images" in capsys.readouterr().out
 

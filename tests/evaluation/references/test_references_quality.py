@@ -72,7 +72,7 @@ def theirs(inception_weights: Path, photos: Photos) -> dict[str, float]:
         input1=Pixels(photos[0]),
         input2=Pixels(photos[1]),
         feature_extractor_weights_path=str(inception_weights),
-        fid=True, kid=True, isc=True, kid_subset_size=30, kid_subsets=20, isc_splits=NUM_PARTS,
+        fid=True, kid=True, isc=True, kid_subset_size=15, kid_subsets=20, isc_splits=NUM_PARTS,
         samples_shuffle=False, batch_size=16, cuda=False, verbose=False, cache=False,
         save_cpu_ram=True,
     )  # fmt: skip
@@ -85,7 +85,7 @@ def test_fid_and_kid_legacy_equal_torch_fidelity(
     theirs: dict[str, float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("latent_t2i.evaluation.metrics.kid.SUBSET_SIZE", 30)
+    monkeypatch.setattr("latent_t2i.evaluation.metrics.kid.SUBSET_SIZE", 15)
     monkeypatch.setattr("latent_t2i.evaluation.metrics.kid.NUM_SUBSETS", 20)
     context = make_context(inception_weights)
     reference = Fid(context)
@@ -94,8 +94,7 @@ def test_fid_and_kid_legacy_equal_torch_fidelity(
         config=context.config, shared=context.shared, reference=lambda _: reference.stats
     )
     fid, kid = Fid(ours), Kid(ours)
-    for metric in (fid, kid):
-        feed(metric, photos[0])
+    feed(fid, photos[0])  # the statistics are shared
     assert fid.compute()["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=WITHIN)
     assert kid.compute()["kid"] == pytest.approx(
         theirs["kernel_inception_distance_mean"], rel=WITHIN
