@@ -129,7 +129,7 @@ def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
         load_extractor("inception", Context(config=config))
 
 
-def save_stats(path: Path, network: Extractor, **changed: str) -> Path:
+def save_stats(path: Path, network: Extractor, changed: dict[str, str]) -> Path:
     stats = stats_of(np.random.default_rng(0).standard_normal((9, network.dim)).astype(np.float32))
     stats.identity = network.identity() | changed
     stats.save(path)
@@ -138,11 +138,11 @@ def save_stats(path: Path, network: Extractor, **changed: str) -> Path:
 
 def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
     network = RandomNetwork()
-    path = save_stats(tmp_path / "same.npz", network, torch="another version")
+    path = save_stats(tmp_path / "same.npz", network, {"torch": "another version"})
     assert load_statistics(path, network).count == 9
     Kid(_with_reference(network, path))
     for name, value in (("resize", "clean"), ("weights_sha256", "f" * 64), ("network", "other")):
-        path = save_stats(tmp_path / f"{name}.npz", network, **{name: value})
+        path = save_stats(tmp_path / f"{name}.npz", network, {name: value})
         expected = network.identity()[name]
         with pytest.raises(ValueError, match=f"expected {name} '{expected}', found '{value}'"):
             load_statistics(path, network)
