@@ -7,17 +7,20 @@ evaluation share images; a description is short, so memory stays small.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from latent_t2i.evaluation.clip_model import find_weights, load_image_processor
 from latent_t2i.evaluation.metrics.metric import Context, MissingWeights
+from latent_t2i.evaluation.networks import (
+    find_network,
+    load_image_processor,
+    load_network,
+    load_tokenizer,
+)
 from latent_t2i.model.encoders import fingerprint, quiet
-from latent_t2i.model.folders import loading, read_config, require_complete, require_weights
 
 FLAG = "--weights.captioner"
 EXAMPLE = "Salesforce/blip-image-captioning-large"
@@ -36,23 +39,12 @@ class Captioner:
         """Loads a folder or Hub repository; raises ValueError if it is not a complete captioner."""
         self.name = name
         self._device = device
-        folder = find_weights(name, FILES, FLAG)
-        read_config(folder, "model_type", KINDS, flag=FLAG)
-        require_weights(folder, "model", flag=FLAG)
-        with quiet(), loading(folder, flag=FLAG):
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._processor = load_image_processor(folder)
-        model, report = loaded
-        require_complete(report, folder, "a captioner", flag=FLAG)
+        folder = find_network(name, FILES, KINDS, flag=FLAG)
+        self._tokenizer = load_tokenizer(AutoTokenizer, folder, flag=FLAG)
+        self._processor = load_image_processor(folder, flag=FLAG)
+        model = load_network(AutoModelForImageTextToText, folder, "a captioner", flag=FLAG)
         self.fingerprint = fingerprint(model)
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = model.to(device)
         self._known: dict[bytes, str] = {}
 
     def describe(self, images: NDArray[np.uint8]) -> list[str]:

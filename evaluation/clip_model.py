@@ -17,18 +17,17 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.metrics.metric import Batch, Context, MissingWeights
-from latent_t2i.model.encoders import fingerprint, quiet
-from latent_t2i.model.folders import (
-    fetch,
-    loading,
-    read_config,
-    require_complete,
-    require_weights,
+from latent_t2i.evaluation.metrics.metric import Batch, Context
+from latent_t2i.evaluation.networks import (
+    find_network,
+    load_image_processor,
+    load_network,
+    load_tokenizer,
 )
+from latent_t2i.model.encoders import fingerprint
 from latent_t2i.model.paths import find_path, output_root
 
 FLAG = "--weights.clip"
@@ -46,23 +45,12 @@ class Clip:
         """Loads a folder or Hub repository; raises ValueError if it is not a complete CLIP."""
         self.name = name
         self._device = device
-        folder = find_weights(name, CLIP_FILES, FLAG)
-        read_config(folder, "model_type", ("clip",), flag=FLAG)
-        require_weights(folder, "model", flag=FLAG)
-        with quiet(), loading(folder, flag=FLAG):
-            loaded: Any = CLIPModel.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            self._processor = load_image_processor(folder)
-        model, report = loaded
-        require_complete(report, folder, "a CLIP model", flag=FLAG)
+        folder = find_network(name, CLIP_FILES, ("clip",), flag=FLAG)
+        self._tokenizer = load_tokenizer(CLIPTokenizer, folder, flag=FLAG)
+        self._processor = load_image_processor(folder, flag=FLAG)
+        model = load_network(CLIPModel, folder, "a CLIP model", flag=FLAG)
         self.fingerprint = fingerprint(model)
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model = model.to(device)
 
     @property
     def max_tokens(self) -> int:
@@ -171,20 +159,6 @@ def _bundle_folder(config: EvaluationConfig) -> Path | None:
     own = output_root() / "runs" / config.name / "bundle"
     folder = own if config.bundle is None else find_path(config.bundle)
     return folder if folder is not None and folder.is_dir() else None
-
-
-def find_weights(name: str, files: Sequence[str], flag: str) -> Path:
-    """Returns the folder of a network; raises MissingWeights if it cannot be had."""
-    try:
-        return fetch(name, None, files, flag=flag)
-    except ValueError as error:
-        raise MissingWeights(str(error)) from error
-
-
-def load_image_processor(folder: Path) -> Any:
-    """Returns the image processor in a folder, always with the PIL backend."""
-    # The backends differ by up to 2 of 255, and torchvision's is chosen where it is installed.
-    return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
 
 
 def _parts(values: Any) -> list[Any]:

@@ -5,7 +5,7 @@ from time import time
 from typing import Literal
 
 from latent_t2i.model.checks import check_number
-from latent_t2i.sample.config import SEED_LIMIT, DtypeName
+from latent_t2i.sample.config import SEED_LIMIT, DtypeName, SchedulerName
 
 ResizeMode = Literal["legacy", "clean", "pytorch"]
 ProtocolName = Literal["own", "coco-uvit", "coco-mlperf"]
@@ -18,10 +18,11 @@ class WeightsConfig:
     clip: str = "scenes/encoders/clip"
     """CLIP model of the CLIP score and of R-precision."""
     inception: str | None = None
-    """torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth) for FID, KID and
-    the Inception score; default: the torch hub cache."""
+    """torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth) for FID, KID
+    and the Inception score; default: the torch hub cache."""
     lpips: str | None = None
-    """Weights of LPIPS' backbone (torchvision's vgg16-397923af.pth); default: the torch hub cache."""
+    """Weights of LPIPS' backbone (torchvision's vgg16-397923af.pth); default: the torch hub
+    cache."""
     features: str = "scenes/encoders/clip"
     """Feature extractor of the Frechet distance, CMMD, MIND and of memorisation: a transformers
     or timm model, such as facebook/dinov2-large or openai/clip-vit-large-patch14-336."""
@@ -44,13 +45,13 @@ class SweepConfig:
     """Guidance intervals to compare, in sigma, at the main guidance scale."""
     guides: tuple[str, ...] = ()
     """Weaker bundles for autoguidance: an earlier snapshot, or a shorter EMA."""
-    schedulers: tuple[str, ...] = ()
+    schedulers: tuple[SchedulerName, ...] = ()
     """Samplers to compare, each at all of `num_steps`."""
     num_steps: tuple[int, ...] = ()
     """Numbers of steps to compare, with each of `schedulers`."""
     checkpoints: tuple[str, ...] = ()
-    """Bundles of one run at different steps, for the metrics against images seen: bundle folders, or
-    one folder that contains them."""
+    """Bundles of one run at different steps, for the metrics against images seen: bundle folders,
+    or one folder that contains them."""
 
     def __post_init__(self) -> None:
         if self.num_prompts is not None:
@@ -120,7 +121,7 @@ class EvaluationConfig:
     """Guidance scales to compare, on half of the prompts."""
     num_steps: int = 20
     """Number of sampler steps."""
-    scheduler: str = "dpmpp"
+    scheduler: SchedulerName = "dpmpp"
     """The sampler, as for sample.run."""
     sweep: SweepConfig = SweepConfig()
     """Further settings to compare."""

@@ -336,6 +336,10 @@ def _chart(fill: Callable[[Axes], None], about: str, height_in: float) -> str:
     with plt.rc_context(STYLE | {"svg.hashsalt": about}):
         figure, axes = plt.subplots(figsize=(4.8, height_in), layout="constrained")
         fill(axes)
+        engine = figure.get_layout_engine()
+        assert engine is not None, "constrained"
+        engine.execute(figure)
+        figure.set_layout_engine("none")  # else savefig draws twice
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None})
         plt.close(figure)

@@ -1,7 +1,7 @@
 """Which images an evaluation draws, and their folders.
 
-A folder's name ends in a hash of the bundle, prompts, seeds and settings. The same command therefore
-finds its finished images again, and changed settings never mix with older images.
+A folder's name ends in a hash of the bundle, prompts, seeds and settings. The same command
+therefore finds its finished images again, and changed settings never mix with older images.
 """
 
 import hashlib

@@ -1,12 +1,11 @@
-"""`evaluation.run`: draws the images that are missing, judges them, writes the results and a report.
+"""`evaluation.run`: draws the missing images, judges them, and writes results and a report.
 
-Phases in order: inputs, choice of metrics, drawing, judging, sweeps, results. All images are on disk
-before they are judged, so a killed evaluation continues with the same command and ends with the same
-figures.
+Phases in order: inputs, choice of metrics, drawing, judging, sweeps, results. All images are on
+disk before they are judged, so a killed evaluation continues with the same command and ends with
+the same figures.
 """
 
 import copy
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -85,7 +84,7 @@ def evaluate(config: EvaluationConfig) -> Path:
     group = start_group()
     config = apply_protocol(config)
     inputs = open_inputs(config)
-    device = _device(config.device, group)
+    device = sampler.choose_device(config.device)
     panel = Panel(config=config, device=device, inputs=inputs.available, out=inputs.out)
     run = Evaluation(config=config, inputs=inputs, group=group, panel=panel)
     if inputs.bundle is not None:
@@ -103,12 +102,6 @@ def evaluate(config: EvaluationConfig) -> Path:
         return inputs.out / results.REPORT_FILE
     timing = {"total_seconds": round(time.time() - (config.started_at or began), 1)}
     return results.write(run, found, timing)
-
-
-def _device(name: str, group: Group) -> str:
-    chosen = sampler.choose_device(name)
-    local = os.environ.get("LOCAL_RANK", "0")
-    return f"cuda:{local}" if chosen == "cuda" and group.world_size > 1 else chosen
 
 
 def draw_samples(run: Evaluation) -> tuple[Draw | None, list[Path]]:

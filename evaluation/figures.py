@@ -125,7 +125,7 @@ FIGURES = {
     ),
     r"memorisation/ratio": Figure(
         title="Memorisation: ratio",
-        meaning="Distance to the nearest training image over that image's distance to its neighbours",
+        meaning="Distance to the nearest training image over that image's to its neighbours",
         family="other",
     ),
     r"memorisation/closer": Figure(

@@ -71,8 +71,8 @@ def _of_bundle(config: EvaluationConfig, out: Path) -> Inputs:
     size = (config.size, config.size) if config.size else _bundle_size(folder)
     if config.oracle and size[0] != size[1]:
         raise ValueError(
-            f"--oracle: the bundle generates images of {size[0]} x {size[1]} pixels, but the oracle "
-            "needs square ones; expected --no-oracle and --captions"
+            f"--oracle: the bundle generates images of {size[0]} x {size[1]} pixels, but the "
+            "oracle needs square ones; expected --no-oracle and --captions"
         )
     items = add_objects(_make_items(config, out), config.objects)
     return Inputs(out=out, items=items, size=size, bundle=folder, info=info, history=history)
@@ -177,11 +177,12 @@ def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[st
     items = [*inputs.items, *(reals.items if reals else ())]
     found = contamination.check(items, inputs.train_shards, reals.paths if reals else ())
     if found is not None and not config.allow_contamination:
+        examples = ", ".join(found["examples"][:3])
         raise ValueError(
             f"--captions or --reference: {found['count']} of the images are in the training set "
-            f"{inputs.train_shards}, such as {', '.join(map(str, found['examples'][:3]))}; expected "
-            "images that the model has not seen: choose another split, or add "
-            "--allow-contamination to continue with a mark in every result"
+            f"{inputs.train_shards}, such as {examples}; expected images that the model has not "
+            "seen: choose another split, or add --allow-contamination to continue with a mark in "
+            "every result"
         )
     return found
 

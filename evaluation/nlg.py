@@ -13,25 +13,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 Tokens = Sequence[str]
-Ngrams = Counter[tuple[str, ...]]
+Ngram = tuple[str, ...]
+Ngrams = Counter[Ngram]
 
 MAX_ORDER = 4
-PUNCTUATION = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
-"""Tokens that COCO's evaluation leaves out."""
+PUNCTUATION = frozenset("'`\".?!,:-;")
+"""Tokens that COCO's evaluation leaves out, and runs of full stops or hyphens."""
 _QUOTES = str.maketrans("\u2018\u2019\u201c\u201d", "''\"\"")
 """Typographic quotation marks to plain ones."""
 _TOKEN = re.compile(
     r"""
-      (?:[a-z]\.){2,}                           # u.s., p.m.
-    | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc|no)\.(?=\s)
-    | \d+(?:[.,:/]\d+)+ | \.\d+                 # 2.5, 3,000, 5:30, 1/2
-    | n't\b | '(?:s|re|ve|ll|d|m|em)\b
+      (?:[a-z]\.){2,}(?![a-z]) | (?:[a-z]\.)+[a-z]\b   # u.s., p.m., u.s.a
+    | (?:mr|mrs|ms|dr|st|jr|sr|vs|etc)\.(?=\s|$)
+    | \d+(?:[.,:/]\d+)+ | \.\d+                         # 2.5, 3,000, 5:30, 1/2
+    | n't\b | '(?:s|re|ve|ll|d|m|em)\b | 'n'
     | [^\W_]+?(?=n't\b)
-    | [^\W_]+(?:[-_/&.@][^\W_]+)*               # words, t-shirt, black/white, at&t, a.com
-    | \.{2,} | -{2,} | \S
+    | [^\W\d_]+'(?!(?:s|re|ve|ll|d|m)\b)[^\W\d_]+        # o'clock
+    | [^\W_]+(?:[-_/&.@][^\W_]+)*                       # t-shirt, black/white, at&t
+    | \.{2,} | -{2,} | [?!]{2,} | \S
     """,
     re.VERBOSE,
 )
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _JOINED = {
     "cannot": ("can", "not"),
     "gonna": ("gon", "na"),
@@ -45,11 +48,12 @@ _JOINED = {
 def tokenise(text: str) -> list[str]:
     """Returns the lower-case words of a caption as the Penn Treebank splits them.
 
-    Contractions are split (do n't, it 's) and punctuation is left out.
+    Contractions are split (do n't, it 's), brackets get names, and punctuation is left out.
     """
     found = _TOKEN.findall(text.translate(_QUOTES).lower())
     tokens = chain.from_iterable(_JOINED.get(token, (token,)) for token in found)
-    return [token for token in tokens if token not in PUNCTUATION and token != '"']
+    kept = (token for token in tokens if token not in PUNCTUATION and token.strip(".-"))
+    return [_BRACKETS.get(token, token) for token in kept]
 
 
 def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> list[float]:
@@ -69,7 +73,7 @@ def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 
 
 def _cider_of_image(
-    candidate: Ngrams, references: Sequence[Ngrams], weights: Mapping[Tokens, float], rare: float
+    candidate: Ngrams, references: Sequence[Ngrams], weights: Mapping[Ngram, float], rare: float
 ) -> float:
     own = _Weighted(candidate, weights, rare)
     total = sum(own.similarity(_Weighted(reference, weights, rare)) for reference in references)
@@ -79,8 +83,8 @@ def _cider_of_image(
 class _Weighted:
     """The n-grams of a caption, weighted by term and inverse document frequency."""
 
-    def __init__(self, counts: Ngrams, weights: Mapping[Tokens, float], rare: float) -> None:
-        self.vectors: list[dict[Tokens, float]] = [{} for _ in range(MAX_ORDER)]
+    def __init__(self, counts: Ngrams, weights: Mapping[Ngram, float], rare: float) -> None:
+        self.vectors: list[dict[Ngram, float]] = [{} for _ in range(MAX_ORDER)]
         for ngram, count in counts.items():
             self.vectors[len(ngram) - 1][ngram] = count * weights.get(ngram, rare)
         self.norms = [math.sqrt(sum(x * x for x in v.values())) for v in self.vectors]

@@ -83,6 +83,9 @@ def _context(
         "name": results.get("name", out.name),
         "info": info,
         "results": results,
+        "metrics": results.get("metrics", {}),
+        "skipped": results.get("skipped", {}),
+        "num_samples": _num(results),
         "contamination": results.get("contamination"),
         "few": _num(results) < FEW_IMAGES,
         "few_images": FEW_IMAGES,
@@ -100,6 +103,8 @@ def _context(
         "time_breakdown": _time_breakdown(lines),
         "num_skipped": next((line["skipped"] for line in lines[::-1] if "skipped" in line), 0),
         "categories": categories(results),
+        "descriptions": _details(results, "caption_similarity").get("examples", ()),
+        "details": _scalars(results.get("details", {})),
         "memorisation": memorisation(results, out),
         "data": _data(info, train_shards),
         "settings": _flat((info or {}).get("config", {})),
@@ -113,10 +118,10 @@ def _sections(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     titles = [
         ("figures", "All figures"), ("runs", "Side by side"), ("pictures", "Pictures"),
         ("guidance", "Guidance"), *sweeps, ("convergence", "Convergence"), ("training", "Training"),
-        ("categories", "Objects by category"), ("memorisation", "Memorisation"),
-        ("data", "Training data"),
+        ("categories", "Objects by category"), ("descriptions", "Descriptions"),
+        ("memorisation", "Memorisation"), ("data", "Training data"),
     ]  # fmt: skip
-    optional = ("runs", "guidance", "convergence", "categories", "memorisation")
+    optional = ("runs", "guidance", "convergence", "categories", "descriptions", "memorisation")
     return [(key, title) for key, title in titles if key not in optional or found[key]]
 
 
@@ -337,6 +342,16 @@ def _data(info: Mapping[str, Any] | None, train_shards: str | None) -> dict[str,
         chart = bar_chart(found["lengths"], "tokens per caption", "captions in the sample")
         found["chart"] = Markup(chart or "")
     return found
+
+
+def _scalars(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Returns the numbers and texts of the metrics' details, without lists and long tables."""
+    flat = _flat(values)
+    return [
+        (name, value)
+        for name, value in flat
+        if isinstance(value, str | int | float) and ".categories." not in name
+    ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -170,7 +170,7 @@ def write(run: Evaluation, found: dict[str, Any], timing: Mapping[str, float]) -
     """Writes all files, the report last, and prints a summary; returns the report's path."""
     out, info = run.out, run.inputs.info
     per_image = found.pop("per_image")
-    metrics = flatten(found) | timing
+    metrics = flatten(found) | dict(timing)
     if run.inputs.bundle is not None and info is not None:
         metrics["train_seconds"] = round(float(info["train_seconds"]), 1)
         metrics |= describe_bundle(run.inputs.bundle)

@@ -7,7 +7,7 @@ CLIP's text tower, which needs no further weights.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from latent_t2i.evaluation.clip_model import NUM_AT_ONCE, Clip, find_weights, load_clip
+from latent_t2i.evaluation.clip_model import NUM_AT_ONCE, Clip, load_clip
 from latent_t2i.evaluation.metrics.metric import Context
+from latent_t2i.evaluation.networks import find_network, load_network, load_tokenizer
 from latent_t2i.model.checks import read_json_object
-from latent_t2i.model.encoders import fingerprint, quiet
-from latent_t2i.model.folders import loading, require_complete, require_weights
+from latent_t2i.model.encoders import fingerprint
 
 FLAG = "--weights.sentences"
 FILES = ("config.json", "model.safetensors*", "tokenizer*", "vocab*", "special_tokens_map.json")
@@ -57,23 +57,13 @@ class SentenceEncoder:
     def __init__(self, name: str, device: str = "cpu") -> None:
         """Loads a folder or Hub repository; raises ValueError if it is no such encoder."""
         self._device = device
-        folder = find_weights(name, FILES, FLAG)
+        folder = find_network(name, FILES, flag=FLAG)
         _require_mean_pooling(folder)
-        require_weights(folder, "model", flag=FLAG)
-        with quiet(), loading(folder, flag=FLAG):
-            loaded: Any = AutoModel.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model, report = loaded
-        report["missing_keys"] = [k for k in report["missing_keys"] if not k.startswith("pooler.")]
-        require_complete(report, folder, "a sentence encoder", flag=FLAG)
+        self._tokenizer = load_tokenizer(AutoTokenizer, folder, flag=FLAG)
+        # Encoders of sentences often come without BERT's pooler, which is not used here.
+        model = load_network(AutoModel, folder, "a sentence encoder", flag=FLAG, optional="pooler.")
         self._fingerprint = fingerprint(model)
-        self._model = model.eval().requires_grad_(False).to(device)
+        self._model = model.to(device)
         limit = int(model.config.max_position_embeddings)
         self._max_tokens = min(int(self._tokenizer.model_max_length), limit)
 

@@ -100,7 +100,8 @@ def convergence(results: Mapping[str, Any]) -> dict[str, Any] | None:
     axis = "step" if any(e.get("images_seen") is None for e in sweep) else "images_seen"
     hours = {e[axis]: f"{e['hours']:.3g}" for e in sweep if e.get("hours") is not None}
     losses = [entry.get("validation_loss") for entry in sweep]
-    charts, rows = {}, []
+    charts: dict[str, Markup] = {}
+    rows = []
     for name in _main_names([entry["figures"] for entry in sweep], _num(sweep)):
         values = [entry["figures"].get(name) for entry in sweep]
         number = _best(name, values)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from latent_t2i.evaluation.captioner import load_captioner
 from latent_t2i.evaluation.config import EvaluationConfig
@@ -89,14 +90,16 @@ class CaptionSimilarity(ImageMetric):
 
     def _cosines(self, described: Sequence[Described]) -> list[dict[str, float]]:
         """Returns the mean cosine with the references: of the caption, and of the first of them."""
+        if not described:
+            return []
         texts = [text for d in described for text in (d.caption, *d.references)]
-        found = iter(self._sentences.embed(texts) if texts else ())
+        embeddings = self._sentences.embed(texts)  # (T, D)
+        ends = np.cumsum([1 + len(item.references) for item in described])
         values = []
-        for item in described:
-            own, *others = (next(found) for _ in range(1 + len(item.references)))
-            cosines = {f"{self.name}/cosine": float(np.mean(others @ own))}
+        for own, *others in np.split(embeddings, ends[:-1]):
+            cosines = {f"{self.name}/cosine": _mean_cosine(own, others)}
             if self.context.row == "samples" and len(others) > 1:
-                cosines[f"{self.name}/cosine/human"] = float(np.mean(others[1:] @ others[0]))
+                cosines[f"{self.name}/cosine/human"] = _mean_cosine(others[0], others[1:])
             values.append(cosines)
         return values
 
@@ -115,6 +118,11 @@ class CaptionSimilarity(ImageMetric):
                 f"{self.name}/rouge_l{suffix}": rouge_l(caption, of_image),
             }
         self._bleu[f"{self.name}/bleu_4{suffix}"] = bleu_4(captions, references)
+
+
+def _mean_cosine(one: NDArray[np.float32], others: Sequence[NDArray[np.float32]]) -> float:
+    """Returns the mean cosine of embeddings of length 1."""
+    return float(np.mean(np.stack(others) @ one))
 
 
 def _human(described: Mapping[int, Described]) -> dict[int, Described]:

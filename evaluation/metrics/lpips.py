@@ -8,6 +8,7 @@ part of most VAEs' training loss and therefore flatters them.
 """
 
 import hashlib
+import importlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -124,7 +125,7 @@ def make_network(net: str, weights: Mapping[str, torch.Tensor]) -> torch.nn.Modu
 
 def _require_torchvision() -> None:
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise MissingWeights(

@@ -1,9 +1,10 @@
 """What every metric implements, and two base classes that cover nearly all of them.
 
-A metric judges one *row*: a stream of image batches, such as the model's samples, or the real images
-that give its ceiling. `update` is called for each batch of the row, `gather` once with the other
-processes, then `compute`. A metric keeps sums or numbers per image, never images, so its memory does
-not grow with them beyond a few numbers each. To add a metric: one module, and a line in METRICS.
+A metric judges one *row*: a stream of image batches, such as the model's samples, or the real
+images that give its ceiling. `update` is called for each batch of the row, `gather` once with the
+other processes, then `compute`. A metric keeps sums or numbers per image, never images, so its
+memory does not grow with them beyond a few numbers each. To add a metric: one module, and a line in
+METRICS.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ Need = Literal["reference", "captions", "scenes", "bundle", "shards", "objects"]
 texts that an image shows. scenes: prompts with their scene. bundle: a VAE to reconstruct with.
 shards: the training set. objects: the annotated objects of each prompt's image."""
 RowName = Literal["samples", "real", "reconstruction", "shuffled", "diverse", "memorisation"]
-"""samples: the images to judge. real: reference images in their place, the ceiling (set metrics: one
-half of the reference against the other). reconstruction: reference images through the bundle's VAE.
-shuffled: the samples with the captions of other samples, the floor. diverse: several images of each
-of a few prompts, whose batches are one prompt's images. memorisation: images of training captions,
-and of the prompts at guidance 1."""
+"""samples: the images to judge. real: reference images in their place, the ceiling (set metrics:
+one half of the reference against the other). reconstruction: reference images through the bundle's
+VAE. shuffled: the samples with the captions of other samples, the floor. diverse: several images of
+each of a few prompts, whose batches are one prompt's images. memorisation: images of training
+captions, and of the prompts at guidance 1."""
 
 
 class MissingWeights(ValueError):

@@ -1,4 +1,4 @@
-"""`evaluation.run`: bundles and folders of images, floors and ceilings, resuming, several processes."""
+"""`evaluation.run`: bundles and folders, floors and ceilings, resuming, several processes."""
 
 import json
 import socket
@@ -22,6 +22,7 @@ from latent_t2i.sample import pictures
 from latent_t2i.scenes.dataset import write_coco
 from tests.bundles import make_bundle
 from tests.evaluation.processes import work
+from tests.shard_sets import make_examples, write_set
 
 QUICK = ("oracle", "clip_score", "cmmd")
 
@@ -207,8 +208,26 @@ def test_faulty_inputs_are_named(folders: tuple[Path, Path], tmp_path: Path) -> 
     assert not (tmp_path / "out").exists(), "nothing is half-written"
 
 
-def test_reference_images_of_the_training_set_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--images: found .* beside --bundle"):
+def test_images_of_the_training_set_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    train = [
+        replace(example, key=f"COCO_val2014_{number:012d}")
+        for number, example in enumerate(make_examples(3), start=7)
+    ]
+    write_set(tmp_path / "shards", [train])
+    settings = of_folders(
+        folders, tmp_path / "out", captions=None, metrics=("cmmd",),
+        train_shards=str(tmp_path / "shards"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"2 of the images are in the training set .*such as 0*7"):
+        evaluate(settings)
+    assert not (tmp_path / "out").exists()
+    evaluate(replace(settings, allow_contamination=True))
+    assert results(tmp_path / "out")["contamination"]["count"] == 2
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["contaminated_images"] == 2
+
+
+def test_a_bundle_or_images_but_not_both() -> None:
+    with pytest.raises(ValueError, match=r"--images: found 'x' beside --bundle 'y'"):
         EvaluationConfig(name="a", images="x", bundle="y")
 
 
@@ -231,7 +250,7 @@ def test_captions_are_rotated_within_their_group() -> None:
     texts = ["a", "a", "b", "c"]
     items = [
         Item(position=n, key=str(n), captions=(text,), group="one" if n < 4 else "two")
-        for n, text in enumerate(texts + ["x", "y"])
+        for n, text in enumerate([*texts, "x", "y"])
     ]
     rotated = rotate_captions(items)
     assert [item.key for item in rotated] == [item.key for item in items]
