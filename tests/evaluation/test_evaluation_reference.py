@@ -88,7 +88,9 @@ def test_images_are_cropped_and_then_resized(coco: CocoFolder, tmp_path: Path) -
         left = (image.width - image.height) // 2
         cropped = image.convert("RGB").crop((left, 0, left + image.height, image.height))
     resized = np.asarray(cropped.resize((16, 16), Image.Resampling.LANCZOS))
-    np.testing.assert_allclose(found.features[0], RandomNetwork().extract(resized[None])[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        found.features[0], RandomNetwork().extract(resized[None])[0], rtol=1e-5
+    )
 
 
 def test_statistics_have_halves_for_the_ceiling(coco: CocoFolder, tmp_path: Path) -> None:
