@@ -249,7 +249,19 @@ def test_distance_of_fewer_images_than_features() -> None:
     b[:, 4] = 1
     stats = [stats_of(rows.astype(np.float32)) for rows in (a, b)]
     assert frechet_distance(*stats) == pytest.approx(1 + (3 - 2) ** 2, rel=1e-6)
-    assert stats[0].root.shape == (9, 1)
+    np.testing.assert_allclose(stats[0].root @ stats[0].root.T, stats[0].cov, atol=1e-12)
+
+
+def test_the_root_of_few_images_is_the_covariances() -> None:
+    """Rows are a shortcut if all of them are kept; without them the covariance is decomposed."""
+    few, others = make_rows(5, dim=12), stats_of(make_rows(9, seed=1, dim=12))
+    short = stats_of(few)
+    whole = FeatureStats.from_moments(short.mean, short.cov)
+    assert short.root.shape == (12, 5)
+    assert whole.root.shape == (12, 4)
+    for stats in (short, whole):
+        np.testing.assert_allclose(stats.root @ stats.root.T, short.cov, atol=1e-12)
+    assert frechet_distance(short, others) == pytest.approx(frechet_distance(whole, others))
 
 
 def test_distance_of_different_networks() -> None:

@@ -131,6 +131,15 @@ def test_set_metrics_share_statistics_and_say_what_they_used(
     assert "real" in cls.rows
 
 
+def test_too_few_images_have_no_spread() -> None:
+    network = RandomNetwork()
+    reference = stats_of(normal(9, network.dim))
+    metric = Fid(make_context(network, lambda _: reference, num_seed_sets=3))
+    feed(metric, smooth_images(5, seed=0))
+    assert metric.spread(3) == {}
+    assert metric.compute()["fid"] > 0
+
+
 def test_below_ten_thousand_images_unbiased_figures_lead() -> None:
     assert leads(9_999) == ("kid", "cmmd", "coverage")
     assert leads(10_000)[0] == "fid"
