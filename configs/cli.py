@@ -139,12 +139,18 @@ class _Field:
 
     @property
     def takes_many(self) -> bool:
-        return get_origin(self.annotation) is tuple
+        return self.pair_or_list is not None
+
+    @property
+    def pair_or_list(self) -> Any:
+        """The tuple in the annotation, which may be in a union with None."""
+        options = (self.annotation, *get_args(self.annotation))
+        return next((option for option in options if get_origin(option) is tuple), None)
 
     @property
     def num_values(self) -> int | None:
         """Number of values of the flag, None if it is variable."""
-        parts = get_args(self.annotation) if self.takes_many else (self.annotation,)
+        parts = get_args(self.pair_or_list) if self.takes_many else (self.annotation,)
         return None if Ellipsis in parts else len(parts)
 
     def accepts(self, kind: type) -> bool:
@@ -337,7 +343,8 @@ def _check_counts(settings: Settings, fields: Mapping[str, _Field]) -> None:
         raise ConfigError(f"missing {', '.join(missing)}: set it, or choose a preset with --config")
     for path, values in settings.items():
         wanted = fields[path].num_values
-        if wanted is not None and len(values) != wanted:
+        is_null = values == ["None"] and fields[path].accepts(NoneType)
+        if wanted is not None and len(values) != wanted and not is_null:
             raise ConfigError(f"{fields[path].flag}: expected {wanted} values, found {len(values)}")
 
 

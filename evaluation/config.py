@@ -18,10 +18,11 @@ class WeightsConfig:
     clip: str = "scenes/encoders/clip"
     """CLIP model of the CLIP score and of R-precision."""
     inception: str | None = None
-    """torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth) for FID, KID and
-    the Inception score; default: the torch hub cache."""
+    """torch-fidelity's Inception weights (weights-inception-2015-12-05-6726825d.pth) for FID, KID
+    and the Inception score; default: the torch hub cache."""
     lpips: str | None = None
-    """Weights of LPIPS' backbone (torchvision's vgg16-397923af.pth); default: the torch hub cache."""
+    """Weights of LPIPS' backbone (torchvision's vgg16-397923af.pth); default: the torch hub
+    cache."""
     features: str = "scenes/encoders/clip"
     """Feature extractor of the Frechet distance, CMMD, MIND and of memorisation: a transformers
     or timm model, such as facebook/dinov2-large or openai/clip-vit-large-patch14-336."""
@@ -49,8 +50,8 @@ class SweepConfig:
     num_steps: tuple[int, ...] = ()
     """Numbers of steps to compare, with each of `schedulers`."""
     checkpoints: tuple[str, ...] = ()
-    """Bundles of one run at different steps, for the metrics against images seen: bundle folders, or
-    one folder that contains them."""
+    """Bundles of one run at different steps, for the metrics against images seen: bundle folders,
+    or one folder that contains them."""
 
     def __post_init__(self) -> None:
         if self.num_prompts is not None:
@@ -167,7 +168,7 @@ class EvaluationConfig:
                 f"--captions: found {self.captions!r}, but the oracle uses generated prompts; "
                 "add --no-oracle or omit --captions"
             )
-        if not self.oracle and self.captions is None:
+        if not self.oracle and self.captions is None and self.protocol == "own":
             raise ValueError(
                 "--captions: required with --no-oracle; expected a file, or a folder of "
                 "captions or shards"

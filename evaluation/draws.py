@@ -1,7 +1,7 @@
 """Which images an evaluation draws, and their folders.
 
-A folder's name ends in a hash of the bundle, prompts, seeds and settings. The same command therefore
-finds its finished images again, and changed settings never mix with older images.
+A folder's name ends in a hash of the bundle, prompts, seeds and settings. The same command
+therefore finds its finished images again, and changed settings never mix with older images.
 """
 
 import hashlib
@@ -123,6 +123,4 @@ def part_of(items: Sequence[Item], num: int) -> list[int]:
 def diverse_items(items: Sequence[Item], num_prompts: int) -> list[Item]:
     """Returns NUM_DIVERSE items for each of the first prompts."""
     repeated = [item for item in items[:num_prompts] for _ in range(NUM_DIVERSE)]
-    return [
-        replace(item, position=number, group="diverse") for number, item in enumerate(repeated)
-    ]
+    return [replace(item, position=number, group="diverse") for number, item in enumerate(repeated)]

@@ -1,27 +1,33 @@
-"""`evaluation.run`: draws the images that are missing, judges them, writes the results and a report.
+"""`evaluation.run`: draws the missing images, judges them, and writes results and a report.
 
-Phases in order: inputs, choice of metrics, drawing, judging, sweeps, results. All images are on disk
-before they are judged, so a killed evaluation continues with the same command and ends with the same
-figures.
+Phases in order: inputs, choice of metrics, drawing, judging, sweeps, results. All images are on
+disk before they are judged, so a killed evaluation continues with the same command and ends with
+the same figures.
 """
 
-import os
+import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from latent_t2i.evaluation import results, rows, sweep_points
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.draws import NUM_DIVERSE, Draw, diverse_items, main_settings, seeds_of
 from latent_t2i.evaluation.images import batches_of
 from latent_t2i.evaluation.inputs import Inputs, open_inputs
+from latent_t2i.evaluation.metrics.memorisation import extra_items
 from latent_t2i.evaluation.metrics.metric import Batch, Item
 from latent_t2i.evaluation.processes import Group, start_group
+from latent_t2i.evaluation.protocols import apply_protocol
 from latent_t2i.evaluation.reals import reconstructions
 from latent_t2i.evaluation.reference import load_statistics
 from latent_t2i.evaluation.rows import Panel, Row
+from latent_t2i.evaluation.training_set import TrainingSet
 from latent_t2i.sample import sampler
 from latent_t2i.sample.pictures import describe_bundle
 
@@ -49,9 +55,7 @@ class Evaluation:
         """Returns a draw with the main settings but for `changes`; draws what is missing of it."""
         settings = replace(main_settings(self.config), **changes)
         seeds = seeds_of(items, self.config.seed)
-        draw = Draw(
-            name=name, items=items, seeds=seeds, settings=settings, identity=self.identity
-        )
+        draw = Draw(name=name, items=items, seeds=seeds, settings=settings, identity=self.identity)
         assert self.pipeline is not None
         draw.draw(self.pipeline, self.out, self.group, batch_size=self.config.batch_size)
         return draw
@@ -78,15 +82,19 @@ def evaluate(config: EvaluationConfig) -> Path:
     """Writes metrics.json, evaluation.json, per_image.jsonl and report.html; returns the report."""
     began = time.time()
     group = start_group()
+    config = apply_protocol(config)
     inputs = open_inputs(config)
-    device = _device(config.device, group)
-    panel = Panel(config=config, device=device, inputs=inputs.available)
-    panel.choose()
+    device = sampler.choose_device(config.device)
+    panel = Panel(config=config, device=device, inputs=inputs.available, out=inputs.out)
     run = Evaluation(config=config, inputs=inputs, group=group, panel=panel)
     if inputs.bundle is not None:
         run.pipeline = sampler.load(inputs.bundle, device=device, dtype=config.dtype)
         dtype = str(run.pipeline.dtype).removeprefix("torch.")
         run.identity = describe_bundle(inputs.bundle) | {"dtype": dtype}
+    if inputs.train_shards is not None:
+        vae = None if run.pipeline is None else run.pipeline.vae
+        panel.training = partial(TrainingSet, inputs.train_shards, vae)
+    panel.choose()
     samples, paths = draw_samples(run)
     found = judge_all(run, samples, paths)
     found["sweeps"] = sweep_points.judge_sweeps(run, samples)
@@ -94,12 +102,6 @@ def evaluate(config: EvaluationConfig) -> Path:
         return inputs.out / results.REPORT_FILE
     timing = {"total_seconds": round(time.time() - (config.started_at or began), 1)}
     return results.write(run, found, timing)
-
-
-def _device(name: str, group: Group) -> str:
-    chosen = sampler.choose_device(name)
-    local = os.environ.get("LOCAL_RANK", "0")
-    return f"cuda:{local}" if chosen == "cuda" and group.world_size > 1 else chosen
 
 
 def draw_samples(run: Evaluation) -> tuple[Draw | None, list[Path]]:
@@ -112,28 +114,52 @@ def draw_samples(run: Evaluation) -> tuple[Draw | None, list[Path]]:
 
 def judge_all(run: Evaluation, samples: Draw | None, paths: Sequence[Path]) -> dict[str, Any]:
     """Judges the samples, and their floors and ceilings; returns the rows' results."""
-    config, inputs, panel, group = run.config, run.inputs, run.panel, run.group
-    judged: dict[str, Row] = {}
+    judged = judge_references(run)
+    judged["samples"], judged["shuffled"] = rows.judge_samples(
+        run.panel, run.batches(paths, run.inputs.items), run.group, run.inputs.items
+    )
+    if run.pipeline is not None:
+        judged |= judge_extras(run, run.pipeline)
+    return results.collect(run, judged, samples, paths)
+
+
+def judge_references(run: Evaluation) -> dict[str, Row]:
+    """Reads the reference; returns its rows: real images, and the VAE's reconstructions."""
+    inputs, panel, group = run.inputs, run.panel, run.group
     if inputs.statistics is not None:
         for name, extractor in panel.extractors().items():
             panel.full[name] = load_statistics(inputs.statistics, extractor)
-        judged["real"] = rows.halves(panel)
-    if inputs.reals is not None:
-        num = len(inputs.reals)
-        reals = inputs.reals.batches(group, config.batch_size)
-        judged["real"] = rows.judge_reference(panel, reals, group, num)
-    judged["samples"], judged["shuffled"] = rows.judge_samples(
-        panel, run.batches(paths, inputs.items), group, inputs.items
-    )
-    if inputs.reals is not None and run.pipeline is not None:
-        reals = inputs.reals.batches(group, config.batch_size)
-        judged["reconstruction"] = rows.judge(
-            panel.row("reconstruction"), reconstructions(run.pipeline.vae, reals), group,
-            len(inputs.reals),
-        )  # fmt: skip
-    if "lpips" in panel.names and run.pipeline is not None and config.num_diverse_prompts:
-        items = diverse_items(inputs.items, config.num_diverse_prompts)
-        draw = run.draw("diverse", items)
-        batches = run.batches_of_prompts(draw.paths(run.out), items)
-        judged["diverse"] = rows.judge(panel.row("diverse"), batches, group, len(items))
-    return results.collect(run, judged, samples, paths)
+        return {"real": rows.halves(panel)}
+    if inputs.reals is None:
+        return {}
+    num, size = len(inputs.reals), run.config.batch_size
+    judged = {"real": rows.judge_reference(panel, inputs.reals.batches(group, size), group, num)}
+    if run.pipeline is not None:
+        vae = run.pipeline.vae
+        if vae.dtype == torch.float16:  # many VAEs overflow in float16
+            vae = copy.deepcopy(vae).float()
+        batches = reconstructions(vae, inputs.reals.batches(group, size))
+        judged["reconstruction"] = rows.judge(panel.row("reconstruction"), batches, group, num)
+    return judged
+
+
+def judge_extras(run: Evaluation, pipeline: "StableDiffusionPipeline") -> dict[str, Row]:
+    """Draws and judges images for single metrics: diversity and memorisation."""
+    config, panel = run.config, run.panel
+    judged: dict[str, Row] = {}
+    if "lpips" in panel.names and config.num_diverse_prompts:
+        items = diverse_items(run.inputs.items, config.num_diverse_prompts)
+        paths = run.draw("diverse", items).paths(run.out)
+        batches = run.batches_of_prompts(paths, items)
+        judged["diverse"] = rows.judge(panel.row("diverse"), batches, run.group, len(items))
+    if "memorisation" in panel.names and panel.training is not None:
+        row = panel.row("memorisation")
+        training = panel.shared_training()
+        found = extra_items(run.inputs.items, training, config.guidance_scale)
+        for scale, items in found.items():
+            draw = run.draw(f"memorisation-{scale:g}", items, guidance_scale=scale)
+            for batch in run.batches(draw.paths(run.out), items):
+                row.update(batch)
+        row.gather(run.group)
+        judged["memorisation"] = row
+    return judged

@@ -1,8 +1,8 @@
 """Reads folders of images as batches, each image once, in a fixed order.
 
 Images reach the metrics as 8-bit RGB of one size. With a size, an image is first cropped around its
-centre to that shape and then resized with Lanczos, which is the order of U-ViT's protocol; the order
-changes FID, so the protocol record names it.
+centre to that shape and then resized with Lanczos, which is the order of U-ViT's protocol; the
+order changes FID, so the protocol record names it.
 """
 
 import io

@@ -12,7 +12,8 @@ from latent_t2i.evaluation.curves import read_history
 from latent_t2i.evaluation.images import Size, image_size, list_images
 from latent_t2i.evaluation.metrics.metric import Item, Need
 from latent_t2i.evaluation.objects import add_objects
-from latent_t2i.evaluation.reals import Reals, SceneReals, open_folder
+from latent_t2i.evaluation.protocols import protocol_items
+from latent_t2i.evaluation.reals import FolderReals, Reals, SceneReals, open_folder
 from latent_t2i.model.bundle import INFO_FILE, read_info
 from latent_t2i.model.checks import read_json_object
 from latent_t2i.model.paths import find_path, output_root
@@ -70,10 +71,10 @@ def _of_bundle(config: EvaluationConfig, out: Path) -> Inputs:
     size = (config.size, config.size) if config.size else _bundle_size(folder)
     if config.oracle and size[0] != size[1]:
         raise ValueError(
-            f"--oracle: the bundle generates images of {size[0]} x {size[1]} pixels, but the oracle "
-            "needs square ones; expected --no-oracle and --captions"
+            f"--oracle: the bundle generates images of {size[0]} x {size[1]} pixels, but the "
+            "oracle needs square ones; expected --no-oracle and --captions"
         )
-    items = add_objects(_make_items(config), config.objects)
+    items = add_objects(_make_items(config, out), config.objects)
     return Inputs(out=out, items=items, size=size, bundle=folder, info=info, history=history)
 
 
@@ -123,8 +124,10 @@ def _captioned(
     ]
 
 
-def _make_items(config: EvaluationConfig) -> list[Item]:
+def _make_items(config: EvaluationConfig, out: Path) -> list[Item]:
     """Returns the prompts as items, numbered over all kinds."""
+    if config.protocol != "own":
+        return protocol_items(config, out)
     if config.captions is not None:
         return read_items(config.captions, config.num_prompts)
     prompts = [
@@ -138,9 +141,7 @@ def _make_items(config: EvaluationConfig) -> list[Item]:
     ]
 
 
-def _open_reference(
-    config: EvaluationConfig, inputs: Inputs
-) -> tuple[Reals | None, Path | None]:
+def _open_reference(config: EvaluationConfig, inputs: Inputs) -> tuple[Reals | None, Path | None]:
     if config.reference is None:
         scenes = inputs.bundle is not None and config.oracle
         return (SceneReals(items=inputs.items, size_px=CANVAS_PX) if scenes else None), None
@@ -172,14 +173,16 @@ def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[st
     """Returns what contamination.check found; raises ValueError unless it is allowed."""
     if inputs.train_shards is None or inputs.available >= {"scenes"}:
         return None  # scenes are drawn for this evaluation, from their own random streams
-    reals = getattr(inputs.reals, "items", ())
-    found = contamination.check([*inputs.items, *reals], inputs.train_shards)
+    reals = inputs.reals if isinstance(inputs.reals, FolderReals) else None
+    items = [*inputs.items, *(reals.items if reals else ())]
+    found = contamination.check(items, inputs.train_shards, reals.paths if reals else ())
     if found is not None and not config.allow_contamination:
+        examples = ", ".join(found["examples"][:3])
         raise ValueError(
             f"--captions or --reference: {found['count']} of the images are in the training set "
-            f"{inputs.train_shards}, such as {', '.join(map(str, found['examples'][:3]))}; expected "
-            "images that the model has not seen: choose another split, or add "
-            "--allow-contamination to continue with a mark in every result"
+            f"{inputs.train_shards}, such as {examples}; expected images that the model has not "
+            "seen: choose another split, or add --allow-contamination to continue with a mark in "
+            "every result"
         )
     return found
 

@@ -1,7 +1,7 @@
 """The processes of one evaluation, as `accelerate launch -m evaluation.run` starts them.
 
-The metrics exchange sums and numbers per image at the end of a row only, through gloo on the CPU, so
-that a GPU's backend and its time-outs play no part.
+The metrics exchange sums and numbers per image at the end of a row only, through gloo on the CPU,
+so that a GPU's backend and its time-outs play no part.
 """
 
 import os

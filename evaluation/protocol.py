@@ -1,8 +1,8 @@
 """What a figure depends on besides the model, as a readable record with a short id.
 
-Two figures are comparable only if their records are equal: FID alone has four incompatible resizers,
-and the number of images, the reference's split and the guidance convention differ between papers
-without a word. `evaluation.compare` refuses records that differ, and names the fields.
+Two figures are comparable only if their records are equal: FID alone has four incompatible
+resizers, and the number of images, the reference's split and the guidance convention differ between
+papers without a word. `evaluation.compare` refuses records that differ, and names the fields.
 """
 
 import hashlib
@@ -40,8 +40,8 @@ def record_of(
 ) -> dict[str, Any]:
     """Returns the flat record of an evaluation.
 
-    `drawn` describes how the images were made; None for a folder of finished images. `identities` are
-    those of the metrics' networks.
+    `drawn` describes how the images were made; None for a folder of finished images. `identities`
+    are those of the metrics' networks.
     """
     texts = [item.captions[0] for item in items if item.captions]
     record: dict[str, Any] = {

@@ -1,183 +1,259 @@
-"""The report: one self-contained HTML file with metrics, images and charts."""
+"""The report: one self-contained HTML file with figures, pictures and charts.
 
-import base64
-import io
+`render_report` takes the content of evaluation.json; nothing is computed from images here, so the
+report can be written again without drawing any.
+"""
+
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import sqrt
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
-from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.curves import COLOURS, guidance_chart, loss_chart
-from latent_t2i.evaluation.drawing import Samples
-from latent_t2i.evaluation.metrics import Checks
+from latent_t2i.evaluation import gallery
+from latent_t2i.evaluation.compare import differences, read_per_image
+from latent_t2i.evaluation.curves import (
+    COLOURS,
+    Series,
+    bar_chart,
+    history_chart,
+    line_chart,
+    loss_chart,
+    quarters_chart,
+)
+from latent_t2i.evaluation.data_card import data_card
+from latent_t2i.evaluation.figures import (
+    FEW_IMAGES,
+    describe,
+    lead_order,
+    main_figures,
+    show,
+)
+from latent_t2i.evaluation.sweep_charts import convergence, guidance, settings_tables
 
-NUM_SHOWN = 12
-NUM_ROWS = 4
-
-HEADLINES = {
-    "oracle/single/shape_and_colour": (
-        "One object",
-        "Prompts with one object: exactly one object with the correct shape and colour",
-    ),
-    "oracle/pair/colours": (
-        "Two objects, colours",
-        "Prompts with two objects: both colours correct",
-    ),
-    "oracle/pair/shapes_colours_relation": (
-        "Two objects, everything",
-        "Prompts with two objects: shapes, colours and relation correct",
-    ),
-    "oracle/held_out/shape_and_colour": (
-        "Held out",
-        "One object with a composition that no training caption contains",
-    ),
-}
-CURVES = {
-    "one object: shape and colour": "oracle/single/shape_and_colour",
-    "two objects: colours": "oracle/pair/colours",
-    "two objects: shapes, colours, relation": "oracle/pair/shapes_colours_relation",
-    "held out: shape and colour": "oracle/held_out/shape_and_colour",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """An image of the report with its prompt and the attributes that the oracle checked."""
-
-    source: str
-    width: int
-    height: int
-    label: str
-    right: Sequence[str]
-    wrong: Sequence[str]
+FLOORS = {"shuffled": "shuffled captions", "reconstruction": "VAE's reconstructions",
+          "real": "real images"}  # fmt: skip
+"""Rows of floors and ceilings, and how the report calls them."""
+MAX_CATEGORIES = 40
+NUM_PAIRS = 8
 
 
 def render_report(
+    results: Mapping[str, Any],
+    out: Path,
     *,
-    config: EvaluationConfig,
-    metrics: Mapping[str, Any],
-    samples: Sequence[Samples],
-    checks: Sequence[Sequence[Checks]],
-    info: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]] | None,
+    info: Mapping[str, Any] | None,
+    others: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    train_shards: str | None = None,
 ) -> str:
-    """Returns the report's HTML."""
+    """Returns the report's HTML.
+
+    Args:
+        results: The content of evaluation.json.
+        out: The folder that contains it, per_image.jsonl and the pictures.
+        history: The lines of the training's metrics.jsonl; None if there is none.
+        info: The bundle's bundle.json; None for a folder of images.
+        others: Name (or output folder) and results of runs to show beside this one.
+        train_shards: Folder of the training shards, for the data card.
+    """
     environment = Environment(
         loader=PackageLoader("latent_t2i.evaluation"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    pairs = zip(samples, checks, strict=True)
-    main = [pair for pair in pairs if pair[0].guidance_scale == config.guidance_scale]
     return environment.get_template("report.html.j2").render(
-        name=config.name,
-        info=info,
-        config=config,
-        metrics=metrics,
-        headlines=headlines(metrics, {group.kind: len(group.prompts) for group, _ in main}),
-        groups=[
-            (group.kind, [_card(group, found, i) for i in range(min(NUM_SHOWN, len(group.images)))])
-            for group, found in main
-        ],
-        has_history=history is not None,
-        loss_svg=Markup(loss_chart(history or []) or ""),
-        guidance_svg=_guidance(metrics, config),
-        rows=guidance_rows(samples, checks),
-        time_breakdown=_time_breakdown(history or []),
-        settings=_flat({"train": info["config"], "evaluation": asdict(config)}),
+        _context(results, out, history, info, others, train_shards)
     )
 
 
-def headlines(metrics: Mapping[str, Any], counts: Mapping[str, int]) -> list[dict[str, str]]:
-    """Returns title, value and note of the main metrics; notes give the 95 % interval."""
+def _context(
+    results: Mapping[str, Any],
+    out: Path,
+    history: Sequence[Mapping[str, Any]] | None,
+    info: Mapping[str, Any] | None,
+    others: Sequence[tuple[str, Mapping[str, Any]]],
+    train_shards: str | None,
+) -> dict[str, Any]:
+    """Returns what the template shows; the arguments are those of `render_report`."""
+    images = gallery.entries(read_per_image(out), out)
+    lines = history or []
+    found = {
+        "name": results.get("name", out.name),
+        "info": info,
+        "results": results,
+        "metrics": results.get("metrics", {}),
+        "skipped": results.get("skipped", {}),
+        "num_samples": _num(results),
+        "contamination": results.get("contamination"),
+        "few": _num(results) < FEW_IMAGES,
+        "few_images": FEW_IMAGES,
+        "headlines": headlines(results),
+        "table": figure_table(results, others),
+        "runs": side_by_side(results, images, others),
+        "chosen": gallery.choose(images),
+        "num_images": len(images),
+        "has_checks": any(image.checks for image in images),
+        "guidance": guidance(results, out, images),
+        "settings_tables": settings_tables(results, out, images),
+        "convergence": convergence(results),
+        "has_history": history is not None,
+        "charts_of_training": _training_charts(lines),
+        "time_breakdown": _time_breakdown(lines),
+        "num_skipped": next((line["skipped"] for line in lines[::-1] if "skipped" in line), 0),
+        "categories": categories(results),
+        "descriptions": _details(results, "caption_similarity").get("examples", ()),
+        "details": _scalars(results.get("details", {})),
+        "memorisation": memorisation(results, out),
+        "data": _data(info, train_shards),
+        "settings": _flat((info or {}).get("config", {})),
+    }
+    return {**found, "sections": _sections(found)}
+
+
+def _sections(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns anchor and title of the sections that the page has."""
+    sweeps = [(sweep["key"], sweep["title"]) for sweep in found["settings_tables"]]
+    titles = [
+        ("figures", "All figures"), ("runs", "Side by side"), ("pictures", "Pictures"),
+        ("guidance", "Guidance"), *sweeps, ("convergence", "Convergence"), ("training", "Training"),
+        ("categories", "Objects by category"), ("descriptions", "Descriptions"),
+        ("memorisation", "Memorisation"), ("data", "Training data"),
+    ]  # fmt: skip
+    optional = ("runs", "guidance", "convergence", "categories", "descriptions", "memorisation")
+    return [(key, title) for key, title in titles if key not in optional or found[key]]
+
+
+def _details(results: Mapping[str, Any], metric: str) -> Mapping[str, Any]:
+    """Returns a metric's details of the samples."""
+    found: Mapping[str, Any] = results.get("details", {}).get(metric, {}).get("samples", {})
+    return found
+
+
+def _num(results: Mapping[str, Any], row: str = "samples") -> int:
+    return int(results.get("num_images", {}).get(row, 0))
+
+
+def headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the main figures with interval or spread, floor and ceiling, in the order to show."""
+    values, num = main_figures(results), _num(results)
     found = []
-    for key, (title, meaning) in HEADLINES.items():
-        if key in metrics:
-            low, high = wilson(metrics[key], counts[key.split("/")[1]])
-            note = f"{meaning}. 95\u00a0% interval: {100 * low:.0f} to {100 * high:.0f}\u00a0%"
-            value = f"{100 * metrics[key]:.0f}\u00a0%"
-            found.append({"title": title, "value": value, "note": note})
-    ceiling = metrics.get("clip_score/drawn")
-    note = "100 times the cosine similarity of image and prompt."
-    if ceiling is not None:
-        note += f" Exact renderings of the prompts score {ceiling:.1f}."
-    value = f"{metrics['clip_score']:.1f}"
-    return [*found, {"title": "CLIP score", "value": value, "note": note}]
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Returns Wilson's interval (1927) of a share of `count` trials; 95 % for z = 1.96."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def guidance_rows(
-    samples: Sequence[Samples], checks: Sequence[Sequence[Checks]]
-) -> list[tuple[str, list[tuple[str, Card]]]]:
-    """Returns a few prompts with their images, same seed, at each guidance scale.
-
-    With checks, the prompts are those on which the number of passed ones differs most. Returns
-    nothing for a single guidance scale.
-    """
-    kinds = {group.kind for group in samples}
-    kind = "pair" if "pair" in kinds else samples[0].kind  # single objects leave little to improve
-    groups = sorted(
-        (pair for pair in zip(samples, checks, strict=True) if pair[0].kind == kind),
-        key=lambda pair: pair[0].guidance_scale,
-    )
-    if len(groups) == 1:
-        return []
-
-    def spread(number: int) -> int:
-        passed = [sum(group_checks[number].values()) for _, group_checks in groups if group_checks]
-        return max(passed) - min(passed) if passed else 0
-
-    count = min(len(group.prompts) for group, _ in groups)
-    chosen = sorted(range(count), key=lambda number: (-spread(number), number))[:NUM_ROWS]
-    return [
-        (
-            groups[0][0].prompts[number].text,
-            [(f"{group.guidance_scale:g}", _card(group, found, number)) for group, found in groups],
+    for name in lead_order(values, num):
+        figure = describe(name)
+        found.append(
+            {
+                "title": figure.title,
+                "value": show(name, values[name]),
+                "meaning": figure.meaning,
+                "better": figure.better,
+                "range": uncertainty(results, name),
+                "limits": _limits(results, name),
+                "is_grey": figure.needs_many and num < FEW_IMAGES,
+                "num": f"{num:,}",
+            }
         )
-        for number in chosen
+    return found
+
+
+def _limits(results: Mapping[str, Any], name: str) -> list[dict[str, str]]:
+    """Returns floors and ceilings of a figure."""
+    rows = results["rows"]
+    found = {title: rows.get(row, {}).get(name) for row, title in FLOORS.items()}
+    found["human captions"] = rows["samples"].get(f"{name}/human")
+    return [
+        {"name": title, "value": show(name, value)}
+        for title, value in found.items()
+        if value is not None
     ]
 
 
-def _card(group: Samples, checks: Sequence[Checks], number: int) -> Card:
-    image, found = group.images[number], checks[number] if checks else {}
-    # Combined attributes, such as shape_and_colour, repeat single ones.
-    names = [name for name in found if name not in ("all", "count") and "_" not in name]
-    return Card(
-        source=data_url(image),
-        width=image.width,
-        height=image.height,
-        label=group.prompts[number].text,
-        right=[name for name in names if found[name]],
-        wrong=[name for name in names if not found[name]],
-    )
+def uncertainty(results: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Returns the range of a figure and its kind; both are empty without one.
+
+    It is the 95 % interval of a figure with a value per image, else mean and deviation over
+    disjoint sets of images.
+    """
+    if name in results.get("intervals", {}):
+        low, high = results["intervals"][name]
+        return f"{show(name, low)} to {show(name, high)}", "95\u00a0% interval"
+    if name in results.get("spread", {}):
+        spread = results["spread"][name]
+        text = f"{show(name, spread['mean'])} ± {show(name, spread['std'], digits=2)}"
+        return text, f"{len(spread['values'])} disjoint sets"
+    return "", ""
 
 
-def data_url(image: Image.Image) -> str:
-    """Returns the image as a PNG data URL."""
-    stream = io.BytesIO()
-    image.save(stream, "PNG")
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
+def figure_table(
+    results: Mapping[str, Any], others: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Returns all figures with interval or spread, floors, ceilings, and other runs' values."""
+    rows, values = results["rows"], main_figures(results)
+    limits = {row: title for row, title in FLOORS.items() if rows.get(row)}
+    names = dict.fromkeys([*values, *(n for row in limits for n in rows[row] if n != "lpips")])
+    main = lead_order(names, _num(results))
+    columns = [*(rows[row] for row in limits), *(main_figures(other) for _, other in others)]
+    return {
+        "columns": [*limits.values(), *(short_name(name) for name, _ in others)],
+        "rows": [
+            {
+                "name": name,
+                "title": describe(name).title,
+                "better": describe(name).better,
+                "value": show(name, values[name], digits=4) if name in values else "",
+                "range": uncertainty(results, name),
+                "cells": [
+                    show(name, column[name], digits=4) if name in column else ""
+                    for column in columns
+                ],
+            }
+            for name in [*main, *(name for name in names if name not in main)]
+        ],
+    }
 
 
-def _guidance(metrics: Mapping[str, Any], config: EvaluationConfig) -> Markup | None:
-    scales = sorted({config.guidance_scale, *config.guidance_scales})
-    series = {}
-    for title, key in CURVES.items():
-        keys = {s: key if s == config.guidance_scale else f"{key}@g{s:g}" for s in scales}
-        points = [(scale, metrics[name]) for scale, name in keys.items() if name in metrics]
-        if points:
-            series[title] = points
-    return Markup(guidance_chart(series)) if series else None
+def short_name(name: str) -> str:
+    """Returns the last part of a run's folder, without the file's name."""
+    path = Path(name)
+    return path.parent.name if path.suffix == ".json" else path.name or name
+
+
+def side_by_side(
+    results: Mapping[str, Any],
+    images: Sequence[gallery.Entry],
+    others: Sequence[tuple[str, Mapping[str, Any]]],
+) -> dict[str, Any] | None:
+    """Returns the other runs: how their protocols differ, and pictures of the same prompts."""
+    if not others:
+        return None
+    mine = {image.position: image.path for image in images}
+    prompts = {image.position: image.prompt for image in images}
+    columns = {"this run": mine}
+    for name, _ in others:
+        path = Path(name)
+        found = gallery.entries(read_per_image(name), path if path.is_dir() else path.parent)
+        columns[short_name(name)] = {
+            image.position: image.path
+            for image in found
+            if prompts.get(image.position) == image.prompt
+        }
+    return {
+        "differences": {short_name(name): differences([results, run]) for name, run in others},
+        "strips": gallery.strips(images, columns),
+    }
+
+
+def _training_charts(history: Sequence[Mapping[str, Any]]) -> dict[str, Markup]:
+    """Returns the charts of the training, by title, those without a value left out."""
+    charts = {
+        "Loss": loss_chart(history),
+        "Validation loss by timestep": quarters_chart(history),
+        "Throughput": history_chart(history, "images_per_s", "images per second"),
+        "Gradient norm": history_chart(history, "grad_norm", "gradient norm before clipping"),
+    }
+    if any(line.get("skipped") for line in history):
+        charts["Skipped steps"] = history_chart(history, "skipped", "skipped steps in all")
+    return {title: Markup(svg) for title, svg in charts.items() if svg is not None}
 
 
 def _time_breakdown(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, str]]:
@@ -187,6 +263,95 @@ def _time_breakdown(history: Sequence[Mapping[str, Any]]) -> list[tuple[str, flo
     means = {name: sum(line.get(name, 0.0) for line in lines) / len(lines) for name in names}
     ranked = sorted(means.items(), key=lambda item: -item[1])
     return [(*item, COLOURS[number % len(COLOURS)]) for number, item in enumerate(ranked)]
+
+
+def categories(results: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the table of semantic consistency by category, the most frequent ones first.
+
+    Each row has the number of prompts that name the category, and the shares of images in which it
+    is present and rightly counted, for samples and for real images.
+    """
+    details = results.get("details", {}).get("consistency", {})
+    found = _details(results, "consistency").get("categories")
+    if not found:
+        return None
+    real = details.get("real", {}).get("categories", {})
+    rows = [
+        (name, f"{values['num']:.0f}", [
+            _percent(row.get(key))
+            for key in ("presence", "count")
+            for row in (values, real.get(name, {}))
+        ])
+        for name, values in sorted(found.items(), key=lambda item: -item[1]["num"])
+    ]  # fmt: skip
+    columns = ("present", "present, real", "counted", "counted, real")
+    return {
+        "columns": columns,
+        "rows": rows[:MAX_CATEGORIES],
+        "num_more": max(0, len(rows) - MAX_CATEGORIES),
+        "threshold": details["samples"].get("threshold", {}),
+    }
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}\u00a0%"
+
+
+def memorisation(results: Mapping[str, Any], out: Path) -> dict[str, Any] | None:
+    """Returns the closest pairs of a sample and a training image, and the ratios by group."""
+    details = _details(results, "memorisation")
+    if not details:
+        return None
+    cards = []
+    for pair in details["pairs"]:
+        if pair.get("file") and (out / pair["file"]).is_file():
+            label = f"{pair['prompt'] or 'image'} | training image {pair['train_key']}"
+            if pair.get("train_caption"):
+                label += f": {pair['train_caption']}"
+            note = f"ratio {pair['ratio']:.3g}"
+            cards.append(gallery.picture(out / pair["file"], label, note=note))
+    groups = details.get("groups", {})
+    return {
+        "pairs": cards[:NUM_PAIRS],
+        "chart": Markup(_ratio_chart(groups, details.get("edges", ())) or ""),
+        "groups": {name.replace("_", " "): group for name, group in groups.items()},
+        "num_images": details.get("num_train_images"),
+        "num_records": details.get("num_train_records"),
+    }
+
+
+def _ratio_chart(groups: Mapping[str, Any], edges: Sequence[float]) -> str | None:
+    """Plots the distribution of the ratios in each group, the held-out images dashed."""
+    middles = [(low + high) / 2 for low, high in pairwise(edges)]
+    series = []
+    for (name, group), colour in zip(groups.items(), COLOURS, strict=False):
+        total = max(1, sum(group["histogram"]))
+        shares = [100 * count / total for count in group["histogram"]]
+        points = list(zip(middles, shares, strict=True))
+        is_dashed = name == "held_out"
+        series.append(
+            Series(name=name.replace("_", " "), points=points, colour=colour, is_dashed=is_dashed)
+        )
+    return line_chart(series, "ratio", "% of the images")
+
+
+def _data(info: Mapping[str, Any] | None, train_shards: str | None) -> dict[str, Any]:
+    config = (info or {}).get("config", {})
+    found = data_card(train_shards or config.get("shards"))
+    if "lengths" in found:
+        chart = bar_chart(found["lengths"], "tokens per caption", "captions in the sample")
+        found["chart"] = Markup(chart or "")
+    return found
+
+
+def _scalars(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Returns the numbers and texts of the metrics' details, without lists and long tables."""
+    flat = _flat(values)
+    return [
+        (name, value)
+        for name, value in flat
+        if isinstance(value, str | int | float) and ".categories." not in name
+    ]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_t2i.evaluation import protocol
-from latent_t2i.evaluation.compare import read_results
+from latent_t2i.evaluation.compare import PER_IMAGE_FILE, RESULTS_FILE, read_results
 from latent_t2i.evaluation.draws import Draw
-from latent_t2i.evaluation.intervals import interval
+from latent_t2i.evaluation.intervals import interval, wilson
 from latent_t2i.evaluation.metrics.metric import FeatureMetric
 from latent_t2i.evaluation.reals import hash_file
 from latent_t2i.evaluation.report import render_report
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from latent_t2i.evaluation.evaluate import Evaluation
 
 METRICS_FILE = "metrics.json"
-RESULTS_FILE = "evaluation.json"
-IMAGES_FILE = "per_image.jsonl"
 REPORT_FILE = "report.html"
 VERSION = 1
 SUMMARY = (
@@ -111,8 +110,15 @@ def _intervals(run: Evaluation, row: Row) -> dict[str, tuple[float, float]]:
     by_name: dict[str, list[float]] = {}
     for values in row.values().values():
         for name, value in values.items():
-            by_name.setdefault(name, []).append(value)
-    return {name: interval(values, seed=run.config.seed) for name, values in by_name.items()}
+            if isfinite(value):
+                by_name.setdefault(name, []).append(value)
+    seed = run.config.seed
+    return {
+        name: wilson(sum(values) / len(values), len(values))
+        if set(values) <= {0.0, 1.0}
+        else interval(values, seed=seed)
+        for name, values in by_name.items()
+    }
 
 
 def _spread(run: Evaluation, row: Row) -> dict[str, dict[str, Any]]:
@@ -170,11 +176,14 @@ def write(run: Evaluation, found: dict[str, Any], timing: Mapping[str, float]) -
         metrics |= describe_bundle(run.inputs.bundle)
     found["metrics"] = metrics
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in per_image)
-    _replace(out / IMAGES_FILE, lines)
+    _replace(out / PER_IMAGE_FILE, lines)
     _replace(out / RESULTS_FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     _replace(out / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
     others = [read_results(name) for name in run.config.compare]
-    page = render_report(found, out, history=run.inputs.history, info=info, others=others)
+    page = render_report(
+        found, out, history=run.inputs.history, info=info, others=others,
+        train_shards=None if run.inputs.train_shards is None else str(run.inputs.train_shards),
+    )  # fmt: skip
     _replace(out / REPORT_FILE, page)
     print(summary(found, out))
     return out / REPORT_FILE

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.metrics import METRICS, metric_class
+from latent_t2i.evaluation.feature_stats import FeatureStats
+from latent_t2i.evaluation.metrics import METRICS, memorisation, metric_class
 from latent_t2i.evaluation.metrics.metric import (
     Batch,
     Context,
@@ -27,7 +28,7 @@ from latent_t2i.evaluation.metrics.metric import (
     RowName,
 )
 from latent_t2i.evaluation.processes import Group
-from latent_t2i.evaluation.feature_stats import FeatureStats
+from latent_t2i.evaluation.training_set import TrainingSet
 
 INPUTS: dict[Need, str] = {
     "reference": "real images: --reference",
@@ -88,6 +89,8 @@ class Panel:
     config: EvaluationConfig
     device: str
     inputs: frozenset[Need]
+    out: Path | None = None
+    training: Callable[[], TrainingSet] | None = None
     names: tuple[str, ...] = ()
     skipped: dict[str, str] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -137,7 +140,7 @@ class Panel:
         known = self.full if reference is None else reference
         return Context(
             config=self.config, device=self.device, row=row, shared=self.shared,
-            reference=known.__getitem__, stats=stats or {},
+            reference=known.__getitem__, stats=stats or {}, training=self.training, out=self.out,
         )  # fmt: skip
 
     def row(
@@ -154,6 +157,11 @@ class Panel:
             key: cls(context) for key, cls in found.items() if name in cls.rows and only(cls)
         }
         return Row(name=name, metrics=metrics)
+
+    def shared_training(self) -> TrainingSet:
+        """Returns the opened training set, the same as that of the metrics."""
+        assert self.training is not None
+        return self.context("samples").load(memorisation.FOLDER, self.training)
 
     def extractors(self) -> dict[str, Any]:
         """Returns the feature extractors of the chosen metrics, by name."""
@@ -180,7 +188,7 @@ def judge_reference(panel: Panel, batches: Iterable[Batch], group: Group, num: i
     return replace(row, metrics={**row.metrics, **halves(panel).metrics})
 
 
-def _halves(panel: Panel) -> Row:
+def halves(panel: Panel) -> Row:
     """Returns the set metrics of one half of the reference against the other."""
     halves = {name: stats.split(2) for name, stats in panel.full.items() if stats.num_parts == 2}
     even = {name: parts[0] for name, parts in halves.items()}
@@ -225,16 +233,22 @@ def _progress(batches: Iterable[Batch], title: str, num: int, group: Group) -> I
 
 
 def rotate_captions(items: Sequence[Item]) -> list[Item]:
-    """Returns the items with the texts, scene and objects of an item with other captions.
+    """Returns the items with the texts, scene and objects of another item of their group.
 
-    The captions are rotated by half the number of items, and further if they are equal by chance.
+    They are rotated by half the number of items, and further if the captions are equal by chance.
     """
-    num = len(items)
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.group, []).append(item)
+    numbers = dict.fromkeys(groups, 0)
     rotated = []
-    for index, item in enumerate(items):
-        candidates = (items[(index + num // 2 + step) % num] for step in range(num))
-        other = next((c for c in candidates if c.captions != item.captions), item)
-        rotated.append(replace(other, position=item.position, key=item.key, group=item.group))
+    for item in items:
+        members, number = groups[item.group], numbers[item.group]
+        numbers[item.group] = number + 1
+        first = number + len(members) // 2
+        others = (members[(first + step) % len(members)] for step in range(len(members)))
+        other = next((o for o in others if o.captions != item.captions), item)
+        rotated.append(replace(other, position=item.position, key=item.key))
     return rotated
 
 

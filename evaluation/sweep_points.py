@@ -6,7 +6,7 @@ difference between two points is due to the setting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,12 +25,7 @@ from latent_t2i.sample import sampler
 from latent_t2i.sample.pictures import describe_bundle
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
     from latent_t2i.evaluation.evaluate import Evaluation
-
-NUM_SHOWN = 16
-"""Images of each group that the report may show per point."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +80,12 @@ def judge_sweeps(run: Evaluation, main: Draw | None) -> dict[str, list[dict[str,
     found: dict[str, list[dict[str, Any]]] = {}
     for point in settings_points(run):
         if all(getattr(main.settings, name) == value for name, value in point.changes.items()):
-            paths = [main.paths(run.out)[index] for index in chosen]
+            draw, paths = main, [main.paths(run.out)[index] for index in chosen]
         else:
-            paths = run.draw(point.name, items, **point.changes).paths(run.out)
-        result = {**point.label, **judge_point(run, items, paths)}
+            draw = run.draw(point.name, items, **point.changes)
+            paths = draw.paths(run.out)
+        folder = {"folder": draw.folder.as_posix()}
+        result = {**point.label, **folder, **judge_point(run, items, paths)}
         found.setdefault(point.sweep, []).append(result)
     checkpoints = [judge_checkpoint(run, c, items) for c in find_checkpoints(run)]
     if checkpoints:
@@ -104,14 +101,7 @@ def judge_point(run: Evaluation, items: Sequence[Item], paths: Sequence[Path]) -
 
     row = run.panel.row("samples", only=in_sweeps)
     rows.judge(row, run.batches(paths, items), run.group, len(items))
-    shown = part_of(items, NUM_SHOWN)
-    return {
-        "num_images": row.num_images,
-        "figures": row.figures(),
-        "files": {
-            str(items[i].position): paths[i].relative_to(run.out).as_posix() for i in shown
-        },
-    }
+    return {"num_images": row.num_images, "figures": row.figures()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +172,7 @@ def judge_checkpoint(
         "images_seen": seen,
         "hours": checkpoint.train_s / 3600,
         "validation_loss": _validation_loss(run.inputs.history or (), checkpoint.step),
+        "folder": draw.folder.as_posix(),
         **judged,
     }
 

@@ -216,20 +216,27 @@ def _store_float16(path: Path) -> None:
 
 
 def find_bundle(name: str | Path) -> Path:
-    """Returns the folder of a bundle; raises ValueError if there is none."""
+    """Returns the folder of a bundle, or of another stock pipeline without `bundle.json`.
+
+    Raises ValueError if there is none.
+    """
     folder = find_path(name)
     if folder is None:
         raise ValueError(
             f"--bundle: no folder {str(name)!r} in the current directory or the project"
         )
-    missing = [f for f in ("model_index.json", INFO_FILE) if not (folder / f).is_file()]
-    if missing:
-        raise ValueError(f"--bundle: {folder} is not a finished bundle: it has no {missing[0]}")
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"--bundle: {folder} is not a bundle: it has no model_index.json")
     return folder
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """Returns the content of `bundle.json`; raises ValueError with the file's name if damaged."""
+    """Returns the content of `bundle.json`; raises ValueError if missing or damaged."""
+    if not (folder / INFO_FILE).is_file():
+        raise ValueError(
+            f"{folder / INFO_FILE} does not exist; expected a bundle of train/run.py, found "
+            "another pipeline"
+        )
     return read_json_object(folder / INFO_FILE, INFO_TYPES)
 
 

@@ -1,46 +1,151 @@
-"""`sample.run`: writes one PNG per prompt and seed, and one labelled grid."""
+"""`sample.run`: writes one PNG per picture, samples.jsonl, and one labelled grid."""
 
-from collections.abc import Collection
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from latent_t2i.model.bundle import digest, find_bundle
-from latent_t2i.model.grid import labelled_grid, read_settings, save_png
+from latent_t2i.model.grid import labelled_grid, read_settings
 from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.sample import sampler
-from latent_t2i.sample.config import SampleConfig
+from latent_t2i.sample.config import DrawSettings, SampleConfig
+from latent_t2i.sample.folder import Picture, draw_folder, picture_path, save_whole, write_index
+from latent_t2i.sample.prompts import list_pictures
+from latent_t2i.sample.prompts import read_text as read_text
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 SHIPPED_BUNDLE = "scenes/bundle"
-MAX_TEXT_BYTES = 2**30
-"""Larger text files are refused, so that a wrong file does not fill the memory."""
+MAX_GRID_IMAGES = 64
+"""The grid shows the first pictures only, so that memory does not grow with their number."""
 
 
 def sample(config: SampleConfig) -> Path:
-    """Generates an image for every prompt; returns the path of the grid.
+    """Draws the pictures that the output folder lacks; returns the path of the grid.
 
-    Raises ValueError if there is no bundle or no prompt.
+    Under `accelerate launch` or torchrun each process draws its share. The last one to finish
+    writes the index and the grid. Raises ValueError if there is no bundle or no prompt, or if the
+    folder has pictures of other settings.
     """
+    rank, world_size = (
+        int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "WORLD_SIZE"))
+    )
+    earlier = {} if config.like is None else read_picture(config.like)
+    if config.like is not None:
+        config = like(config, earlier)
+    pictures = list_pictures(config)
     folder = choose_bundle(config.bundle, config.name)
-    prompts = [p for p in read_prompts(config) for _ in range(config.images_per_prompt)]
-    seeds = [config.seed + number for number in range(len(prompts))]
-    settings: dict[str, Any] = {
-        "guidance_scale": config.guidance_scale,
-        "num_steps": config.num_steps,
-        "scheduler": config.scheduler,
-    }
+    identity = describe_bundle(folder) | describe_guide(config.guide)
+    _compare_bundles(earlier, identity, explicit=config.bundle != earlier.get("bundle"))
     pipeline = sampler.load(folder, device=config.device, dtype=config.dtype)
-    identity = describe_bundle(folder)
-    images = sampler.draw(pipeline, prompts, seeds, batch_size=config.batch_size, **settings)
+    guide = None if config.guide is None else sampler.load_guide(config.guide, pipeline)
+    for network in (pipeline.unet, guide):
+        if network is not None:
+            sampler.speed_up(network, channels_last=config.channels_last, compiled=config.compile)
+    identity["dtype"] = str(pipeline.unet.dtype).removeprefix("torch.")
+    if rank == 0:
+        _note_sizes(pipeline, pictures)
     out = Path(config.out) if config.out else output_root() / "runs" / (config.name or "samples")
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    paths = [out / "samples" / f"{number:04d}.png" for number in range(len(images))]
-    for path, image, prompt, seed in zip(paths, images, prompts, seeds, strict=True):
-        save_png(image, path, {"prompt": prompt, "seed": seed} | settings | identity)
-    _remove_older(out / "samples", set(paths))
+    draw_folder(
+        pipeline,
+        pictures,
+        out / "samples",
+        batch_size=config.batch_size,
+        identity=identity,
+        rank=rank,
+        world_size=world_size,
+        guide=guide,
+        overwrite=config.overwrite,
+    )
     grid = out / "samples.png"
-    save_png(labelled_grid(images, prompts), grid, {"prompts": prompts} | settings | identity)
-    print(f"{len(images)} images from {folder}: {grid}")
+    missing = [n for n in range(len(pictures)) if not picture_path(out / "samples", n).exists()]
+    if missing:
+        print(f"process {rank + 1} of {world_size} has drawn its share of {len(pictures)} images")
+        return grid
+    write_index(out / "samples.jsonl", pictures, identity)
+    write_grid(grid, pictures, identity)
+    print(f"{len(pictures)} images from {folder}: {grid}")
     return grid
+
+
+def write_grid(path: Path, pictures: Sequence[Picture], identity: Mapping[str, str]) -> None:
+    """Writes a labelled grid of the first pictures in the folder samples/ beside it."""
+    shown = pictures[:MAX_GRID_IMAGES]
+    if len(shown) < len(pictures):
+        print(f"{path} shows the first {len(shown)} of {len(pictures)} images")
+    images = []
+    for position in range(len(shown)):
+        with Image.open(picture_path(path.parent / "samples", position)) as image:
+            images.append(image.convert("RGB"))
+    prompts = [picture.prompt for picture in shown]
+    same = len({picture.settings for picture in shown}) == 1
+    settings: dict[str, Any] = asdict(shown[0].settings) if same else {}
+    save_whole(
+        labelled_grid(images, prompts), path, {"prompts": prompts} | settings | dict(identity)
+    )
+
+
+def read_picture(name: str) -> dict[str, Any]:
+    """Returns the text chunk of a picture; raises ValueError if it has none."""
+    path = find_path(name)
+    if path is None:
+        raise ValueError(f"--like: no file {name!r} in the current directory or the project")
+    try:
+        found = read_settings(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--like: {error}") from error
+    if not isinstance(found.get("prompt"), str) or not isinstance(found.get("seed"), int):
+        raise ValueError(f"--like: {path} holds no prompt and seed; expected a PNG of samples/")
+    return found
+
+
+def like(config: SampleConfig, earlier: Mapping[str, Any]) -> SampleConfig:
+    """Returns the settings with which `earlier` was drawn, the text chunk of a picture.
+
+    The bundle and the data type are those of the picture unless `config` has its own.
+    """
+    names = [field.name for field in fields(DrawSettings) if field.name in earlier]
+    values = {n: tuple(v) if isinstance(v := earlier[n], list) else v for n in names}
+    if config.bundle is None and config.name is None:
+        values["bundle"] = earlier.get("bundle")
+    if config.dtype == "auto":
+        values["dtype"] = earlier.get("dtype", "auto")
+    prompt, seed = earlier["prompt"], earlier["seed"]
+    return replace(config, like=None, prompts=(prompt,), seed=seed, **values)
+
+
+def _compare_bundles(
+    earlier: Mapping[str, Any], identity: Mapping[str, str], *, explicit: bool
+) -> None:
+    """Prints that a picture of --like came from another bundle, or raises if none was given."""
+    for name in ("bundle_sha256", "guide_sha256"):
+        found, expected = identity.get(name), earlier.get(name)
+        if earlier and found != expected:
+            text = f"--like: its {name} is {expected}, that of {identity['bundle']} is {found}"
+            if not explicit:
+                raise ValueError(f"{text}; choose a bundle with --bundle")
+            print(f"{text}: the picture will differ")
+
+
+def _note_sizes(pipeline: "StableDiffusionPipeline", pictures: Sequence[Picture]) -> None:
+    _, height, width = sampler.latent_shape(pipeline)
+    trained = (width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor)
+    for size in dict.fromkeys(picture.settings.size for picture in pictures):
+        if size not in (None, trained):
+            print(
+                f"--size: {size[0]} x {size[1]} pixels, but the bundle was trained with "
+                f"{trained[0]} x {trained[1]}: objects may be repeated or cut off"
+            )
+
+
+def describe_guide(guide: str | None) -> dict[str, str]:
+    """Returns the sha256 of the guide's bundle, if there is one."""
+    return {} if guide is None else {"guide_sha256": digest(find_bundle(guide))}
 
 
 def choose_bundle(bundle: str | None, name: str | None) -> Path:
@@ -64,55 +169,3 @@ def describe_bundle(folder: Path) -> dict[str, str]:
     path, root = folder.resolve(), output_root().resolve()
     name = path.relative_to(root) if path.is_relative_to(root) else path
     return {"bundle": str(name), "bundle_sha256": digest(folder)}
-
-
-def _remove_older(folder: Path, keep: Collection[Path]) -> None:
-    """Removes the numbered images of an earlier call, which would look like results of this one."""
-    older = [path for path in sorted(folder.glob("[0-9]*.png")) if path not in keep]
-    removed = [path for path in older if _has_settings(path)]
-    for path in removed:
-        path.unlink()
-    if removed:
-        print(f"removed {len(removed)} images of an earlier call from {folder}")
-
-
-def _has_settings(path: Path) -> bool:
-    try:
-        read_settings(path)
-    except (ValueError, OSError):
-        return False
-    return True
-
-
-def read_prompts(config: SampleConfig) -> list[str]:
-    """Returns the prompts of `prompts` and then those of `prompt_file`."""
-    prompts = list(config.prompts)
-    if config.prompt_file is not None:
-        path = find_path(config.prompt_file)
-        if path is None:
-            raise ValueError(
-                f"--prompt-file: no file {config.prompt_file!r} in the current directory or the "
-                "project"
-            )
-        try:
-            lines = read_text(path).split("\n")
-        except ValueError as error:
-            raise ValueError(f"--prompt-file: {error}") from error
-        prompts += [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError("--prompt: no prompts; give --prompt, --prompt-file or a preset with some")
-    return prompts
-
-
-def read_text(path: Path) -> str:
-    """Returns the content of a UTF-8 file; raises ValueError if it is not one, or is too large."""
-    # A FIFO would block, and a device would never end.
-    if not path.is_file():
-        raise ValueError(f"{path} is not a regular file")
-    num_bytes = path.stat().st_size
-    if num_bytes > MAX_TEXT_BYTES:
-        raise ValueError(f"{path} has {num_bytes:,} bytes, expected at most {MAX_TEXT_BYTES:,}")
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error

@@ -1,64 +1,116 @@
-"""Samples with the stock `StableDiffusionPipeline`.
+"""Loads bundles for sampling, and draws a few images from prompts.
 
-Any diffusers program makes the same image of the same bundle, seed and settings.
+The images are those of the stock `StableDiffusionPipeline`: any diffusers program makes the same
+image of the same bundle, seed and settings.
 """
 
-import warnings
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
 from latent_t2i.model.bundle import find_bundle
+from latent_t2i.model.checks import read_json_object
 from latent_t2i.model.encoders import quiet
-from latent_t2i.model.generate import generate_images
-from latent_t2i.sample.config import DtypeName, SchedulerName
+from latent_t2i.model.generate import (
+    Guidance,
+    check_num_steps,
+    decode_dtype,
+    encode_prompt,
+    generate,
+    latent_shape,
+)
+from latent_t2i.sample.config import DrawSettings, DtypeName
+from latent_t2i.sample.schedulers import choose_scheduler
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {}),
-    "dpmpp": (DPMSolverMultistepScheduler, {}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "euler": (DPMSolverMultistepScheduler, {"solver_order": 1}),
-}
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def load(
     folder: str | Path, *, device: str = "auto", dtype: DtypeName = "auto"
 ) -> "StableDiffusionPipeline":
-    """Loads a bundle for sampling.
+    """Loads a bundle, or the folder of a stock Stable Diffusion pipeline, for sampling.
 
-    Raises ValueError if the bundle is missing or incomplete, or if there is no such device.
+    A VAE that may overflow in float16 is loaded in float32. A safety checker is not loaded. Raises
+    ValueError if the bundle is missing, incomplete or of another kind, or if there is no such
+    device.
     """
     found = find_bundle(folder)
+    _check_parts(found)
     device = choose_device(device)
     if dtype == "auto":
         dtype = "float16" if device.startswith("cuda") else "float32"
+    asked = getattr(torch, dtype)
+    vae = decode_dtype(read_json_object(found / "vae" / "config.json"), asked)
     with quiet(), _no_progress_bar():
         # The import warns about an image processor that is not used here.
         from diffusers import StableDiffusionPipeline
 
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                found, dtype=getattr(torch, dtype), local_files_only=True
+                found,
+                dtype={"vae": vae, "default": asked},
+                local_files_only=True,
+                requires_safety_checker=False,
+                **dict.fromkeys(UNUSED),
             )
         except OSError as error:
             raise ValueError(f"--bundle: {found} does not load: {error}") from error
+    _check_networks(pipeline, found)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
+def _check_parts(folder: Path) -> None:
+    """Raises ValueError for a pipeline of another kind, such as Stable Diffusion XL."""
+    index = read_json_object(folder / "model_index.json")
+    parts = {name for name, value in index.items() if isinstance(value, list) and any(value)}
+    missing = [name for name in PARTS if name not in parts]
+    more = sorted(parts - {*PARTS, *UNUSED})
+    if missing or more:
+        raise ValueError(
+            f"--bundle: {folder} is a {index.get('_class_name')}, expected a "
+            f"StableDiffusionPipeline with {', '.join(PARTS)}; found "
+            + (f"no {missing[0]}" if missing else f"{more[0]} too")
+        )
+
+
+def _check_networks(pipeline: "StableDiffusionPipeline", folder: Path) -> None:
+    """Raises ValueError for a denoiser with other inputs than noisy latents and text."""
+    found, expected = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if found != expected:
+        raise ValueError(
+            f"--bundle: the denoiser of {folder} has {found} input channels, expected the VAE's "
+            f"{expected}; networks for inpainting or depth are not supported"
+        )
+    if pipeline.unet.config.time_cond_proj_dim is not None:
+        raise ValueError(
+            f"--bundle: the denoiser of {folder} takes the guidance scale as an input "
+            "(time_cond_proj_dim), as those of LCM; expected one without"
+        )
+
+
 def choose_device(name: str) -> str:
-    """Returns `name`, or the default device for "auto"; raises ValueError if it is not usable."""
+    """Returns `name`, or the default device for "auto": this process's GPU, else the CPU.
+
+    Raises ValueError if the device is not usable.
+    """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        return f"cuda:{own}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
@@ -83,47 +135,116 @@ def _no_progress_bar() -> Iterator[None]:
             diffusers_logging.enable_progress_bar()
 
 
+def load_guide(folder: str | Path, pipeline: "StableDiffusionPipeline") -> Any:
+    """Returns the denoiser of a weaker bundle, on the device and in the data type of `pipeline`.
+
+    Raises ValueError for a bundle with another prediction, noise schedule, VAE or text encoder.
+    """
+    dtype: Any = str(pipeline.unet.dtype).removeprefix("torch.")
+    guide = load(folder, device=str(pipeline.unet.device), dtype=dtype)
+    other = _properties(guide)
+    for name, expected in _properties(pipeline).items():
+        if not _is_same(found := other[name], expected):
+            values = "" if torch.is_tensor(found) else f" (found {found}, expected {expected})"
+            raise ValueError(
+                f"--guide: {folder} has another {name} than the bundle{values}; expected an "
+                "earlier or shorter average of the same run"
+            )
+    return guide.unet
+
+
+def _properties(pipeline: "StableDiffusionPipeline") -> dict[str, Any]:
+    """Returns what a model and its guide must have in common, by name."""
+    return {
+        **{name: pipeline.unet.config[name] for name in ("in_channels", "cross_attention_dim")},
+        **{name: pipeline.scheduler.config[name] for name in ("prediction_type",)},
+        "scaling_factor": pipeline.vae.config.scaling_factor,
+        # What a part computes, because its weights may be stored in float16.
+        "noise schedule": pipeline.scheduler.alphas_cumprod,
+        "text encoder": encode_prompt(pipeline, "a photograph").float(),
+    }
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if torch.is_tensor(one):
+        return one.shape == other.shape and torch.allclose(one, other, rtol=0.01, atol=0.01)
+    return bool(one == other)
+
+
+def speed_up(unet: Any, *, channels_last: bool = False, compiled: bool = False) -> None:
+    """Changes how a denoiser computes, and its images by rounding only.
+
+    Raises ValueError if there is no compiler for the CPU.
+    """
+    if channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if compiled:
+        if unet.device.type == "cpu":
+            _require_compiler()
+        # All batches have one shape, so the kernels do not depend on what was drawn before.
+        unet.compile(dynamic=False)
+
+
+def _require_compiler() -> None:
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise ValueError(
+            "--compile: needs a C++ compiler such as g++ on a CPU, found none; install one, or "
+            "omit --compile"
+        ) from error
+
+
+def keywords(
+    pipeline: "StableDiffusionPipeline", settings: DrawSettings, guide: Any = None
+) -> dict[str, Any]:
+    """Returns the settings as arguments of `model.generate.generate`.
+
+    `guide` is the network of `settings.guide`, as `load_guide` returns it. Raises ValueError for
+    settings that do not fit the bundle.
+    """
+    assert (guide is None) == (settings.guide is None), "load_guide makes one of the other"
+    scheduler = choose_scheduler(pipeline.scheduler, settings.scheduler)
+    check_num_steps(scheduler, settings.num_steps)
+    latent_shape(pipeline, settings.size)
+    return {
+        "guidance": Guidance(
+            scale=settings.guidance_scale,
+            interval=settings.guidance_interval,
+            rescale=settings.guidance_rescale,
+            network=guide,
+        ),
+        "num_steps": settings.num_steps,
+        "scheduler": scheduler,
+        "negative_prompt": settings.negative_prompt,
+        "size": settings.size,
+    }
+
+
 def draw(
     pipeline: "StableDiffusionPipeline",
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    scheduler: SchedulerName = "dpmpp",
+    batch_size: int = 16,
+    title: str = "draw",
+    guide: Any = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
     **settings: Any,
 ) -> list[Image.Image]:
-    """Returns images made with the named scheduler; `settings` are those of `generate_images`.
+    """Returns one image per prompt and seed; `settings` are those of `DrawSettings`.
 
-    Raises ValueError if an image is not finite.
+    `guide` is a network of `load_guide`, and `on_step` that of `model.generate.generate`. Raises
+    ValueError for settings that do not fit the bundle, or if an image is not finite.
     """
-    own = pipeline.scheduler
-    pipeline.scheduler = choose_scheduler(own, scheduler)
-    try:
-        with warnings.catch_warnings():
-            # diffusers would turn NaN into black pixels.
-            warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)
-            return generate_images(pipeline, prompts, seeds, **settings)
-    except RuntimeWarning as error:
-        raise ValueError(
-            f"--bundle: the images are not finite in {pipeline.dtype}; the weights have NaN, or "
-            "overflow: try --dtype float32 or bfloat16, or another bundle"
-        ) from error
-    finally:
-        pipeline.scheduler = own
-
-
-def choose_scheduler(own: Any, name: SchedulerName) -> Any:
-    """Returns the named sampler for the noise schedule of `own`, the bundle's scheduler.
-
-    DDIM: Song et al. 2020 (2010.02502). DPM-Solver++ (2M): Lu et al. 2022 (2211.01095), whose
-    first order is DDIM, or Euler's method on rectified flow. UniPC: Zhao et al. 2023 (2302.04867).
-    Raises ValueError for DDIM with rectified flow.
-    """
-    if name == "ddim" and own.config.prediction_type == "flow_prediction":
-        raise ValueError(
-            "--scheduler: found ddim, but the bundle was trained with rectified flow, which DDIM "
-            "does not support; expected dpmpp, unipc, euler (its flow counterpart) or bundle"
-        )
-    if name == "bundle":
-        return own
-    kind, overrides = SAMPLERS[name]
-    return kind.from_config(own.config, **overrides)
+    images = generate(
+        pipeline,
+        prompts,
+        seeds,
+        **keywords(pipeline, DrawSettings(**settings), guide),
+        batch_size=min(batch_size, max(1, len(prompts))),
+        on_step=on_step,
+    )
+    return list(tqdm(images, title, len(prompts), unit="image", disable=None, leave=False))

@@ -15,7 +15,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
-FORKED = ["tests.shards.test_shards_faults", "tests.stage_one", "tests.train.process_groups"]
+FORKED = [
+    "tests.evaluation.processes",
+    "tests.shards.test_shards_faults",
+    "tests.stage_one",
+    "tests.train.process_groups",
+]
 """Modules whose functions run in forked processes."""
 COCO_MINI = ROOT.parent / "shared" / "data" / "coco-mini"
 

@@ -57,6 +57,7 @@ def draw_images(run: Run) -> list[Image.Image]:
                 guidance_scale=config.guidance_scale,
                 num_steps=config.num_steps,
                 title="preview",
+                require_finite=False,  # `write` reports black images
             )
         finally:
             for network in frozen:

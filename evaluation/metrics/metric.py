@@ -1,9 +1,10 @@
 """What every metric implements, and two base classes that cover nearly all of them.
 
-A metric judges one *row*: a stream of image batches, such as the model's samples, or the real images
-that give its ceiling. `update` is called for each batch of the row, `gather` once with the other
-processes, then `compute`. A metric keeps sums or numbers per image, never images, so its memory does
-not grow with them beyond a few numbers each. To add a metric: one module, and a line in METRICS.
+A metric judges one *row*: a stream of image batches, such as the model's samples, or the real
+images that give its ceiling. `update` is called for each batch of the row, `gather` once with the
+other processes, then `compute`. A metric keeps sums or numbers per image, never images, so its
+memory does not grow with them beyond a few numbers each. To add a metric: one module, and a line in
+METRICS.
 """
 
 from __future__ import annotations
@@ -31,15 +32,19 @@ Need = Literal["reference", "captions", "scenes", "bundle", "shards", "objects"]
 texts that an image shows. scenes: prompts with their scene. bundle: a VAE to reconstruct with.
 shards: the training set. objects: the annotated objects of each prompt's image."""
 RowName = Literal["samples", "real", "reconstruction", "shuffled", "diverse", "memorisation"]
-"""samples: the images to judge. real: reference images in their place, the ceiling (set metrics: one
-half of the reference against the other). reconstruction: reference images through the bundle's VAE.
-shuffled: the samples with the captions of other samples, the floor. diverse: several images of each
-of a few prompts, whose batches are one prompt's images. memorisation: images of training captions,
-and of the prompts at guidance 1."""
+"""samples: the images to judge. real: reference images in their place, the ceiling (set metrics:
+one half of the reference against the other). reconstruction: reference images through the bundle's
+VAE. shuffled: the samples with the captions of other samples, the floor. diverse: several images of
+each of a few prompts, whose batches are one prompt's images. memorisation: images of training
+captions, and of the prompts at guidance 1."""
 
 
 class MissingWeights(ValueError):
     """Weights are unavailable; the message names the file, its origin and where to put it."""
+
+
+class NotApplicable(MissingWeights):
+    """The metric says nothing about these images; the message gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,7 @@ class Batch:
         found: T = self._cache[key]
         return found
 
-    def with_items(self, items: Sequence[Item]) -> "Batch":
+    def with_items(self, items: Sequence[Item]) -> Batch:
         """Returns the same images with other items; what is cached of the images is shared."""
         return Batch(images=self.images, items=items, originals=self.originals, _cache=self._cache)
 
@@ -114,6 +119,12 @@ class Context:
             self.shared[key] = make()
         found: T = self.shared[key]
         return found
+
+
+def merge(group: Group, values: Mapping[int, T]) -> dict[int, T]:
+    """Returns the values of all processes by position, in that order."""
+    merged = {position: value for part in group.gather(values) for position, value in part.items()}
+    return dict(sorted(merged.items()))
 
 
 class Metric(abc.ABC):
@@ -233,8 +244,7 @@ class ImageMetric(Metric):
             self.values[item.position] = dict(values)
 
     def gather(self, group: Group) -> None:
-        merged = {p: v for values in group.gather(self.values) for p, v in values.items()}
-        self.values = dict(sorted(merged.items()))
+        self.values = merge(group, self.values)
 
     def compute(self) -> dict[str, float]:
         names = dict.fromkeys(name for values in self.values.values() for name in values)

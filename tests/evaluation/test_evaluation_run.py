@@ -1,0 +1,295 @@
+"""`evaluation.run`: bundles and folders, floors and ceilings, resuming, several processes."""
+
+import json
+import socket
+from dataclasses import replace
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latent_t2i.evaluation import draws, protocol
+from latent_t2i.evaluation.config import EvaluationConfig, SweepConfig
+from latent_t2i.evaluation.evaluate import evaluate
+from latent_t2i.evaluation.metrics import METRICS, metric_class
+from latent_t2i.evaluation.metrics.metric import Batch, Item
+from latent_t2i.evaluation.rows import Panel, rotate_captions
+from latent_t2i.model.bundle import digest
+from latent_t2i.sample import pictures
+from latent_t2i.scenes.dataset import write_coco
+from tests.bundles import make_bundle
+from tests.evaluation.processes import work
+from tests.shard_sets import make_examples, write_set
+
+QUICK = ("oracle", "clip_score", "cmmd")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+def config(bundle: Path, out: Path, **settings: Any) -> EvaluationConfig:
+    chosen = {"num_prompts": 4, "num_steps": 2, "guidance_scales": (4.0,), "metrics": QUICK}
+    return EvaluationConfig(name="tiny", bundle=str(bundle), out=str(out), **chosen | settings)
+
+
+def results(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "evaluation.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def evaluated(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of all metrics on scenes, with sweeps."""
+    out = tmp_path_factory.mktemp("evaluated")
+    sweep = SweepConfig(
+        guidance_intervals=((0.1, 5.0),), num_steps=(1, 2), checkpoints=(str(bundle),)
+    )
+    settings = config(
+        bundle, out, metrics=("all",), guidance_scales=(1.0, 4.0), sweep=sweep, started_at=1
+    )
+    evaluate(settings)
+    return out
+
+
+def test_metrics_are_flat_and_complete(evaluated: Path, bundle: Path) -> None:
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    for name in ("oracle/single/shape_and_colour", "oracle/pair/all", "clip_score", "cmmd"):
+        assert {name, f"{name}@g1", f"{name}/real"} <= metrics.keys()
+        assert f"{name}@g4" not in metrics, "the main guidance scale has no suffix"
+    assert metrics["oracle/pair/all/real"] == 1.0
+    assert metrics["clip_score"] < metrics["clip_score/real"] <= 100
+    assert metrics["train_seconds"] == 1.5
+    assert metrics["total_seconds"] > 1e9
+    assert (metrics["bundle"], metrics["bundle_sha256"]) == (str(bundle), digest(bundle))
+
+
+def test_rows_have_floors_and_ceilings(evaluated: Path) -> None:
+    found = results(evaluated)
+    assert {"samples", "real", "reconstruction", "shuffled"} <= found["rows"].keys()
+    assert set(found["num_images"].values()) == {12}
+    assert found["rows"]["shuffled"].keys() <= found["rows"]["samples"].keys()
+    low, high = found["intervals"]["clip_score"]
+    assert low <= found["rows"]["samples"]["clip_score"] <= high
+    assert found["intervals"]["oracle/single/shape_and_colour"][1] > 0, "of a share of 0 %"
+    assert len(found["spread"]["cmmd"]["values"]) == 3
+    lines = (evaluated / "per_image.jsonl").read_text().splitlines()
+    assert [json.loads(line)["position"] for line in lines] == list(range(12))
+    assert all((evaluated / json.loads(line)["file"]).is_file() for line in lines)
+
+
+def test_skipped_metrics_have_a_reason(evaluated: Path) -> None:
+    skipped = results(evaluated)["skipped"]
+    assert "weights-inception-2015-12-05" in skipped["fid"]
+    assert "needs the training set: --train-shards" in skipped["memorisation"]
+    computed = {metric.partition("/")[0] for metric in results(evaluated)["rows"]["samples"]}
+    assert not computed & skipped.keys()
+
+
+def test_sweeps(evaluated: Path) -> None:
+    sweeps = results(evaluated)["sweeps"]
+    assert [point["value"] for point in sweeps["guidance_scale"]] == [1.0, 4.0]
+    assert [point["num_steps"] for point in sweeps["sampler"]] == [1, 2]
+    assert {point["num_images"] for points in sweeps.values() for point in points} == {6}
+    main = {p["value"]: p["folder"] for p in sweeps["guidance_scale"]}[4.0]
+    assert main == results(evaluated)["pictures"], "the main images are not drawn again"
+
+
+def test_a_second_evaluation_draws_nothing_and_agrees(
+    evaluated: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = results(evaluated)
+    monkeypatch.setattr("latent_t2i.sample.folder.generate", lambda *_, **__: pytest.fail("drawn"))
+    evaluate(config(bundle, evaluated))
+    after = results(evaluated)
+    assert after["rows"]["samples"].items() <= before["rows"]["samples"].items()
+
+
+def test_an_interrupted_evaluation_continues(
+    evaluated: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second call draws only what the first lacks; the figures are those of one call."""
+    settings = config(bundle, tmp_path, batch_size=3)
+    whole = draws.draw_folder
+
+    def interrupted(*args: Any, **settings: Any) -> None:
+        whole(*args, **settings)
+        for path in sorted(args[2].glob("*.png"))[5:]:
+            path.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(draws, "draw_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(settings)
+    assert not (tmp_path / "evaluation.json").exists()
+    monkeypatch.setattr(draws, "draw_folder", whole)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert len(kept) == 5
+    evaluate(settings)
+    assert kept.items() <= {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.png")}.items()
+    expected = results(evaluated)["rows"]["samples"]
+    for name, value in results(tmp_path)["rows"]["samples"].items():
+        assert value == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_two_processes_give_the_same_figures(
+    evaluated: Path, bundle: Path, tmp_path: Path, forks: ForkServerContext
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = config(bundle, tmp_path)
+    group = [forks.Process(target=work, args=(settings, rank, 2, port)) for rank in range(2)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(120)
+        assert process.exitcode == 0
+    expected = results(evaluated)["rows"]["samples"]
+    for name, value in results(tmp_path)["rows"]["samples"].items():
+        assert value == pytest.approx(expected[name], rel=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders of drawn scenes; the first with captions."""
+    root = tmp_path_factory.mktemp("folders")
+    return tuple(write_coco(root / n, "easy", n, 8, 64, 0).images for n in ("train", "val"))  # type: ignore[return-value]
+
+
+def of_folders(folders: tuple[Path, Path], out: Path, **settings: Any) -> EvaluationConfig:
+    captions = folders[0].parent / "annotations" / "captions_train.json"
+    chosen = {"metrics": ("clip_score", "cmmd", "prdc"), "captions": str(captions)}
+    return EvaluationConfig(
+        name="folders", images=str(folders[0]), reference=str(folders[1]), out=str(out),
+        **chosen | settings,
+    )  # fmt: skip
+
+
+def test_two_folders_of_images(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    evaluate(of_folders(folders, tmp_path))
+    found = results(tmp_path)
+    assert found["rows"]["samples"]["clip_score"] > found["rows"]["shuffled"]["clip_score"]
+    assert {"cmmd", "coverage"} <= found["rows"]["real"].keys()
+    assert found["protocol"]["reference/count"] == 8
+    assert found["sweeps"] == {}
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_a_folder_against_itself_has_no_distance(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    same = (folders[0], folders[0])
+    evaluate(of_folders(same, tmp_path, metrics=("frechet_distance", "prdc"), captions=None))
+    figures = results(tmp_path)["rows"]["samples"]
+    assert figures["frechet_distance"] == pytest.approx(0, abs=1e-3)
+    assert figures["precision"] == figures["recall"] == figures["coverage"] == 1.0
+
+
+def test_faulty_inputs_are_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = of_folders(folders, tmp_path / "out")
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"text": "a red circle"}\n{"text": "a blue square"}\n')
+    (tmp_path / "images").mkdir()
+    for changes, message in (
+        ({"captions": str(few)}, r"--captions: .* captions of 2 images, fewer than the 8 images"),
+        ({"images": str(tmp_path / "images")}, r"--images: .* has 0 images; expected two or more"),
+        ({"reference": "absent"}, r"--reference: no folder or file 'absent'"),
+        ({"metrics": ("fid",)}, r"--metrics fid: --weights.inception: .* download"),
+        ({"metrics": ("oracle",)}, r"--metrics oracle: needs generated scenes: --oracle"),
+        ({"metrics": ("fidd",)}, r"--metrics: found 'fidd', expected all or some of oracle, "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(replace(settings, **changes))
+    assert not (tmp_path / "out").exists(), "nothing is half-written"
+
+
+def test_images_of_the_training_set_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    train = [
+        replace(example, key=f"COCO_val2014_{number:012d}")
+        for number, example in enumerate(make_examples(3), start=7)
+    ]
+    write_set(tmp_path / "shards", [train])
+    settings = of_folders(
+        folders, tmp_path / "out", captions=None, metrics=("cmmd",),
+        train_shards=str(tmp_path / "shards"),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"2 of the images are in the training set .*such as 0*7"):
+        evaluate(settings)
+    assert not (tmp_path / "out").exists()
+    evaluate(replace(settings, allow_contamination=True))
+    assert results(tmp_path / "out")["contamination"]["count"] == 2
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["contaminated_images"] == 2
+
+
+def test_a_bundle_or_images_but_not_both() -> None:
+    with pytest.raises(ValueError, match=r"--images: found 'x' beside --bundle 'y'"):
+        EvaluationConfig(name="a", images="x", bundle="y")
+
+
+def test_a_run_without_a_bundle_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "output_root", lambda: tmp_path)
+    with pytest.raises(ValueError, match=r"--bundle: .*runs/untrained/bundle does not exist"):
+        evaluate(EvaluationConfig(name="untrained", out=str(tmp_path / "out")))
+
+
+def test_every_metric_is_a_module_with_its_name() -> None:
+    for name in METRICS:
+        cls = metric_class(name)
+        assert cls.rows, name
+        assert cls.__doc__, name
+
+
+def test_captions_are_rotated_within_their_group() -> None:
+    texts = ["a", "a", "b", "c"]
+    items = [
+        Item(position=n, key=str(n), captions=(text,), group="one" if n < 4 else "two")
+        for n, text in enumerate([*texts, "x", "y"])
+    ]
+    rotated = rotate_captions(items)
+    assert [item.key for item in rotated] == [item.key for item in items]
+    for before, after in zip(items, rotated, strict=True):
+        assert after.captions != before.captions
+        assert after.group == before.group
+        assert after.captions[0] in [i.captions[0] for i in items if i.group == before.group]
+
+
+def test_seeds_do_not_depend_on_other_groups() -> None:
+    items = [Item(position=n, key="", group=group) for n, group in enumerate("aabab")]
+    assert draws.seeds_of(items, 7) == [7, 8, 7, 9, 8]
+    assert draws.part_of(items, 1) == [0, 2]
+
+
+def test_the_protocol_id_depends_on_every_field() -> None:
+    record = protocol.record_of(
+        EvaluationConfig(name="a"), items=[], num_images=2, image_size=(64, 64), drawn=None,
+        reference={"name": "r"}, identities={"fid": {"weights_sha256": "1"}},
+    )  # fmt: skip
+    first = protocol.protocol_id(record)
+    assert all(protocol.protocol_id(record | {name: "other"}) != first for name in record)
+    assert record["metrics/fid/weights_sha256"] == "1"
+    assert protocol.hash_texts(["ab", "c"]) != protocol.hash_texts(["a", "bc"])
+
+
+def test_features_are_cached_by_batch_and_not_by_caption() -> None:
+    batch = Batch(images=np.zeros((1, 2, 2, 3), np.uint8), items=[Item(position=0, key="a")])
+    calls: list[int] = []
+    other = batch.with_items([Item(position=0, key="b")])
+    for one in (batch, batch, other):
+        one.cached("features", lambda: calls.append(1))
+    assert len(calls) == 1
+
+
+def test_metrics_of_all_are_chosen_by_their_needs(tmp_path: Path) -> None:
+    settings = EvaluationConfig(name="a", images="x")
+    panel = Panel(config=settings, device="cpu", inputs=frozenset())
+    panel.choose()
+    assert panel.names == ()
+    assert panel.skipped["cmmd"] == "needs real images: --reference"
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
