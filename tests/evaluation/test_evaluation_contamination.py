@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_t2i.evaluation.contamination import check
@@ -43,6 +43,7 @@ def train_2014(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("train") / "2014", keys)
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(IDS), st.sampled_from(LAYOUTS)), max_size=8))
 def test_ids_are_found_in_either_layout(
     train: Path, train_2014: Path, chosen: list[tuple[int, str]]
