@@ -2,8 +2,8 @@
 
 Closed detectors (RT-DETR, DETR and others of AutoModelForObjectDetection) use their own labels, of
 which those that mean a category of COCO count. Zero-shot detectors (Grounding DINO, OWL-ViT, OWLv2)
-are asked for COCO's categories by name. Scores of different detectors are not comparable, so that
-the threshold is the caller's. Images are resized by the PIL versions of the image processors,
+get the names of COCO's categories as queries. Scores of different detectors are not comparable, so
+the caller sets the threshold. Images are resized by the PIL versions of the image processors,
 whether or not torchvision is installed, because the two differ.
 """
 

@@ -12,7 +12,7 @@ and position of COCO's objects (evaluation/objects.py finds them in captions and
 A detector misses objects and invents others, so the figures mean little without those of the real
 images, and the score above which a detection counts is chosen on real images: the threshold with
 the highest F1 for presence, and the one with the most right numbers for counts. The detections of
-all images are kept, about half a kilobyte each, because the thresholds come last.
+all images are kept, a few kilobytes each, because the thresholds come last.
 """
 
 from collections import Counter
