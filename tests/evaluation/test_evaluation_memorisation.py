@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from latent_t2i.evaluation.config import EvaluationConfig, WeightsConfig
+from latent_t2i.evaluation.evaluate import evaluate
 from latent_t2i.evaluation.metrics import metric_class
 from latent_t2i.evaluation.metrics.memorisation import (
     NUM_NEIGHBOURS,
@@ -28,6 +29,7 @@ from latent_t2i.evaluation.training_set import TrainingSet, choose
 from latent_t2i.model.encoders import load_vae
 from latent_t2i.shards.schema import Manifest
 from tests import tiny
+from tests.bundles import make_bundle
 
 Images = NDArray[np.uint8]
 SIDE = 8
@@ -292,3 +294,20 @@ def test_an_unavailable_vae_is_reported_before_anything_is_drawn(
     assert metric_class("memorisation") is Memorisation
     with pytest.raises(ValueError, match=r"manifest\.json"):
         TrainingSet(tmp_path)
+
+
+def test_the_command_compares_with_the_shards(shards: Path, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    evaluate(EvaluationConfig(
+        name="x", bundle=str(bundle), out=str(tmp_path / "out"), train_shards=str(shards),
+        metrics=("memorisation",), num_prompts=2, num_steps=1, guidance_scales=(4.0,),
+    ))  # fmt: skip
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["rows"]["samples"].keys() == {
+        "memorisation/ratio", "memorisation/closer", "memorisation/tail",
+    }  # fmt: skip
+    details = found["details"]["memorisation"]["samples"]
+    assert details["groups"].keys() == {
+        "single", "pair", "held_out", "train_prompts@g4", "train_prompts@g1", "prompts@g1",
+    }  # fmt: skip
+    assert all((tmp_path / "out" / pair["file"]).is_file() for pair in details["pairs"])
