@@ -5,7 +5,7 @@ from time import time
 from typing import Literal
 
 from latent_t2i.model.checks import check_number
-from latent_t2i.sample.config import SEED_LIMIT, DtypeName
+from latent_t2i.sample.config import SEED_LIMIT, DtypeName, SchedulerName
 
 ResizeMode = Literal["legacy", "clean", "pytorch"]
 ProtocolName = Literal["own", "coco-uvit", "coco-mlperf"]
@@ -45,7 +45,7 @@ class SweepConfig:
     """Guidance intervals to compare, in sigma, at the main guidance scale."""
     guides: tuple[str, ...] = ()
     """Weaker bundles for autoguidance: an earlier snapshot, or a shorter EMA."""
-    schedulers: tuple[str, ...] = ()
+    schedulers: tuple[SchedulerName, ...] = ()
     """Samplers to compare, each at all of `num_steps`."""
     num_steps: tuple[int, ...] = ()
     """Numbers of steps to compare, with each of `schedulers`."""
@@ -123,7 +123,7 @@ class EvaluationConfig:
     """Guidance scales to compare, on half of the prompts."""
     num_steps: int = 20
     """Number of sampler steps."""
-    scheduler: str = "dpmpp"
+    scheduler: SchedulerName = "dpmpp"
     """The sampler, as for sample.run."""
     sweep: SweepConfig = SweepConfig()
     """Further settings to compare."""
