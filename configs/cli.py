@@ -46,6 +46,7 @@ EXTRAS = {
     "parquet": ("pyarrow",),
     "track": ("tensorboard",),
     "eval": ("jinja2", "matplotlib", "scipy", "torchmetrics"),
+    "metrics": ("timm", "torch_fidelity", "torchvision"),
     "8bit": ("bitsandbytes",),
     "remote": ("aiohttp", "s3fs"),
 }

@@ -146,7 +146,8 @@ class EvaluationConfig:
             check_number(f"--{name.replace('_', '-')}", getattr(self, name), least=1)
         check_number("--num-diverse-prompts", self.num_diverse_prompts, least=0)
         check_number("--num-train-images", self.num_train_images, least=2, whole=True)
-        for scale in (self.guidance_scale, *self.guidance_scales):
+        check_number("--guidance-scale", self.guidance_scale, least=1)
+        for scale in self.guidance_scales:
             check_number("--guidance-scales", scale, least=1)
         scales = {self.guidance_scale, *self.guidance_scales}
         if len({f"{scale:g}" for scale in scales}) < len(scales):

@@ -180,13 +180,20 @@ class FeatureStats:
 
     @property
     def root(self) -> Floats:  # (D, R)
-        """A matrix R with R R^T = cov; R columns, the covariance's rank."""
+        """A matrix with root @ root.T = cov; its columns are at most the images or the features."""
         if "root" not in self._cache:
-            values, vectors = np.linalg.eigh(self.cov)
-            held = values > values[-1] * self.dim * np.finfo(np.float64).eps
-            self._cache["root"] = vectors[:, held] * np.sqrt(values[held])
+            self._cache["root"] = self._make_root()
         found: Floats = self._cache["root"]
         return found
+
+    def _make_root(self) -> Floats:
+        rows = self.features
+        if 1 < self.count == len(rows) <= self.dim:
+            # All images are there: no need to decompose the much larger covariance.
+            return (rows - self.mean).T / np.sqrt(self.count - 1)
+        values, vectors = np.linalg.eigh(self.cov)
+        held = ~_is_rounding(values)
+        return vectors[:, held] * np.sqrt(values[held])
 
     def split(self, num_parts: int) -> list[FeatureStats]:
         """Returns the statistics of disjoint parts of the images: position modulo `num_parts`.
@@ -328,7 +335,8 @@ def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:
     low, high = sorted((a, b), key=lambda stats: stats.count or np.inf)
     root = low.root
     values = np.linalg.eigvalsh(root.T @ high.cov @ root)
-    cross = np.sqrt(np.clip(values, 0, None)).sum()
+    # The root would make 1e-8 of an eigenvalue that is 0 but for rounding.
+    cross = np.sqrt(values[~_is_rounding(values)]).sum()
     shift = a.mean - b.mean
     return float(shift @ shift + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
 
@@ -340,6 +348,11 @@ class Header:
     identity: Mapping[str, str]
     dim: int
     has_rows: bool
+
+
+def _is_rounding(eigenvalues: Floats) -> NDArray[np.bool_]:
+    """Returns which of a positive matrix's eigenvalues, in ascending order, are zero."""
+    return eigenvalues <= eigenvalues[-1] * len(eigenvalues) * np.finfo(np.float64).eps
 
 
 def read_header(path: Path) -> Header:
@@ -360,7 +373,9 @@ def read_header(path: Path) -> Header:
 def open_npz(path: Path) -> Iterator[Any]:
     """Opens a .npz file; raises ValueError, with its name, if it is not one."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a file that it opens itself open after an error.
+        with path.open("rb") as binary:
+            file = np.load(binary, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds one array")
             yield file

@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": ("latent_t2i.sample.run", "generate images from a bundle"),
     "evaluate": ("latent_t2i.evaluation.run", "compute metrics of a bundle and write a report"),
     "compare": ("latent_t2i.evaluation.compare", "compare evaluations of one protocol"),
+    "reference": ("latent_t2i.evaluation.reference", "make statistics of real images, for FID"),
     "verify": ("latent_t2i.shards.verify", "check every byte of a shard folder"),
     "summary": ("latent_t2i.shards.summary", "print what a shard folder contains"),
     "doctor": ("latent_t2i.doctor", "show hardware, missing packages and the presets that fit"),

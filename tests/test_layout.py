@@ -24,7 +24,8 @@ ALLOWED = {
     "pipeline": {"shards", "model", "scenes"},
     "train": {"shards", "model"},
     "sample": {"model"},
-    "evaluation": {"model", "sample", "scenes", "shards"},
+    # Statistics of real images are made from any source of stage one.
+    "evaluation": {"model", "pipeline", "sample", "scenes", "shards"},
 }
 """The packages of ours that each package may import, besides itself."""
 ALLOWED_BY_SHARDS = {"fsspec", "numpy", "tenacity", "torch", "tqdm", "webdataset"}

@@ -210,8 +210,11 @@ class FeatureMetric(Metric):
     def spread(self, num_sets: int) -> dict[str, dict[str, Any]]:
         """Returns each figure's mean, deviation and values over disjoint sets of the images.
 
-        The sets are position modulo `num_sets`, which is --num-seed-sets or divides it.
+        The sets are position modulo `num_sets`, which is --num-seed-sets or divides it. Nothing if
+        one of them has fewer than two images.
         """
+        if self.stats.count < 2 * num_sets:
+            return {}
         found = [self.figures(part, self.reference) for part in self.stats.split(num_sets)]
         spreads = {}
         for name in found[0]:

@@ -1,0 +1,126 @@
+"""The published protocols: what they fix, and prompts that a second run reads again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from latent_t2i.evaluation import protocols
+from latent_t2i.evaluation.config import EvaluationConfig, WeightsConfig
+from latent_t2i.evaluation.protocols import PROTOCOLS, apply_protocol, protocol_items
+from tests.coco_folders import CocoFolder, make_coco
+
+
+def make_config(**settings: Any) -> EvaluationConfig:
+    return EvaluationConfig(name="tests", **settings)
+
+
+def test_own_settings_are_left_alone() -> None:
+    config = make_config(num_steps=7)
+    assert apply_protocol(config) is config
+
+
+def test_uvit() -> None:
+    config = apply_protocol(make_config(protocol="coco-uvit"))
+    assert (config.size, config.num_prompts, config.resize) == (256, 30_000, "pytorch")
+    assert (config.scheduler, config.num_steps) == ("dpmpp-singlestep", 50)
+    assert config.guidance_scale == 2  # 1 in U-ViT's cond + scale * (cond - uncond)
+    assert not config.oracle
+    assert config.captions == "data/coco/annotations/captions_val2014.json"
+    assert config.reference == "data/coco/val2014"
+    assert config.weights == WeightsConfig()
+
+
+def test_mlperf() -> None:
+    config = apply_protocol(make_config(protocol="coco-mlperf"))
+    assert (config.size, config.num_prompts, config.resize) == (512, 30_000, "pytorch")
+    assert (config.scheduler, config.num_steps, config.guidance_scale) == ("ddim", 50, 8)
+    assert config.weights.clip == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    assert config.captions == "data/coco/val2014_30k.tsv"
+    assert config.reference == "data/coco/val2014_30k_stats.npz"
+
+
+def test_paths_and_other_weights_may_be_given() -> None:
+    given = make_config(
+        protocol="coco-mlperf",
+        oracle=False,
+        captions="a.tsv",
+        reference="b.npz",
+        weights=WeightsConfig(inception="c.pth"),
+    )
+    config = apply_protocol(given)
+    assert (config.captions, config.reference) == ("a.tsv", "b.npz")
+    assert config.weights.inception == "c.pth"
+    assert config.weights.clip.startswith("laion/")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_steps": 25}, "--num-steps: found 25 with --protocol coco-mlperf.*fixes it to 50"),
+        ({"resize": "clean"}, "--resize: found 'clean'"),
+        ({"weights": WeightsConfig(clip="other")}, r"--weights\.clip: found 'other'"),
+    ],
+)
+def test_a_fixed_setting_cannot_be_changed(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        apply_protocol(make_config(protocol="coco-mlperf", **settings))
+
+
+def test_every_fixed_setting_exists() -> None:
+    for name, protocol in PROTOCOLS.items():
+        assert apply_protocol(make_config(protocol=name)).protocol == name
+        assert protocol.source
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> CocoFolder:
+    return make_coco(tmp_path / "coco", [5] * 8, size_px=8)
+
+
+def small(coco: CocoFolder, num: int = 6) -> EvaluationConfig:
+    return make_config(
+        protocol="coco-uvit", oracle=False, captions=str(coco.captions), num_prompts=num
+    )
+
+
+def test_prompts_are_chosen_once(coco: CocoFolder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    items = protocol_items(small(coco), out)
+    assert [item.position for item in items] == list(range(6))
+    assert len({item.key for item in items}) == 6
+    listed = json.loads((out / protocols.PROMPTS_FILE).read_text())
+    assert [row["key"] for row in listed["prompts"]] == [item.key for item in items]
+    assert (listed["protocol"], listed["num_prompts"], listed["seed"]) == ("coco-uvit", 6, 1234)
+    # The second run reads the list, whatever the choice would be now.
+    listed["prompts"].reverse()
+    (out / protocols.PROMPTS_FILE).write_text(json.dumps(listed))
+    again = protocol_items(small(coco), out)
+    assert [item.captions for item in again] == [item.captions for item in reversed(items)]
+    assert again[0].prompt is not None
+    assert again[0].prompt.text == again[0].captions[0]
+
+
+def test_prompts_of_other_settings_are_refused(coco: CocoFolder, tmp_path: Path) -> None:
+    protocol_items(small(coco), tmp_path)
+    with pytest.raises(ValueError, match=r"prompts\.json: num_prompts is 6, expected 5"):
+        protocol_items(small(coco, 5), tmp_path)
+    coco.change("captions", info={})
+    with pytest.raises(ValueError, match=r"captions_sha256 is .* another protocol or captions"):
+        protocol_items(small(coco), tmp_path)
+    (tmp_path / protocols.PROMPTS_FILE).write_text("{}")
+    with pytest.raises(ValueError, match="is not a list of prompts; delete it"):
+        protocol_items(small(coco), tmp_path)
+
+
+def test_too_few_captions(coco: CocoFolder, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="captions of 8 images, but --protocol coco-uvit needs 9"):
+        protocol_items(small(coco, 9), tmp_path)
+    assert not (tmp_path / protocols.PROMPTS_FILE).exists()
+
+
+def test_missing_captions_file(tmp_path: Path) -> None:
+    config = apply_protocol(make_config(protocol="coco-mlperf"))
+    with pytest.raises(ValueError, match=r"no file 'data/coco/val2014_30k\.tsv'"):
+        protocol_items(config, tmp_path)
