@@ -62,7 +62,9 @@ class Extractor(abc.ABC):
     @torch.inference_mode()
     def extract(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Returns the features (B, D) of images (B, H, W, 3)."""
-        with torch.autocast(torch.device(self.device).type, enabled=False):
+        # TF32 would change a figure's third digit.
+        cudnn = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(torch.device(self.device).type, enabled=False), cudnn:
             found: NDArray[np.float32] = self._forward(images).float().cpu().numpy()
         return found.reshape(len(images), -1)
 
@@ -249,15 +251,20 @@ def _load_transformers(folder: Path) -> tuple[Any, Callable[..., Any]]:
     """Returns the model and its image processor; raises ValueError if either does not load."""
     from transformers import AutoImageProcessor, AutoModel
 
-    with quiet(), loading(folder, flag="--weights.features"):
-        model, report = AutoModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    try:
+        with quiet(), loading(folder, flag="--weights.features"):
+            model, report = AutoModel.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+            processor = AutoImageProcessor.from_pretrained(
+                folder, local_files_only=True, backend="pil"
+            )
+    except TypeError as error:  # of a configuration that fits no constructor
+        raise ValueError(f"--weights.features: {folder} does not load: {error}") from error
     missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
     if missing:
         raise ValueError(
