@@ -161,7 +161,8 @@ def _from_prompt_list(path: Path) -> list[Entry]:
     found = []
     for number, row in enumerate(_csv_rows(path, "\t"), start=1):
         place = f"{path}, row {number}"
-        key = str(row.get("file_name") or row.get("image_id") or number)
+        image_id = row.get("image_id")
+        key = row.get("file_name") or (_coco_key(image_id) if image_id else str(number))
         found.append(Captioned(key=key, captions=_texts(_caption_of(row, place), place)))
     return _known(found)
 
@@ -217,7 +218,8 @@ def _coco_names(images: Any) -> dict[Any, str]:
 
 
 def _coco_key(image_id: int | str) -> str:
-    return f"{image_id:012d}" if isinstance(image_id, int) else image_id
+    """Returns an image's id as in COCO's file names."""
+    return f"{int(image_id):012d}" if str(image_id).isdecimal() else str(image_id)
 
 
 def _texts(value: Any, place: str) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ need them; the main trade-off is that rare abbreviations with a full stop lose i
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from statistics import fmean
 
 Tokens = Sequence[str]
 Ngram = tuple[str, ...]
@@ -62,22 +63,29 @@ def cider_d(candidates: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
     N-grams are weighted by how few of the images' references have them. The value of an image
     therefore depends on all others, and is 0 if there is only one.
     """
-    cooked = [[_count(tokens) for tokens in image] for image in references]
-    frequency = Counter(ngram for image in cooked for ngram in set(chain.from_iterable(image)))
     log_num = math.log(max(len(references), 1))
-    weights = {ngram: log_num - math.log(count) for ngram, count in frequency.items()}
+    weights: dict[Ngram, float] = {}
+    for order in range(1, MAX_ORDER + 1):  # one after the other, to save memory
+        counts = Counter(
+            chain.from_iterable(_ngrams_of_image(image, order) for image in references)
+        )
+        # An n-gram of a single image weighs as much as one of none, so it need not be kept.
+        weights |= {g: log_num - math.log(count) for g, count in counts.items() if count > 1}
     return [
-        _cider_of_image(_count(candidate), image, weights, log_num)
-        for candidate, image in zip(candidates, cooked, strict=True)
+        _cider_of_image(_count(candidate), map(_count, image), weights, log_num)
+        for candidate, image in zip(candidates, references, strict=True)
     ]
 
 
+def _ngrams_of_image(references: Iterable[Tokens], order: int) -> set[Ngram]:
+    return {ngram for tokens in references for ngram in _ngrams(tokens, order)}
+
+
 def _cider_of_image(
-    candidate: Ngrams, references: Sequence[Ngrams], weights: Mapping[Ngram, float], rare: float
+    candidate: Ngrams, references: Iterable[Ngrams], weights: Mapping[Ngram, float], rare: float
 ) -> float:
     own = _Weighted(candidate, weights, rare)
-    total = sum(own.similarity(_Weighted(reference, weights, rare)) for reference in references)
-    return 10 * total / len(references)
+    return 10 * fmean(own.similarity(_Weighted(other, weights, rare)) for other in references)
 
 
 class _Weighted:
@@ -156,11 +164,11 @@ def _longest_common(one: Tokens, other: Tokens) -> int:
 
 def _count(tokens: Tokens) -> Ngrams:
     """Returns how often each n-gram occurs, for n from 1 to 4."""
-    return Counter(
-        tuple(tokens[start : start + order])
-        for order in range(1, MAX_ORDER + 1)
-        for start in range(len(tokens) - order + 1)
-    )
+    return Counter(chain.from_iterable(_ngrams(tokens, order) for order in range(1, MAX_ORDER + 1)))
+
+
+def _ngrams(tokens: Tokens, order: int) -> Iterator[Ngram]:
+    return (tuple(tokens[i : i + order]) for i in range(len(tokens) - order + 1))
 
 
 def _most(counts: Sequence[Ngrams]) -> Ngrams:

@@ -43,7 +43,10 @@ def collect(
 ) -> dict[str, Any]:
     """Returns the results of all rows, for evaluation.json."""
     main = judged["samples"]
-    identities = {name: metric.identity() for name, metric in main.metrics.items()}
+    # Some metrics, such as LPIPS, judge other rows only.
+    identities = {
+        name: metric.identity() for row in judged.values() for name, metric in row.metrics.items()
+    }
     record = protocol.record_of(
         run.config,
         items=run.inputs.items,
@@ -106,18 +109,19 @@ def _reference(run: Evaluation) -> dict[str, Any]:
 
 
 def _intervals(run: Evaluation, row: Row) -> dict[str, tuple[float, float]]:
-    """Returns 95 % intervals of the means of per-image values."""
-    by_name: dict[str, list[float]] = {}
-    for values in row.values().values():
+    """Returns 95 % intervals of the means of per-image values; images of a prompt count as one."""
+    prompts = {i.position: i.captions[0] if i.captions else i.position for i in run.inputs.items}
+    by_name: dict[str, dict[int, float]] = {}
+    for position, values in row.values().items():
         for name, value in values.items():
             if isfinite(value):
-                by_name.setdefault(name, []).append(value)
+                by_name.setdefault(name, {})[position] = value
     seed = run.config.seed
     return {
-        name: wilson(sum(values) / len(values), len(values))
-        if set(values) <= {0.0, 1.0}
-        else interval(values, seed=seed)
-        for name, values in by_name.items()
+        name: wilson(sum(found.values()) / len(found), len(found))
+        if set(found.values()) <= {0.0, 1.0}
+        else interval(list(found.values()), [prompts[p] for p in found], seed=seed)
+        for name, found in by_name.items()
     }
 
 

