@@ -33,6 +33,8 @@ NAME_WIDTH = 30
 CELL_WIDTH = 12
 RUNS_PER_TABLE = (COLUMNS - NAME_WIDTH) // CELL_WIDTH
 ABSENT = "(absent)"
+OF_THE_MODEL = {f"metrics/memorisation/{name}" for name in ("train_sha256", "num_train_images")}
+"""Fields of the record that describe the model's training set: models of different data compare."""
 MARK = " ≠"
 
 
@@ -108,7 +110,8 @@ def differences(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """
     protocols = [run["protocol"] for run in runs]
     found = {}
-    for field in dict.fromkeys(name for protocol in protocols for name in protocol):
+    names = dict.fromkeys(name for protocol in protocols for name in protocol)
+    for field in (name for name in names if name not in OF_THE_MODEL):
         sharing = [protocol for protocol in protocols if _computed(field, protocol)]
         values = [_text(protocol.get(field, ABSENT)) for protocol in sharing]
         if len(set(values)) > 1:

@@ -101,6 +101,8 @@ class EvaluationConfig:
     """COCO instances file of the captions' images, for semantic consistency."""
     train_shards: str | None = None
     """The training set, for memorisation and the check for contamination; default: the run's."""
+    num_train_images: int = 10_000
+    """Most training images to decode for memorisation; of a larger set, a fixed random part."""
     allow_contamination: bool = False
     """Continue if prompts or reference images are in the training set; marked in every result."""
     num_prompts: int = 128
@@ -143,7 +145,9 @@ class EvaluationConfig:
         for name in ("num_prompts", "num_steps", "batch_size", "num_seed_sets"):
             check_number(f"--{name.replace('_', '-')}", getattr(self, name), least=1)
         check_number("--num-diverse-prompts", self.num_diverse_prompts, least=0)
-        for scale in (self.guidance_scale, *self.guidance_scales):
+        check_number("--num-train-images", self.num_train_images, least=2, whole=True)
+        check_number("--guidance-scale", self.guidance_scale, least=1)
+        for scale in self.guidance_scales:
             check_number("--guidance-scales", scale, least=1)
         scales = {self.guidance_scale, *self.guidance_scales}
         if len({f"{scale:g}" for scale in scales}) < len(scales):

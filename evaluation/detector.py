@@ -2,8 +2,8 @@
 
 Closed detectors (RT-DETR, DETR and others of AutoModelForObjectDetection) use their own labels, of
 which those that mean a category of COCO count. Zero-shot detectors (Grounding DINO, OWL-ViT, OWLv2)
-are asked for COCO's categories by name. Scores of different detectors are not comparable, so that
-the threshold is the caller's. Images are resized by the PIL versions of the image processors,
+get the names of COCO's categories as queries. Scores of different detectors are not comparable, so
+the caller sets the threshold. Images are resized by the PIL versions of the image processors,
 whether or not torchvision is installed, because the two differ.
 """
 
@@ -18,16 +18,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForObjectDetection,
     AutoModelForZeroShotObjectDetection,
     AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
 
+from latent_t2i.evaluation.networks import (
+    find_network,
+    load_image_processor,
+    load_network,
+    load_tokenizer,
+)
 from latent_t2i.evaluation.objects import CATEGORIES, category_of
 from latent_t2i.model.encoders import fingerprint, quiet
-from latent_t2i.model.folders import fetch, loading, require_complete, require_weights
+from latent_t2i.model.folders import loading
 
 FLAG = "--weights.detector"
 FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer*", "vocab*",
@@ -115,11 +120,10 @@ def _overlaps(box: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[
 def load_detector(name: str, device: str = "cpu") -> "TransformersDetector":
     """Loads a detector from a folder or Hub repository.
 
-    Raises ValueError if it is unavailable or not a detector, and ModuleNotFoundError if its
-    backbone needs a package that is not installed.
+    Raises MissingWeights if it is unavailable, ValueError if it is no detector or broken, and
+    ModuleNotFoundError if its backbone needs a package that is not installed.
     """
-    folder = fetch(name, None, FILES, flag=FLAG)
-    require_weights(folder, "model", flag=FLAG)
+    folder = find_network(name, FILES, flag=FLAG)
     with quiet(), loading(folder, flag=FLAG):
         kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
     is_closed = kind in MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES
@@ -128,34 +132,18 @@ def load_detector(name: str, device: str = "cpu") -> "TransformersDetector":
             f"{FLAG}: {folder} is a {kind!r} model; expected an object detector of transformers, "
             f"such as rt_detr, detr, {', '.join((*GROUNDING_DINO, *OWL))}"
         )
-    network = _load_network(folder, is_closed).to(device)
-    with quiet(), loading(folder, flag=FLAG):
-        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-        tokenizer = (
-            None if is_closed else AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        )
-    return TransformersDetector(name, folder, network, processor, tokenizer)
-
-
-def _load_network(folder: Path, is_closed: bool) -> Any:
-    loader: Any = AutoModelForObjectDetection if is_closed else AutoModelForZeroShotObjectDetection
+    loader = AutoModelForObjectDetection if is_closed else AutoModelForZeroShotObjectDetection
     try:
-        with quiet(), loading(folder, flag=FLAG):
-            network, report = loader.from_pretrained(
-                folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+        network = load_network(loader, folder, "an object detector", flag=FLAG).to(device)
     except ImportError as error:  # DETR's usual backbone is timm's
         reason = " ".join(str(error).split())
         raise ModuleNotFoundError(
             f"{FLAG}: {folder} needs a package that is not installed: {reason}; "
             "pip install 'latent-t2i[metrics]'"
         ) from error
-    require_complete(report, folder, "an object detector", flag=FLAG)
-    return network.eval().requires_grad_(False)
+    processor = load_image_processor(folder, flag=FLAG)
+    tokenizer = None if is_closed else load_tokenizer(AutoTokenizer, folder, flag=FLAG)
+    return TransformersDetector(name, folder, network, processor, tokenizer)
 
 
 class TransformersDetector:

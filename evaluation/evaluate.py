@@ -93,7 +93,9 @@ def evaluate(config: EvaluationConfig) -> Path:
         run.identity = describe_bundle(inputs.bundle) | {"dtype": dtype}
     if inputs.train_shards is not None:
         vae = None if run.pipeline is None else run.pipeline.vae
-        panel.training = partial(TrainingSet, inputs.train_shards, vae)
+        panel.training = partial(
+            TrainingSet, inputs.train_shards, vae, most=config.num_train_images
+        )
     panel.choose()
     samples, paths = draw_samples(run)
     found = judge_all(run, samples, paths)

@@ -1,9 +1,9 @@
 """Which objects an image should show: from its caption and from COCO's annotations.
 
 A small matcher finds COCO's 80 categories in a caption, with plurals and synonyms, number words and
-the words for left, right, above and below. It knows no grammar, so that it misreads some captions
-("a train station" is listed, others are not); where an image has annotated objects, a named object
-counts only if the annotations confirm it. The same figures of real images show what that costs.
+the words for left, right, above and below. It does not parse sentences, so it misreads some
+captions: 96 % of what it finds in the captions of 159 photographs is annotated. Where an image has
+annotated objects, a named object counts only if the annotations confirm it.
 """
 
 import math
@@ -133,6 +133,7 @@ PLURALS = {
     "sheep": "sheep", "calf": "calves", "ox": "oxen", "mouse": "mice", "knife": "knives",
     "broccoli": "broccoli", "aircraft": "aircraft",
 }  # fmt: skip
+SAME_PLURAL = ("sheep", "broccoli", "aircraft")
 ALWAYS_PLURAL = ("people", "cattle", "luggage", "skis", "scissors")
 """Words without a number: a pair of scissors is one object, and luggage any number of suitcases."""
 NUMBERS = {
@@ -416,17 +417,19 @@ def _number_of(words: Sequence[str], start: int, is_plural: bool) -> tuple[int |
     """Returns the number in front of a noun, and whether it is that of an article."""
     if words[start] in ALWAYS_PLURAL:
         return None, False
+    fits_any = words[start] in SAME_PLURAL
     for back in range(start - 1, max(start - 2 - NUMBER_REACH, -1), -1):
         word = words[back]
         if word == "of" and back and words[back - 1] in ("couple", "pair"):
             return 2, False
         if word in ("a", "an"):
-            return (None, False) if is_plural else (1, True)
+            return (None, False) if is_plural and not fits_any else (1, True)
         number = NUMBERS.get(word) or (int(word) if word.isdigit() and len(word) < 3 else None)
         if number:
-            return (number, False) if is_plural == (number > 1) else (None, False)
-        if word in BREAKS:
-            break
+            fits = fits_any or is_plural == (number > 1)
+            return (number, False) if fits else (None, False)
+        if word in BREAKS or _phrases().get((word,), (None, False))[1]:
+            break  # "two men riding horses" states no number of horses
     return None, False
 
 
@@ -486,4 +489,4 @@ def _canonical(label: str) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"[a-z]+|\d+|[,.;:]", text.lower().replace("'s ", " "))
+    return re.findall(r"[a-z]+|\d+|[,.;:]", text.lower().replace("'s ", " , "))

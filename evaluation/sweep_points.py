@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from latent_t2i.evaluation.evaluate import Evaluation
 
 
+NUM_SHOWN = 8
+"""Images of each group whose files are listed, for the report's strips."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """One setting of a sweep."""
@@ -101,7 +105,9 @@ def judge_point(run: Evaluation, items: Sequence[Item], paths: Sequence[Path]) -
 
     row = run.panel.row("samples", only=in_sweeps)
     rows.judge(row, run.batches(paths, items), run.group, len(items))
-    return {"num_images": row.num_images, "figures": row.figures()}
+    shown = part_of(items, NUM_SHOWN)
+    files = {str(items[i].position): paths[i].relative_to(run.out).as_posix() for i in shown}
+    return {"num_images": row.num_images, "figures": row.figures(), "files": files}
 
 
 @dataclass(frozen=True, kw_only=True)

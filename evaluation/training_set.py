@@ -17,8 +17,6 @@ from latent_t2i.shards.buckets import holds_buckets, open_buckets
 from latent_t2i.shards.reader import ShardSet, open_shards
 from latent_t2i.shards.schema import Manifest
 
-MAX_IMAGES = 10_000
-"""Most training images that are decoded."""
 DECODE_BATCH = 16
 
 
@@ -35,10 +33,10 @@ def open_sets(folder: Path) -> Sequence[ShardSet]:
 class TrainingSet:
     """A part of the images of a training set, numbered from 0."""
 
-    def __init__(
-        self, folder: Path, vae: Autoencoder | None = None, *, most: int = MAX_IMAGES
-    ) -> None:
-        """Opens the shards; `vae` is the bundle's, used if it is the one that encoded them.
+    def __init__(self, folder: Path, vae: Autoencoder | None = None, *, most: int = 10_000) -> None:
+        """Opens the shards, and chooses at most `most` images.
+
+        `vae` is the bundle's, used if it is the one that encoded the shards.
 
         Raises ValueError if the folder holds no shards, and MissingWeights if their VAE is
         unavailable.

@@ -12,7 +12,7 @@ and position of COCO's objects (evaluation/objects.py finds them in captions and
 A detector misses objects and invents others, so the figures mean little without those of the real
 images, and the score above which a detection counts is chosen on real images: the threshold with
 the highest F1 for presence, and the one with the most right numbers for counts. The detections of
-all images are kept, about half a kilobyte each, because the thresholds come last.
+all images are kept, a few kilobytes each, because the thresholds come last.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Image:
+class Judged:
     """What an image should show, and what was found."""
 
     expected: Expected
@@ -83,7 +83,7 @@ class Consistency(ImageMetric):
         self.detector: Detector = context.load(
             self._key, lambda: load_detector(name, context.device)
         )
-        self._images: dict[int, Image] = {}
+        self._images: dict[int, Judged] = {}
         self._unknown: Counter[str] = Counter()
         self.thresholds = Thresholds()
 
@@ -92,7 +92,7 @@ class Consistency(ImageMetric):
         found = batch.cached(self._key, lambda: self.detector(batch.images))
         for item, detections in zip(batch.items, found, strict=True):
             expected = self._findable(expected_of(item.captions, item.objects))
-            self._images[item.position] = Image(expected=expected, found=detections)
+            self._images[item.position] = Judged(expected=expected, found=detections)
         return [{} for _ in batch.items]
 
     def _findable(self, expected: Expected) -> Expected:
@@ -145,7 +145,7 @@ class Consistency(ImageMetric):
         }
 
 
-def values_of(image: Image, thresholds: Thresholds) -> dict[str, float]:
+def values_of(image: Judged, thresholds: Thresholds) -> dict[str, float]:
     """Returns the values of an image; those that do not apply to it are absent."""
     expected, best = image.expected, image.found.best()
     checks = {
@@ -174,7 +174,7 @@ def _holds(relation: Relation, found: Detections, thresholds: Thresholds) -> boo
     )
 
 
-def categories_of(images: Sequence[Image], thresholds: Thresholds) -> dict[str, dict[str, float]]:
+def categories_of(images: Sequence[Judged], thresholds: Thresholds) -> dict[str, dict[str, float]]:
     """Returns, by category: how often it is named, and the shares present and rightly counted."""
     table: dict[str, dict[str, list[bool]]] = {}
     for image in images:
@@ -193,7 +193,7 @@ def categories_of(images: Sequence[Image], thresholds: Thresholds) -> dict[str, 
     }
 
 
-def calibrate(images: Sequence[Image]) -> Thresholds:
+def calibrate(images: Sequence[Judged]) -> Thresholds:
     """Returns the thresholds for real images whose objects are known.
 
     Where an image has no annotations, all captions count, and what none of them names counts as
@@ -232,7 +232,7 @@ def best_f1(scores: NDArray[np.float64], is_there: NDArray[np.bool_]) -> tuple[f
     return float((ranked[best] + max(lower, MIN_SCORE)) / 2), float(f1[best])
 
 
-def _count_threshold(images: Sequence[Image], presence: float) -> float:
+def _count_threshold(images: Sequence[Judged], presence: float) -> float:
     """Returns the threshold with the most right numbers of annotated objects, or `presence`."""
     known = [
         (image.found, name, num)

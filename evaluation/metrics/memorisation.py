@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
 from latent_t2i.evaluation.features import load_extractor
 from latent_t2i.evaluation.metrics.metric import (
@@ -158,8 +159,15 @@ class Memorisation(ImageMetric):
         """Returns the features of the training images, made once per evaluation and process."""
 
         def make() -> Bank:
-            batches = self._training().batches()
-            return Bank(np.concatenate([self.network.extract(images) for _, images in batches]))
+            training = self._training()
+            rows: list[Rows] = []
+            bar = tqdm(total=len(training), desc="training images", unit="image", disable=None,
+                       leave=False)  # fmt: skip
+            with bar:
+                for numbers, images in training.batches():
+                    rows.append(self.network.extract(images))
+                    bar.update(len(numbers))
+            return Bank(np.concatenate(rows))
 
         return self.context.load(BANK, make)
 

@@ -95,6 +95,11 @@ def test_networks_of_a_metric_that_one_run_lacks_are_no_difference() -> None:
     }
 
 
+def test_models_of_different_training_sets_can_be_compared() -> None:
+    runs = [{"protocol": {"metrics/memorisation/train_sha256": digest}} for digest in "ab"]
+    assert differences(runs) == {}
+
+
 def line(position: int, prompt: str, **values: float | None) -> dict[str, Any]:
     return {"position": position, "prompt": prompt, "values": values}
 
