@@ -23,11 +23,9 @@ SchedulerName = Literal[
     "heun",
     "kdpm2",
     "kdpm2-ancestral",
-    "lcm",
     "lms",
     "pndm",
     "sa-solver",
-    "tcd",
     "unipc",
 ]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]

@@ -117,7 +117,9 @@ def test_a_changed_setting_is_refused_unless_overwrite(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").iterdir()}
     pictures.sample(config(bundle, tmp_path, num_images=2, batch_size=1))
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "samples").iterdir()}
-    with pytest.raises(ValueError, match=r"000000\.png: .* num_steps 3, this one has 2; .*--overwr"):
+    with pytest.raises(
+        ValueError, match=r"000000\.png: .* num_steps 3, this one has 2; .*--overwr"
+    ):
         pictures.sample(config(bundle, tmp_path, num_steps=2, num_images=2))
     with pytest.raises(ValueError, match=r"drew 2 more than the 2 pictures .* 000002\.png"):
         pictures.sample(config(bundle, tmp_path, prompts=("a red circle",), num_images=2))
@@ -179,7 +181,9 @@ def test_another_size_than_trained_prints_a_note(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures.sample(config(bundle, tmp_path, size=(96, 40), num_steps=1))
-    assert "--size: 96 x 40 pixels, but the bundle was trained with 64 x 64" in capsys.readouterr().out
+    assert (
+        "--size: 96 x 40 pixels, but the bundle was trained with 64 x 64" in capsys.readouterr().out
+    )
     with Image.open(tmp_path / "samples" / "000000.png") as image:
         assert image.size == (96, 40)
     with pytest.raises(ValueError, match=r"--size: expected multiples of 8 .* found 100 x 64"):
@@ -187,7 +191,10 @@ def test_another_size_than_trained_prints_a_note(
 
 
 def test_the_grid_shows_a_bounded_number_of_images(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(pictures, "MAX_GRID_IMAGES", 3)
     grid = pictures.sample(config(bundle, tmp_path, num_images=4, num_steps=1))
@@ -196,7 +203,10 @@ def test_the_grid_shows_a_bounded_number_of_images(
 
 
 def test_the_last_process_writes_the_grid_and_all_draw_what_one_draws(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     chosen = {"num_images": 3, "batch_size": 2, "num_steps": 2, "scheduler": "ddpm"}
     pictures.sample(config(bundle, tmp_path / "one", **chosen))
@@ -254,7 +264,7 @@ def test_make_samples_uses_the_shipped_bundle_unless_config_is_given(
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == f"python -m sample.run {flags}".split()
+    assert done.stdout.split() == f"python -m sample.run {flags} --overwrite".split()
 
 
 @pytest.mark.parametrize(

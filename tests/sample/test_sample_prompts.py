@@ -60,7 +60,7 @@ def test_a_line_of_json_may_have_a_seed_and_settings(tmp_path: Path) -> None:
         ("[" * 100_000, "not valid JSON"),
         ("[1]", r'expected an object with a text "prompt", found \[1\]'),
         ('{"prompt": 1}', r'a text "prompt"'),
-        ('{"prompt": "a", "seed": -1}', "seed: expected 0 or more"),
+        ('{"prompt": "a", "seed": -1}', "seed: expected a whole number, 0 or more"),
         ('{"prompt": "a", "seed": 1.5}', "seed: expected a whole number"),
         ('{"prompt": "a", "steps": 3}', "unknown setting 'steps'; expected one of guidance_scale,"),
         ('{"prompt": "a", "num_steps": "3"}', "--num-steps: expected a whole number"),
@@ -133,7 +133,9 @@ def test_other_json_is_refused(tmp_path: Path, document: str) -> None:
 
 def test_only_captions_are_chosen_from(tmp_path: Path) -> None:
     for file in (None, "prompts.txt"):
-        with pytest.raises(ValueError, match=r"need COCO captions; expected --prompt-file .*\.json"):
+        with pytest.raises(
+            ValueError, match=r"need COCO captions; expected --prompt-file .*\.json"
+        ):
             SampleConfig(prompt_file=file, num_prompts=3)
 
 

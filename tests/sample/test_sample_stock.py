@@ -33,18 +33,22 @@ class Case:
 
 V = ObjectiveConfig(prediction="v", beta_schedule="squaredcos_cap_v2")
 CASES = {
-    "epsilon, SD's VAE": Case(objective=ObjectiveConfig(), vae="sd", max_tokens=77),
-    "max_tokens 32": Case(objective=V, max_tokens=32),
-    "calibrated scaling": Case(objective=V, scaling_factor=0.3137),
-    "v zero snr": Case(objective=ObjectiveConfig(prediction="v", zero_terminal_snr=True)),
-    "flow": Case(objective=ObjectiveConfig(prediction="flow", flow_shift=2.0)),
-    "VAE with a shift": Case(objective=V, vae="flux"),
-    "VAE with statistics": Case(objective=V, vae="per_channel"),
+    "calibrated scaling, max_tokens 32": Case(objective=V, scaling_factor=0.3137, max_tokens=32),
+    "flow, VAE with a shift": Case(
+        objective=ObjectiveConfig(prediction="flow", flow_shift=2.0), vae="flux"
+    ),
 }
+MORE = {
+    "epsilon, SD's VAE": Case(objective=ObjectiveConfig(), vae="sd", max_tokens=77),
+    "v zero snr": Case(objective=ObjectiveConfig(prediction="v", zero_terminal_snr=True)),
+    "VAE with statistics": Case(objective=V, vae="per_channel"),
+    "VAE that decodes more": Case(objective=V, vae="asymmetric"),
+}
+STOCHASTIC = ("euler-ancestral", "dpmpp-sde")
 
 
 def make(case: Case, folder: Path) -> Path:
-    vae = load_vae(case.vae and tiny.vae_folder(case.vae) or tiny.encoders().vae)
+    vae = load_vae((case.vae and tiny.vae_folder(case.vae)) or tiny.encoders().vae)
     if case.scaling_factor is not None:
         vae.register_to_config(scaling_factor=case.scaling_factor)
     return make_bundle(folder, case.objective, vae=vae, max_tokens=case.max_tokens)
@@ -62,9 +66,11 @@ def own_images(bundle: Path, **settings: Any) -> np.ndarray:
     return np.stack([np.asarray(image, int) for image in images])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+)
 def test_stock_pipelines_make_the_same_images(name: str, tmp_path: Path) -> None:
-    bundle = make(CASES[name], tmp_path / "bundle")
+    bundle = make((CASES | MORE)[name], tmp_path / "bundle")
     own = own_images(bundle, scheduler="bundle", num_steps=4, guidance_scale=3.0)
     assert own.std() > 10
     for kind in (StableDiffusionPipeline, AutoPipelineForText2Image):
@@ -76,14 +82,20 @@ def test_stock_pipelines_make_the_same_images(name: str, tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = make(CASES["max_tokens 32"], tmp_path_factory.mktemp("stock") / "bundle")
+    folder = make(MORE["v zero snr"], tmp_path_factory.mktemp("stock") / "bundle")
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.mark.filterwarnings("ignore")  # some schedulers print warnings of their own
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in STOCHASTIC else pytest.param(name, marks=pytest.mark.slow)
+        for name in SAMPLERS
+    ],
+)
 def test_stock_pipelines_make_the_same_images_with_each_sampler(stock: Any, name: str) -> None:
     own_scheduler = stock.scheduler
     if name not in fitting(own_scheduler):
