@@ -1,6 +1,6 @@
 """Guidance in an interval, and by a weaker model, against plain guidance at equal cost.
 
-    python -m bench.guidance                            # the shipped bundle, a guide of noisy weights
+    python -m bench.guidance                            # the shipped bundle, noisy weights
     python -m bench.guidance --guide runs/early/bundle  # a guide that was trained less
     python -m bench.guidance --quick
 

@@ -25,8 +25,20 @@ def test_every_option_draws_the_stock_pipelines_images(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    # The tiny images are noise; the options must draw the same noise.
     options = ["overlap", "interval", "channels_last"]
-    flags = ["--quick", "--num-images", "3", "--num-steps", "2", "--batch-size", "2", "--device", "cpu", "--bundle"]
+    flags = [
+        "--quick",
+        "--num-images",
+        "3",
+        "--num-steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--bundle",
+    ]
     monkeypatch.setattr("sys.argv", ["x", *flags, str(bundle), "--options", *options])
     sampling.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -94,7 +94,7 @@ def test_captions_are_chosen_by_seed_one_of_each_image(tmp_path: Path) -> None:
 
     chosen = texts(num_prompts=20)
     # A change of the rule would change which captions published figures are about.
-    assert chosen[:3] == ["0", "0", "0"]
+    assert chosen[:3] == ["44 1", "38 2", "6 1"]
     assert len({text.split()[0] for text in chosen}) == 20
     assert len({text.split()[1] for text in chosen}) == 3
     assert texts(num_prompts=30)[:20] == chosen == texts(num_prompts=20, seed=5)
