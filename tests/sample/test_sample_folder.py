@@ -154,7 +154,7 @@ def until_drawn(out: Path, num: int) -> Iterator[None]:
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_killed_while_drawing_200_pictures(tmp_path: Path, num_processes: int) -> None:
     """The shipped bundle, killed three times, by hand or under the launcher."""
-    settings = "--prompt-file prompts.txt --num-images 20 --num-steps 5 --batch-size 8"
+    settings = "--prompt-file prompts.txt --num-images 20 --num-steps 2 --batch-size 8"
     flags = settings.split()
     (tmp_path / "prompts.txt").write_text("\n".join(f"a red circle {n}" for n in range(10)))
     launch = f"-m accelerate.commands.launch --cpu --num_processes {num_processes} --num_machines 1"

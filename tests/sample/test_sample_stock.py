@@ -44,7 +44,7 @@ MORE = {
     "VAE with statistics": Case(objective=V, vae="per_channel"),
     "VAE that decodes more": Case(objective=V, vae="asymmetric"),
 }
-STOCHASTIC = ("euler-ancestral", "dpmpp-sde")
+QUICK = ("euler-ancestral",)
 
 
 def make(case: Case, folder: Path) -> Path:
@@ -91,10 +91,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.filterwarnings("ignore")  # some schedulers print warnings of their own
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name in STOCHASTIC else pytest.param(name, marks=pytest.mark.slow)
-        for name in SAMPLERS
-    ],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS],
 )
 def test_stock_pipelines_make_the_same_images_with_each_sampler(stock: Any, name: str) -> None:
     own_scheduler = stock.scheduler
