@@ -246,7 +246,7 @@ def denoise(
     latents stay in float32 between the steps whatever the denoiser computes in.
     """
     scheduler.set_timesteps(num_steps, device=unet.device)
-    latents = noise.to(unet.device) * scheduler.init_noise_sigma
+    latents: Tensor = noise.to(unet.device) * scheduler.init_noise_sigma
     # Only stochastic samplers take generators, and only some of those that do draw numbers.
     stochastic = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if stochastic else {}
