@@ -177,3 +177,41 @@ class EvaluationConfig:
                 "--captions: required with --no-oracle; expected a file, or a folder of "
                 "captions or shards"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Makes statistics of real images, once for all evaluations."""
+
+    images: str
+    """A folder of images; a .npz of pytorch-fid or clean-fid; or, with --kind, what a source of
+    stage one reads: a folder, a file, a pattern, braces or a URL."""
+    kind: Literal["images", "coco", "folder", "webdataset", "parquet", "statistics"] = "images"
+    """images: all images of a folder; statistics: a .npz; others: as for stage one."""
+    captions: str = ""
+    """coco: the captions file, which lists the images."""
+    extractor: str = "inception"
+    """inception, or the folder or Hub name of a transformers or timm model."""
+    inception: str | None = None
+    """torch-fidelity's Inception weights; default: the torch hub cache."""
+    resize: ResizeMode = "legacy"
+    """How images reach Inception's 299 px, as for evaluation.run."""
+    size: int | None = None
+    """Side in pixels to which images are cropped around their centre and resized; default: all
+    images must have one size."""
+    num_images: int | None = None
+    """Use only the first images."""
+    batch_size: int = 32
+    """Number of images in the network at once."""
+    device: str = "auto"
+    """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
+    out: str | None = None
+    """The .npz file; default: data/reference/NAME-HASH.npz."""
+
+    def __post_init__(self) -> None:
+        check_number("--batch-size", self.batch_size, least=1, whole=True)
+        for name in ("size", "num_images"):
+            if (value := getattr(self, name)) is not None:
+                check_number(f"--{name.replace('_', '-')}", value, least=1, whole=True)
+        if self.captions and self.kind != "coco":
+            raise ValueError(f"--captions: has no effect with --kind {self.kind}, only with coco")

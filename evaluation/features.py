@@ -14,7 +14,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from latent_t2i.evaluation.config import ResizeMode
 from latent_t2i.evaluation.feature_stats import Header, read_header
 from latent_t2i.evaluation.metrics.metric import Batch, Context, FeatureMetric, MissingWeights
+from latent_t2i.evaluation.networks import find_network, load_image_processor, load_network
 from latent_t2i.evaluation.resize import prepare
-from latent_t2i.model.encoders import fingerprint, quiet
-from latent_t2i.model.folders import fetch, loading
+from latent_t2i.model.encoders import fingerprint
 from latent_t2i.model.paths import find_path
 
+FLAG = "--weights.features"
 INCEPTION = "inception"
 INCEPTION_DIM = 2048
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -62,7 +63,9 @@ class Extractor(abc.ABC):
     @torch.inference_mode()
     def extract(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Returns the features (B, D) of images (B, H, W, 3)."""
-        with torch.autocast(torch.device(self.device).type, enabled=False):
+        # TF32 would change a figure's third digit.
+        cudnn = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(torch.device(self.device).type, enabled=False), cudnn:
             found: NDArray[np.float32] = self._forward(images).float().cpu().numpy()
         return found.reshape(len(images), -1)
 
@@ -131,9 +134,9 @@ class TransformersExtractor(Extractor):
 
     def __init__(self, name: str, device: str) -> None:
         super().__init__(name, device)
-        folder = _fetch(name)
-        self._model, self._processor = _load_transformers(folder)
-        self._model.to(device)
+        folder = find_network(name, MODEL_FILES, flag=FLAG)
+        self._processor = load_image_processor(folder, flag=FLAG)
+        self._model = _load_transformers(folder).to(device)
         self._sha256 = fingerprint(self._model)
         self.dim = self.extract(np.zeros((1, 64, 64, 3), np.uint8)).shape[1]
 
@@ -238,32 +241,14 @@ def _import_inception() -> Any:
     return FeatureExtractorInceptionV3
 
 
-def _fetch(name: str) -> Path:
+def _load_transformers(folder: Path) -> Any:
+    """Returns a transformers model; raises ValueError if it does not load."""
+    from transformers import AutoModel
+
     try:
-        return fetch(name, None, MODEL_FILES, flag="--weights.features")
-    except ValueError as error:
-        raise MissingWeights(str(error)) from error
-
-
-def _load_transformers(folder: Path) -> tuple[Any, Callable[..., Any]]:
-    """Returns the model and its image processor; raises ValueError if either does not load."""
-    from transformers import AutoImageProcessor, AutoModel
-
-    with quiet(), loading(folder, flag="--weights.features"):
-        model, report = AutoModel.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-    missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise ValueError(
-            f"--weights.features: {folder} is missing {len(missing)} weights, first {missing[0]}"
-        )
-    return model.eval().requires_grad_(False), processor
+        return load_network(AutoModel, folder, "a feature network", flag=FLAG)
+    except TypeError as error:  # of a configuration that fits no constructor
+        raise ValueError(f"{FLAG}: {folder} does not load: {error}") from error
 
 
 def _plain_settings(processor: Any) -> str:

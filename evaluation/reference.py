@@ -22,12 +22,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 from tqdm import tqdm
 
-from latent_t2i.evaluation.config import EvaluationConfig, ResizeMode, WeightsConfig
+from latent_t2i.evaluation.config import (
+    EvaluationConfig,
+    ReferenceConfig,
+    ResizeMode,
+    WeightsConfig,
+)
 from latent_t2i.evaluation.feature_stats import FeatureStats, Header
 from latent_t2i.evaluation.features import (
     INCEPTION,
@@ -39,7 +44,6 @@ from latent_t2i.evaluation.features import (
 )
 from latent_t2i.evaluation.images import CROP, Size, batches_of, list_images, read_image
 from latent_t2i.evaluation.metrics.metric import Batch, Context, Item
-from latent_t2i.model.checks import check_number
 from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.sources.locators import locator_to_json, read_image_bytes
@@ -47,36 +51,11 @@ from latent_t2i.pipeline.sources.open import open_source
 from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.sample.sampler import choose_device
 
-Kind = Literal["images", "coco", "folder", "webdataset", "parquet", "statistics"]
+KINDS = get_args(get_type_hints(ReferenceConfig)["kind"])
 NUM_HALVES = 2
 """The parts of a reference: one half against the other is the best that a model can reach."""
 KEY_DIGITS = 12
 KEY = "cache_key"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReferenceConfig:
-    """What to make statistics of, and with which feature network."""
-
-    images: str
-    kind: Kind = "images"
-    captions: str = ""
-    extractor: str = INCEPTION
-    inception: str | None = None
-    resize: ResizeMode = "legacy"
-    size: int | None = None
-    num_images: int | None = None
-    batch_size: int = 32
-    device: str = "auto"
-    out: str | None = None
-
-    def __post_init__(self) -> None:
-        check_number("--batch-size", self.batch_size, least=1, whole=True)
-        for name in ("size", "num_images"):
-            if (value := getattr(self, name)) is not None:
-                check_number(f"--{name.replace('_', '-')}", value, least=1, whole=True)
-        if self.captions and self.kind != "coco":
-            raise ValueError(f"--captions: has no effect with --kind {self.kind}, only with coco")
 
 
 def load_statistics(path: Path, extractor: Extractor) -> FeatureStats:
@@ -305,7 +284,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     add("images", metavar="IMAGES", help="folder, file or pattern")
     add(
         "--kind",
-        choices=get_args(Kind),
+        choices=KINDS,
         default="images",
         help="images: all images of a folder; statistics: a .npz; others: as for stage one",
     )

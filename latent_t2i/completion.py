@@ -15,7 +15,7 @@ import tyro
 
 from latent_t2i.cli import PROG
 from latent_t2i.configs.presets import PRESETS_DIR
-from latent_t2i.evaluation.config import EvaluationConfig
+from latent_t2i.evaluation.config import EvaluationConfig, ReferenceConfig
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.sample.config import SampleConfig
 from latent_t2i.train.config import TrainConfig
@@ -26,6 +26,11 @@ SHELLS = ("bash", "zsh", "fish")
 @dataclasses.dataclass(frozen=True)
 class _Folder:
     folder: tyro.conf.Positional[Path]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reference(ReferenceConfig):
+    images: tyro.conf.Positional[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,7 @@ def _commands() -> Any:
         "train": _with_preset(TrainConfig),
         "sample": _with_preset(SampleConfig),
         "evaluate": _with_preset(EvaluationConfig),
+        "reference": _Reference,
         "verify": _Folder,
         "summary": _Folder,
         "doctor": _Doctor,

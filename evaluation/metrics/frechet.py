@@ -1,8 +1,8 @@
 """The Frechet distance of feature distributions: FID on Inception, and on any other network.
 
 FID (Heusel et al. 2017, 1706.08500) is biased: it falls with the number of images, and how fast
-depends on the model. So `leads` names the figures to look at first, and FID-infinity (Chong and
-Forsyth 2020, 1911.07023) extrapolates to infinitely many images.
+depends on the model. FID-infinity (Chong and Forsyth 2020, 1911.07023) extrapolates to infinitely
+many images.
 """
 
 from typing import Any, ClassVar
@@ -12,16 +12,8 @@ import numpy as np
 from latent_t2i.evaluation.feature_stats import FeatureStats, frechet_distance, stats_of, subset
 from latent_t2i.evaluation.metrics.metric import FeatureMetric
 
-MIN_IMAGES = 10_000
-"""With fewer images the bias of FID is larger than usual differences between models."""
-UNBIASED = ("kid", "cmmd", "coverage")
 NUM_SIZES = 15
 SEED = 2020
-
-
-def leads(num_images: int) -> tuple[str, ...]:
-    """Returns the figures of image quality to show first."""
-    return ("fid", *UNBIASED) if num_images >= MIN_IMAGES else UNBIASED
 
 
 class Fid(FeatureMetric):

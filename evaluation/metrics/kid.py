@@ -59,13 +59,14 @@ def kernel_distance(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"kid: found {len(x)} and {len(y)} images, expected at least 2 of each")
-    first, second = x.astype(np.float64), y.astype(np.float64)
-    within = _mean_of_others(_kernel(first, first)) + _mean_of_others(_kernel(second, second))
-    return float(within - 2 * _kernel(first, second).mean())
+    within = _mean_of_others(_kernel(x, x)) + _mean_of_others(_kernel(y, y))
+    return float(within - 2 * _kernel(x, y).mean())
 
 
-def _kernel(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    values: NDArray[np.float64] = (x @ y.T / x.shape[1] + 1) ** 3
+def _kernel(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float64]:
+    # Products in float32, as in torch-fidelity, take half the time; the sums are in float64.
+    products = (x @ y.T).astype(np.float64)
+    values: NDArray[np.float64] = (products / x.shape[1] + 1) ** 3
     return values
 
 

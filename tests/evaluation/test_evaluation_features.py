@@ -102,7 +102,7 @@ def test_a_network_that_is_nowhere() -> None:
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    with pytest.raises(ValueError, match=r"--weights\.features: .* does not load"):
+    with pytest.raises(ValueError, match=r"--weights\.features: .* has no model\.safetensors"):
         load_extractor(str(tmp_path), Context(config=EvaluationConfig(name="tests")))
 
 

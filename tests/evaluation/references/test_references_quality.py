@@ -1,5 +1,6 @@
 """Image quality metrics equal those of the packages that define them, with random weights."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from latent_t2i.evaluation import resize
 from latent_t2i.evaluation.config import EvaluationConfig, ResizeMode, WeightsConfig
 from latent_t2i.evaluation.feature_stats import FeatureStats, stats_of
-from latent_t2i.evaluation.features import Inception, load_extractor
+from latent_t2i.evaluation.features import Inception, TransformersExtractor, load_extractor
 from latent_t2i.evaluation.metrics.frechet import Fid, FrechetDistance
 from latent_t2i.evaluation.metrics.inception_score import NUM_PARTS, InceptionScore
 from latent_t2i.evaluation.metrics.kid import Kid, kernel_distance
@@ -242,6 +243,24 @@ def test_weights_of_another_network(tmp_path: Path) -> None:
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"does not hold the weights of .* Missing key"):
         load_extractor("inception", make_context(path))
+
+
+def test_timm_models_are_feature_networks(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="see .ci/references")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model("test_vit", pretrained=False).eval()
+    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings.pop("model_args")  # the Hub's checkpoints have none
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    extractor = load_extractor(str(tmp_path), Context(config=EvaluationConfig(name="references")))
+    assert isinstance(extractor, TransformersExtractor)
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    pixels = extractor._processor(images=list(images), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(pixels), pre_logits=True).numpy()
+    np.testing.assert_allclose(extractor.extract(images), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_statistics_are_readable_by_pytorch_fid(
