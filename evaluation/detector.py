@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -88,9 +88,7 @@ class Detector(Protocol):
         """Returns the objects of each image of (B, H, W, 3)."""
 
 
-def make_detections(
-    labels: Sequence[int], scores: Sequence[float], boxes: Sequence[Sequence[float]]
-) -> Detections:
+def make_detections(labels: ArrayLike, scores: ArrayLike, boxes: ArrayLike) -> Detections:
     """Returns detections sorted by score, once per object.
 
     `labels` are numbers of CATEGORIES, or -1 for anything else; `boxes` are (x, y, width, height),

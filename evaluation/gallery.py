@@ -134,7 +134,7 @@ def data_url(image: Image.Image) -> str:
     """Returns the image as a data URL: PNG for small ones, else JPEG."""
     kind = "png" if max(image.size) <= LOSSLESS_PX else "jpeg"
     stream = io.BytesIO()
-    settings = {"quality": JPEG_QUALITY} if kind == "jpeg" else {"optimize": True}
+    settings = {"quality": JPEG_QUALITY} if kind == "jpeg" else {}
     image.save(stream, kind.upper(), **settings)
     return f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode()
 

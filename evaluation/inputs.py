@@ -166,7 +166,15 @@ def _train_shards(config: EvaluationConfig, info: Mapping[str, Any] | None) -> P
             raise ValueError(f"--train-shards: no folder {config.train_shards!r}")
         return found
     named = (info or {}).get("config", {}).get("shards")
-    return find_path(named) if isinstance(named, str) and "://" not in named else None
+    if not isinstance(named, str):
+        return None
+    found = find_path(named) if "://" not in named else None
+    if found is None:
+        print(
+            f"training set {named}: not a folder here, so memorisation and contamination are not "
+            "checked; give a copy with --train-shards"
+        )
+    return found
 
 
 def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[str, Any] | None:

@@ -154,26 +154,37 @@ def _needs_negative(guidance: Guidance) -> bool:
     return guidance.scale != 1 and guidance.network is None
 
 
+def decodes_beside(device: torch.device) -> bool:
+    """Returns whether images are decoded beside the next batch: on a GPU.
+
+    On a CPU denoising uses all cores already; docs/benchmarks.md has what a thread would gain.
+    """
+    return device.type == "cuda"
+
+
 def _overlap(
     batches: Iterable[Tensor], finish: Callable[[Tensor], Tensor], device: torch.device
 ) -> Iterator[Tensor]:
-    """Yields `finish` of each batch; on a GPU in a thread and stream beside the next batch."""
-    if device.type != "cuda":  # denoising uses all cores already
+    """Yields `finish` of each batch, computed in a thread and stream beside the next batch."""
+    if not decodes_beside(device):
         yield from map(finish, batches)
         return
-    stream = torch.cuda.Stream(device)
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if on_gpu else None
 
-    def finish_on_stream(latents: Tensor, ready: torch.cuda.Event) -> Tensor:
+    def finish_beside(latents: Tensor, ready: Any) -> Tensor:
+        if stream is None:
+            return finish(latents)
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
-            latents.record_stream(stream)
+            latents.record_stream(stream)  # its memory is not reused before this stream is done
             return finish(latents)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, "decode") as pool:
         waiting: deque[Future[Tensor]] = deque()
         for latents in batches:
-            ready = torch.cuda.current_stream(device).record_event()
-            waiting.append(pool.submit(finish_on_stream, latents, ready))
+            ready = torch.cuda.current_stream(device).record_event() if on_gpu else None
+            waiting.append(pool.submit(finish_beside, latents, ready))
             if len(waiting) > 1:
                 yield waiting.popleft().result()
         yield from (future.result() for future in waiting)
@@ -235,7 +246,7 @@ def denoise(
     latents stay in float32 between the steps whatever the denoiser computes in.
     """
     scheduler.set_timesteps(num_steps, device=unet.device)
-    latents = noise.to(unet.device) * scheduler.init_noise_sigma
+    latents: Tensor = noise.to(unet.device) * scheduler.init_noise_sigma
     # Only stochastic samplers take generators, and only some of those that do draw numbers.
     stochastic = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if stochastic else {}
@@ -267,11 +278,12 @@ def _predict(unet: Any, latents: Tensor, timestep: Tensor, states: Tensor) -> Te
 
 def _guide(text: Tensor, other: Tensor, guidance: Guidance) -> Tensor:
     """Returns the guided prediction; rescaled as in Lin et al. 2023 (2305.08891), eq. 14 to 16."""
-    guided = other + guidance.scale * (text - other)
+    guided: Tensor = other + guidance.scale * (text - other)
     if not guidance.rescale:
         return guided
     factor = text.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
-    return guidance.rescale * guided * factor + (1 - guidance.rescale) * guided
+    rescaled: Tensor = guidance.rescale * guided * factor + (1 - guidance.rescale) * guided
+    return rescaled
 
 
 def noise_levels(scheduler: Any, timesteps: Tensor) -> list[float]:
@@ -309,8 +321,8 @@ def decode(vae: Any, latents: Tensor, *, require_finite: bool = True) -> Tensor:
     dtype = decode_dtype(vae.config, vae.dtype)
     if vae.dtype != dtype:
         vae.to(dtype)
-    latents = latents / vae.config.scaling_factor
-    images = vae.decode(latents.to(dtype), return_dict=False)[0].float()  # (B, 3, H, W)
+    latents = (latents / vae.config.scaling_factor).to(dtype)
+    images: Tensor = vae.decode(latents, return_dict=False)[0].float()  # (B, 3, H, W)
     if require_finite and not images.isfinite().all():
         raise ValueError(
             f"--bundle: the images are not finite in {dtype}; the weights have NaN, or overflow: "

@@ -55,15 +55,17 @@ MEMORISATION = {
 }  # fmt: skip
 
 
-SWEPT = ("oracle/pair/shapes_colours_relation", "clip_score", "kid", "cmmd")
+SWEPT = ("oracle/pair/shapes_colours_relation", "kid", "cmmd")
 
 
 def figures(quality: float, alignment: float) -> dict[str, float]:
     """The figures of a sweep; larger arguments are worse for quality and better for alignment."""
-    return {name: SAMPLES[name] * (alignment if n < 2 else quality) for n, name in enumerate(SWEPT)}
+    return {name: SAMPLES[name] * (quality if n else alignment) for n, name in enumerate(SWEPT)}
 
 
-def make_evaluation(folder: Path, *, shift: float = 0.0, **protocol: Any) -> dict[str, Any]:
+def make_evaluation(
+    folder: Path, *, shift: float = 0.0, with_sweeps: bool = False, **protocol: Any
+) -> dict[str, Any]:
     """Writes an evaluation of drawn scenes and returns its evaluation.json.
 
     `shift` is added to every image's CLIP score; `protocol` replaces fields of its record.
@@ -84,7 +86,9 @@ def make_evaluation(folder: Path, *, shift: float = 0.0, **protocol: Any) -> dic
     _save(folder / "memorisation/samples-00.png", Image.new("RGB", (128, 64)), noise=9, rng=rng)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "per_image.jsonl").write_text(text)
-    results = _results(PROTOCOL | protocol, shift) | {"sweeps": _sweeps(folder, rng)}
+    results = _results(PROTOCOL | protocol, shift) | {
+        "sweeps": _sweeps(folder, rng) if with_sweeps else {}
+    }
     (folder / "evaluation.json").write_text(json.dumps(results))
     return results
 
@@ -145,7 +149,7 @@ def _results(protocol: dict[str, Any], shift: float) -> dict[str, Any]:
 def _sweeps(folder: Path, rng: np.random.Generator) -> dict[str, Any]:
     def entry(name: str, noise: float, quality: float, alignment: float) -> dict[str, Any]:
         files = {}
-        for position, (_, prompt) in list(enumerate(_prompts()))[::3]:
+        for position, (_, prompt) in list(enumerate(_prompts()))[::4]:
             files[str(position)] = f"pictures/{name}/{position:06d}.png"
             _save(folder / files[str(position)], draw(prompt.scene), noise=noise, rng=rng)
         return {"num_images": 9, "files": files, "figures": figures(quality, alignment)}

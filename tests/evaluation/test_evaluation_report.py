@@ -51,7 +51,7 @@ class Page(HTMLParser):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two evaluations, shards, and the first one's page beside the second."""
     folder = tmp_path_factory.mktemp("report")
-    results = make_evaluation(folder / "run")
+    results = make_evaluation(folder / "run", with_sweeps=True)
     other = make_evaluation(folder / "other", shift=1.0, resize="clean")
     write_set(
         folder / "shards", [make_examples(4)], quarantined={"a": "no caption", "b": "no caption"}
@@ -204,7 +204,7 @@ def test_a_folder_of_images_has_a_report_too(tmp_path: Path) -> None:
 
 
 def test_texts_are_escaped(tmp_path: Path) -> None:
-    results = make_evaluation(tmp_path) | {"name": "<b>&", "sweeps": {}}
+    results = make_evaluation(tmp_path) | {"name": "<b>&", "details": {}}
     lines = (tmp_path / "per_image.jsonl").read_text().replace('"prompt": "', '"prompt": "<i>&"')
     lines = re.sub(r'"prompt": "<i>&"[^"]*"', '"prompt": "<i>&"', lines)
     (tmp_path / "per_image.jsonl").write_text(lines)
