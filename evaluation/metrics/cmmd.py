@@ -15,7 +15,7 @@ from latent_t2i.evaluation.metrics.metric import FeatureMetric
 
 SIGMA = 10.0
 SCALE = 1000.0
-CHUNK_ROWS = 1000
+CHUNK_ROWS = 250
 
 
 class Cmmd(FeatureMetric):

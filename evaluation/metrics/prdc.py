@@ -15,7 +15,7 @@ from latent_t2i.evaluation.feature_stats import FeatureStats
 from latent_t2i.evaluation.metrics.metric import FeatureMetric
 
 NUM_NEIGHBOURS = 5
-CHUNK_ROWS = 1000
+CHUNK_ROWS = 250
 Floats = NDArray[np.float64]
 
 
