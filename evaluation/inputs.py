@@ -20,6 +20,9 @@ from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.sample.pictures import choose_bundle
 from latent_t2i.scenes.prompts import KINDS, make_prompts
 from latent_t2i.scenes.world import CANVAS_PX
+from latent_t2i.shards.buckets import holds_buckets, open_buckets
+from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.schema import FormatError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +62,7 @@ def open_inputs(config: EvaluationConfig) -> Inputs:
     """Reads and checks the inputs; raises ValueError that names the faulty one."""
     out = Path(config.out) if config.out else output_root() / "runs" / config.name
     inputs = _finished_images(config, out) if config.images else _of_bundle(config, out)
-    inputs = replace(inputs, train_shards=_train_shards(config, inputs.info))
+    inputs = replace(inputs, train_shards=train_shards_of(config, inputs.info))
     reals, statistics = _open_reference(config, inputs)
     inputs = replace(inputs, reals=reals, statistics=statistics)
     return replace(inputs, contamination=_check_contamination(config, inputs))
@@ -158,23 +161,35 @@ def _open_reference(config: EvaluationConfig, inputs: Inputs) -> tuple[Reals | N
     return open_folder(path, known, None if same else inputs.size), None
 
 
-def _train_shards(config: EvaluationConfig, info: Mapping[str, Any] | None) -> Path | None:
+def train_shards_of(config: EvaluationConfig, info: Mapping[str, Any] | None) -> Path | None:
     """Returns the training set: the one given, else the one that the bundle names, if present."""
     if config.train_shards is not None:
         found = find_path(config.train_shards)
         if found is None:
             raise ValueError(f"--train-shards: no folder {config.train_shards!r}")
         return found
-    named = (info or {}).get("config", {}).get("shards")
-    if not isinstance(named, str):
+    if info is None:
         return None
+    named = info["config"].get("shards") or f"shards/data/{info['name']}/train"
     found = find_path(named) if "://" not in named else None
-    if found is None:
+    if found is None or _shards_sha256(found) != info.get("shards_sha256"):
+        fault = "is not a folder here" if found is None else "is another set by now"
         print(
-            f"training set {named}: not a folder here, so memorisation and contamination are not "
-            "checked; give a copy with --train-shards"
+            f"memorisation and contamination are not checked: the training set {named} {fault}; "
+            "give a copy of it with --train-shards"
         )
+        return None
     return found
+
+
+def _shards_sha256(folder: Path) -> str | None:
+    """Returns the hash of a set of shards; None if the folder holds no finished one."""
+    try:
+        if holds_buckets(folder):
+            return open_buckets(folder, verify="none").sha256
+        return open_shards(folder, verify="none").sha256
+    except FormatError:
+        return None
 
 
 def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[str, Any] | None:

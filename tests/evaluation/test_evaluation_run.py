@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_t2i.evaluation import draws, protocol
+from latent_t2i.evaluation import draws, inputs, protocol
 from latent_t2i.evaluation.config import EvaluationConfig, SweepConfig
 from latent_t2i.evaluation.evaluate import evaluate
 from latent_t2i.evaluation.metrics import METRICS, metric_class
@@ -224,6 +224,25 @@ def test_images_of_the_training_set_are_refused(folders: tuple[Path, Path], tmp_
     evaluate(replace(settings, allow_contamination=True))
     assert results(tmp_path / "out")["contamination"]["count"] == 2
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["contaminated_images"] == 2
+
+
+def test_the_training_set_of_a_run_is_found_by_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("shards/data/tiny/train")
+    sha256 = write_set(folder, [make_examples(3)]).sha256
+    info = {"name": "tiny", "config": {"shards": None}, "shards_sha256": sha256}
+    settings = EvaluationConfig(name="tiny")
+    assert inputs.train_shards_of(settings, info) == folder
+    assert capsys.readouterr().out == ""
+    for changes, fault in (
+        ({"shards_sha256": "0"}, "is another set by now"),
+        ({"config": {"shards": "s3://bucket/train"}}, "is not a folder here"),
+    ):
+        assert inputs.train_shards_of(settings, info | changes) is None
+        assert fault in capsys.readouterr().out
+    assert inputs.train_shards_of(settings, None) is None
 
 
 def test_a_bundle_or_images_but_not_both() -> None:
