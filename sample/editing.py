@@ -45,7 +45,7 @@ def edit(config: EditConfig) -> Path:
     pairs = [(prompt, seed) for prompt in config.prompts or _own_prompt(source) for seed in seeds]
     pipeline = load_stock(config)
     images = list(edit_image(pipeline, original, mask, pairs, config=config))
-    settings = _describe(config, source)
+    settings = describe_edit(config) | describe_bundle(find_bundle(config.bundle))
     out = Path(config.out) if config.out else output_root() / "runs" / "edits"
     with complete_or_absent(out / "edits") as folder:
         for number, (image, (prompt, seed)) in enumerate(zip(images, pairs, strict=True)):
@@ -225,14 +225,15 @@ def _own_prompt(path: Path) -> tuple[str, ...]:
     return (prompt,)
 
 
-def _describe(config: EditConfig, source: Path) -> dict[str, Any]:
+def describe_edit(config: EditConfig) -> dict[str, Any]:
+    """Returns the settings of an edit for its PNGs, without prompt, seed and bundle."""
     names = ("strength", "guidance_scale", "num_steps", "scheduler", "negative_prompt", "size")
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
-    settings |= {"init_image": source.name, "init_image_sha256": _sha256(source)}
-    if config.mask is not None:
-        mask = find_file(config.mask, "--mask")
-        settings |= {"mask": mask.name, "mask_sha256": _sha256(mask)}
-    return settings | describe_bundle(find_bundle(config.bundle))
+    for name in ("init_image", "mask"):
+        if (given := getattr(config, name)) is not None:
+            path = find_file(given, f"--{name.replace('_', '-')}")
+            settings |= {name: path.name, f"{name}_sha256": _sha256(path)}
+    return settings
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,272 @@
+"""`sample.app`: the page's layout. sample/studio.py does the work.
+
+Everything that the browser loads comes from this server: fonts of the system, no analytics, no
+share link.
+"""
+
+import os
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from latent_t2i.sample.config import DrawSettings, SchedulerName
+from latent_t2i.sample.settings import AppConfig, EditConfig
+from latent_t2i.sample.studio import Event, Finished, Studio, parse_scales
+
+# gradio reads it when it is imported.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+import gradio as gr
+
+TITLE = "latent-t2i"
+MAX_UPLOAD = "50mb"
+CSS = """
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+.gallery img { image-rendering: pixelated; }
+"""
+Update = tuple[list[tuple[Any, str]], str]
+"""The pictures with their captions, and the line of status."""
+
+
+def serve(config: AppConfig) -> None:
+    """Serves the page until the process is interrupted."""
+    studio = Studio(config)
+    page, launch = build(studio), launch_settings(studio)
+    _, url, _ = page.launch(**launch, prevent_thread_lock=True)
+    print(f"page: {url}\npictures: {studio.out}", flush=True)
+    page.block_thread()
+
+
+def launch_settings(studio: Studio) -> dict[str, Any]:
+    """Returns the arguments of `launch`; raises ValueError if the port is taken."""
+    config = studio.config
+    studio.out.mkdir(parents=True, exist_ok=True)
+    system = ("system-ui", "sans-serif")
+    return {
+        "server_name": config.host,
+        "server_port": config.port or None,
+        "theme": gr.themes.Default(font=system, font_mono=("ui-monospace", "monospace")),
+        "css": CSS,
+        "allowed_paths": [str(studio.out)],
+        "max_file_size": MAX_UPLOAD,
+        "footer_links": [],
+        "run_history": False,
+        "share": False,
+        "ssr_mode": False,
+        "pwa": False,
+        "mcp_server": False,
+        "enable_monitoring": False,
+        "show_error": True,
+        "quiet": True,
+    }
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """Returns the page."""
+    names = list(studio.bundles())
+    with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
+        gr.Markdown(f"# {TITLE}\nPictures from text, drawn on this machine.")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                shared = _shared_inputs(studio, names)
+            with gr.Column(scale=3, min_width=300), gr.Tabs():
+                with gr.Tab("Generate"):
+                    _generate_tab(studio, shared)
+                with gr.Tab("Compare"):
+                    _compare_tab(studio, shared)
+                with gr.Tab("Edit"):
+                    _edit_tab(studio, shared)
+        page.load(lambda: gr.Dropdown(choices=list(studio.bundles())), None, shared["bundle"])
+    return page
+
+
+def _shared_inputs(studio: Studio, names: list[str]) -> dict[str, Any]:
+    """Adds the settings that all tabs use; returns them by name."""
+    prompt = gr.Textbox(
+        label="Prompt", value="a small red star above a large blue circle", lines=2, max_lines=6
+    )
+    negative = gr.Textbox(label="Negative prompt (no effect at guidance 1)", lines=1)
+    bundle = gr.Dropdown(names, value=names[0], label="Bundle")
+    with gr.Row():
+        guidance = gr.Slider(1, 15, value=4, step=0.5, label="Guidance scale", min_width=140)
+        steps = gr.Slider(1, 100, value=25, step=1, label="Steps", min_width=140)
+    with gr.Row():
+        schedulers = list(get_args(SchedulerName))
+        scheduler = gr.Dropdown(schedulers, value="dpmpp", label="Scheduler", min_width=140)
+        num = gr.Slider(1, studio.config.max_images, value=4, step=1, label="Images", min_width=140)
+    with gr.Row(equal_height=True):
+        seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", min_width=140, scale=3)
+        dice = gr.Button("Random seed", min_width=120, scale=1)
+    dice.click(lambda: random.randrange(2**31), None, seed, queue=False)
+    found = {"bundle": bundle, "prompt": prompt, "negative_prompt": negative}
+    found |= {"guidance_scale": guidance, "num_steps": steps, "scheduler": scheduler}
+    return found | {"seed": seed, "num_images": num}
+
+
+def _generate_tab(studio: Studio, shared: dict[str, Any]) -> None:
+    button, stop, gallery, status = _result(columns=2)
+
+    def run(*values: Any) -> Iterator[Update]:
+        chosen = dict(zip(shared, values, strict=True))
+        with _Messages():
+            seed, settings = _whole("seed", chosen["seed"]), _settings(chosen)
+            seeds = range(seed, seed + _whole("number of images", chosen["num_images"]))
+            images = [(own, settings) for own in seeds]
+            events = studio.draw(chosen["bundle"], _text(chosen["prompt"]), images)
+            yield from _updates(events, [f"seed {own}" for own in seeds], studio)
+
+    _connect(run, list(shared.values()), button, stop, [gallery, status], [shared["prompt"].submit])
+
+
+def _compare_tab(studio: Studio, shared: dict[str, Any]) -> None:
+    gr.Markdown("The same prompt and seed at several guidance scales.")
+    scales = gr.Textbox("1, 2, 4, 7", label="Guidance scales")
+    button, stop, gallery, status = _result(columns=4, label="Compare")
+
+    def run(text: str, *values: Any) -> Iterator[Update]:
+        chosen = dict(zip(shared, values, strict=True))
+        with _Messages():
+            found, seed = parse_scales(text), _whole("seed", chosen["seed"])
+            images = [(seed, _settings(chosen | {"guidance_scale": scale})) for scale in found]
+            labels = [f"guidance {scale:g}" for scale in found]
+            events = studio.draw(chosen["bundle"], _text(chosen["prompt"]), images)
+            yield from _updates(events, labels, studio)
+
+    _connect(run, [scales, *shared.values()], button, stop, [gallery, status], [scales.submit])
+
+
+def _edit_tab(studio: Studio, shared: dict[str, Any]) -> None:
+    with gr.Row():
+        picture = _image_input("Image")
+        mask = _image_input("Mask (optional): white is repainted")
+    strength = gr.Slider(0.05, 1, value=0.6, step=0.05, label="Strength: how much may change")
+    button, stop, gallery, status = _result(columns=2, label="Change the image")
+
+    def run(image: str | None, area: str | None, share: float, *values: Any) -> Iterator[Update]:
+        chosen = dict(zip(shared, values, strict=True))
+        with _Messages():
+            if image is None:
+                raise ValueError("image: none given; drop one into the field Image")
+            config = EditConfig(
+                bundle=chosen["bundle"],
+                init_image=image,
+                mask=area,
+                strength=share,
+                seed=_whole("seed", chosen["seed"]),
+                num_images=_whole("number of images", chosen["num_images"]),
+                batch_size=1,
+                **_stock(_settings(chosen)),
+            )
+            labels = [f"seed {config.seed + number}" for number in range(config.num_images)]
+            # Without a prompt these are variations.
+            yield from _updates(studio.edit(chosen["prompt"].strip(), config), labels, studio)
+
+    inputs = [picture, mask, strength, *shared.values()]
+    _connect(run, inputs, button, stop, [gallery, status], [])
+
+
+def _image_input(label: str) -> Any:
+    """Adds a field for an image file, which answers another file with a message."""
+    field = gr.Image(label=label, type="filepath", image_mode=None, sources=["upload", "clipboard"])
+    read = field.preprocess  # opens the file; read_image decodes and checks it
+
+    def preprocess(payload: Any) -> Any:
+        try:
+            return read(payload)
+        except OSError as error:
+            raise gr.Error(f"image: {error}", duration=None, print_exception=False) from error
+
+    # A subclass would do, but gradio writes a stub file beside the module that defines one.
+    field.preprocess = preprocess
+    return field
+
+
+def _result(*, columns: int, label: str = "Generate") -> tuple[Any, Any, Any, Any]:
+    """Adds buttons, gallery and status line."""
+    with gr.Row():
+        button = gr.Button(label, variant="primary", min_width=140, scale=3)
+        stop = gr.Button("Stop", min_width=80, scale=1)
+    gallery = gr.Gallery(
+        label="Pictures",
+        columns=columns,
+        fit_columns=False,
+        height="auto",
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_classes="gallery",
+    )
+    return button, stop, gallery, gr.Markdown("")
+
+
+def _connect(
+    run: Any, inputs: list[Any], button: Any, stop: Any, outputs: list[Any], triggers: list[Any]
+) -> None:
+    """Runs `run` at a click and at the triggers; one runs at a time, the others wait."""
+    started = gr.on(
+        [button.click, *triggers],
+        run,
+        inputs,
+        outputs,
+        concurrency_limit=1,
+        concurrency_id="draw",
+        show_progress="hidden",
+    )
+    stop.click(lambda: "Stopped.", None, outputs[1], cancels=[started], queue=False)
+
+
+def _updates(events: Iterator[Event], labels: list[str], studio: Studio) -> Iterator[Update]:
+    """Yields the gallery and the status line after each event."""
+    done: list[tuple[Any, str]] = []
+    yield [], "Loading ..."
+    for event in events:
+        label = labels[event.number]
+        if isinstance(event, Finished):
+            done.append((str(event.path), label))
+            yield [*done], f"{len(done)} of {len(labels)} pictures"
+        else:
+            status = f"Picture {event.number + 1} of {len(labels)}, step {event.step} of "
+            shown = (event.picture, f"{label} ...")
+            yield [*done, shown], f"{status}{event.num_steps}"
+    yield [*done], f"{len(done)} of {len(labels)} pictures, saved in {studio.out}"
+
+
+class _Messages:
+    """Shows a ValueError in the page; any other error is a fault and keeps its traceback."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, ValueError):
+            raise gr.Error(str(error), duration=None, print_exception=False) from error
+
+
+def _settings(chosen: Mapping[str, Any]) -> DrawSettings:
+    """Returns the settings of the shared fields; raises ValueError with what is wrong."""
+    scale = chosen["guidance_scale"]
+    return DrawSettings(
+        guidance_scale=scale,
+        num_steps=_whole("steps", chosen["num_steps"]),
+        scheduler=chosen["scheduler"],
+        # Without guidance it would be refused; the field says so.
+        negative_prompt="" if scale == 1 else chosen["negative_prompt"].strip(),
+    )
+
+
+def _stock(settings: DrawSettings) -> dict[str, Any]:
+    """Returns the settings that image to image has."""
+    names = ("guidance_scale", "num_steps", "scheduler", "negative_prompt")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _whole(name: str, value: Any) -> int:
+    if not isinstance(value, int | float) or value != int(value) or value < 0:
+        raise ValueError(f"{name}: expected a whole number of 0 or more, found {value!r}")
+    return int(value)
+
+
+def _text(prompt: Any) -> str:
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("prompt: expected what the picture shows, found an empty text")
+    return prompt.strip()
