@@ -104,7 +104,8 @@ samples: $(SETUP)  ## generate images with the bundle of CONFIG, or with the shi
 	$(PYTHON) -m sample.run --config $(CONFIG) $(SHIPPED) $(FLAGS)
 
 app: $(SETUP)  ## serve a page that generates images, on http://127.0.0.1:7860
-	@$(PYTHON) -c 'import gradio' 2>/dev/null || $(PYTHON) -m pip install --quiet --editable '.[app]'
+	@$(PYTHON) -c 'import gradio' 2>/dev/null || { echo "installing gradio, which needs Pillow 12"; \
+	  $(PYTHON) -m pip install --quiet --editable '.[app]'; }
 	$(PYTHON) -m sample.app $(FLAGS)
 
 evaluate: $(SETUP)  ## compute metrics of CONFIG and write a report

@@ -128,13 +128,10 @@ def _reported_as_plain(pipeline: Any) -> Iterator[None]:
     """Makes the stock inpainting pipeline accept latents of any number of channels.
 
     It decides by the configured number alone whether the U-Net takes a mask; 4 means that it does
-    not. A U-Net that does (9 channels for 4 of latents) stays as it is.
+    not.
     """
     unet = pipeline.unet
     channels = unet.config.in_channels
-    if channels != pipeline.vae.config.latent_channels:
-        yield
-        return
     unet.register_to_config(in_channels=PLAIN_CHANNELS)
     try:
         yield

@@ -4,14 +4,17 @@ Everything that the browser loads comes from this server: fonts of the system, n
 share link.
 """
 
+import html
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from typing import Any, get_args
 
-from latent_t2i.sample.config import DrawSettings, SchedulerName
+from latent_t2i.model.checks import check_number
+from latent_t2i.sample.config import SEED_LIMIT, DrawSettings, SchedulerName
 from latent_t2i.sample.settings import AppConfig, EditConfig
-from latent_t2i.sample.studio import Event, Finished, Studio, parse_scales
+from latent_t2i.sample.studio import Event, Progress, Studio, Waiting, parse_scales
 
 # gradio reads it when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -19,6 +22,7 @@ import gradio as gr
 
 TITLE = "latent-t2i"
 MAX_UPLOAD = "50mb"
+MAX_STEPS = 1000
 CSS = """
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
 .gallery img { image-rendering: pixelated; }
@@ -37,7 +41,7 @@ def serve(config: AppConfig) -> None:
 
 
 def launch_settings(studio: Studio) -> dict[str, Any]:
-    """Returns the arguments of `launch`; raises ValueError if the port is taken."""
+    """Returns the arguments of `launch`."""
     config = studio.config
     studio.out.mkdir(parents=True, exist_ok=True)
     system = ("system-ui", "sans-serif")
@@ -108,8 +112,8 @@ def _generate_tab(studio: Studio, shared: dict[str, Any]) -> None:
     def run(*values: Any) -> Iterator[Update]:
         chosen = dict(zip(shared, values, strict=True))
         with _Messages():
-            seed, settings = _whole("seed", chosen["seed"]), _settings(chosen)
-            seeds = range(seed, seed + _whole("number of images", chosen["num_images"]))
+            seed, settings = _seed(chosen), _settings(chosen)
+            seeds = range(seed, seed + _num_images(chosen, studio))
             images = [(own, settings) for own in seeds]
             events = studio.draw(chosen["bundle"], _text(chosen["prompt"]), images)
             yield from _updates(events, [f"seed {own}" for own in seeds], studio)
@@ -125,7 +129,7 @@ def _compare_tab(studio: Studio, shared: dict[str, Any]) -> None:
     def run(text: str, *values: Any) -> Iterator[Update]:
         chosen = dict(zip(shared, values, strict=True))
         with _Messages():
-            found, seed = parse_scales(text), _whole("seed", chosen["seed"])
+            found, seed = parse_scales(text), _seed(chosen)
             images = [(seed, _settings(chosen | {"guidance_scale": scale})) for scale in found]
             labels = [f"guidance {scale:g}" for scale in found]
             events = studio.draw(chosen["bundle"], _text(chosen["prompt"]), images)
@@ -151,14 +155,15 @@ def _edit_tab(studio: Studio, shared: dict[str, Any]) -> None:
                 init_image=image,
                 mask=area,
                 strength=share,
-                seed=_whole("seed", chosen["seed"]),
-                num_images=_whole("number of images", chosen["num_images"]),
+                seed=_seed(chosen),
+                num_images=_num_images(chosen, studio),
                 batch_size=1,
                 **_stock(_settings(chosen)),
             )
             labels = [f"seed {config.seed + number}" for number in range(config.num_images)]
             # Without a prompt these are variations.
-            yield from _updates(studio.edit(chosen["prompt"].strip(), config), labels, studio)
+            prompt = (chosen["prompt"] or "").strip()
+            yield from _updates(studio.edit(prompt, config), labels, studio)
 
     inputs = [picture, mask, strength, *shared.values()]
     _connect(run, inputs, button, stop, [gallery, status], [])
@@ -173,7 +178,7 @@ def _image_input(label: str) -> Any:
         try:
             return read(payload)
         except OSError as error:
-            raise gr.Error(f"image: {error}", duration=None, print_exception=False) from error
+            raise _message(f"image: {error}") from error
 
     # A subclass would do, but gradio writes a stub file beside the module that defines one.
     field.preprocess = preprocess
@@ -215,20 +220,24 @@ def _connect(
     stop.click(lambda: "Stopped.", None, outputs[1], cancels=[started], queue=False)
 
 
-def _updates(events: Iterator[Event], labels: list[str], studio: Studio) -> Iterator[Update]:
+def _updates(events: Generator[Event], labels: list[str], studio: Studio) -> Iterator[Update]:
     """Yields the gallery and the status line after each event."""
     done: list[tuple[Any, str]] = []
-    yield [], "Loading ..."
-    for event in events:
-        label = labels[event.number]
-        if isinstance(event, Finished):
-            done.append((str(event.path), label))
-            yield [*done], f"{len(done)} of {len(labels)} pictures"
-        else:
-            status = f"Picture {event.number + 1} of {len(labels)}, step {event.step} of "
-            shown = (event.picture, f"{label} ...")
-            yield [*done, shown], f"{status}{event.num_steps}"
-    yield [*done], f"{len(done)} of {len(labels)} pictures, saved in {studio.out}"
+    total = len(labels)
+    last: Update = ([], "Loading ...")
+    with closing(events):
+        for event in events:
+            if isinstance(event, Waiting):
+                last = (last[0], event.reason or last[1])
+            elif isinstance(event, Progress):
+                shown = (event.picture, f"{labels[event.number]} ...")
+                text = f"Picture {event.number + 1} of {total}, step {event.step} of "
+                last = ([*done, shown], f"{text}{event.num_steps}")
+            else:
+                done.append((str(event.path), labels[event.number]))
+                last = ([*done], f"{len(done)} of {total} pictures")
+            yield last
+    yield [*done], f"{len(done)} of {total} pictures, saved in {studio.out}"
 
 
 class _Messages:
@@ -239,18 +248,23 @@ class _Messages:
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if isinstance(error, ValueError):
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
+            raise _message(str(error)) from error
+
+
+def _message(text: str) -> gr.Error:
+    # The page would render HTML, which an error may quote.
+    return gr.Error(html.escape(text, quote=False), duration=None, print_exception=False)
 
 
 def _settings(chosen: Mapping[str, Any]) -> DrawSettings:
     """Returns the settings of the shared fields; raises ValueError with what is wrong."""
-    scale = chosen["guidance_scale"]
+    scale, negative = chosen["guidance_scale"], (chosen["negative_prompt"] or "").strip()
     return DrawSettings(
         guidance_scale=scale,
-        num_steps=_whole("steps", chosen["num_steps"]),
+        num_steps=_whole("steps", chosen["num_steps"], least=1, most=MAX_STEPS),
         scheduler=chosen["scheduler"],
         # Without guidance it would be refused; the field says so.
-        negative_prompt="" if scale == 1 else chosen["negative_prompt"].strip(),
+        negative_prompt="" if scale == 1 else negative,
     )
 
 
@@ -260,9 +274,19 @@ def _stock(settings: DrawSettings) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in names}
 
 
-def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int | float) or value != int(value) or value < 0:
-        raise ValueError(f"{name}: expected a whole number of 0 or more, found {value!r}")
+def _seed(chosen: Mapping[str, Any]) -> int:
+    return _whole("seed", chosen["seed"], least=0, most=SEED_LIMIT - 1)
+
+
+def _num_images(chosen: Mapping[str, Any], studio: Studio) -> int:
+    return _whole("images", chosen["num_images"], least=1, most=studio.config.max_images)
+
+
+def _whole(name: str, value: Any, *, least: int, most: int) -> int:
+    """Returns a number of the page, which may be a float; raises ValueError if it is not whole."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    check_number(name, value, least=least, most=most, whole=True)
     return int(value)
 
 

@@ -83,7 +83,7 @@ def draw_stock(
     """
     assert len(inputs) == len(seeds), (len(inputs), len(seeds))
     steps = settings.num_steps if num_steps is None else num_steps
-    check_num_steps(pipeline.scheduler, steps)
+    check_num_steps(pipeline.scheduler, steps, "--num-steps (of the whole schedule)")
     with tqdm(total=len(seeds), desc=title, unit="image", disable=None, leave=False) as bar:
         for start in range(0, len(seeds), settings.batch_size):
             batch = slice(start, start + settings.batch_size)

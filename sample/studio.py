@@ -7,12 +7,13 @@ step. One image is drawn at a time, whatever the number of visitors.
 
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
@@ -28,9 +29,18 @@ from latent_t2i.sample.pictures import SHIPPED_BUNDLE, describe_bundle
 from latent_t2i.sample.settings import AppConfig, EditConfig
 from latent_t2i.sample.stock import OnStep, output_size
 
-T = TypeVar("T")
+HEARTBEAT_S = 0.5
+"""Longest time without an event."""
 MIN_PREVIEW_S = 0.1
 """Shortest time between two previews: each is a message to the browser."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """Nothing to see yet."""
+
+    reason: str = ""
+    """Empty if it has not changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +66,7 @@ class Finished:
     """Its PNG, with its settings."""
 
 
-Event = Progress | Finished
+Event = Waiting | Progress | Finished
 Emit = Callable[[Event], None]
 
 
@@ -104,12 +114,12 @@ class Studio:
 
     def draw(
         self, bundle: str, prompt: str, images: Sequence[tuple[int, DrawSettings]]
-    ) -> Iterator[Event]:
+    ) -> Generator[Event]:
         """Yields previews and images of a prompt, one image per pair of seed and settings."""
         folder = self.find(bundle)
         return _in_thread(lambda emit: self._draw(folder, prompt, images, emit))
 
-    def edit(self, prompt: str, config: EditConfig) -> Iterator[Event]:
+    def edit(self, prompt: str, config: EditConfig) -> Generator[Event]:
         """Yields previews and changed images of the settings' image; the bundle is a name."""
         assert config.init_image is not None
         folder = self.find(config.bundle)
@@ -124,7 +134,7 @@ class Studio:
         images: Sequence[tuple[int, DrawSettings]],
         emit: Emit,
     ) -> None:
-        with self._lock:
+        with self._turn(emit):
             loaded = self._load(folder, self.config.dtype)
             for number, (seed, settings) in enumerate(images):
                 size = output_size(loaded.pipeline, settings.size)
@@ -145,7 +155,7 @@ class Studio:
         config: EditConfig,
         emit: Emit,
     ) -> None:
-        with self._lock:
+        with self._turn(emit):
             # A stock pipeline runs the VAE in the same data type, in which it must not overflow.
             dtype = "float32" if self.config.dtype in ("auto", "float16") else self.config.dtype
             loaded = self._load(folder, dtype)
@@ -159,6 +169,15 @@ class Studio:
                 )
                 own = dict(zip(("prompt", "seed"), pair, strict=True)) | settings
                 emit(self._save(number, picture, own))
+
+    @contextmanager
+    def _turn(self, emit: Emit) -> Iterator[None]:
+        """Waits until no other request is drawn."""
+        if self._lock.locked():
+            emit(Waiting(reason="Waiting for another picture ..."))
+        with self._lock:
+            emit(Waiting(reason="Loading ..."))
+            yield
 
     def _load(self, folder: Path, dtype: DtypeName) -> _Loaded:
         device = sampler.choose_device(self.config.device)
@@ -211,7 +230,9 @@ def _emitter(
         if step > 1 and monotonic() - last < MIN_PREVIEW_S:
             return
         picture = preview(latents[0], loaded.matrix, size)
-        emit(Progress(number=number, step=step, num_steps=num_steps, picture=picture))
+        # Samplers of second order call this twice per step.
+        total = max(step, num_steps)
+        emit(Progress(number=number, step=step, num_steps=total, picture=picture))
         last = monotonic()
 
     return on_step
@@ -223,25 +244,35 @@ def _name(folder: Path) -> str:
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
-def _in_thread(work: Callable[[Callable[[T], None]], None]) -> Iterator[T]:
+def _in_thread(work: Callable[[Emit], None]) -> Generator[Event]:
     """Runs `work` in a thread and yields what it emits; raises what it raises.
 
-    When the iterator is closed, the next `emit` raises Stopped in the thread.
+    If nothing is emitted, it yields Waiting from time to time: a generator that blocks cannot be
+    closed. When it is closed, the next `emit` raises Stopped in the thread. Closing does not wait
+    for that, because the page's server closes it in its event loop.
     """
-    items: queue.SimpleQueue[T | None] = queue.SimpleQueue()
+    items: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
     closed = threading.Event()
 
-    def emit(item: T) -> None:
+    def emit(item: Event) -> None:
         if closed.is_set():
             raise Stopped
         items.put(item)
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        future = pool.submit(work, emit)
-        future.add_done_callback(lambda _: items.put(None))
-        try:
-            while (item := items.get()) is not None:
-                yield item
-        finally:
-            closed.set()
-        future.result()
+    pool = ThreadPoolExecutor(max_workers=1)
+    future = pool.submit(work, emit)
+    pool.shutdown(wait=False)  # the thread ends with its work
+    future.add_done_callback(lambda _: items.put(None))
+    try:
+        while (item := _next(items)) is not None:
+            yield item
+    finally:
+        closed.set()
+    future.result()
+
+
+def _next(items: "queue.SimpleQueue[Event | None]") -> Event | None:
+    try:
+        return items.get(timeout=HEARTBEAT_S)
+    except queue.Empty:
+        return Waiting()

@@ -1,7 +1,6 @@
 """What the page does, without a browser: bundles, previews, images one by one, stopping, errors."""
 
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from latent_t2i.sample import sampler, studio
 from latent_t2i.sample.config import DrawSettings
 from latent_t2i.sample.latent_preview import fit_latent_to_rgb, preview
 from latent_t2i.sample.settings import AppConfig, EditConfig
-from latent_t2i.sample.studio import Finished, Progress, Studio, parse_scales
+from latent_t2i.sample.studio import Finished, Progress, Studio, Waiting, parse_scales
 from latent_t2i.scenes.dataset import render
 from latent_t2i.scenes.world import WORLDS, make_scene
 from tests.bundles import make_bundle
@@ -59,9 +58,23 @@ def test_a_closed_request_stops_at_the_next_step(page: Studio) -> None:
     long = DrawSettings(num_steps=500)
     events = page.draw(name, "x", [(0, long)] * 100)
     next(events)
-    events.close()  # waits for the drawing thread
-    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
-    assert len(list(page.draw(name, "x", [(0, DrawSettings(num_steps=1))]))) == 2
+    events.close()
+    # The next request waits for the thread of the closed one, which has 50,000 steps to go.
+    after = list(page.draw(name, "x", [(0, DrawSettings(num_steps=1))]))
+    assert [type(event) for event in after if not isinstance(event, Waiting)] == [
+        Progress,
+        Finished,
+    ]
+
+
+def test_a_request_waits_for_its_turn_and_can_be_closed_meanwhile(page: Studio) -> None:
+    name = next(iter(page.bundles()))
+    with page._lock:
+        events = page.draw(name, "x", [(0, SETTINGS)])
+        assert next(events) == Waiting(reason="Waiting for another picture ...")
+        assert next(events) == Waiting()
+        events.close()
+    assert list(page.draw(name, "x", [(0, SETTINGS)]))
 
 
 def test_errors_of_the_drawing_thread_reach_the_page(page: Studio) -> None:

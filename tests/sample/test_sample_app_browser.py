@@ -29,6 +29,7 @@ FLAGS = [
     *("--disable-background-networking", "--disable-component-update"),
 ]
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+STEP = re.compile(r"step \d+ of")
 LONG_MS = 90_000
 """Time for a few pictures on a busy machine."""
 
@@ -142,7 +143,7 @@ def test_a_prompt_gives_a_picture_and_another_seed_another(page: Any, served: Se
     (first,) = draw(page, "Generate", 1)
     choose(page, Seed=4)
     button(page, "Generate").click()
-    page.get_by_text("step ").first.wait_for()  # the progress of the second picture
+    page.get_by_text(STEP).first.wait_for()  # the progress of the second picture
     page.get_by_text("1 of 1 pictures, saved in").wait_for()
     second = page.locator(".gallery img").first.get_attribute("src")
     assert first != second
@@ -206,10 +207,12 @@ def test_bad_input_gives_a_message(page: Any, tmp_path: Path) -> None:
     message(page, "cannot identify image file")
 
 
-def test_a_drawing_is_stopped_and_the_next_one_starts(page: Any, served: Served) -> None:
+@pytest.mark.parametrize("begun", [False, True], ids=["at once", "while drawing"])
+def test_a_drawing_is_stopped_and_the_next_one_starts(page: Any, begun: bool) -> None:
     choose(page, Steps=100, Images=16)
     button(page, "Generate").click()
-    page.get_by_text("step ").first.wait_for()
+    if begun:
+        page.get_by_text(STEP).first.wait_for()
     button(page, "Stop").click()
     page.get_by_text("Stopped.").wait_for()
     choose(page, Steps=2, Images=1)
