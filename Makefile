@@ -68,7 +68,7 @@ demo: $(SETUP)  ## run every stage on the CPU, offline; QUICK=1 for a short run
 	$(PYTHON) -m pipeline.run $(DEMO) $(QUICK_SHARDS) && \
 	$(PYTHON) -m pipeline.run $(DEMO) --split val --source.num-images 256 && \
 	$(LAUNCH) train/run.py $(DEMO) $(DEMO_VALIDATION) $(QUICK_TRAIN) && \
-	$(PYTHON) -m sample.run $(DEMO) && \
+	$(PYTHON) -m sample.run $(DEMO) --overwrite && \
 	$(PYTHON) -m evaluation.run $(DEMO) $(QUICK_EVALUATE) --started-at $$started
 
 test: $(SETUP)  ## run the tests; PYTEST_FLAGS="-m slow" runs the slow ones
@@ -101,7 +101,7 @@ train: $(SETUP)  ## train CONFIG (stage two); NUM_PROCESSES=8 for eight GPUs
 	$(LAUNCH) train/run.py --config $(CONFIG) $(FLAGS)
 
 samples: $(SETUP)  ## generate images with the bundle of CONFIG, or with the shipped one
-	$(PYTHON) -m sample.run --config $(CONFIG) $(SHIPPED) $(FLAGS)
+	$(PYTHON) -m sample.run --config $(CONFIG) $(SHIPPED) --overwrite $(FLAGS)
 
 app: $(SETUP)  ## serve a page that generates images, on http://127.0.0.1:7860
 	@$(PYTHON) -c 'import gradio' 2>/dev/null || { echo "installing gradio, which needs Pillow 12"; \

@@ -226,7 +226,7 @@ def find_bundle(name: str | Path) -> Path:
             f"--bundle: no folder {str(name)!r} in the current directory or the project"
         )
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"--bundle: {folder} is not a bundle: it has no model_index.json")
+        raise ValueError(f"--bundle: {folder} is not a finished bundle: it has no model_index.json")
     return folder
 
 

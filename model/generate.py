@@ -154,26 +154,37 @@ def _needs_negative(guidance: Guidance) -> bool:
     return guidance.scale != 1 and guidance.network is None
 
 
+def decodes_beside(device: torch.device) -> bool:
+    """Returns whether images are decoded beside the next batch: on a GPU.
+
+    On a CPU denoising uses all cores already; docs/benchmarks.md has what a thread would gain.
+    """
+    return device.type == "cuda"
+
+
 def _overlap(
     batches: Iterable[Tensor], finish: Callable[[Tensor], Tensor], device: torch.device
 ) -> Iterator[Tensor]:
-    """Yields `finish` of each batch; on a GPU in a thread and stream beside the next batch."""
-    if device.type != "cuda":  # denoising uses all cores already
+    """Yields `finish` of each batch, computed in a thread and stream beside the next batch."""
+    if not decodes_beside(device):
         yield from map(finish, batches)
         return
-    stream = torch.cuda.Stream(device)
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.Stream(device) if on_gpu else None
 
-    def finish_on_stream(latents: Tensor, ready: torch.cuda.Event) -> Tensor:
+    def finish_beside(latents: Tensor, ready: Any) -> Tensor:
+        if stream is None:
+            return finish(latents)
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
-            latents.record_stream(stream)
+            latents.record_stream(stream)  # its memory is not reused before this stream is done
             return finish(latents)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, "decode") as pool:
         waiting: deque[Future[Tensor]] = deque()
         for latents in batches:
-            ready = torch.cuda.current_stream(device).record_event()
-            waiting.append(pool.submit(finish_on_stream, latents, ready))
+            ready = torch.cuda.current_stream(device).record_event() if on_gpu else None
+            waiting.append(pool.submit(finish_beside, latents, ready))
             if len(waiting) > 1:
                 yield waiting.popleft().result()
         yield from (future.result() for future in waiting)

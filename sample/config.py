@@ -23,11 +23,9 @@ SchedulerName = Literal[
     "heun",
     "kdpm2",
     "kdpm2-ancestral",
-    "lcm",
     "lms",
     "pndm",
     "sa-solver",
-    "tcd",
     "unipc",
 ]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
@@ -207,7 +205,7 @@ def settings_from(values: Mapping[str, Any], where: str) -> DrawSettings:
         raise ValueError(
             f"{where}: unknown setting {unknown[0]!r:.80}; expected one of {', '.join(names)}"
         )
-    pairs = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    pairs: Any = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     try:
         return DrawSettings(**pairs)
     except ValueError as error:

@@ -92,8 +92,7 @@ def draw_folder(
     extras = _find_extras(folder, len(pictures)) if rank == 0 else []
     differing = _find_differing(folder, pictures, own, identity)
     if overwrite:
-        for path in (*extras, *differing):
-            path.unlink(missing_ok=True)
+        _delete(folder, [*differing, *extras])
     else:
         _refuse(folder, differing, extras, len(pictures))
     missing = {position for position in own if not picture_path(folder, position).exists()}
@@ -209,6 +208,13 @@ def _refuse(
             f"{folder}: an earlier call drew {len(extras)} more than the {num_pictures} pictures "
             f"of this one, such as {extras[0].name}; {advice}"
         )
+
+
+def _delete(folder: Path, paths: Sequence[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+    if paths:
+        print(f"deleted {len(paths)} pictures of an earlier call from {folder}")
 
 
 def _has_settings(path: Path) -> bool:

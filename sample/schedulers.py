@@ -20,34 +20,34 @@ class Sampler:
 
     kind: str
     overrides: dict[str, Any] = field(default_factory=dict)
-    unfit: frozenset[str] = frozenset({"flow"})
-    """Of epsilon, v, sample, flow, and "zero snr": schedules whose last level is pure noise."""
+    unfit: tuple[str, ...]
+    """Predictions, `zero_snr` (the last noise level of training is pure noise) and `cosine` (the
+    noise schedule of this name, whose first step of sampling spans most noise levels)."""
 
 
-ANYTHING: frozenset[str] = frozenset()
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler(kind="DDIMScheduler"),
-    "ddpm": Sampler(kind="DDPMScheduler"),
-    "deis": Sampler(kind="DEISMultistepScheduler", unfit=ANYTHING),
-    "dpmpp": Sampler(kind="DPMSolverMultistepScheduler", unfit=ANYTHING),
+    "ddim": Sampler(kind="DDIMScheduler", unfit=("flow",)),
+    "ddpm": Sampler(kind="DDPMScheduler", unfit=("flow",)),
+    "deis": Sampler(kind="DEISMultistepScheduler", unfit=("zero_snr",)),
+    "dpmpp": Sampler(kind="DPMSolverMultistepScheduler", unfit=()),
     "dpmpp-sde": Sampler(
-        kind="DPMSolverMultistepScheduler", overrides={"algorithm_type": "sde-dpmsolver++"}
+        kind="DPMSolverMultistepScheduler",
+        overrides={"algorithm_type": "sde-dpmsolver++"},
+        unfit=(),
     ),
-    "dpmpp-singlestep": Sampler(kind="DPMSolverSinglestepScheduler", unfit=ANYTHING),
-    "euler": Sampler(
-        kind="DPMSolverMultistepScheduler", overrides={"solver_order": 1}, unfit=ANYTHING
+    "dpmpp-singlestep": Sampler(kind="DPMSolverSinglestepScheduler", unfit=("zero_snr",)),
+    "euler": Sampler(kind="DPMSolverMultistepScheduler", overrides={"solver_order": 1}, unfit=()),
+    "euler-ancestral": Sampler(kind="EulerAncestralDiscreteScheduler", unfit=("sample", "flow")),
+    "euler-discrete": Sampler(kind="EulerDiscreteScheduler", unfit=("flow",)),
+    "heun": Sampler(kind="HeunDiscreteScheduler", unfit=("flow", "zero_snr", "cosine")),
+    "kdpm2": Sampler(kind="KDPM2DiscreteScheduler", unfit=("sample", "flow", "zero_snr")),
+    "kdpm2-ancestral": Sampler(
+        kind="KDPM2AncestralDiscreteScheduler", unfit=("sample", "flow", "zero_snr", "cosine")
     ),
-    "euler-ancestral": Sampler(kind="EulerAncestralDiscreteScheduler"),
-    "euler-discrete": Sampler(kind="EulerDiscreteScheduler"),
-    "heun": Sampler(kind="HeunDiscreteScheduler"),
-    "kdpm2": Sampler(kind="KDPM2DiscreteScheduler"),
-    "kdpm2-ancestral": Sampler(kind="KDPM2AncestralDiscreteScheduler"),
-    "lcm": Sampler(kind="LCMScheduler"),
-    "lms": Sampler(kind="LMSDiscreteScheduler"),
-    "pndm": Sampler(kind="PNDMScheduler"),
-    "sa-solver": Sampler(kind="SASolverScheduler"),
-    "tcd": Sampler(kind="TCDScheduler"),
-    "unipc": Sampler(kind="UniPCMultistepScheduler", unfit=ANYTHING),
+    "lms": Sampler(kind="LMSDiscreteScheduler", unfit=("flow", "zero_snr")),
+    "pndm": Sampler(kind="PNDMScheduler", unfit=("sample", "flow", "zero_snr")),
+    "sa-solver": Sampler(kind="SASolverScheduler", unfit=("zero_snr",)),
+    "unipc": Sampler(kind="UniPCMultistepScheduler", unfit=()),
 }
 
 
@@ -58,19 +58,18 @@ def choose_scheduler(own: Any, name: SchedulerName) -> Any:
     """
     if name == "bundle":
         return own
-    traits = describe(own)
-    if unfit := sorted(SAMPLERS[name].unfit & traits):
+    if unfit := [trait for trait in SAMPLERS[name].unfit if trait in traits(own)]:
         raise ValueError(
-            f"--scheduler: found {name}, which gives wrong images for this bundle "
-            f"({', '.join(unfit)}); expected one of {', '.join(fitting(own))}"
+            f"--scheduler: found {name}, which does not fit this bundle ({', '.join(unfit)}); "
+            f"expected one of {', '.join(fitting(own))}"
         )
     return make_scheduler(own, name)
 
 
 def fitting(own: Any) -> list[str]:
     """Returns the names of the samplers that fit the bundle's scheduler."""
-    traits = describe(own)
-    return ["bundle", *(name for name, sampler in SAMPLERS.items() if not sampler.unfit & traits)]
+    found = traits(own)
+    return ["bundle", *(name for name, s in SAMPLERS.items() if not found.intersection(s.unfit))]
 
 
 def make_scheduler(own: Any, name: str) -> Any:
@@ -79,8 +78,12 @@ def make_scheduler(own: Any, name: str) -> Any:
     return getattr(diffusers, sampler.kind).from_config(own.config, **sampler.overrides)
 
 
-def describe(own: Any) -> frozenset[str]:
-    """Returns what a sampler has to fit: the prediction, and "zero snr" if that applies."""
-    prediction = own.config.prediction_type.removesuffix("_prediction")
-    zero_snr = own.config.get("rescale_betas_zero_snr") and prediction != "flow"
-    return frozenset({prediction} | ({"zero snr"} if zero_snr else set()))
+def traits(own: Any) -> set[str]:
+    """Returns what a sampler has to fit: the prediction and the kind of noise schedule."""
+    config = own.config
+    prediction = config.prediction_type.removesuffix("_prediction")
+    if prediction == "flow":  # its config has betas, too, which are not used
+        return {prediction}
+    zero_snr = bool(config.get("rescale_betas_zero_snr"))
+    cosine = config.beta_schedule == "squaredcos_cap_v2"
+    return {prediction} | ({"zero_snr"} if zero_snr else set()) | ({"cosine"} if cosine else set())

@@ -7,24 +7,32 @@ import torch
 from latent_t2i.model import denoiser
 from latent_t2i.model.bundle import make_pipeline, save_bundle
 from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
-from latent_t2i.model.encoders import load_text_encoder, load_vae
+from latent_t2i.model.encoders import Autoencoder, latent_channels, load_text_encoder, load_vae
 from tests import tiny
 
 MAX_TOKENS = 24
 VELOCITY = ObjectiveConfig(prediction="v")
 
 
-def make_bundle(folder: Path, objective: ObjectiveConfig = VELOCITY) -> Path:
-    """Writes a bundle whose images are noise, the same at every call."""
+def make_bundle(
+    folder: Path,
+    objective: ObjectiveConfig = VELOCITY,
+    *,
+    vae: Autoencoder | None = None,
+    max_tokens: int = MAX_TOKENS,
+    seed: int = 0,
+) -> Path:
+    """Writes a bundle whose images are noise, the same at every call; `seed` is the denoiser's."""
     folders = tiny.encoders()
+    vae = vae or load_vae(folders.vae)
     tokenizer, text_encoder = load_text_encoder(folders.clip)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         unet = denoiser.build(
             denoiser.DenoiserConfig(
                 channels=(16, 16), layers_per_block=1, attention=(True, True), norm_num_groups=8
             ),
-            latent_channels=tiny.LATENT_CHANNELS,
+            latent_channels=latent_channels(vae),
             sample_size=8,
             text_width=tiny.TEXT_WIDTH,
         )
@@ -32,11 +40,11 @@ def make_bundle(folder: Path, objective: ObjectiveConfig = VELOCITY) -> Path:
         folder,
         make_pipeline(
             unet=unet,
-            vae=load_vae(folders.vae),
+            vae=vae,
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             scheduler=make_scheduler(objective),
-            max_tokens=MAX_TOKENS,
+            max_tokens=max_tokens,
         ),
         info={
             "name": "tiny",

@@ -54,7 +54,7 @@ def test_photographs_to_samples(coco_mini: Path, tmp_path: Path, size_px: int) -
     prompts = ("a man on a horse",)
     grid = sample(SampleConfig(bundle=str(bundle), prompts=prompts, num_steps=2, out=str(out)))
     assert grid.is_file()
-    with Image.open(out / "samples" / "0000.png") as image:
+    with Image.open(out / "samples" / "000000.png") as image:
         assert image.size == (size_px, size_px)
         assert np.asarray(image).std() > 0
 

@@ -304,7 +304,7 @@ def test_unsuitable_samplers_and_step_counts_are_errors(
     stock: StableDiffusionPipeline, tmp_path: Path
 ) -> None:
     pipeline = make_pipeline(stock, replace(FLOW, num_timesteps=50, flow_shift=4.0), tmp_path)
-    with pytest.raises(ValueError, match=r"--scheduler: found ddim.* expected dpmpp, unipc, euler"):
+    with pytest.raises(ValueError, match=r"--scheduler: found ddim.* \(flow\); expected .*, unipc"):
         sampler.choose_scheduler(pipeline.scheduler, "ddim")
     prompts: dict[str, Any] = {"prompts": ["a"], "seeds": [0], "guidance_scale": 1.0}
     with pytest.raises(ValueError, match=r"--num-steps: expected at most .* 50 .* found 51"):

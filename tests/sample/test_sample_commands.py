@@ -1,4 +1,4 @@
-"""The documented commands of docs/sampling.md parse, and each module runs as a command."""
+"""The documented commands of docs/pictures.md parse, and each module runs as a command."""
 
 import importlib
 import re
@@ -18,7 +18,7 @@ CONFIGS: dict[str, type[Any]] = {
     "grid": settings.GridConfig,
     "interpolate": settings.InterpolateConfig,
 }
-PAGE = (ROOT / "docs/sampling.md").read_text("utf-8").replace("\\\n", " ")
+PAGE = (ROOT / "docs/pictures.md").read_text("utf-8").replace("\\\n", " ")
 COMMANDS = re.findall(r"^    python -m sample\.(\w+) (.*)$", PAGE, re.M)
 
 
