@@ -27,8 +27,8 @@ CSS = """
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
 .gallery img { image-rendering: pixelated; }
 """
-Update = tuple[list[tuple[Any, str]], str]
-"""The pictures with their captions, and the line of status."""
+Update = tuple[list[tuple[Any, str]], str, Any]
+"""The pictures with their captions, the line of status, and the button Stop."""
 
 
 def serve(config: AppConfig) -> None:
@@ -189,7 +189,7 @@ def _result(*, columns: int, label: str = "Generate") -> tuple[Any, Any, Any, An
     """Adds buttons, gallery and status line."""
     with gr.Row():
         button = gr.Button(label, variant="primary", min_width=140, scale=3)
-        stop = gr.Button("Stop", min_width=80, scale=1)
+        stop = gr.Button("Stop", min_width=80, scale=1, interactive=False)
     gallery = gr.Gallery(
         label="Pictures",
         columns=columns,
@@ -212,32 +212,40 @@ def _connect(
         [button.click, *triggers],
         run,
         inputs,
-        outputs,
+        [*outputs, stop],
         concurrency_limit=1,
         concurrency_id="draw",
         show_progress="hidden",
     )
-    stop.click(lambda: "Stopped.", None, outputs[1], cancels=[started], queue=False)
+    stop.click(
+        lambda: ("Stopped.", gr.Button(interactive=False)),
+        None,
+        [outputs[1], stop],
+        cancels=[started],
+        queue=False,
+    )
 
 
 def _updates(events: Generator[Event], labels: list[str], studio: Studio) -> Iterator[Update]:
-    """Yields the gallery and the status line after each event."""
+    """Yields the gallery, the status line and the button Stop after each event."""
     done: list[tuple[Any, str]] = []
     total = len(labels)
-    last: Update = ([], "Loading ...")
+    shown, status = list(done), "Loading ..."
+    # Only from here on does the server know what Stop would stop.
+    yield shown, status, gr.Button(interactive=True)
     with closing(events):
         for event in events:
             if isinstance(event, Waiting):
-                last = (last[0], event.reason or last[1])
+                status = event.reason or status
             elif isinstance(event, Progress):
-                shown = (event.picture, f"{labels[event.number]} ...")
-                text = f"Picture {event.number + 1} of {total}, step {event.step} of "
-                last = ([*done, shown], f"{text}{event.num_steps}")
+                shown = [*done, (event.picture, f"{labels[event.number]} ...")]
+                status = f"Picture {event.number + 1} of {total}, step {event.step} of "
+                status += str(event.num_steps)
             else:
                 done.append((str(event.path), labels[event.number]))
-                last = ([*done], f"{len(done)} of {total} pictures")
-            yield last
-    yield [*done], f"{len(done)} of {total} pictures, saved in {studio.out}"
+                shown, status = list(done), f"{len(done)} of {total} pictures"
+            yield shown, status, gr.skip()
+    yield shown, f"{status}, saved in {studio.out}", gr.Button(interactive=False)
 
 
 class _Messages:
