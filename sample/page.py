@@ -7,14 +7,16 @@ share link.
 import html
 import os
 import random
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing
+import threading
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, get_args
 
 from latent_t2i.model.checks import check_number
 from latent_t2i.sample.config import SEED_LIMIT, DrawSettings, SchedulerName
 from latent_t2i.sample.settings import AppConfig, EditConfig
-from latent_t2i.sample.studio import Event, Progress, Studio, Waiting, parse_scales
+from latent_t2i.sample.studio import Event, Progress, Studio, Waiting, parse_scales, short_name
 
 # gradio reads it when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -66,7 +68,7 @@ def launch_settings(studio: Studio) -> dict[str, Any]:
 
 def build(studio: Studio) -> gr.Blocks:
     """Returns the page."""
-    names = list(studio.bundles())
+    names, stops = list(studio.bundles()), _Stops()
     with gr.Blocks(title=TITLE, analytics_enabled=False, fill_width=True) as page:
         gr.Markdown(f"# {TITLE}\nPictures from text, drawn on this machine.")
         with gr.Row():
@@ -74,11 +76,11 @@ def build(studio: Studio) -> gr.Blocks:
                 shared = _shared_inputs(studio, names)
             with gr.Column(scale=3, min_width=300), gr.Tabs():
                 with gr.Tab("Generate"):
-                    _generate_tab(studio, shared)
+                    _generate_tab(studio, shared, stops)
                 with gr.Tab("Compare"):
-                    _compare_tab(studio, shared)
+                    _compare_tab(studio, shared, stops)
                 with gr.Tab("Edit"):
-                    _edit_tab(studio, shared)
+                    _edit_tab(studio, shared, stops)
         page.load(lambda: gr.Dropdown(choices=list(studio.bundles())), None, shared["bundle"])
     return page
 
@@ -106,48 +108,50 @@ def _shared_inputs(studio: Studio, names: list[str]) -> dict[str, Any]:
     return found | {"seed": seed, "num_images": num}
 
 
-def _generate_tab(studio: Studio, shared: dict[str, Any]) -> None:
-    button, stop, gallery, status = _result(columns=2)
+def _generate_tab(studio: Studio, shared: dict[str, Any], stops: "_Stops") -> None:
+    outputs = _result(columns=2)
 
-    def run(*values: Any) -> Iterator[Update]:
+    def run(request: gr.Request, *values: Any) -> Iterator[Update]:
         chosen = dict(zip(shared, values, strict=True))
-        with _Messages():
+        with _Messages(), stops.of(request) as event:
             seed, settings = _seed(chosen), _settings(chosen)
             seeds = range(seed, seed + _num_images(chosen, studio))
             images = [(own, settings) for own in seeds]
-            events = studio.draw(chosen["bundle"], _text(chosen["prompt"]), images)
-            yield from _updates(events, [f"seed {own}" for own in seeds], studio)
+            events = studio.draw(chosen["bundle"], _text(chosen["prompt"]), images, event)
+            yield from _updates(events, [f"seed {own}" for own in seeds], studio, event)
 
-    _connect(run, list(shared.values()), button, stop, [gallery, status], [shared["prompt"].submit])
+    _connect(run, list(shared.values()), outputs, stops, [shared["prompt"].submit])
 
 
-def _compare_tab(studio: Studio, shared: dict[str, Any]) -> None:
+def _compare_tab(studio: Studio, shared: dict[str, Any], stops: "_Stops") -> None:
     gr.Markdown("The same prompt and seed at several guidance scales.")
     scales = gr.Textbox("1, 2, 4, 7", label="Guidance scales")
-    button, stop, gallery, status = _result(columns=4, label="Compare")
+    outputs = _result(columns=4, label="Compare")
 
-    def run(text: str, *values: Any) -> Iterator[Update]:
+    def run(request: gr.Request, text: str, *values: Any) -> Iterator[Update]:
         chosen = dict(zip(shared, values, strict=True))
-        with _Messages():
+        with _Messages(), stops.of(request) as event:
             found, seed = parse_scales(text), _seed(chosen)
             images = [(seed, _settings(chosen | {"guidance_scale": scale})) for scale in found]
             labels = [f"guidance {scale:g}" for scale in found]
-            events = studio.draw(chosen["bundle"], _text(chosen["prompt"]), images)
-            yield from _updates(events, labels, studio)
+            events = studio.draw(chosen["bundle"], _text(chosen["prompt"]), images, event)
+            yield from _updates(events, labels, studio, event)
 
-    _connect(run, [scales, *shared.values()], button, stop, [gallery, status], [scales.submit])
+    _connect(run, [scales, *shared.values()], outputs, stops, [scales.submit])
 
 
-def _edit_tab(studio: Studio, shared: dict[str, Any]) -> None:
+def _edit_tab(studio: Studio, shared: dict[str, Any], stops: "_Stops") -> None:
     with gr.Row():
         picture = _image_input("Image")
         mask = _image_input("Mask (optional): white is repainted")
     strength = gr.Slider(0.05, 1, value=0.6, step=0.05, label="Strength: how much may change")
-    button, stop, gallery, status = _result(columns=2, label="Change the image")
+    outputs = _result(columns=2, label="Change the image")
 
-    def run(image: str | None, area: str | None, share: float, *values: Any) -> Iterator[Update]:
+    def run(
+        request: gr.Request, image: str | None, area: str | None, share: float, *values: Any
+    ) -> Iterator[Update]:
         chosen = dict(zip(shared, values, strict=True))
-        with _Messages():
+        with _Messages(), stops.of(request) as event:
             if image is None:
                 raise ValueError("image: none given; drop one into the field Image")
             config = EditConfig(
@@ -163,10 +167,10 @@ def _edit_tab(studio: Studio, shared: dict[str, Any]) -> None:
             labels = [f"seed {config.seed + number}" for number in range(config.num_images)]
             # Without a prompt these are variations.
             prompt = (chosen["prompt"] or "").strip()
-            yield from _updates(studio.edit(prompt, config), labels, studio)
+            yield from _updates(studio.edit(prompt, config, event), labels, studio, event)
 
     inputs = [picture, mask, strength, *shared.values()]
-    _connect(run, inputs, button, stop, [gallery, status], [])
+    _connect(run, inputs, outputs, stops)
 
 
 def _image_input(label: str) -> Any:
@@ -205,33 +209,58 @@ def _result(*, columns: int, label: str = "Generate") -> tuple[Any, Any, Any, An
 
 
 def _connect(
-    run: Any, inputs: list[Any], button: Any, stop: Any, outputs: list[Any], triggers: list[Any]
+    run: Any,
+    inputs: list[Any],
+    outputs: tuple[Any, Any, Any, Any],
+    stops: "_Stops",
+    triggers: Sequence[Any] = (),
 ) -> None:
     """Runs `run` at a click and at the triggers; one runs at a time, the others wait."""
-    started = gr.on(
+    button, stop, gallery, status = outputs
+    gr.on(
         [button.click, *triggers],
         run,
         inputs,
-        [*outputs, stop],
+        [gallery, status, stop],
         concurrency_limit=1,
         concurrency_id="draw",
         show_progress="hidden",
     )
-    stop.click(
-        lambda: ("Stopped.", gr.Button(interactive=False)),
-        None,
-        [outputs[1], stop],
-        cancels=[started],
-        queue=False,
-    )
+    stop.click(stops.set, None, None, queue=False)
 
 
-def _updates(events: Generator[Event], labels: list[str], studio: Studio) -> Iterator[Update]:
+class _Stops:
+    """What Stop stops: the drawings of one visitor.
+
+    gradio could cancel the events itself, but a click at the very start is lost, and leaves a page
+    that waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self._events: defaultdict[str | None, list[threading.Event]] = defaultdict(list)
+
+    @contextmanager
+    def of(self, request: gr.Request) -> Iterator[threading.Event]:
+        """Yields the event that is set when this visitor presses Stop."""
+        events, event = self._events[request.session_hash], threading.Event()
+        events.append(event)
+        try:
+            yield event
+        finally:
+            events.remove(event)
+
+    def set(self, request: gr.Request) -> None:
+        for event in self._events[request.session_hash]:
+            event.set()
+
+
+def _updates(
+    events: Generator[Event], labels: list[str], studio: Studio, stop: threading.Event
+) -> Iterator[Update]:
     """Yields the gallery, the status line and the button Stop after each event."""
     done: list[tuple[Any, str]] = []
     total = len(labels)
     shown, status = list(done), "Loading ..."
-    # Only from here on does the server know what Stop would stop.
     yield shown, status, gr.Button(interactive=True)
     with closing(events):
         for event in events:
@@ -245,7 +274,9 @@ def _updates(events: Generator[Event], labels: list[str], studio: Studio) -> Ite
                 done.append((str(event.path), labels[event.number]))
                 shown, status = list(done), f"{len(done)} of {total} pictures"
             yield shown, status, gr.skip()
-    yield shown, f"{status}, saved in {studio.out}", gr.Button(interactive=False)
+    where = f"saved in {short_name(studio.out)}"
+    status = f"{'Stopped. ' if stop.is_set() else ''}{len(done)} of {total} pictures, {where}"
+    yield list(done), status, gr.Button(interactive=False)
 
 
 class _Messages:

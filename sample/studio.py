@@ -100,7 +100,9 @@ class Studio:
         found = [path.parent for path in runs.glob("*/bundle*/model_index.json")]
         found.sort(key=lambda folder: (folder / "model_index.json").stat().st_mtime, reverse=True)
         own = [] if self.config.bundle is None else [find_bundle(self.config.bundle)]
-        return {_name(folder): folder for folder in [*own, *found, find_bundle(SHIPPED_BUNDLE)]}
+        return {
+            short_name(folder): folder for folder in [*own, *found, find_bundle(SHIPPED_BUNDLE)]
+        }
 
     def find(self, bundle: str) -> Path:
         """Returns the folder of a bundle's name; raises ValueError if it is not on this machine."""
@@ -113,19 +115,30 @@ class Studio:
         return folders[bundle]
 
     def draw(
-        self, bundle: str, prompt: str, images: Sequence[tuple[int, DrawSettings]]
+        self,
+        bundle: str,
+        prompt: str,
+        images: Sequence[tuple[int, DrawSettings]],
+        stop: threading.Event | None = None,
     ) -> Generator[Event]:
-        """Yields previews and images of a prompt, one image per pair of seed and settings."""
-        folder = self.find(bundle)
-        return _in_thread(lambda emit: self._draw(folder, prompt, images, emit))
+        """Yields previews and images of a prompt, one image per pair of seed and settings.
 
-    def edit(self, prompt: str, config: EditConfig) -> Generator[Event]:
+        It ends early when `stop` is set.
+        """
+        folder = self.find(bundle)
+        return _in_thread(lambda emit: self._draw(folder, prompt, images, emit), stop)
+
+    def edit(
+        self, prompt: str, config: EditConfig, stop: threading.Event | None = None
+    ) -> Generator[Event]:
         """Yields previews and changed images of the settings' image; the bundle is a name."""
         assert config.init_image is not None
         folder = self.find(config.bundle)
         original = read_image(Path(config.init_image), "image")
         mask = None if config.mask is None else read_mask(config.mask, original.size)
-        return _in_thread(lambda emit: self._edit(folder, prompt, original, mask, config, emit))
+        return _in_thread(
+            lambda emit: self._edit(folder, prompt, original, mask, config, emit), stop
+        )
 
     def _draw(
         self,
@@ -238,24 +251,24 @@ def _emitter(
     return on_step
 
 
-def _name(folder: Path) -> str:
-    """Returns a bundle's path, relative to the project if it is inside."""
+def short_name(folder: Path) -> str:
+    """Returns a folder's path, relative to the project if it is inside."""
     path, root = folder.resolve(), output_root().resolve()
     return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
 
 
-def _in_thread(work: Callable[[Emit], None]) -> Generator[Event]:
+def _in_thread(work: Callable[[Emit], None], stop: threading.Event | None) -> Generator[Event]:
     """Runs `work` in a thread and yields what it emits; raises what it raises.
 
-    If nothing is emitted, it yields Waiting from time to time: a generator that blocks cannot be
-    closed. When it is closed, the next `emit` raises Stopped in the thread. Closing does not wait
+    If nothing is emitted, it yields Waiting from time to time, so that it notices `stop` and can be
+    closed. It then ends, and the next `emit` raises Stopped in the thread. Closing does not wait
     for that, because the page's server closes it in its event loop.
     """
     items: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-    closed = threading.Event()
+    ended = threading.Event() if stop is None else stop
 
     def emit(item: Event) -> None:
-        if closed.is_set():
+        if ended.is_set():
             raise Stopped
         items.put(item)
 
@@ -264,11 +277,13 @@ def _in_thread(work: Callable[[Emit], None]) -> Generator[Event]:
     pool.shutdown(wait=False)  # the thread ends with its work
     future.add_done_callback(lambda _: items.put(None))
     try:
-        while (item := _next(items)) is not None:
+        while not ended.is_set() and (item := _next(items)) is not None:
             yield item
-    finally:
-        closed.set()
-    future.result()
+    except GeneratorExit:
+        ended.set()
+        raise
+    if not ended.is_set():
+        future.result()
 
 
 def _next(items: "queue.SimpleQueue[Event | None]") -> Event | None:

@@ -1,6 +1,7 @@
 """What the page does, without a browser: bundles, previews, images one by one, stopping, errors."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ def test_a_closed_request_stops_at_the_next_step(page: Studio) -> None:
         Progress,
         Finished,
     ]
+
+
+def test_a_stopped_request_ends_with_what_is_finished(page: Studio) -> None:
+    name, stop = next(iter(page.bundles())), threading.Event()
+    events = page.draw(name, "x", [(0, DrawSettings(num_steps=1))] * 1000, stop)
+    finished = 0
+    for event in events:
+        finished += isinstance(event, Finished)
+        if finished == 2:
+            stop.set()
+    assert finished == 2
 
 
 def test_a_request_waits_for_its_turn_and_can_be_closed_meanwhile(page: Studio) -> None:

@@ -214,7 +214,7 @@ def test_a_drawing_is_stopped_and_the_next_one_starts(page: Any, begun: bool) ->
     if begun:
         page.get_by_text(STEP).first.wait_for()
     button(page, "Stop").click()
-    page.get_by_text("Stopped.").wait_for()
+    page.get_by_text("Stopped. ").wait_for()
     choose(page, Steps=2, Images=1)
     draw(page, "Generate", 1)
 
