@@ -70,13 +70,12 @@ def write_card(
 
 def _metadata(license_name: str) -> str:
     tags = ["text-to-image", "stable-diffusion", "latent-t2i"]
-    named = {"license_name": "not-chosen"} if license_name == "other" else {}
     data = ModelCardData(
         license=license_name,
+        license_name="not-chosen" if license_name == "other" else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=tags,
-        **named,
     )
     text: str = data.to_yaml()
     return text

@@ -78,7 +78,7 @@ def edit_image(
     negative = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
     inputs = [{"prompt": prompt, "image": shown, **negative} for prompt, _ in pairs]
     seeds = [seed for _, seed in pairs]
-    shared = {"settings": config, "num_steps": steps, "strength": config.strength}
+    shared: dict[str, Any] = {"settings": config, "num_steps": steps, "strength": config.strength}
     shared |= {"on_step": on_step, "title": "edit"}
     if mask is None:
         img2img = as_pipeline("StableDiffusionImg2ImgPipeline", pipeline, config)
@@ -88,9 +88,9 @@ def edit_image(
     covered = cover(soft, pipeline.vae_scale_factor)
     inputs = [single | {"mask_image": covered} for single in inputs]
     inpaint = as_pipeline("StableDiffusionInpaintPipeline", pipeline, config)
-    sides = {"width": size[0], "height": size[1]}
+    shared |= {"width": size[0], "height": size[1]}
     with _reported_as_plain(pipeline):
-        for image in draw_stock(inpaint, inputs, seeds, **shared, **sides):
+        for image in draw_stock(inpaint, inputs, seeds, **shared):
             yield Image.composite(image, shown, soft)
 
 

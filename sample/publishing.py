@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 from safetensors.torch import load_file, save_file
 
 from latent_t2i.model.bundle import INFO_FILE, digest, find_bundle, read_info
