@@ -246,7 +246,7 @@ def denoise(
     latents stay in float32 between the steps whatever the denoiser computes in.
     """
     scheduler.set_timesteps(num_steps, device=unet.device)
-    latents = noise.to(unet.device) * scheduler.init_noise_sigma
+    latents: Tensor = noise.to(unet.device) * scheduler.init_noise_sigma
     # Only stochastic samplers take generators, and only some of those that do draw numbers.
     stochastic = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": list(generators)} if stochastic else {}
@@ -278,11 +278,12 @@ def _predict(unet: Any, latents: Tensor, timestep: Tensor, states: Tensor) -> Te
 
 def _guide(text: Tensor, other: Tensor, guidance: Guidance) -> Tensor:
     """Returns the guided prediction; rescaled as in Lin et al. 2023 (2305.08891), eq. 14 to 16."""
-    guided = other + guidance.scale * (text - other)
+    guided: Tensor = other + guidance.scale * (text - other)
     if not guidance.rescale:
         return guided
     factor = text.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
-    return guidance.rescale * guided * factor + (1 - guidance.rescale) * guided
+    rescaled: Tensor = guidance.rescale * guided * factor + (1 - guidance.rescale) * guided
+    return rescaled
 
 
 def noise_levels(scheduler: Any, timesteps: Tensor) -> list[float]:
@@ -320,8 +321,8 @@ def decode(vae: Any, latents: Tensor, *, require_finite: bool = True) -> Tensor:
     dtype = decode_dtype(vae.config, vae.dtype)
     if vae.dtype != dtype:
         vae.to(dtype)
-    latents = latents / vae.config.scaling_factor
-    images = vae.decode(latents.to(dtype), return_dict=False)[0].float()  # (B, 3, H, W)
+    latents = (latents / vae.config.scaling_factor).to(dtype)
+    images: Tensor = vae.decode(latents, return_dict=False)[0].float()  # (B, 3, H, W)
     if require_finite and not images.isfinite().all():
         raise ValueError(
             f"--bundle: the images are not finite in {dtype}; the weights have NaN, or overflow: "

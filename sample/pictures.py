@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from latent_t2i.model.bundle import digest, find_bundle
+from latent_t2i.model.generate import latent_shape
 from latent_t2i.model.grid import labelled_grid, read_settings
 from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.sample import sampler
@@ -110,7 +111,9 @@ def like(config: SampleConfig, earlier: Mapping[str, Any]) -> SampleConfig:
     The bundle and the data type are those of the picture unless `config` has its own.
     """
     names = [field.name for field in fields(DrawSettings) if field.name in earlier]
-    values = {n: tuple(v) if isinstance(v := earlier[n], list) else v for n in names}
+    values: dict[str, Any] = {
+        n: tuple(v) if isinstance(v := earlier[n], list) else v for n in names
+    }
     if config.bundle is None and config.name is None:
         values["bundle"] = earlier.get("bundle")
     if config.dtype == "auto":
@@ -133,7 +136,7 @@ def _compare_bundles(
 
 
 def _note_sizes(pipeline: "StableDiffusionPipeline", pictures: Sequence[Picture]) -> None:
-    _, height, width = sampler.latent_shape(pipeline)
+    _, height, width = latent_shape(pipeline)
     trained = (width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor)
     for size in dict.fromkeys(picture.settings.size for picture in pictures):
         if size not in (None, trained):

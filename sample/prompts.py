@@ -32,7 +32,7 @@ def list_pictures(config: SampleConfig) -> list[Picture]:
     """
     prompts = read_prompts(config)
     chosen = config.draw_settings()
-    pictures = []
+    pictures: list[Picture] = []
     for prompt in prompts:
         settings = chosen
         if prompt.settings:

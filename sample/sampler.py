@@ -102,15 +102,13 @@ def _check_networks(pipeline: "StableDiffusionPipeline", folder: Path) -> None:
 
 
 def choose_device(name: str) -> str:
-    """Returns `name`, or the default device for "auto": this process's GPU, else the CPU.
+    """Returns `name`, or the default device for "auto": a GPU, else the CPU.
 
-    Raises ValueError if the device is not usable.
+    "cuda" without a number is the GPU of this process under a launcher. Raises
+    ValueError if the device is not usable.
     """
     if name == "auto":
-        if not torch.cuda.is_available():
-            return "cpu"
-        own = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        return f"cuda:{own}"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device).item()
@@ -120,7 +118,9 @@ def choose_device(name: str) -> str:
             f"--device: found {name!r}, which PyTorch cannot use here ({reason}); expected auto, "
             "cpu, or a GPU of this machine, such as cuda or cuda:1"
         ) from error
-    return name
+    if name != "cuda":
+        return name
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 @contextmanager
@@ -236,14 +236,16 @@ def draw(
 ) -> list[Image.Image]:
     """Returns one image per prompt and seed; `settings` are those of `DrawSettings`.
 
-    `guide` is a network of `load_guide`, and `on_step` that of `model.generate.generate`. Raises
-    ValueError for settings that do not fit the bundle, or if an image is not finite.
+    `guide` is a network of `load_guide`, not a folder, and `on_step` that of
+    `model.generate.generate`. Raises ValueError for settings that do not fit the bundle, or if an
+    image is not finite.
     """
+    chosen = DrawSettings(**settings, guide=None if guide is None else "the given network")
     images = generate(
         pipeline,
         prompts,
         seeds,
-        **keywords(pipeline, DrawSettings(**settings), guide),
+        **keywords(pipeline, chosen, guide),
         batch_size=min(batch_size, max(1, len(prompts))),
         on_step=on_step,
     )

@@ -1,14 +1,19 @@
 """Sampling: the stock pipeline's images, determined by prompt, seed and settings."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from latent_t2i.model.diffusion import ObjectiveConfig
+from latent_t2i.model.generate import Guidance, generate
 from latent_t2i.sample import sampler
 from tests.bundles import make_bundle
 
@@ -96,3 +101,84 @@ def test_a_missing_or_incomplete_bundle_is_an_error(bundle: Path, tmp_path: Path
     (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"--bundle: .*broken does not load"):
         sampler.load(broken)
+
+
+def test_a_guide_changes_the_image_and_is_a_model_of_the_same_kind(
+    bundle: Path, tmp_path: Path
+) -> None:
+    pipeline = sampler.load(bundle)
+    weaker = sampler.load_guide(make_bundle(tmp_path / "weaker", seed=1), pipeline)
+    settings: dict[str, Any] = {"num_steps": 2, "guidance_scale": 2.0}
+    (guided,) = sampler.draw(pipeline, ["a"], [0], guide=weaker, **settings)
+    (plain,) = sampler.draw(pipeline, ["a"], [0], **settings)
+    assert not np.array_equal(pixels(guided), pixels(plain))
+    # A model that guides itself: the two predictions are equal, so their scale has no effect.
+    # A model that guides itself: both predictions are equal, so the scale has no effect.
+    own_guide = Guidance(scale=2.0, network=pipeline.unet)
+    (own,) = generate(pipeline, ["a"], [0], guidance=own_guide, num_steps=2, batch_size=1)
+    (unguided,) = generate(pipeline, ["a"], [0], guidance=Guidance(), num_steps=2, batch_size=1)
+    assert np.abs(pixels(own) - pixels(unguided)).max() <= 1
+    other = make_bundle(tmp_path / "other", ObjectiveConfig())
+    with pytest.raises(ValueError, match=r"--guide: .*other has another prediction_type .*epsilon"):
+        sampler.load_guide(other, pipeline)
+    cosine = ObjectiveConfig(prediction="v", beta_schedule="squaredcos_cap_v2")
+    with pytest.raises(
+        ValueError, match=r"--guide: .* has another noise schedule than the bundle;"
+    ):
+        sampler.load_guide(make_bundle(tmp_path / "cosine", cosine), pipeline)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"text_encoder_2": ["transformers", "CLIPTextModel"]}, "found text_encoder_2 too"),
+        ({"vae": [None, None]}, "found no vae"),
+    ],
+)
+def test_pipelines_of_another_kind_are_refused(
+    bundle: Path, tmp_path: Path, part: dict[str, Any], message: str
+) -> None:
+    shutil.copytree(bundle, tmp_path / "other")
+    path = tmp_path / "other" / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | part))
+    with pytest.raises(
+        ValueError, match=f"expected a StableDiffusionPipeline with unet, .*{message}"
+    ):
+        sampler.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("in_channels", 9, "has 9 input channels"), ("time_cond_proj_dim", 32, "time_cond_proj_dim")],
+)
+def test_denoisers_with_other_inputs_are_refused(
+    bundle: Path, tmp_path: Path, key: str, value: int, message: str
+) -> None:
+    shutil.copytree(bundle, tmp_path / "other")
+    pipeline = sampler.load(bundle)
+    pipeline.unet.register_to_config(**{key: value})
+    with pytest.raises(ValueError, match=f"--bundle: the denoiser of .*{message}"):
+        sampler._check_networks(pipeline, tmp_path)
+
+
+def test_compiling_on_a_cpu_needs_a_compiler(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def missing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(ValueError, match=r"--compile: needs a C\+\+ compiler such as g\+\+"):
+        sampler.speed_up(sampler.load(bundle).unet, compiled=True)
+
+
+@pytest.mark.slow
+def test_a_compiled_denoiser_draws_the_same_images(bundle: Path) -> None:
+    pipeline = sampler.load(bundle)
+    settings: dict[str, Any] = {"guidance_scale": 3.0, "num_steps": 4, "batch_size": 2}
+    eager = sampler.draw(pipeline, PROMPTS, [5, 6, 7], **settings)
+    sampler.speed_up(pipeline.unet, channels_last=True, compiled=True)
+    for one, other in zip(
+        eager, sampler.draw(pipeline, PROMPTS, [5, 6, 7], **settings), strict=True
+    ):
+        assert np.abs(pixels(one) - pixels(other)).max() <= 2
