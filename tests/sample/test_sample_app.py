@@ -1,7 +1,9 @@
 """What the page does, without a browser: bundles, previews, images one by one, stopping, errors."""
 
+import functools
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("mine") / "bundle")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _load_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "load", functools.cache(sampler.load))
+        yield
+
+
 @pytest.fixture(scope="module")
 def page(bundle: Path) -> Studio:
     return Studio(AppConfig(bundle=str(bundle), out=str(bundle.parent / "pictures")))
@@ -46,7 +55,8 @@ def test_pictures_arrive_one_by_one_with_previews(page: Studio, bundle: Path) ->
         assert shown[0].step == 1
         assert {e.num_steps for e in shown} == {3}
         assert all(e.picture.size == event.picture.size == (64, 64) for e in shown)
-    expected = sampler.draw(sampler.load(bundle), ["a red circle"], [6], num_steps=3)
+    pipeline = sampler.load(bundle, device="cpu", dtype="float32")
+    expected = sampler.draw(pipeline, ["a red circle"], [6], num_steps=3)
     assert (np.asarray(finished[1].picture) == np.asarray(expected[0])).all()
     found = read_settings(finished[1].path)
     assert (found["prompt"], found["seed"], found["num_steps"]) == ("a red circle", 6, 3)

@@ -1,6 +1,7 @@
 """Image to image, inpainting and variations: the stock pipelines' images, masks and errors."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 from latent_t2i.configs.cli import ConfigError, parse
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.grid import read_settings, save_png
-from latent_t2i.sample import editing
+from latent_t2i.sample import editing, sampler
 from latent_t2i.sample.schedulers import choose_scheduler
 from latent_t2i.sample.settings import EditConfig
 from latent_t2i.sample.stock import load_stock
@@ -30,6 +31,13 @@ KINDS = {"v": ObjectiveConfig(prediction="v"), "flow": ObjectiveConfig(predictio
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bundles")
     return {name: make_bundle(folder / name, kind) for name, kind in KINDS.items()}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _load_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "load", functools.cache(sampler.load))
+        yield
 
 
 @pytest.fixture(scope="module")

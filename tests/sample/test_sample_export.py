@@ -1,6 +1,7 @@
 """Export: model card, float16 variants, what is overwritten, and the upload to a stand-in Hub."""
 
 import base64
+import functools
 import json
 import shutil
 import threading
@@ -32,6 +33,13 @@ REPO = "someone/scenes"
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("run") / "bundle")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _load_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "load", functools.cache(sampler.load))
+        yield
 
 
 @pytest.fixture(scope="module")
