@@ -102,7 +102,7 @@ def _samples(grid: Mapping[str, Any]) -> str:
 
 def _usage(has_fp16: bool) -> str:
     half = (
-        '\n\n`variant="fp16", dtype=torch.float16` loads the float16 files, half the download.'
+        '\n\n`variant="fp16", dtype=torch.float16` loads the float16 files only.'
         if has_fp16
         else ""
     )
