@@ -46,7 +46,7 @@ DEMO_FLAGS ?=
 DEMO = --config configs/demo.yaml --name $(DEMO_NAME) $(DEMO_FLAGS)
 DEMO_VALIDATION = --validation.shards shards/data/$(DEMO_NAME)/val --validation.every-steps 300
 
-.PHONY: help setup demo test lint format types docs walkthrough coco2014 shards train samples evaluate bench clean
+.PHONY: help setup demo test lint format types docs walkthrough coco2014 shards train samples app evaluate bench clean
 
 help:  ## list the targets
 	@sed -n -E 's/^([a-z0-9]+):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -102,6 +102,11 @@ train: $(SETUP)  ## train CONFIG (stage two); NUM_PROCESSES=8 for eight GPUs
 
 samples: $(SETUP)  ## generate images with the bundle of CONFIG, or with the shipped one
 	$(PYTHON) -m sample.run --config $(CONFIG) $(SHIPPED) --overwrite $(FLAGS)
+
+app: $(SETUP)  ## serve a page that generates images, on http://127.0.0.1:7860
+	@$(PYTHON) -c 'import gradio' 2>/dev/null || { echo "installing gradio, which needs Pillow 12"; \
+	  $(PYTHON) -m pip install --quiet --editable '.[app]'; }
+	$(PYTHON) -m sample.app $(FLAGS)
 
 evaluate: $(SETUP)  ## compute metrics of CONFIG and write a report
 	$(PYTHON) -m evaluation.run --config $(CONFIG) $(FLAGS)

@@ -43,6 +43,7 @@ T = TypeVar("T", bound="DataclassInstance")
 
 SHARED_KEYS = ("name", "vae", "text_encoder", "image_size_px", "seed")
 EXTRAS = {
+    "app": ("gradio",),
     "parquet": ("pyarrow",),
     "track": ("tensorboard",),
     "eval": ("jinja2", "matplotlib", "scipy", "torchmetrics"),
@@ -55,7 +56,7 @@ SECTIONS = ("pipeline", "train", "sample", "evaluation")
 
 
 def main(
-    run: Callable[[T], object] | str, cls: type[T], section: str, *, prog: str | None = None
+    run: Callable[[T], object] | str, cls: type[T], section: str | None, *, prog: str | None = None
 ) -> None:
     """Parses the command line into a `cls` and calls `run` with it.
 
@@ -85,14 +86,15 @@ def main(
 
 
 def parse(
-    cls: type[T], section: str, argv: Sequence[str] | None = None, *, prog: str | None = None
+    cls: type[T], section: str | None, argv: Sequence[str] | None = None, *, prog: str | None = None
 ) -> T:
     """Returns a `cls` with its defaults, replaced by the `--config` preset, replaced by flags.
 
     Args:
         cls: A frozen dataclass; nested dataclasses give dotted flags (`--data.verify`). Its
             optional ClassVar `EXCLUSIVE` lists groups of settings that replace each other.
-        section: The preset's section for this command, one of `SECTIONS`.
+        section: The preset's section for this command, one of `SECTIONS`; None for a command that
+            takes no preset, whose `prog` is required.
         argv: The user's arguments, by default those of the process.
         prog: The command's name in help texts, by default `python -m SECTION.run`.
 
@@ -100,14 +102,17 @@ def parse(
         ConfigError: An unknown flag, key or preset, or an invalid value.
         SystemExit: After `--help`.
     """
-    assert section in SECTIONS, section
+    assert section in SECTIONS or (section is None and prog), (section, prog)
     argv = sys.argv[1:] if argv is None else argv
     if "-h" in argv or "--help" in argv:
-        _call_tyro(cls, ["--help"], prog or f"python -m {section}.run")
+        name = prog or f"python -m {section}.run"
+        _call_tyro(cls, ["--help"], name, takes_preset=section is not None)
     fields = _fields_of(cls)
     preset_name, given = _read_flags(argv, fields)
+    if section is None and preset_name is not None:
+        raise ConfigError("unknown flag --config: this command takes no preset (see --help)")
     preset = None if preset_name is None else find_preset(preset_name)
-    settings = {} if preset is None else _read_preset(preset, section, fields)
+    settings = _read_preset(preset, section, fields) if preset and section else {}
     _drop_replaced(settings, given, getattr(cls, "EXCLUSIVE", ()))
     try:
         return _parse_settings(cls, {**settings, **given}, fields)
@@ -379,7 +384,9 @@ def _parse_settings(cls: type[T], settings: Settings, fields: Mapping[str, _Fiel
         raise ConfigError(_unbox(box.getvalue(), stop, cls.__name__)) from None
 
 
-def _call_tyro(cls: type[T], tokens: Sequence[str], prog: str = "") -> T:
+def _call_tyro(
+    cls: type[T], tokens: Sequence[str], prog: str = "", *, takes_preset: bool = True
+) -> T:
     # tyro does not wrap a description, and joins lines that start with a letter.
     wrap = functools.partial(textwrap.fill, width=80, initial_indent="  ", subsequent_indent="  ")
     summary = (cls.__doc__ or "").strip().partition("\n\n")[0]
@@ -388,7 +395,8 @@ def _call_tyro(cls: type[T], tokens: Sequence[str], prog: str = "") -> T:
         f"--config PRESET reads a YAML file first, by path or by name ({names}); the flags below "
         "override it."
     )
-    description = "\n".join(map(wrap, (_one_line(summary), presets)))
+    paragraphs = (_one_line(summary), presets) if takes_preset else (_one_line(summary),)
+    description = "\n".join(map(wrap, paragraphs))
     return tyro.cli(cls, args=tokens, prog=prog, description=description)
 
 

@@ -18,6 +18,13 @@ from latent_t2i.configs.presets import PRESETS_DIR
 from latent_t2i.evaluation.config import EvaluationConfig, ReferenceConfig
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.sample.config import SampleConfig
+from latent_t2i.sample.settings import (
+    AppConfig,
+    EditConfig,
+    ExportConfig,
+    GridConfig,
+    InterpolateConfig,
+)
 from latent_t2i.train.config import TrainConfig
 
 SHELLS = ("bash", "zsh", "fish")
@@ -64,6 +71,11 @@ def _commands() -> Any:
         "encode": _with_preset(PipelineConfig),
         "train": _with_preset(TrainConfig),
         "sample": _with_preset(SampleConfig),
+        "grid": GridConfig,
+        "edit": EditConfig,
+        "interpolate": InterpolateConfig,
+        "export": ExportConfig,
+        "app": AppConfig,
         "evaluate": _with_preset(EvaluationConfig),
         "reference": _Reference,
         "verify": _Folder,

@@ -33,6 +33,7 @@ OPTIONAL = (
     ("parquet sources", ("pyarrow",), "latent-t2i[parquet]"),
     ("TensorBoard logs", ("tensorboard",), "latent-t2i[track]"),
     ("evaluation reports", ("jinja2", "matplotlib", "scipy", "torchmetrics"), "latent-t2i[eval]"),
+    ("web page", ("gradio",), "latent-t2i[app]"),
     ("8-bit AdamW", ("bitsandbytes",), "latent-t2i[8bit]"),
     ("shards over HTTP", ("aiohttp",), "latent-t2i[remote]"),
     ("shards on S3", ("s3fs",), "latent-t2i[remote]"),

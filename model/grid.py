@@ -1,8 +1,11 @@
-"""Image files: PNGs that carry their settings, and labelled grids."""
+"""Image files: PNGs that carry their settings, grids with a label per image, and tables of images.
+
+Labels use Pillow's embedded font, so a grid looks the same on every machine. That font has Latin,
+Greek and Cyrillic letters only; other scripts appear as boxes.
+"""
 
 import json
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,15 @@ INK, PAPER = (30, 30, 34), (250, 250, 248)
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
     """Writes a PNG with its prompt, and all settings as JSON, in text chunks."""
+    image.save(path, pnginfo=settings_chunks(settings))
+
+
+def settings_chunks(settings: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
+    """Returns the text chunks of `save_png`."""
     chunks = PngImagePlugin.PngInfo()
     chunks.add_itxt("Description", str(settings.get("prompt", "")))
     chunks.add_itxt(SETTINGS_CHUNK, json.dumps(dict(settings), ensure_ascii=False))
-    image.save(path, pnginfo=chunks)
+    return chunks
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -48,7 +56,7 @@ def labelled_grid(
     assert len(images) == len(labels) > 0, (len(images), len(labels))
     columns = num_columns or min(len(images), 4)
     font = ImageFont.load_default(FONT_PX)
-    factor = max(1, CELL_PX // max(max(image.size) for image in images))
+    factor = _factor(images)
     cells = [_enlarged(image, factor) for image in images]
     cell_width = max(MIN_COLUMN_PX, *(cell.width for cell in cells))
     cell_height = max(cell.height for cell in cells)
@@ -68,15 +76,85 @@ def labelled_grid(
     return grid
 
 
+def comparison_grid(
+    images: Sequence[Sequence[Image.Image]], *, rows: Sequence[str], columns: Sequence[str]
+) -> Image.Image:
+    """Returns a table of images with a header per row, on the left, and per column, on top.
+
+    `images` is a list of rows. There is no column of headers if all are empty. The type grows with
+    the images, so it stays legible if a large table is scaled down to a page. Images are enlarged
+    as in `labelled_grid`.
+    """
+    assert len(images) == len(rows) > 0, (len(images), len(rows))
+    assert all(len(row) == len(columns) > 0 for row in images), columns
+    cells = [[_enlarged(image, _factor([image])) for image in row] for row in images]
+    width = max(cell.width for row in cells for cell in row)
+    height = max(cell.height for row in cells for cell in row)
+    font_px = max(FONT_PX, min(width, height) // 12)
+    font, line_px = ImageFont.load_default(font_px), font_px * 5 // 4
+    header_px = max(MIN_COLUMN_PX, width * 3 // 4) if any(rows) else 0
+    tops = [_wrap(label, font, width, max_lines=3) for label in columns]
+    top_px = max(len(lines) for lines in tops) * line_px
+    step_x, step_y = width + PADDING_PX, height + PADDING_PX
+    left = header_px + (2 if header_px else 1) * PADDING_PX
+    top = top_px + 2 * PADDING_PX
+    grid = Image.new("RGB", (left + len(columns) * step_x, top + len(rows) * step_y), PAPER)
+    pen = ImageDraw.Draw(grid)
+    for number, lines in enumerate(tops):
+        for index, line in enumerate(lines):
+            x = left + number * step_x + width // 2
+            pen.text((x, PADDING_PX + index * line_px), line, fill=INK, font=font, anchor="ma")
+    for number, label in enumerate(rows):
+        y = top + number * step_y
+        lines = _wrap(label, font, header_px, max_lines=max(1, height // line_px))
+        for index, line in enumerate(lines):
+            pen.text((PADDING_PX, y + index * line_px), line, fill=INK, font=font)
+        for column, cell in enumerate(cells[number]):
+            grid.paste(cell, (left + column * step_x, y))
+    return grid
+
+
+def _factor(images: Sequence[Image.Image]) -> int:
+    """Returns the whole factor by which small images are enlarged."""
+    return max(1, CELL_PX // max(max(image.size) for image in images))
+
+
 def _enlarged(image: Image.Image, factor: int) -> Image.Image:
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
 
 
-def _wrap(
-    label: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int
-) -> list[str]:
-    """Breaks a label into at most four lines of about the given width."""
-    mean_px = font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27
-    lines = textwrap.wrap(label, max(8, int(width_px / mean_px)), max_lines=4, placeholder=" …")
-    return lines or [""]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def _wrap(label: str, font: Font, width_px: int, *, max_lines: int = 4) -> list[str]:
+    """Breaks a label into lines of at most the given width; an ellipsis marks what is left out."""
+    lines = list(_lines(label, font, width_px))
+    if len(lines) <= max_lines:
+        return lines or [""]
+    last = lines[max_lines - 1]
+    while last and font.getlength(f"{last} …") > width_px:
+        last = last[:-1].rstrip()
+    return [*lines[: max_lines - 1], f"{last} …".lstrip()]
+
+
+def _lines(label: str, font: Font, width_px: int) -> Iterator[str]:
+    line = ""
+    for word in label.split():
+        if line and font.getlength(f"{line} {word}") <= width_px:
+            line += f" {word}"
+            continue
+        if line:
+            yield line
+        line = word
+        while len(line) > 1 and font.getlength(line) > width_px:
+            end = next(n for n in range(len(line) - 1, 0, -1) if _fits(line[:n], font, width_px))
+            yield line[:end]
+            line = line[end:]
+    if line:
+        yield line
+
+
+def _fits(text: str, font: Font, width_px: int) -> bool:
+    """Returns whether a part of a word fits; one character always does."""
+    return len(text) == 1 or font.getlength(text) <= width_px

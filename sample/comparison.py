@@ -1,0 +1,85 @@
+"""`sample.grid`: a table of images, prompts x values of one setting."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from latent_t2i.model.bundle import INFO_FILE, find_bundle, read_info
+from latent_t2i.model.grid import comparison_grid
+from latent_t2i.sample import sampler
+from latent_t2i.sample.folder import save_whole
+from latent_t2i.sample.pictures import describe_bundle
+from latent_t2i.sample.settings import GridConfig
+
+HEADERS = {"guidance-scale": "guidance", "seed": "seed", "num-steps": "steps"}
+
+
+def draw_grid(config: GridConfig) -> Path:
+    """Writes the table and returns its path."""
+    folders = [find_bundle(name) for name in config.bundle]
+    columns = [
+        column
+        for folder in folders
+        for column in _draw_columns(folder, config)  # one bundle is in memory at a time
+    ]
+    rows = list(zip(*columns, strict=True))
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    table = comparison_grid(rows, rows=config.prompts, columns=headers(config, folders))
+    names = (
+        "prompts",
+        "guidance_scale",
+        "seed",
+        "num_steps",
+        "scheduler",
+        "negative_prompt",
+        "size",
+    )
+    settings: dict[str, Any] = {name: getattr(config, name) for name in names}
+    identities = [describe_bundle(folder) for folder in folders]
+    save_whole(table, out, settings | {"bundles": identities})
+    print(f"{len(rows)} x {len(columns)} images: {out}")
+    return out
+
+
+def headers(config: GridConfig, folders: Sequence[Path]) -> list[str]:
+    """Returns the columns' headers: the setting that varies, else the guidance scale."""
+    axis, values = next(
+        ((name, found) for name, found in config.axes().items() if len(found) > 1),
+        ("guidance-scale", config.guidance_scale),
+    )
+    if axis == "bundle":
+        return [describe(folder) for folder in folders]
+    return [f"{HEADERS[axis]} {value:g}" for value in values]
+
+
+def describe(folder: Path) -> str:
+    """Returns a bundle's run and training step, as the header of its column."""
+    if not (folder / INFO_FILE).is_file():  # a stock pipeline
+        return folder.name
+    info = read_info(folder)
+    ema = info.get("ema", {}).get("sigma_rel")
+    return f"{info['name']}, step {info['step']:,}" + ("" if ema is None else f", EMA {ema:g}")
+
+
+def _draw_columns(folder: Path, config: GridConfig) -> list[list[Image.Image]]:
+    """Returns the columns of one bundle, each with one image per prompt."""
+    pipeline = sampler.load(folder, device=config.device, dtype=config.dtype)
+    return [
+        sampler.draw(
+            pipeline,
+            config.prompts,
+            [seed] * len(config.prompts),
+            batch_size=config.batch_size,
+            guidance_scale=scale,
+            num_steps=steps,
+            scheduler=config.scheduler,
+            negative_prompt=config.negative_prompt if scale > 1 else "",
+            size=config.size,
+        )
+        for scale in config.guidance_scale
+        for seed in config.seed
+        for steps in config.num_steps
+    ]
