@@ -44,6 +44,7 @@ MUST_MATCH = (
     "shards_sha256",
     "init_from",
     "init_sha256",
+    "draws",
     # The data order.
     "order of data.access",
     "data.shuffle",
@@ -53,6 +54,8 @@ MUST_MATCH = (
     "data.window_records",
 )
 MAY_DIFFER = ("model.attention_kernel",)
+# A checkpoint without one of these is of a version with other random numbers.
+MUST_BE_PRESENT = ("draws",)
 PARTS = ("unet", "ema", "optimizer")
 STATE_FILE = "state.json"
 # Bounds what is read before the hash is known. A logging interval may have a million rows of
@@ -340,6 +343,12 @@ def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: 
         was, is_now = old.get(name), new.get(name)
         if was == is_now:
             continue
+        if name in MUST_BE_PRESENT and name not in old:
+            raise ValueError(
+                f"{name}: the run in {folder} is of an older version, which draws other noise; "
+                f"found no such setting in its checkpoint, expected {is_now!r}; finish it with "
+                "that version, or start another run with another --name or --out"
+            )
         if name not in old:  # the checkpoint is from an older version of this project
             changes.append(f"{name} is new since the checkpoint was written: {is_now!r}")
         elif name.startswith(MUST_MATCH) and name not in MAY_DIFFER:

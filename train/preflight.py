@@ -32,6 +32,7 @@ from latent_t2i.shards.reader import ShardSet, require_encoders
 from latent_t2i.shards.remote.transport import is_remote
 from latent_t2i.shards.schema import Identity
 from latent_t2i.train import checkpoint, initial
+from latent_t2i.train.batches import DRAWS_VERSION
 from latent_t2i.train.config import DataConfig, TrainConfig
 from latent_t2i.train.initial import Initial
 from latent_t2i.train.optim import check_bitsandbytes
@@ -138,6 +139,7 @@ def validate(given: TrainConfig, num_processes: int) -> Plan:
             **describe_constants(vae, shards),
             "shards_sha256": shards.sha256,
             "init_sha256": first_sha256,
+            "draws": DRAWS_VERSION,
             ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",
         },
         notes=(*notes, *describe_buckets(shards, order), validation_note),

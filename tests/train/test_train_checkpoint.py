@@ -87,6 +87,13 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
         checkpoint.compare_settings(before, now, tmp_path)
 
 
+def test_a_checkpoint_of_a_version_with_other_noise_is_refused(tmp_path: Path) -> None:
+    now = SETTINGS | {"draws": "per example"}
+    message = r"draws: the run in .* is of an older version, .* expected 'per example'; finish it"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.compare_settings(SETTINGS, now, tmp_path)
+
+
 def test_a_changed_learning_rate_is_allowed_and_reported(tmp_path: Path) -> None:
     now = SETTINGS | {
         "optim": {"learning_rate": 2e-4},
