@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from latent_t2i.train.prepare import blocks
+
 
 def apply_fsdp(unet: UNet2DConditionModel, accelerator: Accelerator) -> None:
     """Shards a network in place. All processes must hold the same weights.
@@ -32,7 +34,7 @@ def apply_fsdp(unet: UNet2DConditionModel, accelerator: Accelerator) -> None:
     # nothing about GPUs.
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # The root is resharded after a pass too, so that between passes every parameter is a DTensor.
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
+    for block in (*blocks(unet), unet):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 

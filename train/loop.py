@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latent_t2i.model.posthoc import folder_of, save_snapshot
 from latent_t2i.shards.order import mixed_seed
-from latent_t2i.train import checkpoint, fsdp, optim
+from latent_t2i.train import checkpoint, fsdp, optim, prepare
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.export import finish
@@ -237,7 +237,8 @@ def evaluate(run: Run, *, last: bool) -> bool:
     preview = every is not None and (last or step % every == 0) and progress.previewed != step
     if validation is None and not preview:
         return False
-    with run.timer.phase("evaluate"):
+    eagerly = prepare.without_compilation() if config.compile else contextlib.nullcontext()
+    with run.timer.phase("evaluate"), eagerly:
         if validation is not None:
             unet, ema = run.state.unet, run.state.ema
             measured = measure(validation, run.accelerator, unet, ema, run.objective)

@@ -226,7 +226,7 @@ def measure(
     """Returns the EMA weights' loss, in total and by quarter of the timesteps, low noise first.
 
     All processes call this and get the same result. A mean of no examples, or one that is not
-    finite, is None. `unet` must not be compiled: every new batch size would compile it again.
+    finite, is None.
     """
     losses = torch.zeros(len(validation.records), device=accelerator.device)
     rank, num_processes = accelerator.process_index, accelerator.num_processes
