@@ -76,15 +76,7 @@ def local_shard(tensor: Tensor, like: Tensor) -> Tensor:
     """Returns this process's shard of a full tensor, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
-    # Every process has read the same file, so no data has to be sent.
+    # Every process has the full tensor, so no data has to be sent.
     return distribute_tensor(
         tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )
-
-
-def local_shards(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns this process's shards of full tensors; those not in `like` stay full."""
-    return {
-        name: local_shard(tensor, like[name]) if name in like else tensor
-        for name, tensor in tensors.items()
-    }

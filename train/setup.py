@@ -29,6 +29,7 @@ from latent_t2i.train.device import DevicePrefetcher
 from latent_t2i.train.estimate import estimate_run
 from latent_t2i.train.graph import CudaGraphBackend, GraphBackend
 from latent_t2i.train.objective import Objective
+from latent_t2i.train.on_main import on_main
 from latent_t2i.train.optim import make_optimizer
 from latent_t2i.train.preflight import Plan, run_folder, validate
 from latent_t2i.train.progress import METRICS_FILE, Progress
@@ -258,7 +259,7 @@ def resume(plan: Plan, state: TrainState) -> list[str]:
 
     Raises ValueError if the run's settings do not allow it.
     """
-    found = checkpoint.find_all(plan.folder / "checkpoints")
+    found = on_main(lambda: checkpoint.find_all(plan.folder / "checkpoints"))
     if not found:
         left = [name for name in (METRICS_FILE, "bundle") if (plan.folder / name).exists()]
         return [
@@ -266,7 +267,7 @@ def resume(plan: Plan, state: TrainState) -> list[str]:
             "starting at step 0, it will be replaced"
             for name in left
         ]
-    before = checkpoint.read_state(found[-1])["settings"]
+    before = on_main(lambda: checkpoint.read_state(found[-1])["settings"])
     changes = checkpoint.compare_settings(before, plan.settings, plan.folder)
     checkpoint.load(found[-1], state)
     if plan.access.kind == "stream":

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from latent_t2i.train import loop, prepare
+from latent_t2i.train import checkpoint, loop, preflight, prepare, validation
 from latent_t2i.train.config import TrainConfig
 from tests.train.conftest import assert_same_tensors, metrics, without_times
 
@@ -79,7 +80,8 @@ def work(
 ) -> None:
     """Trains as one process of a group."""
     torch.set_num_threads(1)
-    os.environ["ACCELERATE_USE_CPU"] = "1"
+    if not torch.cuda.is_available():  # only tests/gpu sees GPUs
+        os.environ["ACCELERATE_USE_CPU"] = "1"
     if num_processes > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         for kind in ("", "LOCAL_"):
@@ -93,7 +95,7 @@ def work(
     def hash_and_finish(run: Any, reason: Any) -> Path:
         trained = [*run.state.unet.state_dict().values(), *run.state.ema.state_dict().values()]
         local = (t.to_local() if isinstance(t, DTensor) else t for t in trained)
-        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in local)).hexdigest()
+        digest = hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in local)).hexdigest()
         (Path(str(config.out)) / f"rank-{rank}.json").write_text(json.dumps(digest))
         return finish(run, reason)
 
@@ -101,16 +103,15 @@ def work(
     loop.train(config)
 
 
-def count_compilations(folder: Path, rank: int) -> None:
-    """Compiles with a backend that runs eagerly, and writes what a run did at its end.
+def watch(folder: Path, rank: int) -> None:
+    """Compiles with a backend that runs eagerly, and writes what a run did to RUN/watched-N.json.
 
-    RUN/compiled-N.json: the number of compiled graphs, the data types of conv_in's output in
-    evaluation mode, and the timeout of the process group in seconds.
+    The number of compiled graphs, the data types of conv_in's output in evaluation mode, the
+    timeout of the process group in seconds, and the number of calls that read or hash whole files.
     """
     import torch._dynamo.config  # slow to import, so only here
 
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    torch.set_warn_always(False)
     found: dict[str, Any] = {"graphs": 0, "evaluated_in": []}
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -127,15 +128,30 @@ def count_compilations(folder: Path, rank: int) -> None:
         return run
 
     def write_and_finish(run: Any, reason: Any) -> Path:
-        group = torch.distributed.group.WORLD
-        timeout = group._get_backend(torch.device("cpu")).options._timeout  # type: ignore[union-attr]
+        group: Any = torch.distributed.group.WORLD
+        timeout = group._get_backend(torch.device("cpu")).options._timeout
         found["timeout_s"] = timeout.total_seconds()
-        (folder / f"compiled-{rank}.json").write_text(json.dumps(found))
+        (folder / f"watched-{rank}.json").write_text(json.dumps(found))
         return finish(run, reason)
 
     begin, finish = loop.start, loop.finish
-    prepare.BACKEND = backend  # type: ignore[assignment]
     loop.start, loop.finish = start_and_watch, write_and_finish
+    prepare.BACKEND = backend  # type: ignore[assignment]
+    count_calls(checkpoint, "_read", found)
+    count_calls(preflight, "fingerprint", found)
+    count_calls(validation, "check_overlap", found)
+
+
+def count_calls(module: ModuleType, name: str, found: dict[str, Any]) -> None:
+    """Counts the calls of a module's function under its name."""
+    original = getattr(module, name)
+    found[name] = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        found[name] += 1
+        return original(*args, **kwargs)
+
+    setattr(module, name, counted)
 
 
 def newest(run: Path) -> Path:
@@ -143,12 +159,12 @@ def newest(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-*"))
 
 
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint."""
     return {
         f"{file}:{name}": tensor
         for file in FILES
-        for name, tensor in load_file(checkpoint / f"{file}.safetensors").items()
+        for name, tensor in load_file(folder / f"{file}.safetensors").items()
     }
 
 

@@ -35,35 +35,37 @@ def gradient(unet: UNet2DConditionModel) -> torch.Tensor:
     return unet.conv_in.weight.grad
 
 
-def test_a_compiled_run_of_two_processes_equals_one_that_is_not_compiled(
+def test_two_compiled_processes_continue_a_run_of_one_that_is_not_compiled(
     make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
 ) -> None:
-    """Each block is one graph; validation and previews are neither compiled nor in float32."""
+    """Each block is one graph; validation and previews run eagerly, in the run's precision.
+
+    Only the main process reads the checkpoint and the records, and hashes the encoders.
+    """
     held_out = tiny.make_shards(tmp_path / "val", sizes=(3,), first_seed=9)
     settings: dict[str, Any] = {
-        "num_steps": 3,
         "mixed_precision": "bf16",
-        "validation": ValidationConfig(shards=str(held_out), batch_size=2, every_steps=2),
-        "preview": PreviewConfig(every_steps=2, prompts=("a", "b"), num_steps=2),
+        "log_every_steps": 1,
+        "validation": ValidationConfig(shards=str(held_out), batch_size=2),
+        "preview": PreviewConfig(every_steps=500, prompts=("a", "b"), num_steps=2),
     }
-    loop.train(make_config(out=str(tmp_path / "plain"), **settings))
-    run = process_groups.run(
-        forks,
-        make_config(compile=True, **settings),
-        num_processes=2,
-        before=process_groups.count_compilations,
-    )
-    compiled_loss, loss = (metrics(folder)[-1]["loss"] for folder in (run, tmp_path / "plain"))
-    assert compiled_loss == pytest.approx(loss, rel=1e-2)
+    loop.train(make_config(num_steps=3, out=str(tmp_path / "plain"), **settings))
+    loop.train(make_config(num_steps=1, mixed_precision="bf16"))
+    config = make_config(num_steps=3, compile=True, **settings)
+    run = process_groups.run(forks, config, num_processes=2, before=process_groups.watch)
+    loss, plain_loss = (metrics(folder)[-1]["loss"] for folder in (run, tmp_path / "plain"))
+    assert loss == pytest.approx(plain_loss, rel=1e-2)
     plain, compiled = (process_groups.newest(folder) for folder in (tmp_path / "plain", run))
     names = process_groups.tensors(plain).keys()
     assert process_groups.tensors(compiled).keys() == names
     assert not any("_orig_mod" in name for name in names)
-    for rank in range(2):
-        found = json.loads((run / f"compiled-{rank}.json").read_text())
+    assert len({(run / f"rank-{rank}.json").read_text() for rank in range(2)}) == 1
+    for rank, reads in enumerate([(3, 2, 1), (0, 0, 0)]):
+        found = json.loads((run / f"watched-{rank}.json").read_text())
         assert found["graphs"] == 3  # down, middle, up: once each
         assert set(found["evaluated_in"]) == {"torch.bfloat16"}
         assert found["timeout_s"] == 3600
+        assert tuple(found[name] for name in ("_read", "fingerprint", "check_overlap")) == reads
 
 
 @pytest.mark.slow
