@@ -47,7 +47,8 @@ class Loader(Protocol):
     def nonfinite_keys(self, step: int) -> list[str]:
         """Returns the keys of a step's records that hold non-finite values.
 
-        Returns all keys of the step if all values are finite: training itself overflowed then.
+        The list is empty if all values are finite: training itself overflowed then. Stream access
+        does not read records again and returns all keys.
         """
 
 
@@ -87,7 +88,7 @@ class MapLoader:
             rows = np.flatnonzero(shards == shard)
             batch = self.shards.gather(records[rows], caption_u[rows], view_u[rows])
             keys[rows], is_bad[rows] = self.shards.keys(records[rows]), ~are_finite(batch)
-        return list(keys[is_bad] if is_bad.any() else keys)
+        return list(keys[is_bad])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,7 +171,7 @@ def test_nonfinite_keys_are_those_of_all_ranks(tmp_path: Path) -> None:
     for rank in range(2):  # each rank reports the keys of all ranks
         loader = MapLoader(shards=shards, order=order, rank=rank, num_processes=2)
         assert loader.nonfinite_keys(bad_step) == ["01-3-000002"]
-        assert loader.nonfinite_keys(1 - bad_step) == shards.keys(order.records(1 - bad_step))
+        assert loader.nonfinite_keys(1 - bad_step) == []
 
 
 def test_gather_from_a_thousand_shards(tmp_path: Path) -> None:
