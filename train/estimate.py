@@ -1,7 +1,8 @@
 """Memory, compute and disk that a run needs, estimated and checked before its first step.
 
 The forward and backward pass run once on FakeTensors, which allocate nothing: a few seconds for 860
-million parameters. Allocator fragmentation, kernel workspaces and the savings of torch.compile are
+million parameters. The tensors are on the CPU, but autocast follows the rules of the run's device.
+Allocator fragmentation, kernel workspaces and the savings of torch.compile are
 not counted, so a run is refused only if it certainly does not fit.
 """
 
@@ -17,7 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -92,6 +96,22 @@ class AllocationCounter(TorchDispatchMode):
         self.now_bytes -= num_bytes
 
 
+def cast_as_on_cuda(unet: UNet2DConditionModel) -> None:
+    """Makes a network on the CPU cast to float32 what autocast casts on CUDA, but not on a CPU.
+
+    These are normalisation, softmax and interpolation. The copies are stored for the backward pass.
+    """
+    for module in unet.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm | Upsample2D):
+            module.register_forward_pre_hook(_to_float32)
+        elif isinstance(module, Attention):
+            module.upcast_softmax = True
+
+
+def _to_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].float(), *inputs[1:])
+
+
 @functools.lru_cache
 def measure(
     model: DenoiserConfig,
@@ -124,13 +144,16 @@ def measure(
             unet, model.attention_kernel, device_type=device_type, precision=precision
         )
         flop_counter = FlopCounterMode(display=False, custom_mapping={SDPA_ON_CPU: _sdpa_flop})
+        if device_type == "cuda" and precision != "no":
+            cast_as_on_cuda(unet)
         with AllocationCounter() as allocations, torch.set_grad_enabled(backward):
             inputs = (
                 torch.empty(micro_batch_size, *latent_shape),
                 torch.empty(micro_batch_size, dtype=torch.int64),
                 torch.empty(micro_batch_size, *text_shape),
             )
-            # The fake tensors are on the CPU, so its kernels stand in for a GPU's.
+            # The fake tensors are on the CPU, so its kernels stand in for a GPU's, and bfloat16
+            # for float16.
             with flop_counter, torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
                 predicted = unet.train()(*inputs, return_dict=False)[0]
             if backward:
@@ -160,17 +183,20 @@ def count_memory(
     keeps_gradients: bool,
     moments_bytes: int = MOMENTS_BYTES["adamw"],
     fsdp_size: int = 1,
+    accumulates: bool = False,
 ) -> Memory:
     """Returns the memory of one training process with `num_averages` EMA copies.
 
-    FSDP divides the state over `fsdp_size` processes. The gathered weights of the current block are
-    not counted.
+    FSDP divides the state over `fsdp_size` processes. But while it `accumulates`, each process
+    keeps the whole gradients in float32, because they are reduced in the last pass only. The
+    gathered weights of the current block are not counted.
     """
     each_bytes = FLOAT_BYTES * (1 + num_averages + keeps_gradients) + moments_bytes
     # After the backward pass the gradients alone are alive.
     gradients_bytes = 0 if keeps_gradients else FLOAT_BYTES * passes.num_parameters
+    whole_bytes = FLOAT_BYTES * passes.num_parameters if fsdp_size > 1 and accumulates else 0
     return Memory(
-        state_bytes=each_bytes * passes.num_parameters // fsdp_size,
+        state_bytes=each_bytes * passes.num_parameters // fsdp_size + whole_bytes,
         peak_bytes=max(passes.peak_bytes, gradients_bytes),
     )
 
@@ -321,6 +347,7 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
         keeps_gradients=keeps_gradients,
         moments_bytes=MOMENTS_BYTES[config.optim.kind],
         fsdp_size=num_processes if config.fsdp else 1,
+        accumulates=num_pieces > 1,
     )
     available = available_bytes(accelerator.device)
     require_memory(memory, available, config)
