@@ -11,12 +11,9 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
-import sysconfig
 import textwrap
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from latent_t2i.configs.presets import PRESETS_DIR
 from latent_t2i.model.paths import ROOT, format_bytes, free_bytes, output_root
 from latent_t2i.sizes import size_preset
 from latent_t2i.train.estimate import available_bytes
+from latent_t2i.train.prepare import find_build_tools
 
 CORE = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "webdataset", "numpy")
 # Feature, the modules it needs, and the requirement that installs them.
@@ -59,7 +57,6 @@ def main(prog: str | None = None) -> int:
 def inspect_machine() -> dict[str, Any]:
     """Returns hardware, packages and free space as JSON values."""
     root = output_root()
-    header = Path(sysconfig.get_paths()["include"], "Python.h")
     return {
         "latent-t2i": __version__,
         "python": platform.python_version(),
@@ -70,11 +67,7 @@ def inspect_machine() -> dict[str, Any]:
         "output_root": str(root),
         "disk_bytes": free_bytes(root),
         "gpus": _list_gpus(),
-        "compile": {
-            "C compiler": _find_program("cc", "gcc", "clang"),
-            "C++ compiler": _find_program("c++", "g++", "clang++"),
-            "Python.h": str(header) if header.is_file() else None,
-        },
+        "compile": find_build_tools(),
         "optional": [_check_feature(*feature) for feature in OPTIONAL],
     }
 
@@ -136,10 +129,6 @@ def _check_feature(feature: str, modules: Sequence[str], requirement: str) -> di
 def _count_cores() -> int | None:
     # The cores this process may use, where the system says so (not on macOS).
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def _find_program(*names: str) -> str | None:
-    return next(filter(None, map(shutil.which, names)), None)
 
 
 def _list_gpus() -> list[dict[str, Any]]:

@@ -41,6 +41,7 @@ def size_preset(
     text_width = text.get("text_config", text).get("hidden_size", encoders.text_width)
     side = stage_one.image_size_px // downscale
     batch_size = train.micro_batch_size or train.batch_size
+    keeps_gradients = batch_size < train.batch_size
     passes = measure(
         train.model,
         latent_shape=(channels, side, side),
@@ -49,6 +50,7 @@ def size_preset(
         precision=train.mixed_precision,
         device_type=device,
         checkpointing=train.gradient_checkpointing,
+        keeps_gradients=keeps_gradients,
     )
     num_averages = len(train.ema.sigma_rels) + (train.ema.decay is not None)
     layout = make_layout(
@@ -63,7 +65,7 @@ def size_preset(
         "num_parameters": passes.num_parameters,
         "forward_gflop": passes.forward_flop / 1e9,
         "record_bytes": layout.record_bytes,
-        "memory_bytes": sum(count_memory(passes, num_averages, keeps_gradients=False)),
+        "memory_bytes": sum(count_memory(passes, num_averages, keeps_gradients=keeps_gradients)),
         "batch_size": batch_size,
     }
 

@@ -1,4 +1,4 @@
-"""Prefetches the batches of one process in a background thread, into two alternating buffers.
+"""Prefetches the batches of one process in a background thread, into buffers used by turns.
 
     shards = open_shards("shards/data/demo/train")
     loader = MapLoader(shards, shards.order(batch_size=256, seed=0), rank=0, num_processes=1)
@@ -26,6 +26,8 @@ from latent_t2i.shards.order import Order, choices, share
 from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
 
 NUM_BUFFERS = 2
+# A GPU reads a buffer long after the host has queued the copy, so more of them are in use.
+NUM_PINNED_BUFFERS = 4
 T = TypeVar("T")
 U = TypeVar("U")
 
@@ -45,7 +47,8 @@ class Loader(Protocol):
     def nonfinite_keys(self, step: int) -> list[str]:
         """Returns the keys of a step's records that hold non-finite values.
 
-        Returns all keys of the step if all values are finite: training itself overflowed then.
+        The list is empty if all values are finite: training itself overflowed then. Stream access
+        does not read records again and returns all keys.
         """
 
 
@@ -85,7 +88,7 @@ class MapLoader:
             rows = np.flatnonzero(shards == shard)
             batch = self.shards.gather(records[rows], caption_u[rows], view_u[rows])
             keys[rows], is_bad[rows] = self.shards.keys(records[rows]), ~are_finite(batch)
-        return list(keys[is_bad] if is_bad.any() else keys)
+        return list(keys[is_bad])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,11 @@ class BucketLoader:
         return self.loaders[bucket].nonfinite_keys(local_step)
 
 
+def num_buffers(pin_memory: bool) -> int:
+    """Returns the number of buffers to prefetch into: more of them for copies to a GPU."""
+    return NUM_PINNED_BUFFERS if pin_memory else NUM_BUFFERS
+
+
 def head(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Returns a view of a contiguous tensor's first values in another shape."""
     return tensor if tensor.shape == shape else tensor.view(-1)[: prod(shape)].view(shape)
@@ -138,7 +146,7 @@ def batches(
     stream: torch.cuda.Stream | None = None,
 ) -> Generator[RawBatch]:
     """Yields this process's batches of steps `start` to `stop`; each is valid until the next."""
-    buffers = [loader.buffer(pin_memory=pin_memory) for _ in range(NUM_BUFFERS)]
+    buffers = [loader.buffer(pin_memory=pin_memory) for _ in range(num_buffers(pin_memory))]
     return prefetch(loader.fill, buffers, start=start, stop=stop, stream=stream)
 
 
@@ -182,12 +190,17 @@ def prefetch(
                 yield filled
                 step = next(steps, None)
                 # Recorded now, after the consumer has queued its copies from this buffer.
-                queued = None if stream is None else stream.record_event()
+                queued = None if stream is None else stream.record_event(_blocking_event())
                 if step is not None:
                     pending.append(pool.submit(refill, step, buffer, queued))
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _blocking_event() -> torch.cuda.Event:
+    """Returns an event whose `synchronize` sleeps: by default it spins and takes a core."""
+    return torch.cuda.Event(blocking=True)
 
 
 def _keep_to_one_core() -> None:

@@ -1,8 +1,8 @@
-"""Fixtures for all tests, and settings: no network, one thread per process."""
+"""Fixtures for all tests, and settings: no network, no GPU, one thread per process."""
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -18,6 +18,21 @@ ROOT = Path(__file__).resolve().parent.parent
 FORKED = ["tests.shards.test_shards_faults", "tests.stage_one", "tests.train.process_groups"]
 """Modules whose functions run in forked processes."""
 COCO_MINI = ROOT.parent / "shared" / "data" / "coco-mini"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs, unless the command names files of tests/gpu only.
+
+    Runs on them are not the same bit by bit, which most tests of training compare.
+    """
+    if not are_gpu_tests(config.args, config.invocation_params.dir):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def are_gpu_tests(arguments: Sequence[str], folder: Path) -> bool:
+    """Returns whether all paths among pytest's arguments are in tests/gpu."""
+    paths = [(folder / argument.partition("::")[0]).resolve() for argument in arguments]
+    return all(path.is_relative_to(ROOT / "tests" / "gpu") for path in paths)
 
 
 @pytest.fixture(autouse=True)

@@ -1,26 +1,31 @@
 """A training step's data: records gathered from the shards, and the step's random numbers.
 
-The random numbers of a step are drawn for the global batch, from one CPU generator seeded by
-(seed, step), and each process keeps its slice. Batches and noise therefore do not depend on the
-number of processes, and a resumed run needs only the step. The cost: every process draws for the
-whole global batch (0.3 ms for 64 latents of 8 x 8 x 8), in the loader's thread.
+The random numbers of an example are a function of (seed, step, position in the global batch), so
+batches and noise do not depend on the number of processes, each process draws those of its own
+examples only, and a resumed run needs only the step. They are drawn on the CPU in the loader's
+thread, for a GPU too, so all devices see the same bits. docs/log.md compares the alternatives.
 """
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from latent_t2i.model.diffusion import ObjectiveConfig, sample_timesteps
-from latent_t2i.shards.loader import NUM_BUFFERS, Loader, head, prefetch
+from latent_t2i.shards.loader import Loader, head, num_buffers, prefetch
 from latent_t2i.shards.order import mixed_seed, share
 from latent_t2i.shards.reader import RawBatch
+
+DRAWS_VERSION = "per example"
+"""How noise is drawn, in the settings of a checkpoint: 0.1 drew it for the whole global batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draws:
-    """The random numbers of a step, along the first axis by position in the batch."""
+    """The random numbers of examples, along the first axis."""
 
     drop: Tensor  # (B,) bool: replace the caption by the empty prompt
     timesteps: Tensor  # (B,) int64, float32 for flow
@@ -28,30 +33,67 @@ class Draws:
     noise: Tensor  # (B, C, h, w) float32
 
 
+def empty_draws(
+    num: int,
+    latent_shape: tuple[int, int, int],
+    objective: ObjectiveConfig,
+    *,
+    pin_memory: bool = False,
+) -> Draws:
+    """Returns uninitialised memory for the random numbers of `num` examples."""
+    timesteps = torch.float32 if objective.prediction == "flow" else torch.int64
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "drop": ((num,), torch.bool),
+        "timesteps": ((num,), timesteps),
+        "posterior_noise": ((num, *latent_shape), torch.float32),
+        "noise": ((num, *latent_shape), torch.float32),
+    }
+    return Draws(
+        **{
+            name: torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+            for name, (shape, dtype) in shapes.items()
+        }
+    )
+
+
 def draw(
     seed: int,
     step: int,
     batch_size: int,
-    latent_shape: tuple[int, int, int],
+    mine: slice,
     objective: ObjectiveConfig,
+    out: Draws,
 ) -> Draws:
-    """Draws the random numbers of a step's global batch."""
-    generator = torch.Generator().manual_seed(mixed_seed(seed, "draws", step))
-    shape = (batch_size, *latent_shape)
+    """Writes the random numbers of the positions `mine` of a global batch into `out`."""
+    generator = np.random.Generator(np.random.PCG64(mixed_seed(seed, "draws", step)))
     # float64 resolves the tails of logit-normal timesteps, which float32 would round away.
-    u = torch.rand(2, batch_size, dtype=torch.float64, generator=generator)
-    posterior_noise = torch.randn(shape, generator=generator)
-    noise = torch.randn(shape, generator=generator)
-    if objective.offset_noise:
-        # Offset noise (Guttenberg 2023) is drawn last: the other numbers are the same without it.
-        offset = torch.randn((*shape[:2], 1, 1), generator=generator)
-        noise += objective.offset_noise * offset
-    return Draws(
-        drop=u[0] < objective.caption_dropout,
-        timesteps=sample_timesteps(u[1], objective),
-        posterior_noise=posterior_noise,
-        noise=noise,
-    )
+    u = torch.from_numpy(generator.random((2, batch_size))[:, mine])
+    out.drop.copy_(u[0] < objective.caption_dropout)
+    out.timesteps.copy_(sample_timesteps(u[1], objective))
+    normal = torch.Generator()
+    for row, number in enumerate(example_seeds(seed, step, batch_size)[mine].tolist()):
+        normal.manual_seed(number)
+        out.posterior_noise[row].normal_(generator=normal)
+        noise = out.noise[row].normal_(generator=normal)
+        if objective.offset_noise:
+            # Offset noise (Guttenberg 2023) is drawn last: the other numbers are the same without.
+            noise += objective.offset_noise * torch.randn((len(noise), 1, 1), generator=normal)
+    return out
+
+
+def example_seeds(seed: int, step: int, batch_size: int) -> NDArray[np.uint32]:
+    """Returns the seeds (B,) of the examples' generators, distinct for the first 2^32 of a run.
+
+    torch's CPU generator uses 32 bits of its seed, of which hashes would collide in any long run.
+    So the example's number in the run is mixed by a bijection: the finaliser of MurmurHash3.
+    """
+    first = step * batch_size
+    mixed = np.arange(first, first + batch_size, dtype=np.uint64).astype(np.uint32)
+    mixed ^= np.uint32(mixed_seed(seed, "draws") & 0xFFFFFFFF)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed ^= mixed >> np.uint32(shift)
+        mixed *= np.uint32(factor)
+    return mixed ^ (mixed >> np.uint32(16))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,11 +122,9 @@ class BatchSource:
     def buffer(self) -> Batch:
         """Returns an uninitialised batch of the largest shape in the set."""
         raw = self.loader.buffer(pin_memory=self.pin_memory)
-        draws = vars(self._draw(0, len(raw), raw))  # only for their dtypes and shapes
-        empty = {name: torch.empty_like(draws[name]) for name in draws}
-        if self.pin_memory:
-            empty = {name: tensor.pin_memory() for name, tensor in empty.items()}
-        return Batch(**vars(raw), **empty)
+        shape = self._latent_shape(raw)
+        draws = empty_draws(len(raw), shape, self.objective, pin_memory=self.pin_memory)
+        return Batch(**vars(raw), **vars(draws))
 
     def fill(self, step: int, out: Batch) -> Batch:
         """Writes this process's share of a step into `out`.
@@ -93,17 +133,20 @@ class BatchSource:
         """
         filled = self.loader.fill(step, out)
         mine = share(self.batch_size, self.rank, self.num_processes)
-        draws = {
-            name: head(getattr(out, name), values[mine].shape).copy_(values[mine])
-            for name, values in vars(self._draw(step, self.batch_size, filled)).items()
-        }
-        return replace(filled, **draws)
+        shape = (len(out), *self._latent_shape(filled))
+        draws = Draws(
+            drop=out.drop,
+            timesteps=out.timesteps,
+            posterior_noise=head(out.posterior_noise, shape),
+            noise=head(out.noise, shape),
+        )
+        draw(self.seed, step, self.batch_size, mine, self.objective, draws)
+        return replace(filled, **vars(draws))
 
-    def _draw(self, step: int, batch_size: int, like: RawBatch) -> Draws:
-        """Draws the numbers of a batch whose latents are as high and wide as those of `like`."""
+    def _latent_shape(self, like: RawBatch) -> tuple[int, int, int]:
+        """Returns the shape (C, h, w) of latents that are as high and wide as those of `like`."""
         height, width = like.latent.shape[-2:]
-        shape = (self.latent_channels, height, width)
-        return draw(self.seed, step, batch_size, shape, self.objective)
+        return self.latent_channels, height, width
 
     def batch(self, step: int) -> Batch:
         """Returns this process's share of a step, in newly allocated memory."""
@@ -116,7 +159,7 @@ class BatchSource:
 
         `stream` is the CUDA stream that copies the batches to the device, if one does.
         """
-        buffers = [self.buffer() for _ in range(NUM_BUFFERS)]
+        buffers = [self.buffer() for _ in range(num_buffers(self.pin_memory))]
         # On a CPU the steps use all cores. A second team of OpenMP threads would slow them down.
         one_core = not self.pin_memory
         return prefetch(

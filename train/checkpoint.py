@@ -27,6 +27,7 @@ from torch import Tensor
 from latent_t2i.model.ema import EMA
 from latent_t2i.model.paths import complete_or_absent
 from latent_t2i.train import fsdp
+from latent_t2i.train.on_main import SharedTensors, on_main
 
 # These settings must match the checkpoint for a run to resume; the part before a dot stands for
 # all settings below it. Changes of other settings are reported.
@@ -44,6 +45,7 @@ MUST_MATCH = (
     "shards_sha256",
     "init_from",
     "init_sha256",
+    "draws",
     # The data order.
     "order of data.access",
     "data.shuffle",
@@ -53,6 +55,8 @@ MUST_MATCH = (
     "data.window_records",
 )
 MAY_DIFFER = ("model.attention_kernel",)
+# A checkpoint without one of these is of a version with other random numbers.
+MUST_BE_PRESENT = ("draws",)
 PARTS = ("unet", "ema", "optimizer")
 STATE_FILE = "state.json"
 # Bounds what is read before the hash is known. A logging interval may have a million rows of
@@ -120,13 +124,20 @@ def save(
     num_bytes = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
     with complete_or_absent(folder / f"step-{state.step:08d}", num_bytes) as temporary:
         for name, tensors in parts.items():
-            # safetensors refuses other memory formats, such as channels_last.
-            packed = {key: tensor.contiguous() for key, tensor in tensors.items()}
+            packed = {key: pack(tensor) for key, tensor in tensors.items()}
             save_file(packed, temporary / f"{name}.safetensors")
         record["files"] = {f"{name}.safetensors": _hash_file(temporary, name) for name in PARTS}
         record["sha256"] = hash_state(record)
         (temporary / STATE_FILE).write_text(_dump(record))
     delete_old(folder, state, keep=keep)
+
+
+def pack(tensor: Tensor) -> Tensor:
+    """Returns a tensor as safetensors accepts it: contiguous, which channels_last is not.
+
+    The copy is on the CPU, because a GPU may have no room for it.
+    """
+    return tensor.cpu().contiguous()
 
 
 def delete_old(folder: Path, state: TrainState, *, keep: int) -> None:
@@ -235,26 +246,38 @@ def _type_faults(value: Any, expected: Any, name: str) -> Iterator[str]:
         yield f"{name}: missing or of an unexpected type, found {value!r:.50}"
 
 
+@torch.no_grad()
 def load(checkpoint: Path, state: TrainState) -> None:
-    """Restores `state` from a checkpoint, in place.
+    """Restores `state` from a checkpoint, in place. A collective call: the main process reads it.
 
     Raises ValueError, and leaves `state` unchanged, if the checkpoint is damaged.
     """
-    record = read_state(checkpoint)
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in PARTS}
+
+    def read() -> dict[str, Any]:
+        record = read_state(checkpoint)
+        for name in PARTS:
+            parts[name] = _read(checkpoint, name, record["files"][f"{name}.safetensors"])
+        return record
+
+    record = on_main(read)  # the parts stay in the main process
+    weights = state.unet.state_dict()
+    device = next(state.unet.parameters()).device
+    unet = SharedTensors(parts["unet"], weights, device)
+    ema = SharedTensors(parts["ema"], state.ema.state_dict(), device)
+    moments = SharedTensors(parts["optimizer"], {}, device)
     names = dict(state.unet.named_parameters()).keys()
-    unet, ema, moments = (
-        _read(checkpoint, name, record["files"][f"{name}.safetensors"]) for name in PARTS
-    )
     # There are no moments if all steps so far were skipped.
     with_moments = {name.rpartition("/")[0] for name in moments} or names
     for file, found in (("unet", set(unet)), ("optimizer", with_moments)):
         if different := found ^ names:
             raise _damaged(checkpoint, f"{file}.safetensors: {min(different)} missing or unknown")
     try:  # first, because its error must leave the rest of the state unchanged
-        state.ema.load(fsdp.local_shards(ema, state.ema.state_dict()))
+        state.ema.load(ema)
     except KeyError as error:
         raise _damaged(checkpoint, f"ema.safetensors: {error} missing or unknown") from error
-    state.unet.load_state_dict(fsdp.local_shards(unet, state.unet.state_dict()))
+    for name, tensor in weights.items():
+        tensor.copy_(unet[name])
     _load_optimizer(state, moments)
     if state.optimizer.scaler is not None and record["scaler"]:
         state.optimizer.scaler.load_state_dict(record["scaler"])
@@ -340,6 +363,12 @@ def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: 
         was, is_now = old.get(name), new.get(name)
         if was == is_now:
             continue
+        if name in MUST_BE_PRESENT and name not in old:
+            raise ValueError(
+                f"{name}: the run in {folder} is of an older version, which draws other noise; "
+                f"found no such setting in its checkpoint, expected {is_now!r}; finish it with "
+                "that version, or start another run with another --name or --out"
+            )
         if name not in old:  # the checkpoint is from an older version of this project
             changes.append(f"{name} is new since the checkpoint was written: {is_now!r}")
         elif name.startswith(MUST_MATCH) and name not in MAY_DIFFER:

@@ -178,9 +178,10 @@ class TrainConfig:
     mixed_precision: Precision = "fp16"
     """Precision of the forward and backward pass; weights stay float32. fp16 needs a GPU."""
     compile: bool = False
-    """Compile the denoiser with torch.compile: a slow first step, faster ones after."""
+    """Compile the denoiser's blocks with torch.compile: a slow first step, faster ones after."""
     channels_last: bool = False
-    """Use the channels_last memory format, which is faster on a GPU in half precision."""
+    """Use the channels_last memory format, which is faster on a GPU in half precision together
+    with `compile`."""
     cuda_graph: bool = False
     """Capture the training step as a CUDA graph, which is faster where kernel launches limit the
     speed (small latents or batches). One GPU only."""
@@ -248,6 +249,11 @@ class TrainConfig:
             raise ValueError(
                 "fsdp: does not support fp16 gradient scaling; expected mixed_precision bf16 or "
                 "no, found fp16"
+            )
+        if self.cuda_graph and self.gradient_checkpointing and self.model.dropout > 0:
+            raise ValueError(
+                "cuda_graph: cannot capture gradient_checkpointing with dropout, which restores "
+                f"the random state; expected model.dropout 0, found {self.model.dropout}"
             )
         if self.optim.kind == "adamw8bit" and (self.fsdp or self.cuda_graph):
             other = "fsdp" if self.fsdp else "cuda_graph"

@@ -1,7 +1,8 @@
 """Memory, compute and disk that a run needs, estimated and checked before its first step.
 
 The forward and backward pass run once on FakeTensors, which allocate nothing: a few seconds for 860
-million parameters. Allocator fragmentation, kernel workspaces and the savings of torch.compile are
+million parameters. The tensors are on the CPU, but autocast follows the rules of the run's device.
+Allocator fragmentation, kernel workspaces and the savings of torch.compile are
 not counted, so a run is refused only if it certainly does not fit.
 """
 
@@ -9,7 +10,8 @@ import functools
 import os
 import textwrap
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +21,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from latent_t2i.model import denoiser
@@ -40,6 +44,14 @@ TRAINING_FLOP = 3
 SURE_SHARE = 0.7
 SURE_SHARE_COMPILED = 0.3
 WIDTH = 80
+# What autocast runs in float32 on CUDA, but not on a CPU, among the operations of a denoiser.
+FLOAT32_ON_CUDA = {
+    functional.group_norm,
+    functional.layer_norm,
+    functional.softmax,
+    Tensor.softmax,
+    functional.interpolate,
+}
 SDPA_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -92,6 +104,29 @@ class AllocationCounter(TorchDispatchMode):
         self.now_bytes -= num_bytes
 
 
+class CudaAutocast(TorchFunctionMode):
+    """Casts to float32 what autocast casts on CUDA: then the copies are stored for backward."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Runs a function."""
+        if func in FLOAT32_ON_CUDA:
+            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def autocast_as(device_type: str, precision: Precision) -> Iterator[None]:
+    """Applies a device's autocast rules to tensors on the CPU; float16 counts like bfloat16."""
+    if precision == "no":
+        yield
+        return
+    cuda = CudaAutocast() if device_type == "cuda" else nullcontext()
+    with torch.autocast("cpu", torch.bfloat16), cuda:
+        yield
+
+
 @functools.lru_cache
 def measure(
     model: DenoiserConfig,
@@ -131,7 +166,7 @@ def measure(
                 torch.empty(micro_batch_size, *text_shape),
             )
             # The fake tensors are on the CPU, so its kernels stand in for a GPU's.
-            with flop_counter, torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+            with flop_counter, autocast_as(device_type, precision):
                 predicted = unet.train()(*inputs, return_dict=False)[0]
             if backward:
                 predicted.float().square().mean().backward()
@@ -160,17 +195,20 @@ def count_memory(
     keeps_gradients: bool,
     moments_bytes: int = MOMENTS_BYTES["adamw"],
     fsdp_size: int = 1,
+    accumulates: bool = False,
 ) -> Memory:
     """Returns the memory of one training process with `num_averages` EMA copies.
 
-    FSDP divides the state over `fsdp_size` processes. The gathered weights of the current block are
-    not counted.
+    FSDP divides the state over `fsdp_size` processes. But while it `accumulates`, each process
+    keeps the whole gradients in float32, because they are reduced in the last pass only. The
+    gathered weights of the current block are not counted.
     """
     each_bytes = FLOAT_BYTES * (1 + num_averages + keeps_gradients) + moments_bytes
     # After the backward pass the gradients alone are alive.
     gradients_bytes = 0 if keeps_gradients else FLOAT_BYTES * passes.num_parameters
+    whole_bytes = FLOAT_BYTES * passes.num_parameters if fsdp_size > 1 and accumulates else 0
     return Memory(
-        state_bytes=each_bytes * passes.num_parameters // fsdp_size,
+        state_bytes=each_bytes * passes.num_parameters // fsdp_size + whole_bytes,
         peak_bytes=max(passes.peak_bytes, gradients_bytes),
     )
 
@@ -321,6 +359,7 @@ def estimate_run(plan: Plan, accelerator: Accelerator) -> list[str]:
         keeps_gradients=keeps_gradients,
         moments_bytes=MOMENTS_BYTES[config.optim.kind],
         fsdp_size=num_processes if config.fsdp else 1,
+        accumulates=num_pieces > 1,
     )
     available = available_bytes(accelerator.device)
     require_memory(memory, available, config)

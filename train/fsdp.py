@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from latent_t2i.train.prepare import blocks
+
 
 def apply_fsdp(unet: UNet2DConditionModel, accelerator: Accelerator) -> None:
     """Shards a network in place. All processes must hold the same weights.
@@ -32,7 +34,7 @@ def apply_fsdp(unet: UNet2DConditionModel, accelerator: Accelerator) -> None:
     # nothing about GPUs.
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     # The root is resharded after a pass too, so that between passes every parameter is a DTensor.
-    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks, unet):
+    for block in (*blocks(unet), unet):
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
@@ -74,15 +76,7 @@ def local_shard(tensor: Tensor, like: Tensor) -> Tensor:
     """Returns this process's shard of a full tensor, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return tensor
-    # Every process has read the same file, so no data has to be sent.
+    # Every process has the full tensor, so no data has to be sent.
     return distribute_tensor(
         tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     )
-
-
-def local_shards(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns this process's shards of full tensors; those not in `like` stay full."""
-    return {
-        name: local_shard(tensor, like[name]) if name in like else tensor
-        for name, tensor in tensors.items()
-    }

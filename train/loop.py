@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latent_t2i.model.posthoc import folder_of, save_snapshot
 from latent_t2i.shards.order import mixed_seed
-from latent_t2i.train import checkpoint, fsdp, optim
+from latent_t2i.train import checkpoint, fsdp, optim, prepare
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.export import finish
@@ -175,12 +175,14 @@ def report(run: Run) -> None:
     if config.max_train_s is not None:
         remaining_s = max(0.0, min(remaining_s, config.max_train_s - state.train_s))
     progress.write(line, remaining_s=remaining_s)
-    progress.say_skipped(skipped, run.source.loader.nonfinite_keys)
+    scaler = state.optimizer.scaler
+    loss_scale = scaler.get_scale() if scaler is not None and skipped.steps else None
+    progress.say_skipped(skipped, run.source.loader.nonfinite_keys, loss_scale)
     first = state.step - num_steps
-    flags = [step in skipped for step in range(first, state.step)]
+    flags = [step in skipped.steps for step in range(first, state.step)]
     streak = longest_streak(first, num_before, flags)
     if len(streak) > config.max_bad_steps:
-        roll_back(run, streak)
+        roll_back(run, streak, skipped.overflowed)
 
 
 def longest_streak(first: int, num_before: int, skipped: Sequence[bool]) -> range:
@@ -196,10 +198,11 @@ def longest_streak(first: int, num_before: int, skipped: Sequence[bool]) -> rang
     return longest
 
 
-def roll_back(run: Run, streak: range) -> NoReturn:
+def roll_back(run: Run, streak: range, overflowed: set[int]) -> NoReturn:
     """Restores the last checkpoint from before the skipped steps, then raises ValueError.
 
-    Later checkpoints are deleted, so that the same command resumes from the restored one.
+    Later checkpoints are deleted, so that the same command resumes from the restored one. The
+    records of steps that `overflowed` have finite losses, so they are not read again.
     """
     folder = run.plan.folder / "checkpoints"
     last_good = checkpoint.find_newest(folder, streak.start)
@@ -211,13 +214,13 @@ def roll_back(run: Run, streak: range) -> NoReturn:
     run.accelerator.wait_for_everyone()
     names = f", deleted {', '.join(path.name for path in deleted)}" if deleted else ""
     restored = f"restored {last_good}{names}" if last_good else "no checkpoint precedes them"
-    keys = [
-        key for step in streak[-MAX_STEPS_READ:] for key in run.source.loader.nonfinite_keys(step)
-    ]
+    read = [step for step in streak[-MAX_STEPS_READ:] if step not in overflowed]
+    keys = [key for step in read for key in run.source.loader.nonfinite_keys(step)]
+    found = shorten(list(dict.fromkeys(keys))) if keys else "all finite"
     raise ValueError(
         f"steps {streak[0]} to {streak[-1]}: {len(streak)} steps in a row had non-finite gradients "
         f"(max_bad_steps: {run.plan.config.max_bad_steps}) and were skipped; {restored}; records "
-        f"of the last ones: {shorten(list(dict.fromkeys(keys)))}. If these records are broken, "
+        f"of the last ones: {found}. If these records are broken, "
         "encode the shards without them and start a run with another --name. If they are intact, "
         "run the same command with a lower --optim.learning-rate. To continue past these steps, "
         "use a higher --max-bad-steps."
@@ -237,7 +240,8 @@ def evaluate(run: Run, *, last: bool) -> bool:
     preview = every is not None and (last or step % every == 0) and progress.previewed != step
     if validation is None and not preview:
         return False
-    with run.timer.phase("evaluate"):
+    eagerly = prepare.without_compilation() if config.compile else contextlib.nullcontext()
+    with run.timer.phase("evaluate"), eagerly:
         if validation is not None:
             unet, ema = run.state.unet, run.state.ema
             measured = measure(validation, run.accelerator, unet, ema, run.objective)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from latent_t2i.shards.reader import ShardSet, require_encoders
 from latent_t2i.shards.remote.transport import is_remote
 from latent_t2i.shards.schema import Identity
 from latent_t2i.train import checkpoint, initial
+from latent_t2i.train.batches import DRAWS_VERSION
 from latent_t2i.train.config import DataConfig, TrainConfig
 from latent_t2i.train.initial import Initial
+from latent_t2i.train.on_main import on_main
 from latent_t2i.train.optim import check_bitsandbytes
 from latent_t2i.train.validation import Validation, no_validation, open_validation
 
@@ -112,7 +115,7 @@ def validate(given: TrainConfig, num_processes: int) -> Plan:
             text_width=shards.manifest.text_width,
             partial=config.init_allow == "partial",
         )
-        notes += initial.compare_encoders(first, vae, text_encoder)
+        notes += on_main(partial(list, initial.compare_encoders(first, vae, text_encoder)))
         notes += initial.compare_objectives(first, config.objective)
     validation, validation_note = find_validation(config, shards)
     if config.fsdp and num_processes == 1:
@@ -138,6 +141,7 @@ def validate(given: TrainConfig, num_processes: int) -> Plan:
             **describe_constants(vae, shards),
             "shards_sha256": shards.sha256,
             "init_sha256": first_sha256,
+            "draws": DRAWS_VERSION,
             ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",
         },
         notes=(*notes, *describe_buckets(shards, order), validation_note),
@@ -165,7 +169,7 @@ def resolve_initial(
             }
             config = replace(config, model=DenoiserConfig(**values))
         return config, None, before.get("init_sha256"), []
-    first = initial.find(name)
+    first = on_main(lambda: initial.find(name))
     notes = [f"init_from: initial weights from {', '.join(map(str, first.files))}"]
     if config.model_from_init:
         model = initial.describe_model(first, config.model)
@@ -190,10 +194,10 @@ def load_encoders(
     tokenizer, text_encoder = load_text_encoder(
         *encoder_name(config.text_encoder, manifest.text_encoder)
     )
-    require_encoders(
-        location, manifest, vae_sha256=fingerprint(vae), text_sha256=fingerprint(text_encoder)
+    vae_sha256, text_sha256, tokenizer_sha256 = on_main(
+        lambda: (fingerprint(vae), fingerprint(text_encoder), tokenizer_fingerprint(tokenizer))
     )
-    tokenizer_sha256 = tokenizer_fingerprint(tokenizer)
+    require_encoders(location, manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
     width = text_encoder.config.hidden_size
     for what, expected, found in (
         ("text_encoder: tokenizer sha256", manifest.tokenizer.sha256, tokenizer_sha256),

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +26,14 @@ MAX_STEPS_READ = 4
 LINE_EVERY_S = 10.0
 # The bar comes last and gets the columns that are left.
 BAR_FORMAT = "{desc}{n_fmt}/{total_fmt}{postfix} {bar}"
+
+
+class Skipped(NamedTuple):
+    """The skipped steps of an interval."""
+
+    steps: list[int]
+    overflowed: set[int]
+    """Those whose loss is finite: the gradients overflowed in the backward pass."""
 
 
 class Progress:
@@ -87,6 +95,8 @@ class Progress:
 
     def add(self, loss: Tensor, norm: Tensor, skipped: Tensor) -> None:
         """Records a step, on the device."""
+        # A skipped step counts as 1 if its loss is finite, as 2 if not: a record may be the cause.
+        skipped = skipped * (2 - loss.isfinite().float())
         self._rows[self._num_rows] = torch.stack([loss, norm, skipped])
         self._num_rows += 1
         if self._starting:
@@ -99,14 +109,16 @@ class Progress:
         """Whether there are steps that no line reports yet."""
         return self._num_rows > 0
 
-    def fetch(self, step: int) -> tuple[int, dict[str, Any], list[int]]:
-        """Ends the interval; returns its length, its metrics and the numbers of skipped steps.
+    def fetch(self, step: int) -> tuple[int, dict[str, Any], Skipped]:
+        """Ends the interval; returns its length, its metrics and its skipped steps.
 
         Loss and gradient norm are means over the steps that were not skipped.
         """
         rows = self._accelerator.reduce(self._rows[: self._num_rows], reduction="mean").tolist()
         first = step - len(rows)
         bad = [first + i for i, row in enumerate(rows) if row[2]]
+        # The mean over the processes is above 1 if any of them had a loss that is not finite.
+        overflowed = {first + i for i, row in enumerate(rows) if 0 < row[2] <= 1}
         good = [row for row in rows if not row[2]]
         self.num_skipped += len(bad)
         for row in rows:
@@ -114,7 +126,7 @@ class Progress:
         self._num_rows = 0
         loss, norm = (sum(r[i] for r in good) / len(good) if good else None for i in (0, 1))
         metrics = {"step": step, "loss": loss, "grad_norm": norm, "skipped": self.num_skipped}
-        return len(rows), metrics, bad
+        return len(rows), metrics, Skipped(bad, overflowed)
 
     def write(self, line: dict[str, Any], *, remaining_s: float) -> None:
         """Appends a line to metrics.jsonl and shows its main metrics."""
@@ -152,13 +164,32 @@ class Progress:
         if self._accelerator.is_main_process:
             self._bar.write(text, file=sys.stderr)
 
-    def say_skipped(self, steps: list[int], nonfinite_keys: Callable[[int], list[str]]) -> None:
-        """Prints the skipped steps of an interval and the records that the first few read."""
-        if not steps or not self._accelerator.is_main_process:
+    def say_skipped(
+        self,
+        skipped: Skipped,
+        nonfinite_keys: Callable[[int], list[str]],
+        loss_scale: float | None,
+    ) -> None:
+        """Prints the skipped steps of an interval and the broken records that the first few read.
+
+        `loss_scale` is fp16's, after it was lowered. Where the loss is finite, so are the records,
+        and they are not read again.
+        """
+        if not skipped.steps or not self._accelerator.is_main_process:
             return
-        read = [key for step in steps[:MAX_STEPS_READ] for key in nonfinite_keys(step)]
-        keys, names = shorten(list(dict.fromkeys(read))), shorten([str(step) for step in steps])
-        self.say(f"step {names}: skipped, not finite; records: {keys}")
+        steps = [step for step in skipped.steps if step not in skipped.overflowed]
+        if skipped.overflowed:
+            names = shorten([str(step) for step in sorted(skipped.overflowed)])
+            scale = "" if loss_scale is None else f"; fp16's loss scale is now {loss_scale:g}"
+            self.say(
+                f"step {names}: skipped, the gradients overflowed; the losses are finite, so no "
+                f"record is the cause{scale}"
+            )
+        if steps:
+            read = [key for step in steps[:MAX_STEPS_READ] for key in nonfinite_keys(step)]
+            keys, names = shorten(list(dict.fromkeys(read))), shorten([str(step) for step in steps])
+            cause = f"records: {keys}" if keys else "all values of their records are finite"
+            self.say(f"step {names}: skipped, not finite; {cause}")
 
     def state(self) -> dict[str, Any]:
         """Returns the state for a checkpoint; all processes must call this."""

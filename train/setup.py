@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from latent_t2i.model import denoiser, diffusion
 from latent_t2i.model.ema import EMA
 from latent_t2i.model.encoders import latent_affine
 from latent_t2i.shards.access import make_loader
-from latent_t2i.train import checkpoint, fsdp, initial, trackers
+from latent_t2i.train import checkpoint, fsdp, initial, prepare, trackers
 from latent_t2i.train.batches import BatchSource
 from latent_t2i.train.checkpoint import TrainState
 from latent_t2i.train.config import Precision, TrainConfig
@@ -28,6 +29,7 @@ from latent_t2i.train.device import DevicePrefetcher
 from latent_t2i.train.estimate import estimate_run
 from latent_t2i.train.graph import CudaGraphBackend, GraphBackend
 from latent_t2i.train.objective import Objective
+from latent_t2i.train.on_main import on_main
 from latent_t2i.train.optim import make_optimizer
 from latent_t2i.train.preflight import Plan, run_folder, validate
 from latent_t2i.train.progress import METRICS_FILE, Progress
@@ -42,6 +44,9 @@ UNSUPPORTED = {
     "ACCELERATE_DYNAMO_BACKEND": "use --compile",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "use --micro-batch-size",
 }
+# Other processes wait while the main one saves or draws a preview. PyTorch's 10 minutes are not
+# enough for the checkpoint of a large network on a slow disk.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class Run:
     accelerator: Accelerator
     state: TrainState
     model: nn.Module
-    """`state.unet`, wrapped for several processes and compiled if requested."""
+    """`state.unet`, wrapped for several processes."""
     objective: Objective
     source: BatchSource
     prefetcher: DevicePrefetcher
@@ -71,7 +76,8 @@ def start(config: TrainConfig) -> Run:
     accelerator.wait_for_everyone()
     torch.set_float32_matmul_precision("high" if config.tf32 else "highest")  # "high" is TF32
     torch.backends.cudnn.allow_tf32 = config.tf32
-    plan = validate(config, accelerator.num_processes)
+    torch.backends.cudnn.benchmark = True  # shapes repeat, so the search for kernels pays off
+    plan = make_plan(config, accelerator)
     estimate = estimate_run(plan, accelerator)
     state, model = make_state(plan, accelerator)
     device = accelerator.device
@@ -114,7 +120,7 @@ def dry_run(config: TrainConfig) -> Path:
     _, notes = trackers.choose(config.trackers)
     accelerator = make_accelerator(config.mixed_precision)
     # dry_run is False in every checkpoint, so it must not count as a changed setting.
-    plan = validate(replace(config, dry_run=False), accelerator.num_processes)
+    plan = make_plan(replace(config, dry_run=False), accelerator)
     lines = [*estimate_run(plan, accelerator), *plan.notes, *notes]
     found = checkpoint.find_all(plan.folder / "checkpoints")
     if found:
@@ -124,6 +130,13 @@ def dry_run(config: TrainConfig) -> Path:
     for line in lines if accelerator.is_main_process else ():
         print(line)
     return plan.folder
+
+
+def make_plan(config: TrainConfig, accelerator: Accelerator) -> Plan:
+    """Checks a configuration on this machine; raises ValueError as `validate` does."""
+    if config.compile:
+        prepare.require_build_tools(accelerator.device.type)
+    return validate(config, accelerator.num_processes)
 
 
 def join_processes() -> PartialState:
@@ -140,8 +153,9 @@ def join_processes() -> PartialState:
                 f"{name}: accelerate's configuration or launcher sets it to {value!r}, expected it "
                 f"unset; {instead}"
             )
-    # Without a GPU, several processes only form a group if accelerate is given `cpu`.
-    return PartialState(cpu=runs_on_cpu())
+    # Without a GPU, several processes only form a group if accelerate is given `cpu`. The first
+    # PartialState creates the group, so a timeout given to Accelerator would come too late.
+    return PartialState(cpu=runs_on_cpu(), timeout=PROCESS_GROUP_TIMEOUT)
 
 
 def runs_on_cpu() -> bool:
@@ -200,7 +214,7 @@ def cpu_warnings(environment: Mapping[str, str], num_processes: int) -> list[str
 
 
 def make_state(plan: Plan, accelerator: Accelerator) -> tuple[TrainState, nn.Module]:
-    """Returns the state at step 0, and the network as it is called (wrapped, maybe compiled)."""
+    """Returns the state at step 0, and the network as it is called (wrapped)."""
     config = plan.config
     torch.manual_seed(config.seed)  # the same weights in all processes, which FSDP requires
     channels, height, width = plan.latent_shape
@@ -219,15 +233,18 @@ def make_state(plan: Plan, accelerator: Accelerator) -> tuple[TrainState, nn.Mod
         precision=accelerator.mixed_precision,
     )
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    unet.to(accelerator.device, memory_format=memory_format)
+        prepare.checkpoint_activations(unet, dropout=config.model.dropout)
+    unet.to(accelerator.device)
     sharded = config.fsdp and accelerator.num_processes > 1
+    if config.channels_last:
+        prepare.use_channels_last(unet, sharded=sharded)
     if sharded:
         fsdp.apply_fsdp(unet, accelerator)
     ema = EMA(config.ema, unet.named_parameters())  # after FSDP, so that averages are sharded too
+    if config.compile:
+        prepare.compile_blocks(unet, num_shapes=len(plan.shards.latent_shapes))
     model = accelerator.prepare_model(
-        torch.compile(unet) if config.compile else unet,
+        unet,
         device_placement=False,
         evaluation_mode=sharded,  # no DistributedDataParallel around an FSDP network
     )
@@ -242,7 +259,7 @@ def resume(plan: Plan, state: TrainState) -> list[str]:
 
     Raises ValueError if the run's settings do not allow it.
     """
-    found = checkpoint.find_all(plan.folder / "checkpoints")
+    found = on_main(lambda: checkpoint.find_all(plan.folder / "checkpoints"))
     if not found:
         left = [name for name in (METRICS_FILE, "bundle") if (plan.folder / name).exists()]
         return [
@@ -250,7 +267,7 @@ def resume(plan: Plan, state: TrainState) -> list[str]:
             "starting at step 0, it will be replaced"
             for name in left
         ]
-    before = checkpoint.read_state(found[-1])["settings"]
+    before = on_main(lambda: checkpoint.read_state(found[-1])["settings"])
     changes = checkpoint.compare_settings(before, plan.settings, plan.folder)
     checkpoint.load(found[-1], state)
     if plan.access.kind == "stream":

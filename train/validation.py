@@ -28,6 +28,7 @@ from latent_t2i.shards.remote.transport import is_remote
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import ValidationConfig
 from latent_t2i.train.fsdp import is_fsdp
+from latent_t2i.train.on_main import on_main
 
 FLAG = "validation.shards"
 NUM_QUARTERS = 4
@@ -109,7 +110,7 @@ def open_validation(
     generator = np.random.Generator(np.random.PCG64(mixed_seed(seed, "validation", 0)))
     num = min(config.num_examples, len(shards))
     records = np.sort(generator.permutation(len(shards))[:num])
-    overlap = check_overlap(location, shards, records, training)
+    overlap = on_main(lambda: check_overlap(location, shards, records, training))
     caption_u, view_u, jitter = generator.random((3, num))
     # Stratified: the i-th of N examples gets a timestep of the i-th of N equal parts of the
     # distribution, in random order. Independent draws would make the mean vary more.
@@ -226,7 +227,7 @@ def measure(
     """Returns the EMA weights' loss, in total and by quarter of the timesteps, low noise first.
 
     All processes call this and get the same result. A mean of no examples, or one that is not
-    finite, is None. `unet` must not be compiled: every new batch size would compile it again.
+    finite, is None.
     """
     losses = torch.zeros(len(validation.records), device=accelerator.device)
     rank, num_processes = accelerator.process_index, accelerator.num_processes

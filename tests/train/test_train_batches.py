@@ -2,25 +2,44 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.shards.loader import MapLoader
+from latent_t2i.shards.order import share
 from latent_t2i.shards.reader import open_shards
-from latent_t2i.train.batches import BatchSource, draw
+from latent_t2i.train.batches import BatchSource, Draws, empty_draws, example_seeds
+from latent_t2i.train.batches import draw as draw_into
 from tests.train.conftest import assert_same_batch, join
 
 NUM_CHANNELS = 4
 PLAIN = ObjectiveConfig(caption_dropout=0.5)
 FLOW = ObjectiveConfig(caption_dropout=0.5, prediction="flow", flow_shift=2.0)
 OFFSET = ObjectiveConfig(caption_dropout=0.5, offset_noise=0.1)
-GOLDEN_DROP = [False, True, False, False, False, False]
-GOLDEN_TIMESTEPS = [122, 630, 661, 372, 226, 260]
+GOLDEN_DROP = [False, True, False, True, False, True]
+GOLDEN_TIMESTEPS = [49, 216, 513, 93, 726, 280]
 GOLDEN_NOISE = [
-    [-0.0043835933, 0.7148037553, -0.8508150578, -0.7317996025],
-    [-1.5581511259, 0.6144677997, -1.9882444143, 0.7645993233],
+    [2.0780596733, -0.2206817418, 0.2547401190, -0.7487100959],
+    [0.6473782659, 0.0616921373, 0.4675903022, -1.8639231920],
 ]
+
+
+def draw(
+    seed: int,
+    step: int,
+    batch_size: int,
+    latent_shape: tuple[int, int, int],
+    objective: ObjectiveConfig,
+    mine: slice = slice(None),
+) -> Draws:
+    """The random numbers of some positions of a global batch."""
+    num = len(range(batch_size)[mine])
+    out = empty_draws(num, latent_shape, objective)
+    return draw_into(seed, step, batch_size, mine, objective, out)
 
 
 def make_source(
@@ -63,6 +82,64 @@ def test_draws_match_golden_values() -> None:
     assert draws.timesteps.tolist() == GOLDEN_TIMESTEPS
     for noise, expected in zip((draws.posterior_noise, draws.noise), GOLDEN_NOISE, strict=True):
         torch.testing.assert_close(noise[-1, 1].flatten(), torch.tensor(expected))
+
+
+def test_noise_has_the_distribution_of_a_normal() -> None:
+    """Over examples too: the first number of each one's generator, at neighbouring seeds."""
+    draws = [draw(1, step, 512, (1, 2, 2), PLAIN) for step in range(8)]
+    for position in (0, 3):
+        values = torch.cat([d.noise.flatten(1)[:, position] for d in draws]).double()
+        distance = kolmogorov_smirnov(torch.special.ndtr(values))
+        assert distance < 1.63 / len(values) ** 0.5  # 1 % level
+        lagged = torch.corrcoef(torch.stack([values[1:], values[:-1]]))[0, 1]
+        assert abs(lagged) < 0.05
+
+
+def kolmogorov_smirnov(u: torch.Tensor) -> float:
+    """The largest distance of numbers' empirical distribution from the uniform one."""
+    steps = torch.arange(len(u) + 1) / len(u)
+    u = u.sort().values
+    return float(torch.maximum((steps[1:] - u).abs(), (u - steps[:-1]).abs()).max())
+
+
+def test_no_two_examples_of_a_run_share_a_seed() -> None:
+    seeds = np.concatenate([example_seeds(0, step, 1000) for step in range(1000)])
+    assert len(np.unique(seeds)) == len(seeds)
+    assert example_seeds(0, 2**40, 2).dtype == np.uint32
+    assert not np.array_equal(example_seeds(1, 0, 1000), seeds[:1000])
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    step=st.integers(0, 2**40),
+    seed=st.integers(0, 2**63 - 1),
+    num_processes=st.sampled_from([1, 2, 4, 8]),
+)
+def test_each_process_draws_its_own_positions_of_the_global_batch(
+    step: int, seed: int, num_processes: int
+) -> None:
+    shape = (2, 3, 3)
+    whole = draw(seed, step, 8, shape, OFFSET)
+    parts = [
+        draw(seed, step, 8, shape, OFFSET, share(8, rank, num_processes))
+        for rank in range(num_processes)
+    ]
+    for name, values in vars(whole).items():
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), values)
+
+
+def test_a_process_draws_no_noise_of_others(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count: list[int] = []
+    normal_ = torch.Tensor.normal_
+
+    def counted(self: torch.Tensor, **settings: torch.Generator) -> torch.Tensor:
+        count.append(self.numel())
+        return normal_(self, **settings)
+
+    monkeypatch.setattr(torch.Tensor, "normal_", counted)
+    source = make_source(shards, rank=1, num_processes=3)
+    batch = source.batch(4)
+    assert sum(count) == batch.noise.numel() + batch.posterior_noise.numel()
 
 
 def test_offset_noise_is_one_number_per_channel() -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_t2i.model.denoiser import build
 from latent_t2i.model.ema import EMA, EMAConfig
@@ -65,6 +67,29 @@ def test_a_restored_state_continues_bit_by_bit(tmp_path: Path, channels_last: bo
     assert_same_tensors(other.ema.average, state.ema.average)
 
 
+class NewTensors(TorchDispatchMode):
+    """Records the devices on which operations make tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.devices.append(made.device.type)
+        return made
+
+
+def test_a_full_gpu_has_to_hold_no_copy_of_a_saved_tensor() -> None:
+    with FakeTensorMode():
+        weight = torch.empty(8, 4, 3, 3, device="cuda").to(memory_format=torch.channels_last)
+        with NewTensors() as made:
+            packed = checkpoint.pack(weight)
+    assert set(made.devices) == {"cpu"}
+    assert packed.is_contiguous()
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     state = make_state()
     for _ in range(3):
@@ -85,6 +110,13 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     before, now = ({"optim": {"kind": kind}} for kind in ("adamw", "adamw8bit"))
     with pytest.raises(ValueError, match=r"optim.kind: .* has 'adamw', found 'adamw8bit'"):
         checkpoint.compare_settings(before, now, tmp_path)
+
+
+def test_a_checkpoint_of_a_version_with_other_noise_is_refused(tmp_path: Path) -> None:
+    now = SETTINGS | {"draws": "per example"}
+    message = r"draws: the run in .* is of an older version, .* expected 'per example'; finish it"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.compare_settings(SETTINGS, now, tmp_path)
 
 
 def test_a_changed_learning_rate_is_allowed_and_reported(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from latent_t2i.configs import cli
+from latent_t2i.configs.presets import PRESETS_DIR
 from latent_t2i.train.config import (
     DataConfig,
     OptimConfig,
@@ -98,3 +100,21 @@ def test_a_flag_for_the_runs_length_replaces_the_presets() -> None:
     assert parse("--config", "demo", "--num-epochs", "2") == (None, 2)
     with pytest.raises(cli.ConfigError, match=r"expected (exactly )?one of them"):
         parse("--config", "coco64", "--num-steps", "5", "--num-epochs", "2")
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS_DIR.glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_compile_where_they_use_channels_last(path: Path) -> None:
+    """Without compilation, group normalisation converts every activation back."""
+    config = cli.parse(TrainConfig, "train", ["--config", str(path)])
+    assert config.compile or not config.channels_last
+
+
+def test_the_presets_heads() -> None:
+    """Flash attention pads heads to a width of 64; weights of Stable Diffusion 1 need eight."""
+    large, tuned = (
+        cli.parse(TrainConfig, "train", ["--config", name]) for name in ("coco512", "finetune-sd")
+    )
+    widths = zip(large.model.channels, large.model.heads, strict=True)
+    assert {channels // heads for channels, heads in widths} == {64}
+    assert not large.gradient_checkpointing
+    assert (tuned.model.attention_head_dim, tuned.model.heads) == (8, ())

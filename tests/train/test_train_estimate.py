@@ -9,12 +9,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.train import estimate
 from latent_t2i.train.config import PreviewConfig, ValidationConfig
-from latent_t2i.train.estimate import Memory, Passes, count_disk, count_memory, measure, measure_run
+from latent_t2i.train.estimate import (
+    Memory,
+    Passes,
+    autocast_as,
+    count_disk,
+    count_memory,
+    measure,
+    measure_run,
+)
 from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import validate
 from latent_t2i.train.setup import make_accelerator
@@ -89,6 +99,62 @@ def test_memory_depends_on_batch_checkpointing_and_precision() -> None:
     assert measure_small(precision="bf16", device_type="cuda").peak_bytes < peak_bytes
 
 
+def denoiser_operations(device: str) -> dict[str, torch.dtype]:
+    """The data types of a denoiser's operations on mixed inputs, under the active autocast."""
+    short, number = torch.bfloat16, torch.device(device)
+    image = torch.empty(2, 8, 4, 4, device=number, dtype=short)
+    tokens = torch.empty(2, 16, 8, device=number, dtype=short)
+    heads = tokens.float().unflatten(-1, (2, 4)).transpose(1, 2)
+    norm, square = torch.empty(8, device=number), torch.empty(8, 8, device=number)
+    kernel = torch.empty(8, 8, 3, 3, device=number)
+    results = {
+        "group_norm": functional.group_norm(image, 4, norm, norm),
+        "layer_norm": functional.layer_norm(tokens, (8,), norm, norm),
+        "softmax": tokens.softmax(dim=-1),
+        "functional.softmax": functional.softmax(tokens, dim=-1),
+        "interpolate": functional.interpolate(image, scale_factor=2.0, mode="nearest"),
+        "conv2d": functional.conv2d(image.float(), kernel),
+        "linear": functional.linear(tokens.float(), square),
+        "bmm": torch.bmm(tokens.float(), tokens.float().mT),
+        "attention": functional.scaled_dot_product_attention(heads, heads, heads),
+        "silu": functional.silu(image),
+        "gelu": functional.gelu(tokens),
+        "add": image + image.float(),
+        "cat": torch.cat([image, image.float()], dim=1),
+    }
+    return {name: result.dtype for name, result in results.items()}
+
+
+def test_autocast_is_counted_by_the_rules_of_cuda() -> None:
+    """Compared with torch's own rules, which fake tensors on CUDA follow without a GPU."""
+    with FakeTensorMode(), torch.no_grad():
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            expected = denoiser_operations("cuda")
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        with autocast_as("cuda", "bf16"):
+            assert denoiser_operations("cpu") == expected
+        with autocast_as("cpu", "bf16"):
+            on_cpu = denoiser_operations("cpu")
+    assert {name for name, dtype in expected.items() if dtype != on_cpu[name]} == {
+        *("group_norm", "layer_norm", "softmax", "functional.softmax", "interpolate")
+    }
+
+
+def test_normalisation_in_float32_takes_memory_on_a_gpu() -> None:
+    on_cpu, on_gpu, whole = (
+        measure_small(replace(SMALL, attention_kernel="sdpa"), **settings).peak_bytes
+        for settings in (
+            {"precision": "bf16"},
+            {"precision": "bf16", "device_type": "cuda"},
+            {"precision": "no", "device_type": "cuda"},
+        )
+    )
+    assert 1.2 * on_cpu < on_gpu < whole
+
+
 def test_measuring_leaves_the_random_state_alone() -> None:
     measure.cache_clear()
     before = torch.get_rng_state()
@@ -114,6 +180,10 @@ def test_memory_is_the_sum_of_its_parts() -> None:
     assert count_memory(passes, 1, keeps_gradients=True).state_bytes == 400 * (1 + 2 + 1 + 1)
     small = count_memory(passes, 1, keeps_gradients=True, moments_bytes=2, fsdp_size=2)
     assert small.state_bytes == 100 * (4 + 2 + 4 + 4) // 2
+    settings = {"keeps_gradients": True, "fsdp_size": 4}
+    once = count_memory(passes, 1, **settings)  # type: ignore[arg-type]
+    whole = count_memory(passes, 1, accumulates=True, **settings)  # type: ignore[arg-type]
+    assert whole.state_bytes == once.state_bytes + 400  # gradients in float32, of all parameters
     few_activations = replace(passes, peak_bytes=7)
     assert count_memory(few_activations, 1, keeps_gradients=False).peak_bytes == 400
 

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from latent_t2i.model.denoiser import build
 from latent_t2i.model.ema import EMA, EMAConfig
-from latent_t2i.train import fsdp
+from latent_t2i.train import fsdp, prepare
 from latent_t2i.train.config import PreviewConfig, ValidationConfig
 from latent_t2i.train.loop import train
 from tests import tiny
@@ -44,6 +44,7 @@ def make_unet() -> UNet2DConditionModel:
 def test_each_process_keeps_its_shard_of_weights_and_averages(one_of_two: Accelerator) -> None:
     before = {name: p.detach().clone() for name, p in make_unet().named_parameters()}
     unet = make_unet()
+    prepare.use_channels_last(unet, sharded=True)  # FSDP refuses parameters that are not contiguous
     fsdp.apply_fsdp(unet, one_of_two)
     averages = EMA(EMAConfig(), unet.named_parameters()).average
     for name, parameter in unet.named_parameters():
@@ -51,11 +52,9 @@ def test_each_process_keeps_its_shard_of_weights_and_averages(one_of_two: Accele
         for shared in (parameter, averages[name]):
             assert isinstance(shared, DTensor)
             assert shared.to_local().equal(before[name][:rows])
-    parts = fsdp.local_shards(before, dict(unet.named_parameters()))
-    assert all(
-        part.to_local().equal(p.to_local())  # type: ignore[attr-defined]
-        for part, p in zip(parts.values(), unet.parameters(), strict=True)
-    )
+    for name, parameter in unet.named_parameters():
+        part = fsdp.local_shard(before[name], parameter)
+        assert part.to_local().equal(parameter.to_local())  # type: ignore[attr-defined]
 
 
 def test_plain_tensors_are_not_copied() -> None:
@@ -68,7 +67,7 @@ def test_plain_tensors_are_not_copied() -> None:
 def test_a_sharded_run_resumed_on_one_process_equals_one_of_one_process(
     make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
 ) -> None:
-    """Eight sharded steps with accumulation, then four by one process."""
+    """Eight sharded steps with accumulation in channels_last, then four by one process."""
     held_out = tiny.make_shards(tmp_path / "val", sizes=(5,), first_seed=9)
     settings: dict[str, Any] = {
         "ema": EMAConfig(decay=0.9, sigma_rels=(0.05, 0.1), snapshot_every_steps=8),
@@ -77,7 +76,14 @@ def test_a_sharded_run_resumed_on_one_process_equals_one_of_one_process(
         ),
     }
     preview = PreviewConfig(every_steps=8, prompts=("a",), num_steps=2)
-    config = make_config(num_steps=8, fsdp=True, micro_batch_size=1, preview=preview, **settings)
+    config = make_config(
+        num_steps=8,
+        fsdp=True,
+        channels_last=True,
+        micro_batch_size=1,
+        preview=preview,
+        **settings,
+    )
     process_groups.run(forks, config, num_processes=2)
     assert (tmp_path / "run" / "previews" / "step-00000008.png").is_file()
     alone = train(make_config(num_steps=12, out=str(tmp_path / "one"), **settings))

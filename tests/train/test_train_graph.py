@@ -96,13 +96,16 @@ def test_gradient_checkpointing_changes_no_weight(make_config: MakeConfig, tmp_p
 @pytest.mark.parametrize("tf32", [True, False])
 def test_tf32_follows_the_setting(make_config: MakeConfig, tf32: bool) -> None:
     before = torch.get_float32_matmul_precision()
+    torch.backends.cudnn.benchmark = False
     try:
         start(make_config(tf32=tf32))
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
         assert torch.backends.cudnn.allow_tf32 == tf32
+        assert torch.backends.cudnn.benchmark  # searches for kernels once per shape
     finally:
         torch.set_float32_matmul_precision(before)
         torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = False
 
 
 class FakeStream:

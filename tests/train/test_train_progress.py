@@ -10,7 +10,14 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from latent_t2i.train.progress import BAR_FORMAT, Progress, describe, shorten, truncate_metrics
+from latent_t2i.train.progress import (
+    BAR_FORMAT,
+    Progress,
+    Skipped,
+    describe,
+    shorten,
+    truncate_metrics,
+)
 from latent_t2i.train.step_timer import PHASES, StepTimer
 
 LINE = {
@@ -43,12 +50,12 @@ def test_skipped_steps_are_counted_but_not_averaged(tmp_path: Path) -> None:
     assert progress.fetch(14) == (
         4,
         {"step": 14, "loss": 2.5, "grad_norm": 5.0, "skipped": 2},
-        [11, 13],
+        Skipped([11, 13], set()),
     )
     assert progress.num_skipped_in_a_row == 1
     add(progress, float("nan"))
     _, found, bad = progress.fetch(15)
-    assert (found["loss"], bad, progress.num_skipped_in_a_row) == (None, [14], 2)
+    assert (found["loss"], bad.steps, progress.num_skipped_in_a_row) == (None, [14], 2)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +73,43 @@ def test_an_unfinished_interval_continues_from_a_checkpoint(
     assert other.pending == (length > 1)
     add(other, 3.0)
     found, means, bad = other.fetch(4)
-    assert (found, means["loss"], bad) == (length, loss, skipped)
+    assert (found, means["loss"], bad) == (length, loss, Skipped(skipped, set()))
+
+
+def test_overflowed_gradients_are_told_from_losses_that_are_not_finite(tmp_path: Path) -> None:
+    progress = make(tmp_path)
+    for loss, skipped in ((1.0, 0.0), (2.0, 1.0), (float("inf"), 1.0)):
+        progress.add(torch.tensor(loss), torch.tensor(0.0), torch.tensor(skipped))
+    state = json.loads(json.dumps(progress.state(), allow_nan=False))
+    other = make(tmp_path)
+    other.open(3, 100, state)
+    for each in (progress, other):
+        _, means, skipped_steps = each.fetch(3)
+        assert means["loss"] == 1.0
+        assert skipped_steps == Skipped([1, 2], {1})
+
+
+def test_skipped_steps_of_finite_losses_read_no_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = []
+    progress = make(tmp_path)
+
+    def keys(step: int) -> list[str]:
+        read.append(step)
+        return ["broken"] if step == 6 else []
+
+    progress.say_skipped(Skipped([3, 4], {3, 4}), keys, 32768.0)
+    progress.say_skipped(Skipped([5, 6], {5}), keys, None)
+    progress.say_skipped(Skipped([7], set()), keys, 16384.0)
+    assert read == [6, 7]
+    finite = "skipped, the gradients overflowed; the losses are finite, so no record is the cause"
+    assert capsys.readouterr().err.splitlines() == [
+        f"step 3, 4: {finite}; fp16's loss scale is now 32768",
+        f"step 5: {finite}",
+        "step 6: skipped, not finite; records: broken",
+        "step 7: skipped, not finite; all values of their records are finite",
+    ]
 
 
 @pytest.mark.parametrize(

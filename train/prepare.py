@@ -1,0 +1,112 @@
+"""Prepares the network for its device: memory format, activation checkpointing, compiled blocks.
+
+The down, middle and up blocks are compiled one by one, not the network as a whole. Gradients are
+then reduced while the backward pass of the other blocks runs, the names of the weights stay, and
+FSDP can gather a block's weights at a time. The trade-off: nothing is fused across blocks.
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
+import warnings
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+BACKEND = "inductor"
+# Recompilations beyond one per block and shape, such as after a change of torch's settings.
+SPARE_RECOMPILATIONS = 4
+
+
+def blocks(unet: UNet2DConditionModel) -> list[nn.Module]:
+    """Returns the blocks that are compiled and sharded, each on its own."""
+    return [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
+
+
+def checkpoint_activations(unet: UNet2DConditionModel, *, dropout: float) -> None:
+    """Makes the backward pass compute the blocks' activations again instead of storing them.
+
+    Without dropout no random state is kept: reading it is not allowed while a CUDA graph captures.
+    """
+
+    def run(module: nn.Module, *inputs: Any) -> Any:
+        # __call__ by name, as diffusers' own function does.
+        return checkpoint(
+            module.__call__, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0
+        )
+
+    unet.enable_gradient_checkpointing(run)
+
+
+def use_channels_last(unet: UNet2DConditionModel, *, sharded: bool) -> None:
+    """Makes convolutions use the channels_last memory format.
+
+    FSDP (`sharded`) accepts contiguous parameters only, so there each convolution converts its
+    input, and the kernels convert the gathered weights.
+    """
+    if not sharded:
+        unet.to(memory_format=torch.channels_last)
+        return
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(_to_channels_last)
+
+
+def _to_channels_last(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
+
+
+def compile_blocks(unet: UNet2DConditionModel, *, num_shapes: int) -> None:
+    """Compiles each block for every one of `num_shapes` latent shapes, at its first use."""
+    parts = blocks(unet)
+    # Blocks of one class share the limit, and beyond it a block silently runs without compilation.
+    limit = len(parts) * num_shapes + SPARE_RECOMPILATIONS
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, limit)
+    # diffusers asks for torch's version through a cache. Its value never changes.
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    for part in parts:
+        part.compile(backend=BACKEND, dynamic=False)
+
+
+def without_compilation() -> AbstractContextManager[None]:
+    """Runs compiled blocks eagerly: another batch size or mode would compile them again."""
+    context: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return context
+
+
+def find_build_tools() -> dict[str, str | None]:
+    """Returns the path of each tool with which torch.compile builds kernels; None if not found."""
+    # The compilers that Triton (C) and PyTorch's Inductor (C++) look for.
+    c = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton
+    header = Path(sysconfig.get_paths(scheme)["include"], "Python.h")
+    return {
+        "C compiler": next(filter(None, map(shutil.which, c)), None),
+        "C++ compiler": shutil.which(cxx),
+        "Python.h": str(header) if header.is_file() else None,
+    }
+
+
+def require_build_tools(device_type: str) -> None:
+    """Raises ValueError if torch.compile could not build its kernels for a device.
+
+    On a GPU Triton needs a C compiler; on a CPU Inductor needs a C++ compiler.
+    """
+    compiler = "C++ compiler" if device_type == "cpu" else "C compiler"
+    found = find_build_tools()
+    missing = [name for name in (compiler, "Python.h") if found[name] is None]
+    if missing:
+        raise ValueError(
+            f"compile: torch.compile needs a {compiler} and Python.h on this device "
+            f"({device_type}), found no {' and no '.join(missing)}; install them (on Debian and "
+            "Ubuntu: apt install g++ python3-dev), or use --no-compile"
+        )
