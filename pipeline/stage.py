@@ -1,7 +1,8 @@
 """Stage one from end to end: writes the missing shards and keeps the finished ones.
 
 A killed run, started again, resumes after its last finished shard and ends with the same bytes as
-an uninterrupted run. Every image of the source is written or quarantined with a reason.
+an uninterrupted run on the same model of device. Every image of the source is written or
+quarantined with a reason.
 """
 
 import json
