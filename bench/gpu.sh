@@ -67,9 +67,13 @@ measure() {  # NAME COMMAND...: runs a command in what is left of the part's tim
   fi
 }
 
+measure_on_gpu() {  # like measure, for what a CPU cannot do, or takes minutes for
+  if [ -n "$rehearse" ]; then echo "=== $1: needs a GPU, skipped"; else measure "$@"; fi
+}
+
 step=bench/train_step.py
 sd="--networks sd" seed="--networks embedded --size 64 --batch-size 8 --parts bare"
-large=512 changed="512 64 256" fp16=fp16 graph=--cuda-graph compiled=--compiled
+large=512 changed="512 64 256"
 few="--rounds 6 --records 128" some="--rounds 8" fewest="--rounds 4 --records 128"
 loader="--seconds 1" stage="--networks sd --size 64 256 --records 1024 --rounds 2"
 if [ -n "$rehearse" ]; then
@@ -77,8 +81,8 @@ if [ -n "$rehearse" ]; then
   # Processors without instructions for bf16 take seconds for a step in it.
   some="--records 2 --rounds 2 --turn 0.01 --workers 1 --batch-size 1 --precision no"
   few=$some fewest=$some
-  sd="--networks tiny" seed="--networks tiny --size 64 --parts bare"
-  large=256 changed="256 64" fp16=no graph='' compiled=''  # a GPU only, or minutes of compiling
+  sd="--networks tiny"
+  large=256 changed="256 64"
   loader="--device cpu --seconds 0.01 --records 512"
   stage="--networks tiny --size 64 --records 8 --rounds 1"
 fi
@@ -96,16 +100,16 @@ smoke() {
 steps512() {
   local began=$SECONDS
   measure steps512-bf16 $step $sd --size $large --parts bare online $few
-  measure steps512-fp16 $step $sd --size $large --parts bare --precision $fp16 $few
-  measure steps512-compiled $step $sd --size $large --parts bare $compiled $few
+  measure_on_gpu steps512-fp16 $step $sd --size $large --parts bare --precision fp16 $few
+  measure_on_gpu steps512-compiled $step $sd --size $large --parts bare --compiled $few
 }
 
 # shellcheck disable=SC2086
 steps64() {
   local began=$SECONDS
   measure steps64 $step $sd --size 64 --parts bare online $some
-  measure seed $step $seed --precision $fp16 $some
-  measure seed-graph $step $seed --precision $fp16 $graph $some
+  measure_on_gpu seed $step $seed --precision fp16 $some
+  measure_on_gpu seed-graph $step $seed --precision fp16 --cuda-graph $some
 }
 
 # shellcheck disable=SC2086
