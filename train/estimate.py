@@ -10,8 +10,7 @@ import functools
 import os
 import textwrap
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from latent_t2i.model import denoiser
@@ -44,14 +44,6 @@ TRAINING_FLOP = 3
 SURE_SHARE = 0.7
 SURE_SHARE_COMPILED = 0.3
 WIDTH = 80
-# What autocast runs in float32 on CUDA, but not on a CPU, among the operations of a denoiser.
-FLOAT32_ON_CUDA = {
-    functional.group_norm,
-    functional.layer_norm,
-    functional.softmax,
-    Tensor.softmax,
-    functional.interpolate,
-}
 SDPA_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -104,27 +96,20 @@ class AllocationCounter(TorchDispatchMode):
         self.now_bytes -= num_bytes
 
 
-class CudaAutocast(TorchFunctionMode):
-    """Casts to float32 what autocast casts on CUDA: then the copies are stored for backward."""
+def cast_as_on_cuda(unet: UNet2DConditionModel) -> None:
+    """Makes a network on the CPU cast to float32 what autocast casts on CUDA, but not on a CPU.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Runs a function."""
-        if func in FLOAT32_ON_CUDA:
-            args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    These are normalisation, softmax and interpolation. The copies are stored for the backward pass.
+    """
+    for module in unet.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm | Upsample2D):
+            module.register_forward_pre_hook(_to_float32)
+        elif isinstance(module, Attention):
+            module.upcast_softmax = True
 
 
-@contextmanager
-def autocast_as(device_type: str, precision: Precision) -> Iterator[None]:
-    """Applies a device's autocast rules to tensors on the CPU; float16 counts like bfloat16."""
-    if precision == "no":
-        yield
-        return
-    cuda = CudaAutocast() if device_type == "cuda" else nullcontext()
-    with torch.autocast("cpu", torch.bfloat16), cuda:
-        yield
+def _to_float32(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].float(), *inputs[1:])
 
 
 @functools.lru_cache
@@ -159,14 +144,17 @@ def measure(
             unet, model.attention_kernel, device_type=device_type, precision=precision
         )
         flop_counter = FlopCounterMode(display=False, custom_mapping={SDPA_ON_CPU: _sdpa_flop})
+        if device_type == "cuda" and precision != "no":
+            cast_as_on_cuda(unet)
         with AllocationCounter() as allocations, torch.set_grad_enabled(backward):
             inputs = (
                 torch.empty(micro_batch_size, *latent_shape),
                 torch.empty(micro_batch_size, dtype=torch.int64),
                 torch.empty(micro_batch_size, *text_shape),
             )
-            # The fake tensors are on the CPU, so its kernels stand in for a GPU's.
-            with flop_counter, autocast_as(device_type, precision):
+            # The fake tensors are on the CPU, so its kernels stand in for a GPU's, and bfloat16
+            # for float16.
+            with flop_counter, torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
                 predicted = unet.train()(*inputs, return_dict=False)[0]
             if backward:
                 predicted.float().square().mean().backward()

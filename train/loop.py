@@ -182,7 +182,7 @@ def report(run: Run) -> None:
     flags = [step in skipped.steps for step in range(first, state.step)]
     streak = longest_streak(first, num_before, flags)
     if len(streak) > config.max_bad_steps:
-        roll_back(run, streak, skipped.overflowed)
+        roll_back(run, streak)
 
 
 def longest_streak(first: int, num_before: int, skipped: Sequence[bool]) -> range:
@@ -198,11 +198,11 @@ def longest_streak(first: int, num_before: int, skipped: Sequence[bool]) -> rang
     return longest
 
 
-def roll_back(run: Run, streak: range, overflowed: set[int]) -> NoReturn:
+def roll_back(run: Run, streak: range) -> NoReturn:
     """Restores the last checkpoint from before the skipped steps, then raises ValueError.
 
     Later checkpoints are deleted, so that the same command resumes from the restored one. The
-    records of steps that `overflowed` have finite losses, so they are not read again.
+    records of steps with a finite loss are finite too, so they are not read again.
     """
     folder = run.plan.folder / "checkpoints"
     last_good = checkpoint.find_newest(folder, streak.start)
@@ -214,7 +214,7 @@ def roll_back(run: Run, streak: range, overflowed: set[int]) -> NoReturn:
     run.accelerator.wait_for_everyone()
     names = f", deleted {', '.join(path.name for path in deleted)}" if deleted else ""
     restored = f"restored {last_good}{names}" if last_good else "no checkpoint precedes them"
-    read = [step for step in streak[-MAX_STEPS_READ:] if step not in overflowed]
+    read = [step for step in streak[-MAX_STEPS_READ:] if step not in run.progress.overflowed]
     keys = [key for step in read for key in run.source.loader.nonfinite_keys(step)]
     found = shorten(list(dict.fromkeys(keys))) if keys else "all finite"
     raise ValueError(

@@ -42,7 +42,7 @@ def on_main(work: Callable[[], T]) -> T:
     result, message = found
     if message is not None:
         raise ValueError(message)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 class SharedTensors(Mapping[str, Tensor]):

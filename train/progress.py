@@ -46,6 +46,8 @@ class Progress:
         self._num_rows = 0
         self.num_skipped = 0
         self.num_skipped_in_a_row = 0
+        self.overflowed: set[int] = set()
+        """All steps of this process that were skipped although their loss is finite."""
         self.last: dict[str, Any] = {}
         """The newest line of training metrics."""
         self.validation: dict[str, Any] = {}
@@ -119,6 +121,7 @@ class Progress:
         bad = [first + i for i, row in enumerate(rows) if row[2]]
         # The mean over the processes is above 1 if any of them had a loss that is not finite.
         overflowed = {first + i for i, row in enumerate(rows) if 0 < row[2] <= 1}
+        self.overflowed |= overflowed
         good = [row for row in rows if not row[2]]
         self.num_skipped += len(bad)
         for row in rows:

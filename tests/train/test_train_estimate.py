@@ -9,17 +9,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.attention_processor import Attention
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.denoiser import DenoiserConfig, build
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.train import estimate
 from latent_t2i.train.config import PreviewConfig, ValidationConfig
 from latent_t2i.train.estimate import (
     Memory,
     Passes,
-    autocast_as,
+    cast_as_on_cuda,
     count_disk,
     count_memory,
     measure,
@@ -39,7 +40,7 @@ SMALL = DenoiserConfig(
 MEASURE_RSS = """
 import resource, torch
 from latent_t2i.model import denoiser
-from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.denoiser import DenoiserConfig, build
 from latent_t2i.train.config import OptimConfig
 from latent_t2i.train.optim import make_optimizer
 
@@ -99,6 +100,9 @@ def test_memory_depends_on_batch_checkpointing_and_precision() -> None:
     assert measure_small(precision="bf16", device_type="cuda").peak_bytes < peak_bytes
 
 
+CAST_ON_CUDA = {"group_norm", "layer_norm", "softmax", "functional.softmax", "interpolate"}
+
+
 def denoiser_operations(device: str) -> dict[str, torch.dtype]:
     """The data types of a denoiser's operations on mixed inputs, under the active autocast."""
     short, number = torch.bfloat16, torch.device(device)
@@ -125,22 +129,39 @@ def denoiser_operations(device: str) -> dict[str, torch.dtype]:
     return {name: result.dtype for name, result in results.items()}
 
 
-def test_autocast_is_counted_by_the_rules_of_cuda() -> None:
+def test_autocast_differs_on_cuda_in_what_the_estimate_casts() -> None:
     """Compared with torch's own rules, which fake tensors on CUDA follow without a GPU."""
     with FakeTensorMode(), torch.no_grad():
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         torch.set_autocast_enabled("cuda", True)
         try:
-            expected = denoiser_operations("cuda")
+            on_cuda = denoiser_operations("cuda")
         finally:
             torch.set_autocast_enabled("cuda", False)
-        with autocast_as("cuda", "bf16"):
-            assert denoiser_operations("cpu") == expected
-        with autocast_as("cpu", "bf16"):
+        with torch.autocast("cpu", torch.bfloat16):
             on_cpu = denoiser_operations("cpu")
-    assert {name for name, dtype in expected.items() if dtype != on_cpu[name]} == {
-        *("group_norm", "layer_norm", "softmax", "functional.softmax", "interpolate")
-    }
+    different = {name for name, dtype in on_cuda.items() if dtype != on_cpu[name]}
+    assert different == CAST_ON_CUDA
+    assert {on_cuda[name] for name in different} == {torch.float32}
+
+
+def test_a_network_is_cast_as_on_cuda() -> None:
+    seen: dict[str, set[torch.dtype]] = {}
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        unet = build(SMALL, latent_channels=4, sample_size=16, text_width=32)
+        cast_as_on_cuda(unet)
+        for module in unet.modules():
+            kind = type(module).__name__
+            module.register_forward_hook(
+                lambda _, inputs, __, kind=kind: (
+                    seen.setdefault(kind, set()).add(inputs[0].dtype) if inputs else None
+                )
+            )
+            if isinstance(module, Attention):
+                assert module.upcast_softmax
+        unet(torch.empty(2, 4, 16, 16), torch.tensor([1, 2]), torch.empty(2, 7, 32))
+    for kind in ("GroupNorm", "LayerNorm", "Upsample2D"):
+        assert seen[kind] == {torch.float32}
 
 
 def test_normalisation_in_float32_takes_memory_on_a_gpu() -> None:
@@ -153,6 +174,8 @@ def test_normalisation_in_float32_takes_memory_on_a_gpu() -> None:
         )
     )
     assert 1.2 * on_cpu < on_gpu < whole
+    settings = {"precision": "bf16", "device_type": "cuda", "checkpointing": True}
+    assert measure_small(**settings).peak_bytes < 0.7 * on_gpu
 
 
 def test_measuring_leaves_the_random_state_alone() -> None:
