@@ -1,11 +1,13 @@
 """Compares stage one with its bound and with a plain script: a table, then a line of JSON.
 
-    python bench/stage_one.py [--quick] [--size 64 256] [--images DIR --captions FILE]
+    python bench/stage_one.py [--quick] [--size 64 256] [--networks embedded|sd|tiny]
+                              [--images DIR --captions FILE]
 
 Each round measures on the same JPEG files: decoding alone on all cores, the encoders alone on
 tensors in memory, the whole stage from listing to manifest, and the script that most people would
 write (bench/stages/plain_script.py). No measurement includes loading the networks. Ratios are
-medians over rounds.
+medians over rounds. The figures so far are printed as JSON after each size; the last line has them
+all. A size that fails is recorded with its reason.
 """
 
 import sys
@@ -17,7 +19,6 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # started as a script
 import argparse
 import contextlib
 import io
-import json
 import platform
 import shutil
 import statistics
@@ -26,6 +27,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -34,12 +36,15 @@ import torch
 
 from bench.stages import plain_script
 from bench.stages.photographs import write_photographs
+from bench.steps.attempts import attempt, emit
+from bench.steps.networks import NETWORKS, find_encoders
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.pipeline.encode import (
     Encoders,
     encode_captions,
     encode_views,
     find_device,
+    fixed_kernels,
     num_cores,
     single_threaded,
 )
@@ -50,8 +55,6 @@ from latent_t2i.pipeline.sources import coco
 from latent_t2i.pipeline.stage import load_encoders, make_shards
 from latent_t2i.pipeline.workers import GPU_STREAMS, Batch, cut_batches, load_record
 
-ENCODERS = Path(__file__).resolve().parent.parent / "scenes/encoders"
-
 
 def main() -> None:
     """Measures each image size and prints its table."""
@@ -61,9 +64,13 @@ def main() -> None:
         folder = Path(temporary)
         if args.images is None:
             args.images, args.captions = write_photographs(folder / "coco", args.records)
+        vae, text_encoder = find_encoders(args.networks, folder / "networks")
+        args.vae, args.text_encoder = args.vae or str(vae), args.text_encoder or str(text_encoder)
         for size_px in args.size:
-            figures["sizes"][size_px] = measure_size(args, size_px, folder)
-    print(json.dumps(figures))
+            figures["sizes"][size_px] = attempt(
+                f"{size_px} px", partial(measure_size, args, size_px, folder)
+            )
+            emit(figures)
 
 
 def parse() -> argparse.Namespace:
@@ -75,10 +82,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--captions", type=Path, help="captions file of --images")
     parser.add_argument("--records", type=int, help="number of synthetic images")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--vae", default=str(ENCODERS / "vae"))
-    parser.add_argument("--text-encoder", default=str(ENCODERS / "clip"))
+    parser.add_argument(
+        "--networks",
+        choices=tuple(NETWORKS),
+        default="embedded",
+        help="sd: of Stable Diffusion's size, tiny: to try the script; both with random weights",
+    )
+    parser.add_argument("--vae", help="autoencoder; default: that of --networks")
+    parser.add_argument("--text-encoder", help="text encoder; default: that of --networks")
     parser.add_argument("--max-tokens", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, help="default: stage one's")
+    parser.add_argument("--compile", action="store_true", help="compile the VAE's encoder")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder; default: /tmp")
     args = parser.parse_args()
@@ -96,7 +110,8 @@ def describe_setup(args: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if on_gpu else f"{num_cores()} cores",
         "versions": {name: version(name) for name in ("torch", "diffusers", "pillow")}
         | {"python": platform.python_version()},
-        "batch_size": args.batch_size,
+        "networks": args.networks,
+        "compile": args.compile,
         "max_tokens": args.max_tokens,
         "rounds": args.rounds,
     }
@@ -112,12 +127,15 @@ def measure_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[s
         image_size_px=size_px,
         max_tokens=args.max_tokens,
         batch_size=args.batch_size,
+        compile=args.compile,
+        max_quarantined=0,
         out=str(folder / "shards"),
     )
     encoders = load_encoders(config, find_device(args.device, 0))
     records = list(coco.records(args.images, args.captions))
     tokenized = [TokenizedRecord(r, encoders.text.tokenize(r.captions)) for r in records]
-    batches = list(cut_batches(None, tokenized, Preprocessing(size_px=(size_px, size_px)), 32))
+    preprocessing = Preprocessing(size_px=(size_px, size_px))
+    batches = list(cut_batches(None, tokenized, preprocessing, encoders.batch_size))
     turns = {
         "decode": lambda: decode(batches),
         "encode": lambda: encode(batches, encoders),
@@ -129,7 +147,8 @@ def measure_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[s
         names = list(turns)[:: -1 if number % 2 else 1]
         rounds.append({name: len(records) / turns[name]() for name in names})
         print(f"[{size_px} px: round {number + 1} of {args.rounds}]", file=sys.stderr, flush=True)
-    return show(size_px, len(records), rounds, on_gpu=encoders.device.type == "cuda")
+    figures = {"batch_size": encoders.batch_size, "tf32": encoders.tf32}
+    return figures | show(size_px, len(records), rounds, on_gpu=encoders.device.type == "cuda")
 
 
 def decode(batches: Sequence[Batch]) -> float:
@@ -159,6 +178,7 @@ def encode(batches: Sequence[Batch], encoders: Encoders) -> float:
 
     with (
         single_threaded(),
+        fixed_kernels(tf32=encoders.tf32),
         ThreadPoolExecutor(
             GPU_STREAMS if on_gpu else num_cores(), initializer=lambda: torch.set_num_threads(1)
         ) as pool,

@@ -1,11 +1,14 @@
 """Compares a training step with its bound and with online encoding: a table, then a line of JSON.
 
-    python bench/train_step.py [--quick] [--size 64 256] [--networks embedded|sd]
+    python bench/train_step.py [--quick] [--size 64 256] [--networks embedded|sd|tiny]
 
 The training loop on shards (`ours`) takes turns with a bare loop on one resident batch (`bare`, the
 bound), and then with a loop that reads JPEGs and runs the VAE and the text encoder in each step
 (`online`). All use the same denoiser, optimizer, precision and batch size. Ratios are medians over
 rounds. Then it measures single settings, and the share of the device's fastest matrix product.
+
+The figures so far are printed as JSON after each part; the last line has them all. A part that
+fails is recorded with its reason, and the others go on.
 """
 
 import sys
@@ -17,11 +20,11 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # started as a script
 import argparse
 import contextlib
 import io
-import json
 import platform
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -29,19 +32,21 @@ import torch
 
 from bench.stages.photographs import write_photographs
 from bench.steps import changes, contenders
-from bench.steps.networks import DEMO, EMBEDDED, make_unet, num_parameters, write_sd_encoders
-from latent_t2i.model.denoiser import DenoiserConfig
+from bench.steps.attempts import attempt, emit, free
+from bench.steps.networks import NETWORKS, find_encoders, make_unet, num_parameters
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.pipeline.encode import find_device, num_cores
 from latent_t2i.pipeline.processes import ProcessInfo
 from latent_t2i.pipeline.stage import load_encoders, make_shards
 from latent_t2i.train.config import TrainConfig
 from latent_t2i.train.optim import make_optimizer
+from latent_t2i.train.prepare import compile_blocks
 from latent_t2i.train.setup import Run, start
 
-BATCH_SIZES = {"embedded": {64: 64}, "sd": {64: 64, 256: 32, 512: 16}}
+BATCH_SIZES = {"embedded": {64: 64}, "sd": {64: 64, 256: 32, 512: 16}, "tiny": {}}
 SMALL_BATCH = 8
 MIN_STEPS = 3
+PARTS = ("bare", "online", "changes")
 
 
 def main() -> None:
@@ -50,15 +55,12 @@ def main() -> None:
     figures: dict[str, Any] = describe_setup(args) | {"sizes": {}}
     with tempfile.TemporaryDirectory(prefix="bench-", dir=args.folder) as temporary:
         folder = Path(temporary)
-        if args.networks == "sd":
-            vae, text_encoder = write_sd_encoders(folder / "sd")
-        else:
-            vae, text_encoder = EMBEDDED / "vae", EMBEDDED / "clip"
+        vae, text_encoder = find_encoders(args.networks, folder / "networks")
         args.vae, args.text_encoder = args.vae or str(vae), args.text_encoder or str(text_encoder)
         args.images, args.captions = write_photographs(folder / "coco", args.records)
         for size_px in args.size:
-            figures["sizes"][size_px] = measure_size(args, size_px, folder / str(size_px))
-    print(json.dumps(figures))
+            measure_size(args, size_px, folder / str(size_px), figures)
+    emit(figures)
 
 
 def parse() -> argparse.Namespace:
@@ -71,8 +73,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--networks",
-        choices=("embedded", "sd"),
-        help="default: sd on a GPU (random weights), else embedded",
+        choices=tuple(NETWORKS),
+        help="default: sd on a GPU, else embedded; sd and tiny have random weights",
     )
     parser.add_argument("--vae", help="autoencoder; default: that of --networks")
     parser.add_argument("--text-encoder", help="text encoder; default: that of --networks")
@@ -86,10 +88,15 @@ def parse() -> argparse.Namespace:
         "--workers", type=int, default=min(num_cores(), 16), help="workers of the DataLoader"
     )
     parser.add_argument(
-        "--compile", action="store_true", default=on_gpu, help="measure torch.compile too"
+        "--compile", action="store_true", default=on_gpu, help="measure the change to torch.compile"
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="compile the denoiser's blocks for all contenders"
     )
     parser.add_argument("--cuda-graph", action="store_true", help="let ours replay a CUDA graph")
-    parser.add_argument("--no-changes", action="store_true", help="do not measure single settings")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; default: all"
+    )
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder; default: /tmp")
     args = parser.parse_args()
     args.networks = args.networks or ("sd" if on_gpu else "embedded")
@@ -115,6 +122,7 @@ def describe_setup(args: argparse.Namespace) -> dict[str, Any]:
         | {"python": platform.python_version()},
         "networks": args.networks,
         "precision": args.precision,
+        "compiled": args.compiled,
         "cuda_graph": args.cuda_graph,
         "max_tokens": args.max_tokens,
         "workers": args.workers,
@@ -122,41 +130,48 @@ def describe_setup(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measure_size(args: argparse.Namespace, size_px: int, folder: Path) -> dict[str, Any]:
-    """Measures one image size and prints its table."""
-    usual = BATCH_SIZES[args.networks].get(size_px, SMALL_BATCH)
-    batch_size = args.batch_size or usual
+def measure_size(
+    args: argparse.Namespace, size_px: int, folder: Path, figures: dict[str, Any]
+) -> None:
+    """Measures one image size, prints its tables, and adds its figures to those of the others."""
+    batch_size = args.batch_size or BATCH_SIZES[args.networks].get(size_px, SMALL_BATCH)
     if batch_size > args.records:
         raise ValueError(
             f"--records: expected at least one batch of {batch_size} images, found {args.records}"
         )
-    denoiser = DEMO if args.networks == "embedded" else DenoiserConfig()
-    write_shards(args, size_px, folder / "shards")
-    run = start_run(args, denoiser, batch_size, folder)
-    resident = contenders.resident_batch(run)
-    breakdown: list[dict[str, float]] = []
-    turns, bare = make_turns(args, run, denoiser, resident, size_px, breakdown)
-    device = run.accelerator.device
-    step_s = contenders.time_steps(bare, device, 2) / 2
-    num_steps = max(MIN_STEPS, round(args.turn / step_s))
-    num_weights = num_parameters(run.state.unet)
-    print(
-        f"\n{size_px} px, {num_weights / 1e6:.1f} M weights, batch {batch_size}, in images/s; "
-        f"medians of turns of {num_steps} steps"
-    )
-    figures: dict[str, Any] = {"batch_size": batch_size, "steps": num_steps, "weights": num_weights}
-    for other, num_rounds in (("bare", args.rounds), ("online", max(2, args.rounds // 4))):
-        rounds = take_turns(turns, other, num_steps, num_rounds)
-        figures |= show(other, rounds, batch_size)
+    found: dict[str, Any] = {"batch_size": batch_size}
+    figures["sizes"][size_px] = found
+    prepared = attempt(f"{size_px} px", lambda: prepare(args, size_px, batch_size, folder))
+    if isinstance(prepared, dict):
+        found |= prepared
+        emit(figures)
+        return
+    run, resident = prepared
+    del prepared
+    found["weights"] = num_parameters(run.state.unet)
+    print(f"\n{size_px} px, {found['weights'] / 1e6:.1f} M weights, batch {batch_size}: images/s")
+    # One network beside that of the run at a time, or those of 512 px would not fit on a GPU.
+    for name, measure in (("bare", measure_bare), ("online", measure_online)):
+        if name in args.parts:
+            part = attempt(name, partial(measure, args, run, resident, size_px))
+            found |= {name: part} if "failed" in part else part
+            emit(figures)
     run.progress.close()
-    wall_s = sum(seconds for turn in breakdown for seconds in turn.values())
-    shares = {name: sum(turn[name] for turn in breakdown) / wall_s for name in breakdown[0]}
-    figures |= {"time_breakdown": {name: round(share, 4) for name, share in shares.items()}}
-    print("time breakdown of ours: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
-    figures |= share_of_ceiling(bare, batch_size, figures["ours_beside_bare"], args, device)
-    if not args.no_changes:
-        figures["changes"] = measure_changes(args, denoiser, resident, num_steps)
-    return figures
+    del run
+    free()
+    if "changes" in args.parts:
+        found["changes"] = {}
+        measure_changes(args, resident, found["changes"], lambda: emit(figures))
+
+
+def prepare(
+    args: argparse.Namespace, size_px: int, batch_size: int, folder: Path
+) -> tuple[Run, contenders.Resident]:
+    """Returns a run on shards of this image size, and one of its batches on the device."""
+    write_shards(args, size_px, folder / "shards")
+    free()
+    run = start_run(args, batch_size, folder)
+    return run, contenders.resident_batch(run)
 
 
 def write_shards(args: argparse.Namespace, size_px: int, folder: Path) -> None:
@@ -174,9 +189,7 @@ def write_shards(args: argparse.Namespace, size_px: int, folder: Path) -> None:
         make_shards(config, load_encoders(config, find_device("auto", 0)), ProcessInfo())
 
 
-def start_run(
-    args: argparse.Namespace, denoiser: DenoiserConfig, batch_size: int, folder: Path
-) -> Run:
+def start_run(args: argparse.Namespace, batch_size: int, folder: Path) -> Run:
     """Returns a run that is ready to train, set up as the training command does it."""
     config = TrainConfig(
         name="bench",
@@ -189,47 +202,68 @@ def start_run(
         mixed_precision=args.precision,
         checkpoint_every_steps=10**9,
         channels_last=torch.cuda.is_available(),
+        compile=args.compiled,
         cuda_graph=args.cuda_graph,
         trackers=("none",),
-        model=denoiser,
+        model=NETWORKS[args.networks],
     )
     with contextlib.redirect_stderr(io.StringIO()):
         return start(config)
 
 
-def make_turns(
-    args: argparse.Namespace,
-    run: Run,
-    denoiser: DenoiserConfig,
-    resident: contenders.Resident,
-    size_px: int,
-    breakdown: list[dict[str, float]],
-) -> tuple[dict[str, Callable[[int], float]], Callable[[], None]]:
-    """Returns the contenders, as functions from a number of steps to seconds, and the bare step.
-
-    Each turn of `ours` appends its time breakdown to `breakdown`.
-    """
-    device, precision = run.accelerator.device, run.accelerator.mixed_precision
-    channels, height, _ = run.plan.latent_shape
-
-    def unet() -> torch.nn.Module:
-        return make_unet(
-            denoiser,
-            latent_channels=channels,
-            side=height,
-            text_width=resident[2].shape[-1],
-            device=device,
-            precision=precision,
-            channels_last=run.plan.config.channels_last,
-        )
-
-    model = unet()
-    bare = contenders.bare_step(
-        model, make_optimizer(run.plan.config.optim, model.parameters()), resident, precision
+def make_denoiser(
+    args: argparse.Namespace, run: Run, resident: contenders.Resident
+) -> torch.nn.Module:
+    """Returns a denoiser with the settings of the run's."""
+    unet = make_unet(
+        NETWORKS[args.networks],
+        latent_channels=resident[0].shape[1],
+        side=resident[0].shape[2],
+        text_width=resident[2].shape[-1],
+        device=run.accelerator.device,
+        precision=run.accelerator.mixed_precision,
+        channels_last=run.plan.config.channels_last,
     )
+    if args.compiled:
+        compile_blocks(unet, num_shapes=1)
+    return unet
+
+
+def measure_bare(
+    args: argparse.Namespace, run: Run, resident: contenders.Resident, size_px: int
+) -> dict[str, Any]:
+    """Compares the training loop with a bare loop on one batch, and with the device's ceiling."""
+    device, precision = run.accelerator.device, run.accelerator.mixed_precision
+    model = make_denoiser(args, run, resident)
+    optimizer = make_optimizer(run.plan.config.optim, model.parameters())
+    bare = contenders.bare_step(model, optimizer, resident, precision)
+    breakdown: list[dict[str, float]] = []
+
+    def ours(num_steps: int) -> float:
+        seconds, phases = contenders.ours(run, num_steps)
+        breakdown.append(phases)
+        return seconds
+
+    turns = {"bare": lambda number: contenders.time_steps(bare, device, number), "ours": ours}
+    num_steps = count_steps(args, bare, device)
+    batch_size = len(resident[0])
+    figures: dict[str, Any] = {"steps": num_steps}
+    figures |= show("bare", take_turns(turns, "bare", num_steps, args.rounds), batch_size)
+    wall_s = sum(seconds for turn in breakdown for seconds in turn.values())
+    shares = {name: sum(turn[name] for turn in breakdown) / wall_s for name in breakdown[0]}
+    figures |= {"time_breakdown": {name: round(share, 4) for name, share in shares.items()}}
+    print("time breakdown of ours: " + ", ".join(f"{k} {v:.1%}" for k, v in shares.items()))
+    return figures | share_of_ceiling(bare, batch_size, figures["ours_beside_bare"], args, device)
+
+
+def measure_online(
+    args: argparse.Namespace, run: Run, resident: contenders.Resident, size_px: int
+) -> dict[str, Any]:
+    """Compares the training loop with one that encodes JPEGs and captions in each step."""
+    device = run.accelerator.device
     online = contenders.online_step(
         run,
-        unet(),
+        make_denoiser(args, run, resident),
         images=args.images,
         captions=args.captions,
         size_px=size_px,
@@ -237,18 +271,22 @@ def make_turns(
         num_workers=args.workers,
     )
 
-    def ours(num_steps: int) -> float:
-        seconds, phases = contenders.ours(run, num_steps)
-        breakdown.append(phases)
-        return seconds
+    def turn(num_steps: int) -> float:
+        return contenders.then_wait(
+            lambda: contenders.time_steps(online, device, num_steps), min(2.0, 2 * args.turn)
+        )
 
-    return {
-        "bare": lambda number: contenders.time_steps(bare, device, number),
-        "ours": ours,
-        "online": lambda number: contenders.then_wait(
-            lambda: contenders.time_steps(online, device, number), min(2.0, 2 * args.turn)
-        ),
-    }, bare
+    turns = {"online": turn, "ours": lambda number: contenders.ours(run, number)[0]}
+    rounds = take_turns(
+        turns, "online", count_steps(args, online, device), max(2, args.rounds // 4)
+    )
+    return show("online", rounds, len(resident[0]))
+
+
+def count_steps(args: argparse.Namespace, step: Callable[[], None], device: torch.device) -> int:
+    """Returns the number of steps of a turn."""
+    step_s = contenders.time_steps(step, device, 2) / 2
+    return max(MIN_STEPS, round(args.turn / step_s))
 
 
 def take_turns(
@@ -304,28 +342,35 @@ def share_of_ceiling(
 
 def measure_changes(
     args: argparse.Namespace,
-    denoiser: DenoiserConfig,
     resident: contenders.Resident,
-    num_steps: int,
-) -> dict[str, float]:
-    """Measures the speed-up of each single setting and prints it."""
-    found = {}
-    print("speed-up of single settings over a bare step with plain attention and default AdamW:")
-    steps = changes.changes_for(resident[0].device, compiled=args.compile)
+    found: dict[str, Any],
+    emit_all: Callable[[], None],
+) -> None:
+    """Measures the speed-up of each single setting, prints it, and adds it to `found`."""
+    base = changes.base_for(resident[0].shape[2])
+    attention = "SDPA" if base.sdpa else "plain attention"
+    found["base"] = f"{attention}, default AdamW"
+    print(f"speed-up of single settings over a bare step with {found['base']}:")
+    steps = changes.changes_for(base, resident[0].device, compiled=args.compile)
     for name, step in steps.items():
-        found[name] = round(
-            changes.compare(
-                step,
-                denoiser,
-                resident,
-                args.precision,
-                num_steps=max(MIN_STEPS, num_steps // 2),
-                rounds=max(2, args.rounds // 2),
+        found[name] = attempt(
+            name,
+            lambda step=step: round(
+                changes.compare(
+                    step,
+                    base,
+                    NETWORKS[args.networks],
+                    resident,
+                    args.precision,
+                    turn_s=0.5 * args.turn,
+                    rounds=max(2, args.rounds // 2),
+                ),
+                3,
             ),
-            3,
         )
-        print(f"  {name:<16}{found[name]:.2f}x", flush=True)
-    return found
+        if not isinstance(found[name], dict):
+            print(f"  {name:<24}{found[name]:.2f}x", flush=True)
+        emit_all()
 
 
 if __name__ == "__main__":

@@ -132,14 +132,18 @@ class PipelineConfig:
     """Maximum size of a shard, which holds at least one image; the smaller limit applies."""
     text_dtype: TextDtype = "float16"
     """int8 halves the text, with one scale per channel; the error is measured and recorded."""
-    batch_size: int = 32
-    """Images per batch of the VAE; the text encoder's batches have four times as many captions."""
+    batch_size: int | None = None
+    """Images per batch of the VAE; the text encoder's batches have four times as many captions.
+    Default: 32 on a CPU; on a GPU up to 256, as its memory and the image size allow."""
     seed: int = 0
     """Seed of the drawn scenes and of random crops."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 ..."""
     num_threads: int | None = None
     """Threads that decode, and on a CPU encode; default: this process's share of the cores."""
+    tf32: bool = True
+    """Faster float32 products with 10 bits of precision, on a GPU that has them; the manifest
+    records their use, which must be the same when a run is resumed."""
     compile: bool = False
     """Compile the VAE's encoder: takes minutes at the start, then runs faster."""
     max_quarantined: float = 0.01
@@ -158,7 +162,7 @@ class PipelineConfig:
             ("--max-tokens", self.max_tokens, 3),
             ("--records-per-shard", self.records_per_shard, 1),
             ("--max-shard-bytes", self.max_shard_bytes, 1),
-            ("--batch-size", self.batch_size, 1),
+            ("--batch-size", 1 if self.batch_size is None else self.batch_size, 1),
             ("--seed", self.seed, 0),
             ("--num-threads", 1 if self.num_threads is None else self.num_threads, 1),
             ("--min-image-size-px", self.min_image_size_px, 1),

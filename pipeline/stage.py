@@ -1,7 +1,8 @@
 """Stage one from end to end: writes the missing shards and keeps the finished ones.
 
 A killed run, started again, resumes after its last finished shard and ends with the same bytes as
-an uninterrupted run. Every image of the source is written or quarantined with a reason.
+an uninterrupted run on the same model of device. Every image of the source is written or
+quarantined with a reason.
 """
 
 import json
@@ -29,9 +30,13 @@ from latent_t2i.pipeline.buckets import make_buckets
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.encode import (
     Encoders,
+    compile_encoder,
+    default_batch_size,
     encode_captions,
     find_device,
+    fixed_kernels,
     num_cores,
+    supports_tf32,
 )
 from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Index, build_index
@@ -108,8 +113,6 @@ def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
     vae.to(device)
     if device.type == "cuda":
         vae.to(memory_format=torch.channels_last)
-    if config.compile:
-        vae.encoder.compile()
     return Encoders(
         vae=vae,
         vae_sha256=vae_sha256,
@@ -117,7 +120,9 @@ def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
         device=device,
         views=config.views,
         max_tokens=config.max_tokens,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size or default_batch_size(device, config.image_size_px**2),
+        tf32=config.tf32 and supports_tf32(device),
+        compilation=compile_encoder(vae) if config.compile else None,
     )
 
 
@@ -126,7 +131,10 @@ def write_shards(
 ) -> dict[str, Manifest]:
     """Lists the source and writes this process's unfinished shards; the last process merges."""
     out = output_folder(config)
-    with closing(list_source(config, encoders, out, is_first=processes.is_first)) as index:
+    with (
+        closing(list_source(config, encoders, out, is_first=processes.is_first)) as index,
+        fixed_kernels(tf32=encoders.tf32),
+    ):
         sets = plan_sets(config, encoders, index, out)
         require_enough(config, index, out, index.quarantined | index.missing)
         if not config.force:
@@ -235,6 +243,7 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
     """Returns what determines the content of the shards, except the bucket and its size."""
     # Batch size, device and processes are not included: they change at most the last float16 bit.
     text = encoders.text
+    tf32 = {"float32_products": "tf32"} if encoders.tf32 else {}  # more than the last bit
     bucket_settings: dict[str, Any] = {}
     if config.buckets:
         bucket_settings = {
@@ -251,7 +260,9 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
         latent_kind=encoders.kind,
         text_dtype=config.text_dtype,
         max_tokens=config.max_tokens,
-        preprocessing={"views": config.views, "vae_dtype": config.vae_dtype} | bucket_settings,
+        preprocessing={"views": config.views, "vae_dtype": config.vae_dtype}
+        | tf32
+        | bucket_settings,
         source={
             "kind": config.source.kind,
             "num_records": index.num_source,

@@ -14,7 +14,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from moto.server import ThreadedMotoServer
 
 from latent_t2i.shards.remote.transport import Retry
 
@@ -123,6 +122,8 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Server]:
 @contextlib.contextmanager
 def serve_s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Serves a copy of a folder from an S3 bucket of moto, and yields its URL."""
+    from moto.server import ThreadedMotoServer  # absent where only tests/gpu runs
+
     bucket = f"bucket-{next(NUMBERS)}"
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
     server.start()

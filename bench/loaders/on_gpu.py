@@ -5,17 +5,17 @@
 For each content and number of threads, prints records per second: `made` (batches made, not
 copied), `pageable` and `pinned` (copied to the device, from ordinary and from pinned memory), and
 the bound, `copy` (one pinned batch copied repeatedly). `--device cpu` tries the script without a
-GPU and pins nothing.
+GPU and pins nothing. The figures so far are printed as JSON after each content.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 
 from bench.loaders.contents import BATCH_SIZE, CONTENTS, Batch, Content, check
 from bench.loaders.with_shards import RECORDS_PER_SHARD, write_shards
+from bench.steps.attempts import attempt, emit
 from latent_t2i.shards.loader import MapLoader, batches
 from latent_t2i.shards.reader import RawBatch, open_shards
 
@@ -42,8 +43,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
             folder = Path(temporary)
             write_shards(folder, content, RECORDS_PER_SHARD)
-            figures["contents"][content.name] = measure_content(content, folder, args)
-    print(json.dumps(figures))
+            measure = partial(measure_content, content, folder, args)
+            figures["contents"][content.name] = attempt(content.name, measure)
+        emit(figures)
 
 
 def parse() -> argparse.Namespace:

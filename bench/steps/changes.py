@@ -1,7 +1,7 @@
 """Measures single settings of a training step, and the device's ceiling.
 
-Each setting is measured in turns with the same bare step without it. The ceiling is the fastest of
-a few square matrix products in the training precision.
+Each setting is measured in turns with a base, the same bare step without it. The ceiling is the
+fastest of a few square matrix products in the training precision.
 """
 
 import statistics
@@ -10,11 +10,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.steps.contenders import Resident, bare_step, time_steps, wait
 from bench.steps.networks import DTYPES, make_unet
 from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.train.prepare import compile_blocks
+
+SDPA_SIDE = 32
+"""From latents of this side on, the base has SDPA: at 64 x 64, the softmax of plain attention
+alone would take 64 GB."""
+MIN_STEPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,21 +36,27 @@ class Step:
 
 
 SINGLE = {
-    "SDPA": Step(sdpa=True),
-    "channels_last": Step(channels_last=True),
-    "compile": Step(compile=True),
-    "fused AdamW": Step(fused=True),
-    "CUDA graph": Step(cuda_graph=True),
+    "SDPA": {"sdpa": True},
+    "channels_last": {"channels_last": True},
+    "compile": {"compile": True},
+    "fused AdamW": {"fused": True},
+    "CUDA graph, fused AdamW": {"cuda_graph": True},
 }
 
 
-def changes_for(device: torch.device, *, compiled: bool) -> dict[str, Step]:
-    """Returns the single settings that the device supports."""
+def base_for(side: int) -> Step:
+    """Returns the step that single settings are compared with, for latents of this side."""
+    return Step(sdpa=side >= SDPA_SIDE)
+
+
+def changes_for(base: Step, device: torch.device, *, compiled: bool) -> dict[str, Step]:
+    """Returns the steps that differ from the base in a setting that the device supports."""
     on_gpu = device.type == "cuda"
+    steps = {name: replace(base, **settings) for name, settings in SINGLE.items()}
     return {
         name: step
-        for name, step in SINGLE.items()
-        if (on_gpu or not step.cuda_graph) and (compiled or not step.compile)
+        for name, step in steps.items()
+        if step != base and (on_gpu or not step.cuda_graph) and (compiled or not step.compile)
     }
 
 
@@ -61,15 +74,22 @@ def make_step(
         precision=precision,
         channels_last=settings.channels_last,
     )
-    optimizer = torch.optim.AdamW(
+    if settings.compile:
+        compile_blocks(unet, num_shapes=1)
+    step = bare_step(unet, make_adamw(settings, unet), resident, precision)
+    return capture(step, noisy.device) if settings.cuda_graph else step
+
+
+def make_adamw(settings: Step, unet: nn.Module) -> torch.optim.AdamW:
+    """Returns the optimizer of a bare step."""
+    # GradScaler would fetch a number from the device, which a capture forbids, unless the optimizer
+    # is fused.
+    return torch.optim.AdamW(
         unet.parameters(),
         lr=1e-4,
-        fused=True if settings.fused else None,
+        fused=True if settings.fused or settings.cuda_graph else None,
         capturable=settings.cuda_graph,
     )
-    model = torch.compile(unet) if settings.compile else unet
-    step = bare_step(model, optimizer, resident, precision)
-    return capture(step, noisy.device) if settings.cuda_graph else step
 
 
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -81,32 +101,33 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
             step()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # thread_local: threads of this process, such as a loader's, may use the GPU meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
     return graph.replay
 
 
 def compare(
-    settings: Step,
+    changed: Step,
+    base: Step,
     config: DenoiserConfig,
     resident: Resident,
     precision: str,
     *,
-    num_steps: int,
+    turn_s: float,
     rounds: int,
 ) -> float:
-    """Returns the speed-up of a setting: the median over rounds of the ratio within a round."""
+    """Returns the speed-up of a step: the median over rounds of the ratio within a round."""
     device = resident[0].device
-    plain = make_step(Step(), config, resident, precision)
-    changed = make_step(settings, config, resident, precision)
-    for step in (plain, changed):
+    steps = {how: make_step(how, config, resident, precision) for how in (base, changed)}
+    for step in steps.values():
         time_steps(step, device, 1)
+    num_steps = max(MIN_STEPS, round(2 * turn_s / time_steps(steps[base], device, 2)))
     ratios = []
     for number in range(rounds):
-        both = {}
-        for step in (plain, changed) if number % 2 else (changed, plain):
-            both[step] = time_steps(step, device, num_steps)
-        ratios.append(both[plain] / both[changed])
+        order = (base, changed) if number % 2 else (changed, base)
+        seconds = {how: time_steps(steps[how], device, num_steps) for how in order}
+        ratios.append(seconds[base] / seconds[changed])
     return statistics.median(ratios)
 
 

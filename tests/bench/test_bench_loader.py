@@ -123,3 +123,12 @@ def test_gpu_script_needs_a_gpu() -> None:
         ["bench/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (1, "error: no GPU that torch can use\n")
+
+
+def test_gpu_script_refuses_unknown_parts() -> None:
+    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin", "PARTS": "smoke steps128"}
+    done = subprocess.run(
+        ["bench/gpu.sh"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: PARTS: found steps128, expected smoke, steps512")
