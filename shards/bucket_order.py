@@ -4,8 +4,8 @@
     order.locate(step)               # (bucket, step of that bucket's own order)
 
 Each bucket has its own order (order.py). An epoch takes the batches of all buckets in a random
-sequence by (seed, epoch), evaluated for a step only: a function of the seed and the step, whose cost
-does not depend on the size of the set.
+sequence by (seed, epoch), which is evaluated for one step at a time: the cost of a step does not
+depend on the size of the set.
 
 With `fill`, every record was visited n times by the end of epoch n. The last batch of each bucket
 is filled from the bucket's next epoch, so a bucket smaller than a batch contributes several epochs

@@ -5,9 +5,9 @@
     order.cursor(step)              # (epoch, position): the whole state to resume from
 
 Position p of a global batch belongs to rank p // (batch_size / ranks), so 1, 2 or 8 processes see
-the same batches, and a run resumes in mid-epoch without repeating or skipping a record. An epoch's
-permutation is evaluated for the records of a batch only (permutation.py), so the cost of a step does
-not depend on the size of the set.
+the same batches, and a run resumes in mid-epoch without repeating or skipping a record. The
+permutation of an epoch is evaluated for the records of a batch only (permutation.py), so the cost
+of a step does not depend on the size of the set.
 """
 
 import math
