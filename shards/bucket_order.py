@@ -3,8 +3,9 @@
     order = BucketOrder(sizes=((100, 40), (60,)), batch_size=16, seed=0)
     order.locate(step)               # (bucket, step of that bucket's own order)
 
-Each bucket has its own order (order.py). An epoch takes the batches of all buckets in a shuffled
-sequence by (seed, epoch), so everything is a function of the seed and the step.
+Each bucket has its own order (order.py). An epoch takes the batches of all buckets in a random
+sequence by (seed, epoch), which is evaluated for one step at a time: the cost of a step does not
+depend on the size of the set.
 
 With `fill`, every record was visited n times by the end of epoch n. The last batch of each bucket
 is filled from the bucket's next epoch, so a bucket smaller than a batch contributes several epochs
@@ -20,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latent_t2i.shards.order import Cursor, LastBatch, Order, Shuffle, mixed_seed
+
+MASK = 2**64 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +102,13 @@ class BucketOrder:
         before = self.batches_before(epoch)
         num_batches = tuple((self.batches_before(epoch + 1) - before).tolist())
         if self.shuffle == "none":
-            buckets, indices = sequential(num_batches)
+            ends = np.cumsum(num_batches)
+            bucket = int(np.searchsorted(ends, position, side="right"))
+            index = position - int(ends[bucket]) + num_batches[bucket]
         else:
-            buckets, indices = shuffled(num_batches, self.seed, epoch)
-        bucket = int(buckets[position])
-        return bucket, int(before[bucket] + indices[position])
+            key = mixed_seed(self.seed, "buckets", epoch, 0)
+            bucket, index = interleave(num_batches, key, position)
+        return bucket, int(before[bucket]) + index
 
     def records(self, step: int) -> NDArray[np.int64]:
         """Returns the record numbers (batch_size,) of a step, numbered across buckets."""
@@ -138,23 +143,62 @@ class BucketOrder:
         return epoch, step - self.num_steps(epoch)
 
 
-@lru_cache(maxsize=2)
-def shuffled(
-    num_batches: tuple[int, ...], seed: int, epoch: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the bucket of each step of an epoch, and each step's index within its bucket."""
-    buckets, indices = sequential(num_batches)
-    generator = np.random.Generator(np.random.PCG64(mixed_seed(seed, "buckets", epoch, 0)))
-    shuffled_buckets = generator.permutation(buckets)
-    by_bucket = np.argsort(shuffled_buckets, kind="stable")  # all steps of bucket 0, then of 1
-    shuffled_indices = np.empty_like(indices)
-    shuffled_indices[by_bucket] = indices
-    return shuffled_buckets, shuffled_indices
+@lru_cache(maxsize=8)  # the loaders of a run ask for a step several times
+def interleave(num_batches: tuple[int, ...], key: int, position: int) -> tuple[int, int]:
+    """Returns the bucket of the batch at a position of an epoch, and its index in that bucket.
+
+    Batch i of a bucket with n batches has a random time in the i-th of n equal parts of the epoch,
+    and the batches of all buckets come in the order of their times. So all parts of an epoch have
+    the buckets in proportion, a bucket's batches keep their order, and the batch at a position is
+    found by bisection, without laying out the epoch.
+    """
+    times = _Times(num_batches=num_batches, key=key)
+    # In a share of the epoch, every bucket has its share of batches to within one.
+    reach = (len(num_batches) + 1) * TICKS
+    low, high = max(0, position * TICKS - reach), position * TICKS + reach
+    time = low + bisect_right(range(low, high), position, key=times.count)
+    rest = position - (times.count(time - 1) if time else 0)
+    # Batches at the same time come in the order of the buckets.
+    return [batch for batch in times.last_batches(time) if times.of(*batch) == time][rest]
 
 
-@lru_cache(maxsize=2)
-def sequential(num_batches: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Like `shuffled`, with the buckets one after the other."""
-    buckets = np.repeat(np.arange(len(num_batches)), num_batches)
-    indices = np.concatenate([np.arange(num) for num in num_batches])
-    return buckets, indices
+TICKS = 2**16
+"""Resolution of the times: ticks for each batch of an epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Times:
+    """The times of all batches of an epoch, in whole ticks."""
+
+    num_batches: tuple[int, ...]
+    key: int
+
+    @cached_property
+    def _end(self) -> int:
+        return TICKS * sum(self.num_batches)
+
+    def of(self, bucket: int, index: int) -> int:
+        """Returns the time of a batch."""
+        num = self.num_batches[bucket]
+        start, stop = (self._end * i // num for i in (index, index + 1))
+        return start + _mix(self.key + _mix(index * len(self.num_batches) + bucket)) % (
+            stop - start
+        )
+
+    def last_batches(self, time: int) -> list[tuple[int, int]]:
+        """Returns the batch of each bucket in whose part of the epoch a time is."""
+        time = min(time, self._end - 1)
+        indices = [((time + 1) * num - 1) // self._end for num in self.num_batches]
+        return [(b, i) for b, i in enumerate(indices) if self.num_batches[b]]
+
+    def count(self, time: int) -> int:
+        """Returns the number of batches up to a time, inclusively."""
+        return sum(i + (self.of(b, i) <= time) for b, i in self.last_batches(time))
+
+
+def _mix(word: int) -> int:
+    """Returns a pseudo-random word of 64 bits (SplitMix64; Steele et al. 2014)."""
+    word = (word + 0x9E3779B97F4A7C15) & MASK
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & MASK
+    return word ^ (word >> 31)

@@ -5,18 +5,22 @@
     order.cursor(step)              # (epoch, position): the whole state to resume from
 
 Position p of a global batch belongs to rank p // (batch_size / ranks), so 1, 2 or 8 processes see
-the same batches, and a run resumes in mid-epoch without repeating or skipping a record. The cost:
-the permutation of an epoch is held in memory, 8 bytes and 0.1 us per record.
+the same batches, and a run resumes in mid-epoch without repeating or skipping a record. The
+permutation of an epoch is evaluated for the records of a batch only (permutation.py), so the cost
+of a step does not depend on the size of the set.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from latent_t2i.shards.permutation import Permutation
 
 Shuffle = Literal["full", "blocks", "none"]
 LastBatch = Literal["fill", "drop"]
@@ -106,55 +110,158 @@ class Order:
         parts: list[NDArray[np.int64]] = []
         missing = self.batch_size
         while missing:  # a batch may be larger than an epoch
-            parts.append(self.epoch(epoch)[position : position + missing])
-            missing -= len(parts[-1])
+            stop = min(position + missing, self.epoch_records)
+            parts.append(self.visits(epoch, position, stop))
+            missing -= stop - position
             epoch, position = epoch + 1, 0
         return np.concatenate(parts)
 
-    def epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Returns the record numbers (epoch_records,) of an epoch, in order."""
+    def visits(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Returns the record numbers at positions `start` to `stop` of an epoch."""
         if self.shuffle == "none":
-            return np.arange(self.epoch_records)
-        return self._permutation(epoch)[: self.epoch_records]
+            return np.arange(start, stop)
+        if self.shuffle == "full":
+            return self._permutation(self.num_records, epoch)(np.arange(start, stop))
+        parts = []
+        while start < stop:
+            window = self.window(epoch, start)
+            end = min(stop, window.stop)
+            parts.append(self._visits_in(epoch, window, np.arange(start, end) - window.start))
+            start = end
+        return np.concatenate(parts)
+
+    def _visits_in(
+        self, epoch: int, window: "Window", places: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """Returns the records at places within a window of `blocks`."""
+        chosen = self._permutation(window.stop - window.start, epoch, window.number)(places)
+        shards = self._windows(epoch).shards(window.number)
+        ends = np.cumsum(self._sizes[shards])
+        which = np.searchsorted(ends, chosen, side="right")
+        # A record's number within its shard, counted from the shard's first record.
+        within = chosen - (ends - self._sizes[shards])[which]
+        return self._starts[shards[which]] + within
+
+    def window(self, epoch: int, position: int) -> "Window":
+        """Returns the part of an epoch, around a position, that shares no shard with the others.
+
+        With `none` it is a shard, with `full` the epoch. `last_batch` may end the epoch within it.
+        """
+        if self.shuffle == "full":
+            return Window(number=0, start=0, stop=self.num_records)
+        windows = self._windows(epoch)
+        number = windows.find(position)
+        start, stop = windows.start(number), windows.start(number + 1)
+        return Window(number=number, start=start, stop=stop)
+
+    def window_spans(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns where each shard's window starts and stops (num_shards,) in an epoch."""
+        if self.shuffle == "full":
+            zeros = np.zeros(len(self.sizes), np.int64)
+            return zeros, zeros + self.num_records
+        windows = self._windows(epoch)
+        numbers, where = np.unique(windows.numbers(), return_inverse=True)
+        bounds = np.array([windows.start(number) for number in (*numbers.tolist(), len(numbers))])
+        return bounds[:-1][where], bounds[1:][where]
 
     @cached_property
-    def _permutation(self) -> Callable[[int], NDArray[np.int64]]:
-        """Returns an epoch's permutation; the last two are cached."""
-        # A cache per order, because the orders of several buckets are used in turn.
-        window = self.window_shards if self.shuffle == "blocks" else len(self.sizes)
-        return lru_cache(maxsize=2)(partial(epoch_order, self.sizes, self.seed, window))
+    def _sizes(self) -> NDArray[np.int64]:
+        return np.array(self.sizes, np.int64)
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        """The first record of each shard."""
+        return np.cumsum(self._sizes) - self._sizes
+
+    @cached_property
+    def _irregular(self) -> tuple[int, NDArray[np.int64]]:
+        """The most common number of records of a shard, and the shards that have another."""
+        counts, frequencies = np.unique(self._sizes, return_counts=True)
+        regular = int(counts[frequencies.argmax()])
+        return regular, np.flatnonzero(self._sizes != regular)
+
+    @cached_property
+    def _windows(self) -> Callable[[int], "_Windows"]:
+        """Returns an epoch's windows; the last two epochs are cached."""
+        return lru_cache(maxsize=2)(self._make_windows)
+
+    def _make_windows(self, epoch: int) -> "_Windows":
+        regular, irregular = self._irregular
+        # Without a shuffle, the shards are in their own order: a window of one shard each.
+        is_shuffled = self.shuffle == "blocks"
+        order = self._permutation(len(self.sizes), epoch, -1) if is_shuffled else None
+        slots = irregular if order is None else order.inverse(irregular)
+        sorting = np.argsort(slots)
+        return _Windows(
+            order=order,
+            num_slots=len(self.sizes),
+            per_window=self.window_shards if is_shuffled else 1,
+            regular=regular,
+            slots=slots[sorting],
+            excess=np.cumsum((self._sizes - regular)[irregular][sorting]),
+        )
+
+    def _permutation(self, size: int, *numbers: int) -> Permutation:
+        return Permutation(size, mixed_seed(self.seed, "order", *(n + 1 for n in numbers)))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Cached permutations are not sent to other processes.
+        # Only the fields are sent to other processes.
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def _place(self, step: int) -> tuple[int, int]:
         return divmod(step * self.batch_size, self.epoch_records)
 
 
-def epoch_order(
-    sizes: tuple[int, ...], seed: int, window_shards: int, epoch: int
-) -> NDArray[np.int64]:
-    """Returns an epoch's permutation of all records.
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A part of an epoch that reads from some shards, which no other part of the epoch reads."""
 
-    The shards come in random order, `window_shards` at a time, and the records of a window are
-    shuffled together. A small window reads from few files at once; a window of all shards gives a
-    full shuffle.
+    number: int
+    start: int
+    """Position of its first record in the epoch."""
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Windows:
+    """The windows of an epoch: `per_window` slots each, with one shard in every slot.
+
+    Nearly all shards have the same number of records. The place of a slot follows from its number,
+    corrected by the few other shards before it, so the epoch is never laid out as a whole.
     """
-    # PCG64 by name, because default_rng may use another generator in a later NumPy.
-    generator = np.random.Generator(np.random.PCG64(mixed_seed(seed, "order", epoch)))
-    if window_shards >= len(sizes):
-        return generator.permutation(sum(sizes))
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    shards = generator.permutation(len(sizes))
-    windows = [shards[i : i + window_shards] for i in range(0, len(shards), window_shards)]
-    mixed = [
-        generator.permutation(
-            np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in window])
-        )
-        for window in windows
-    ]
-    return np.concatenate(mixed)
+
+    order: Permutation | None
+    """Sends slots to shards; None: slot n holds shard n."""
+    num_slots: int
+    per_window: int
+    regular: int
+    slots: NDArray[np.int64]
+    """Slots of the shards of another size, ascending."""
+    excess: NDArray[np.int64]
+    """By how much these shards, up to and including each, exceed the regular size."""
+
+    def start(self, number: int) -> int:
+        """Returns the position of a window's first record; one past the last: the epoch's end."""
+        slot = min(number * self.per_window, self.num_slots)
+        before = int(np.searchsorted(self.slots, slot))
+        return slot * self.regular + (int(self.excess[before - 1]) if before else 0)
+
+    def find(self, position: int) -> int:
+        """Returns the window that a position is in."""
+        num_windows = -(-self.num_slots // self.per_window)
+        return bisect_right(range(num_windows), position, key=self.start) - 1
+
+    def shards(self, number: int) -> NDArray[np.int64]:
+        """Returns the shards of a window."""
+        first = number * self.per_window
+        slots = np.arange(first, min(first + self.per_window, self.num_slots))
+        return slots if self.order is None else self.order(slots)
+
+    def numbers(self) -> NDArray[np.int64]:
+        """Returns the window of each shard (num_shards,)."""
+        shards = np.arange(self.num_slots)
+        slots = shards if self.order is None else self.order.inverse(shards)
+        return slots // self.per_window
 
 
 def choices(

@@ -259,17 +259,25 @@ def check_cache(order: Order, manifest: Manifest, cache_bytes: int) -> None:
 
 
 def records_until(order: Order, cursor: Cursor) -> NDArray[np.int64]:
-    """Returns the number of records before each shard (num_shards,) is needed.
+    """Returns the number of records before each shard (num_shards,) may be needed.
 
-    The value is 0 between the shard's first and last record in the epoch, and NEVER if neither this
-    epoch nor the next uses it.
+    The value is 0 in the shard's window, and NEVER if neither the rest of this epoch nor the next
+    one uses it.
     """
-    first, last = spans(order, cursor.epoch)
-    away = np.where(last >= cursor.position, np.maximum(first - cursor.position, 0), NEVER)
-    first, last = spans(order, cursor.epoch + 1)
+    start, stop = spans(order, cursor.epoch)
+    away = np.where(stop > cursor.position, np.maximum(start - cursor.position, 0), NEVER)
+    away[start >= order.epoch_records] = NEVER  # `drop` ends the epoch before it
+    start, stop = spans(order, cursor.epoch + 1)
     left = order.epoch_records - cursor.position
-    later: NDArray[np.int64] = np.where((away == NEVER) & (last >= 0), left + first, away)
+    is_later = (away == NEVER) & (start < order.epoch_records)
+    later: NDArray[np.int64] = np.where(is_later, left + start, away)
     return later
+
+
+@lru_cache(maxsize=CACHED_EPOCHS)
+def spans(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns `order.window_spans(epoch)`."""
+    return order.window_spans(epoch)
 
 
 def parts(order: Order, start: int, size: int) -> Iterator[tuple[Cursor, slice]]:
@@ -281,32 +289,7 @@ def parts(order: Order, start: int, size: int) -> Iterator[tuple[Cursor, slice]]
     done = 0
     while done < size:
         epoch, position = divmod(start + done, order.epoch_records)
-        ends = cuts(order, epoch)
-        end = int(ends[np.searchsorted(ends, position, side="right")])
+        end = min(order.window(epoch, position).stop, order.epoch_records)
         num = min(size - done, end - position)
         yield Cursor(epoch=epoch, position=position), slice(done, done + num)
         done += num
-
-
-@lru_cache(maxsize=CACHED_EPOCHS)
-def spans(order: Order, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns the positions of each shard's first and last record in an epoch; -1 if unused."""
-    starts = np.cumsum(order.sizes)
-    shard = np.searchsorted(starts, order.epoch(epoch), side="right")
-    position = np.arange(len(shard))
-    first, last = np.full((2, len(starts)), -1)
-    first[shard[::-1]] = position[::-1]  # for equal indices, the last value wins
-    last[shard] = position
-    return first, last
-
-
-@lru_cache(maxsize=CACHED_EPOCHS)
-def cuts(order: Order, epoch: int) -> NDArray[np.int64]:
-    """Returns the positions, including the epoch's end, between uses of any shard."""
-    first, last = spans(order, epoch)
-    used = np.flatnonzero(last >= 0)
-    used = used[np.argsort(first[used])]
-    ends = np.maximum.accumulate(last[used]) + 1
-    whole = np.append(first[used][1:] >= ends[:-1], True)
-    found: NDArray[np.int64] = ends[whole]
-    return found

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from latent_t2i.shards.bucket_order import BucketOrder
+from latent_t2i.shards.bucket_order import BucketOrder, interleave
 from latent_t2i.shards.order import Cursor, share
 
 SIZES = st.lists(
@@ -37,8 +37,8 @@ def bucket_of(order: BucketOrder, records: np.ndarray) -> int:
     return int(bucket)
 
 
-@given(order=orders("fill"), epoch=st.integers(0, 50))
-@settings(deadline=None, max_examples=80)
+@given(order=orders("fill"), epoch=st.integers(0, 12))
+@settings(deadline=None, max_examples=60)
 def test_filled_epochs_visit_each_bucket_record_once(order: BucketOrder, epoch: int) -> None:
     """At the end of each epoch, each bucket has finished its epoch, with no batch more."""
     steps = order.num_steps(epoch + 1)
@@ -111,7 +111,7 @@ def test_unshuffled_buckets_come_in_order() -> None:
 
 def test_buckets_of_equal_size_have_different_orders() -> None:
     order = BucketOrder(sizes=((30,), (30,)), batch_size=5, seed=0)
-    first, second = (own.epoch(0).tolist() for own in order.orders)
+    first, second = (own.visits(0, 0, 30).tolist() for own in order.orders)
     assert first != second
 
 
@@ -135,3 +135,26 @@ def test_impossible_bucket_orders_are_rejected() -> None:
     for position in (3, 12):
         with pytest.raises(ValueError, match="no step of 4 records begins at this position"):
             order.step(Cursor(epoch=0, position=position))
+
+
+@given(
+    num_batches=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any).map(tuple),
+    key=st.integers(0, 2**64 - 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_interleaving_keeps_each_buckets_order_and_share(
+    num_batches: tuple[int, ...], key: int
+) -> None:
+    total = sum(num_batches)
+    places = [interleave(num_batches, key, position) for position in range(total)]
+    for bucket, num in enumerate(num_batches):
+        assert [index for b, index in places if b == bucket] == list(range(num))
+        for position in range(total + 1):
+            visited = sum(b == bucket for b, _ in places[:position])
+            assert abs(visited - num * position / total) <= len(num_batches) + 1
+
+
+def test_interleaving_a_billion_batches_is_quick() -> None:
+    position = 3 * 10**8
+    bucket, index = interleave((5 * 10**8, 4 * 10**8, 10**8), 7, position)
+    assert abs(index / (5, 4, 1)[bucket] / 10**8 - 0.3) < 1e-6

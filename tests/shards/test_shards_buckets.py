@@ -440,17 +440,6 @@ def test_all_shapes_share_the_buffers(sound: Path) -> None:
     assert loader.buffer().latent.shape == (BATCH, 8, 8, 8)
 
 
-def test_permutations_are_cached_per_bucket(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Buckets alternate, and each caches its own permutation."""
-    from latent_t2i.shards import order as orders
-
-    made: list[int] = []
-    whole = orders.epoch_order
-    monkeypatch.setattr(orders, "epoch_order", lambda *args: made.append(args[-1]) or whole(*args))
-    collect(loader_of(open_buckets(sound), batch_size=1), 0, 38)
-    assert made == [0] * 4
-
-
 def test_nonfinite_keys_of_a_bucket(folder: Path) -> None:
     manifest = Manifest.load(folder / "96x40")
     layout = manifest.layouts[0]
