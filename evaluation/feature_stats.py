@@ -235,7 +235,7 @@ class FeatureStats:
             }
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # the stubs see allow_pickle
         partial.rename(path)
 
     @classmethod
@@ -350,9 +350,10 @@ class Header:
     has_rows: bool
 
 
-def _is_rounding(eigenvalues: Floats) -> NDArray[np.bool_]:
+def _is_rounding(eigenvalues: NDArray[Any]) -> NDArray[np.bool_]:
     """Returns which of a positive matrix's eigenvalues, in ascending order, are zero."""
-    return eigenvalues <= eigenvalues[-1] * len(eigenvalues) * np.finfo(np.float64).eps
+    limit = eigenvalues[-1] * len(eigenvalues) * np.finfo(np.float64).eps
+    return np.asarray(eigenvalues <= limit)
 
 
 def read_header(path: Path) -> Header:

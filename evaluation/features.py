@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import abc
 import hashlib
-import pickle
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -213,7 +213,7 @@ def _load_inception(path: Path) -> nn.Module:
     try:
         # torch-fidelity reads any pickle, which can run code. This call allows tensors only.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{expected}: {reason}; expected the file of {INCEPTION_URL}") from error
     if not isinstance(state, Mapping) or "Conv2d_1a_3x3.conv.weight" not in state:

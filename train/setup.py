@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -166,7 +167,7 @@ def runs_on_cpu() -> bool:
 def make_accelerator(
     precision: Precision, log_with: Sequence[str] = (), folder: Path | None = None
 ) -> Accelerator:
-    """Returns an Accelerator; without a GPU, fp16 becomes "no", with a warning.
+    """Returns an Accelerator; on a CPU that lacks a precision, it becomes "no", with a warning.
 
     `log_with` names the trackers that `trackers.start` opens in `folder`, the run's. Raises
     ValueError as `join_processes` does.
@@ -182,6 +183,12 @@ def make_accelerator(
     if precision == "fp16" and on_cpu:
         notes.append("mixed_precision: fp16 needs a GPU, found none; training in float32")
         precision = "no"
+    if precision == "bf16" and on_cpu and not multiplies_bf16():
+        notes.append(
+            "mixed_precision: bf16 needs bfloat16 instructions, found a CPU without, where each "
+            "step would take about twenty times as long; training in float32"
+        )
+        precision = "no"
     for note in notes if state.is_main_process else ():
         print(f"warning: {note}", file=sys.stderr)
     ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # saves a copy of gradients
@@ -192,6 +199,13 @@ def make_accelerator(
         log_with=list(log_with) or None,
         project_config=ProjectConfiguration(logging_dir=folder and str(folder / trackers.FOLDER)),
     )
+
+
+def multiplies_bf16() -> bool:
+    """Returns whether this CPU multiplies in bfloat16; other x86 CPUs emulate it."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def cpu_warnings(environment: Mapping[str, str], num_processes: int) -> list[str]:

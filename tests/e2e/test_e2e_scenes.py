@@ -43,7 +43,8 @@ def test_the_four_commands(elsewhere: Path) -> None:
     run(elsewhere, str(ROOT / "train" / "run.py"), *SHORT, *steps, *out)
     bundle = ["--bundle", "run/bundle", "--num-steps", "2"]
     run(elsewhere, "-m", "latent_t2i.sample.run", *SHORT, *bundle, *out)
-    few = ["--run", "run", "--num-prompts", "2"]
+    few = ["--run", "run", "--num-prompts", "2", "--guidance-scales", "1", "4", "--metrics"]
+    few += ["oracle", "clip_score", "cmmd"]
     output = run(elsewhere, "-m", "latent_t2i.evaluation.run", *SHORT, *bundle, *out, *few)
     files = {path.name for path in (elsewhere / "run").iterdir()}
     assert {"samples.png", "report.html", "metrics.json", "metrics.jsonl", "bundle"} <= files

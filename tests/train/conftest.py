@@ -14,6 +14,7 @@ from torch import Tensor
 from latent_t2i.model.denoiser import DenoiserConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.shards.reader import ShardSet
+from latent_t2i.train import setup
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import TrainConfig
 from tests import tiny
@@ -27,6 +28,12 @@ MODEL = DenoiserConfig(
     norm_num_groups=4,
 )
 TIMES = ("images_per_s", "train_s", "time_breakdown")
+
+
+@pytest.fixture(autouse=True)
+def _bf16_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the tests of bf16 in bf16 on CPUs that emulate it, too."""
+    monkeypatch.setattr(setup, "multiplies_bf16", lambda: True)
 
 
 @pytest.fixture(scope="session")

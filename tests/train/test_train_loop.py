@@ -146,7 +146,9 @@ def test_non_finite_steps_are_skipped_counted_and_named(
     config = make_config(shards=str(folder))
     bundle = train(config)
     # In two epochs.
-    assert skipped_lines(capsys) == ["step 5, 7: skipped, not finite; records: 01-3-000003"]
+    assert skipped_lines(capsys) == [
+        f"step {step}: skipped, not finite; records: 01-3-000003" for step in (1, 9)
+    ]
     assert metrics(config.out)[-1]["skipped"] == 2
     assert all(tensor.isfinite().all() for tensor in weights(bundle).values())
 

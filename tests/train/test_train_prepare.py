@@ -35,6 +35,7 @@ def gradient(unet: UNet2DConditionModel) -> torch.Tensor:
     return unet.conv_in.weight.grad
 
 
+@pytest.mark.slow
 def test_two_compiled_processes_continue_a_run_of_one_that_is_not_compiled(
     make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
 ) -> None:
