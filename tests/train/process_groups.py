@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
-from latent_t2i.train import checkpoint, loop, preflight, prepare, validation
+from latent_t2i.train import checkpoint, loop, preflight, prepare, setup, validation
 from latent_t2i.train.config import TrainConfig
 from tests.train.conftest import assert_same_tensors, metrics, without_times
 
@@ -80,6 +80,7 @@ def work(
 ) -> None:
     """Trains as one process of a group."""
     torch.set_num_threads(1)
+    setup.multiplies_bf16 = lambda: True
     if not torch.cuda.is_available():  # only tests/gpu sees GPUs
         os.environ["ACCELERATE_USE_CPU"] = "1"
     if num_processes > 1:

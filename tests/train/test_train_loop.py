@@ -138,6 +138,20 @@ def test_fp16_without_a_gpu_falls_back_with_one_warning(
     assert_same_weights(whole, fp16)
 
 
+def test_bf16_on_a_cpu_that_emulates_it_falls_back_with_one_warning(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = train(make_config(num_steps=2))
+    monkeypatch.setattr(setup, "multiplies_bf16", lambda: False)
+    capsys.readouterr()
+    bf16 = train(make_config(num_steps=2, out=str(tmp_path / "bf16"), mixed_precision="bf16"))
+    assert capsys.readouterr().err.count("bf16 needs bfloat16 instructions") == 1
+    assert_same_weights(whole, bf16)
+
+
 def test_non_finite_steps_are_skipped_counted_and_named(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
