@@ -176,8 +176,8 @@ class TrainConfig:
     max_train_s: float | None = None
     """Finish the run after this many seconds of training, summed over restarts."""
     mixed_precision: Precision = "fp16"
-    """Precision of the forward and backward pass; weights stay float32. fp16 needs a GPU, bf16 a GPU
-    or a CPU with bfloat16 instructions; elsewhere the run uses float32, with a warning."""
+    """Precision of the forward and backward pass; weights stay float32. fp16 needs a GPU, bf16 a
+    GPU or a CPU with bfloat16 instructions; elsewhere the run uses float32, with a warning."""
     compile: bool = False
     """Compile the denoiser's blocks with torch.compile: a slow first step, faster ones after."""
     channels_last: bool = False

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 
 from latent_t2i.configs import cli
 from latent_t2i.model.bundle import read_info
+from latent_t2i.train import setup
 from latent_t2i.train.config import OptimConfig, TrainConfig
 from latent_t2i.train.loop import train
 from tests import tiny
