@@ -365,7 +365,7 @@ def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: 
             continue
         if name in MUST_BE_PRESENT and name not in old:
             raise ValueError(
-                f"{name}: the run in {folder} is of an older version, with another order and noise; "
+                f"{name}: the run in {folder} is of an older version with another order and noise; "
                 f"found no such setting in its checkpoint, expected {is_now!r}; finish it with "
                 "that version, or start another run with another --name or --out"
             )
