@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from latent_t2i.model.paths import ROOT
 
 SHORT = ["--config", "demo", "--name", "short"]
@@ -26,6 +28,7 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_four_commands(elsewhere: Path) -> None:
     out = ["--out", "run"]
     shards = ["--source.num-images", "40", "--out", "shards"]

@@ -78,6 +78,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("latent_t2i.model.paths.shutil.disk_usage", lambda path: usage)
 
 
+@pytest.mark.slow
 def test_flop_is_per_image_and_the_same_for_every_attention_kernel() -> None:
     one = measure_small(micro_batch_size=1).forward_flop
     assert measure_small().forward_flop == one

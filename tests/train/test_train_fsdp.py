@@ -64,6 +64,7 @@ def test_plain_tensors_are_not_copied() -> None:
     assert fsdp.local_shard(tensors["a"], torch.zeros(3)) is tensors["a"]
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumed_on_one_process_equals_one_of_one_process(
     make_config: MakeConfig, tmp_path: Path, forks: ForkServerContext
 ) -> None:
