@@ -74,6 +74,7 @@ def test_two_compiled_processes_continue_a_run_of_one_that_is_not_compiled(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # while torch traces
 def test_no_bucket_exceeds_the_recompile_limit(
     make_config: MakeConfig, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
