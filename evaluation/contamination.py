@@ -22,7 +22,7 @@ from tqdm import tqdm
 from latent_t2i.evaluation.metrics.metric import Item
 from latent_t2i.evaluation.objects import coco_id
 from latent_t2i.evaluation.training_set import choose, open_sets
-from latent_t2i.shards.buckets import hash_file
+from latent_t2i.model.paths import hash_file
 from latent_t2i.shards.reader import ShardSet
 
 KEYS_AT_ONCE = 10_000

@@ -29,7 +29,7 @@ from latent_t2i.evaluation.reference import load_statistics
 from latent_t2i.evaluation.rows import Panel, Row
 from latent_t2i.evaluation.training_set import TrainingSet
 from latent_t2i.sample import sampler
-from latent_t2i.sample.pictures import describe_bundle
+from latent_t2i.sample.pictures import describe_bundle, describe_guide
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
@@ -55,9 +55,13 @@ class Evaluation:
         """Returns a draw with the main settings but for `changes`; draws what is missing of it."""
         settings = replace(main_settings(self.config), **changes)
         seeds = seeds_of(items, self.config.seed)
-        draw = Draw(name=name, items=items, seeds=seeds, settings=settings, identity=self.identity)
         assert self.pipeline is not None
-        draw.draw(self.pipeline, self.out, self.group, batch_size=self.config.batch_size)
+        guide = settings.guide and sampler.load_guide(settings.guide, self.pipeline)
+        identity = {**self.identity, **describe_guide(settings.guide)}
+        draw = Draw(name=name, items=items, seeds=seeds, settings=settings, identity=identity)
+        draw.draw(
+            self.pipeline, self.out, self.group, batch_size=self.config.batch_size, guide=guide
+        )
         return draw
 
     def batches(self, paths: Sequence[Path], items: Sequence[Item]) -> Iterator[Batch]:

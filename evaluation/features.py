@@ -12,7 +12,6 @@ whether it is installed must not change a figure.
 from __future__ import annotations
 
 import abc
-import hashlib
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +29,7 @@ from latent_t2i.evaluation.metrics.metric import Batch, Context, FeatureMetric, 
 from latent_t2i.evaluation.networks import find_network, load_image_processor, load_network
 from latent_t2i.evaluation.resize import prepare
 from latent_t2i.model.encoders import fingerprint
-from latent_t2i.model.paths import find_path
+from latent_t2i.model.paths import find_path, hash_file
 
 FLAG = "--weights.features"
 INCEPTION = "inception"
@@ -103,7 +102,7 @@ class Inception(Extractor):
         super().__init__(INCEPTION, device)
         path = find_inception(weights)
         self._mode = mode
-        self._sha256 = file_sha256(path)
+        self._sha256 = hash_file(path)
         network = _load_inception(path)
         # The layers in their order, without the network's own resize, which is `legacy` only.
         *layers, last = network.children()
@@ -268,9 +267,3 @@ def _plain(value: Any) -> str:
 
 def _versions(*packages: str) -> dict[str, str]:
     return {package: version(package) for package in packages}
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

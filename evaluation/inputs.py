@@ -7,6 +7,7 @@ from typing import Any
 
 from latent_t2i.evaluation import contamination
 from latent_t2i.evaluation.captions import read_items
+from latent_t2i.evaluation.compare import read_results
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.curves import read_history
 from latent_t2i.evaluation.images import Size, image_size, list_images
@@ -43,6 +44,8 @@ class Inputs:
     """Statistics of the reference without its images."""
     train_shards: Path | None = None
     contamination: Mapping[str, Any] | None = None
+    others: Sequence[tuple[str, Mapping[str, Any]]] = ()
+    """Name and results of the evaluations to show beside this one."""
 
     @property
     def available(self) -> frozenset[Need]:
@@ -64,7 +67,8 @@ def open_inputs(config: EvaluationConfig) -> Inputs:
     inputs = _finished_images(config, out) if config.images else _of_bundle(config, out)
     inputs = replace(inputs, train_shards=train_shards_of(config, inputs.info))
     reals, statistics = _open_reference(config, inputs)
-    inputs = replace(inputs, reals=reals, statistics=statistics)
+    others = [read_results(name) for name in config.compare]
+    inputs = replace(inputs, reals=reals, statistics=statistics, others=others)
     return replace(inputs, contamination=_check_contamination(config, inputs))
 
 

@@ -7,7 +7,6 @@ with one random caption each. So the choice is written to prompts.json beside th
 second run reads it.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -18,7 +17,7 @@ from typing import Any
 from latent_t2i.evaluation.captions import read_items
 from latent_t2i.evaluation.config import EvaluationConfig, ProtocolName
 from latent_t2i.evaluation.metrics.metric import Item
-from latent_t2i.model.paths import find_path
+from latent_t2i.model.paths import find_path, hash_file
 from latent_t2i.scenes.prompts import Prompt
 
 PROMPTS_FILE = "prompts.json"
@@ -123,7 +122,7 @@ def protocol_items(config: EvaluationConfig, out: Path) -> list[Item]:
         "protocol": config.protocol,
         "num_prompts": config.num_prompts,
         "seed": protocol.prompts_seed,
-        "captions_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "captions_sha256": hash_file(path),
     }
     listed = out / PROMPTS_FILE
     if listed.exists():

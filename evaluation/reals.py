@@ -15,6 +15,7 @@ from latent_t2i.evaluation.metrics.metric import Batch, Item
 from latent_t2i.evaluation.processes import Group
 from latent_t2i.evaluation.rows import share_of
 from latent_t2i.model.encoders import Autoencoder, encode_images, quiet
+from latent_t2i.model.paths import hash_file
 from latent_t2i.scenes.dataset import render
 
 
@@ -100,12 +101,6 @@ def hash_files(folder: Path, paths: Sequence[Path]) -> str:
     for path in paths:
         total.update(f"{path.relative_to(folder).as_posix()}\n{hash_file(path)}\n".encode())
     return total.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """Returns the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def reconstructions(vae: Autoencoder, batches: Iterator[Batch]) -> Iterator[Batch]:

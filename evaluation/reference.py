@@ -38,13 +38,12 @@ from latent_t2i.evaluation.features import (
     INCEPTION,
     WHAT_MATTERS,
     Extractor,
-    file_sha256,
     load_extractor,
     mismatch,
 )
 from latent_t2i.evaluation.images import CROP, Size, batches_of, list_images, read_image
 from latent_t2i.evaluation.metrics.metric import Batch, Context, Item
-from latent_t2i.model.paths import find_path, output_root
+from latent_t2i.model.paths import find_path, hash_file, output_root
 from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.sources.locators import locator_to_json, read_image_bytes
 from latent_t2i.pipeline.sources.open import open_source
@@ -102,7 +101,7 @@ class _Files:
     size: Size | None
 
     def record(self) -> dict[str, str]:
-        files = [f"{p.relative_to(self.folder).as_posix()} {file_sha256(p)}" for p in self.paths]
+        files = [f"{p.relative_to(self.folder).as_posix()} {hash_file(p)}" for p in self.paths]
         return _record(self.name, files, len(self.paths), self.size)
 
     def statistics(self, extractor: Extractor, batch_size: int) -> FeatureStats:
@@ -123,7 +122,7 @@ class _Source:
     size: Size | None
 
     def record(self) -> dict[str, str]:
-        hashes = {path: file_sha256(Path(path)) for path in self._local_files()}
+        hashes = {path: hash_file(Path(path)) for path in self._local_files()}
         places = [json.dumps([r.key, *locator_to_json(r.locator)]) for r in self.records]
         files = [*places, *(f"{path} {digest}" for path, digest in hashes.items())]
         left_out = {"images_left_out": str(self.num_unusable)}
@@ -165,7 +164,7 @@ class _Statistics:
     path: Path
 
     def record(self) -> dict[str, str]:
-        return {"images": self.name, "images_sha256": file_sha256(self.path)}
+        return {"images": self.name, "images_sha256": hash_file(self.path)}
 
     def statistics(self, extractor: Extractor, batch_size: int) -> FeatureStats:
         stats = FeatureStats.load(self.path)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latent_t2i.evaluation import protocol
-from latent_t2i.evaluation.compare import PER_IMAGE_FILE, RESULTS_FILE, read_results
+from latent_t2i.evaluation.compare import PER_IMAGE_FILE, RESULTS_FILE
 from latent_t2i.evaluation.draws import Draw
 from latent_t2i.evaluation.intervals import interval, wilson
 from latent_t2i.evaluation.metrics.metric import FeatureMetric
-from latent_t2i.evaluation.reals import hash_file
 from latent_t2i.evaluation.report import render_report
 from latent_t2i.evaluation.rows import Row
+from latent_t2i.model.paths import hash_file
 from latent_t2i.sample.pictures import describe_bundle
 
 if TYPE_CHECKING:
@@ -67,19 +67,18 @@ def collect(
         "spread": _spread(run, main),
         "skipped": run.panel.skipped,
         "contamination": run.inputs.contamination,
-        "details": {
-            name: {row: metric.details() for row, metric in _by_row(judged, name).items()}
-            for name in run.panel.names
-        },
+        "details": {name: _details(judged, name) for name in run.panel.names},
         "identities": identities,
         "pictures": None if samples is None else samples.folder.as_posix(),
         "per_image": _per_image(run, main, paths),
     }
 
 
-def _by_row(judged: Mapping[str, Row], name: str) -> dict[str, Any]:
-    found = {row.name: row.metrics.get(name) for row in judged.values()}
-    return {row: metric for row, metric in found.items() if metric and metric.details()}
+def _details(judged: Mapping[str, Row], name: str) -> dict[str, Any]:
+    """Returns a metric's details by row, without rows that have none."""
+    metrics = {row: found.metrics[name] for row, found in judged.items() if name in found.metrics}
+    details = {row: metric.details() for row, metric in metrics.items()}
+    return {row: found for row, found in details.items() if found}
 
 
 def _drawn(run: Evaluation, samples: Draw | None) -> dict[str, Any] | None:
@@ -143,7 +142,8 @@ def _per_image(run: Evaluation, row: Row, paths: Sequence[Path]) -> list[dict[st
             "key": item.key,
             "prompt": item.captions[0] if item.captions else "",
             "group": item.group,
-            "values": values.get(item.position, {}),
+            # NaN marks a value that does not apply to the image; JSON has no NaN.
+            "values": {n: v for n, v in values.get(item.position, {}).items() if isfinite(v)},
         }
         for item, path in zip(run.inputs.items, paths, strict=True)
     ]
@@ -179,13 +179,14 @@ def write(run: Evaluation, found: dict[str, Any], timing: Mapping[str, float]) -
         metrics["train_seconds"] = round(float(info["train_seconds"]), 1)
         metrics |= describe_bundle(run.inputs.bundle)
     found["metrics"] = metrics
+    # If this process is killed below, no older report stands beside the new figures.
+    (out / REPORT_FILE).unlink(missing_ok=True)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in per_image)
     _replace(out / PER_IMAGE_FILE, lines)
     _replace(out / RESULTS_FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     _replace(out / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
-    others = [read_results(name) for name in run.config.compare]
     page = render_report(
-        found, out, history=run.inputs.history, info=info, others=others,
+        found, out, history=run.inputs.history, info=info, others=run.inputs.others,
         train_shards=None if run.inputs.train_shards is None else str(run.inputs.train_shards),
     )  # fmt: skip
     _replace(out / REPORT_FILE, page)

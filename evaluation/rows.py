@@ -197,7 +197,9 @@ def halves(panel: Panel) -> Row:
              if isinstance(m, FeatureMetric)}  # fmt: skip
     if not known <= even.keys():
         return Row(name="real", metrics={})  # statistics of another tool have no halves
-    return panel.row("real", odd, even, only=lambda cls: issubclass(cls, FeatureMetric))
+    row = panel.row("real", odd, even, only=lambda cls: issubclass(cls, FeatureMetric))
+    row.num_images = max((stats.count for stats in even.values()), default=0)
+    return row
 
 
 def judge_samples(panel: Panel, batches: Iterable[Batch], group: Group, items: Sequence[Item]

@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from latent_t2i.evaluation import rows
 from latent_t2i.evaluation.draws import Draw, part_of
 from latent_t2i.evaluation.metrics.metric import Item, Metric
-from latent_t2i.evaluation.reals import hash_file
 from latent_t2i.model.bundle import INFO_FILE, find_bundle, read_info
-from latent_t2i.model.paths import find_path
+from latent_t2i.model.paths import find_path, hash_file
 from latent_t2i.model.posthoc import average_file, find_folders, read_snapshot
 from latent_t2i.sample import sampler
 from latent_t2i.sample.pictures import describe_bundle

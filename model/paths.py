@@ -6,6 +6,7 @@ the current directory. Default outputs go to the checkout, or to the current dir
 """
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,12 @@ def free_bytes(folder: Path) -> int:
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(existing).free
+
+
+def hash_file(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def format_bytes(num_bytes: float) -> str:

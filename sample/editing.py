@@ -5,7 +5,6 @@ the noised original after each step, as in Lugmayr et al. 2022 (2201.09865) with
 needs no special U-Net.
 """
 
-import hashlib
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from PIL import Image, ImageOps
 
 from latent_t2i.model.bundle import find_bundle
 from latent_t2i.model.grid import labelled_grid, read_settings, save_png
-from latent_t2i.model.paths import complete_or_absent, find_path, output_root
+from latent_t2i.model.paths import complete_or_absent, find_path, hash_file, output_root
 from latent_t2i.sample.folder import save_whole
 from latent_t2i.sample.pictures import describe_bundle
 from latent_t2i.sample.settings import EditConfig
@@ -234,7 +233,7 @@ def describe_edit(config: EditConfig) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hash_file(path)
 
 
 def _label(prompt: str, seed: int) -> str:

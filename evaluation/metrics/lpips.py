@@ -7,7 +7,6 @@ torchvision's VGG16 or AlexNet; the weights' file decides which. Main trade-off:
 part of most VAEs' training loss and therefore flatters them.
 """
 
-import hashlib
 import importlib
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -20,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from latent_t2i.evaluation.metrics.metric import Batch, Context, ImageMetric, MissingWeights
-from latent_t2i.model.paths import find_path
+from latent_t2i.model.paths import find_path, hash_file
 
 FLAG = "--weights.lpips"
 DEFAULT = "vgg16-397923af.pth"
@@ -37,7 +36,7 @@ class Distance:
         """Loads torchvision's weights; raises ValueError if they are of another network."""
         weights = _read_weights(path)
         self.net = _find_net(weights, path)
-        self._sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self._sha256 = hash_file(path)
         self._device = device
         self._network = make_network(self.net, weights).to(device)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from latent_t2i.evaluation import draws, inputs, protocol
@@ -18,6 +19,8 @@ from latent_t2i.evaluation.metrics import METRICS, metric_class
 from latent_t2i.evaluation.metrics.metric import Batch, Item
 from latent_t2i.evaluation.rows import Panel, rotate_captions
 from latent_t2i.model.bundle import digest
+from latent_t2i.model.config import EMAConfig
+from latent_t2i.model.posthoc import save_snapshot
 from latent_t2i.sample import pictures
 from latent_t2i.scenes.dataset import write_coco
 from tests.bundles import make_bundle
@@ -46,8 +49,17 @@ def results(out: Path) -> dict[str, Any]:
 def evaluated(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output folder of all metrics on scenes, with sweeps."""
     out = tmp_path_factory.mktemp("evaluated")
+    snapshots = tmp_path_factory.mktemp("snapshots")
+    unet = UNet2DConditionModel.from_pretrained(bundle / "unet")
+    weaker = {name: tensor.detach() * 0.9 for name, tensor in unet.named_parameters()}
+    averages = {0.05: weaker, 0.1: weaker}
+    average = EMAConfig(sigma_rels=(0.05, 0.1), snapshot_every_steps=2)
+    save_snapshot(snapshots, average, averages, step=2, train_s=1.0, settings={"batch_size": 4})
     sweep = SweepConfig(
-        guidance_intervals=((0.1, 5.0),), num_steps=(1, 2), checkpoints=(str(bundle),)
+        guidance_intervals=((0.1, 5.0),),
+        guides=(str(bundle),),
+        num_steps=(1, 2),
+        checkpoints=(str(bundle), str(snapshots)),
     )
     settings = config(
         bundle, out, metrics=("all",), guidance_scales=(1.0, 4.0), sweep=sweep, started_at=1
@@ -78,6 +90,7 @@ def test_rows_have_floors_and_ceilings(evaluated: Path) -> None:
     assert found["intervals"]["oracle/single/shape_and_colour"][1] > 0, "of a share of 0 %"
     assert len(found["spread"]["cmmd"]["values"]) == 3
     lines = (evaluated / "per_image.jsonl").read_text().splitlines()
+    assert not [line for line in lines if "NaN" in line], "not JSON"
     assert [json.loads(line)["position"] for line in lines] == list(range(12))
     assert all((evaluated / json.loads(line)["file"]).is_file() for line in lines)
 
@@ -95,6 +108,10 @@ def test_sweeps(evaluated: Path) -> None:
     assert [point["value"] for point in sweeps["guidance_scale"]] == [1.0, 4.0]
     assert [point["num_steps"] for point in sweeps["sampler"]] == [1, 2]
     assert {point["num_images"] for points in sweeps.values() for point in points} == {6}
+    guided = sweeps["guide"][0]["folder"]
+    assert (evaluated / guided / "000000.png").is_file()
+    assert [(p["step"], p["images_seen"]) for p in sweeps["checkpoints"]] == [(2, 8), (3, None)]
+    assert len({p["figures"]["clip_score"] for p in sweeps["checkpoints"]}) == 2
     main = {p["value"]: p["folder"] for p in sweeps["guidance_scale"]}[4.0]
     assert main == results(evaluated)["pictures"], "the main images are not drawn again"
 
@@ -199,6 +216,7 @@ def test_faulty_inputs_are_named(folders: tuple[Path, Path], tmp_path: Path) -> 
         ({"captions": str(few)}, r"--captions: .* captions of 2 images, fewer than the 8 images"),
         ({"images": str(tmp_path / "images")}, r"--images: .* has 0 images; expected two or more"),
         ({"reference": "absent"}, r"--reference: no folder or file 'absent'"),
+        ({"compare": ("absent",)}, r"^absent does not exist; expected the output folder of"),
         ({"metrics": ("fid",)}, r"--metrics fid: --weights.inception: .* download"),
         ({"metrics": ("oracle",)}, r"--metrics oracle: needs generated scenes: --oracle"),
         ({"metrics": ("fidd",)}, r"--metrics: found 'fidd', expected all or some of oracle, "),
