@@ -1,9 +1,7 @@
 """What the page does, without a browser: bundles, previews, images one by one, stopping, errors."""
 
-import functools
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +22,14 @@ from latent_t2i.scenes.dataset import render
 from latent_t2i.scenes.world import WORLDS, make_scene
 from tests.bundles import make_bundle
 
+pytestmark = pytest.mark.usefixtures("load_once")
+
 SETTINGS = DrawSettings(num_steps=3)
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bundle(tmp_path_factory.mktemp("mine") / "bundle")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _load_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "load", functools.cache(sampler.load))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Image to image, inpainting and variations: the stock pipelines' images, masks and errors."""
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from PIL import Image
 from latent_t2i.configs.cli import ConfigError, parse
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.grid import read_settings, save_png
-from latent_t2i.sample import editing, sampler
+from latent_t2i.sample import editing
 from latent_t2i.sample.schedulers import choose_scheduler
 from latent_t2i.sample.settings import EditConfig
 from latent_t2i.sample.stock import load_stock
 from tests.bundles import make_bundle
+
+pytestmark = pytest.mark.usefixtures("load_once")
 
 PROMPT = "a red circle"
 KINDS = {"v": ObjectiveConfig(prediction="v"), "flow": ObjectiveConfig(prediction="flow")}
@@ -31,13 +32,6 @@ KINDS = {"v": ObjectiveConfig(prediction="v"), "flow": ObjectiveConfig(predictio
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bundles")
     return {name: make_bundle(folder / name, kind) for name, kind in KINDS.items()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _load_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "load", functools.cache(sampler.load))
-        yield
 
 
 @pytest.fixture(scope="module")

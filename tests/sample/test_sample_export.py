@@ -1,7 +1,6 @@
 """Export: model card, float16 variants, what is overwritten, and the upload to a stand-in Hub."""
 
 import base64
-import functools
 import json
 import shutil
 import threading
@@ -24,22 +23,11 @@ from latent_t2i.model.grid import read_settings
 from latent_t2i.sample import publishing, sampler
 from latent_t2i.sample.card import write_card
 from latent_t2i.sample.settings import ExportConfig
-from tests.bundles import make_bundle
+
+pytestmark = pytest.mark.usefixtures("load_once")
 
 PROMPTS = ("a red circle", "a blue star")
 REPO = "someone/scenes"
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("run") / "bundle")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _load_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "load", functools.cache(sampler.load))
-        yield
 
 
 @pytest.fixture(scope="module")

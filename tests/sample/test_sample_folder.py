@@ -18,7 +18,6 @@ from latent_t2i.sample import folder as folders
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings
 from latent_t2i.sample.folder import Picture, draw_folder, picture_path
-from tests.bundles import make_bundle
 
 IDENTITY = {"bundle": "here", "bundle_sha256": "ab", "dtype": "float32"}
 ANCESTRAL = DrawSettings(scheduler="euler-ancestral", num_steps=2)
@@ -32,11 +31,6 @@ PICTURES = [
 def names_and_bytes(folder: Path) -> dict[str, bytes]:
     """Returns the content of each file, hidden ones too."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
 
 
 @pytest.fixture(scope="module")

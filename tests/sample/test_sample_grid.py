@@ -1,9 +1,7 @@
 """`sample.grid`: tables of prompts x guidance scales, seeds, steps or bundles."""
 
-import functools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +14,10 @@ from latent_t2i.model.bundle import INFO_FILE
 from latent_t2i.model.grid import read_settings
 from latent_t2i.sample import comparison, sampler
 from latent_t2i.sample.settings import GridConfig
-from tests.bundles import make_bundle
+
+pytestmark = pytest.mark.usefixtures("load_once")
 
 PROMPTS = ("a red circle", "a blue star")
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _load_once() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "load", functools.cache(sampler.load))
-        yield
 
 
 def draw(bundle: Path, out: Path, *flags: str) -> Path:

@@ -15,17 +15,11 @@ from latent_t2i.model.grid import read_settings
 from latent_t2i.sample import interpolation, sampler
 from latent_t2i.sample.interpolation import slerp
 from latent_t2i.sample.settings import InterpolateConfig
-from tests.bundles import make_bundle
 
 PROMPTS = ("a red circle", "a blue star")
 VECTORS = st.lists(st.floats(-100, 100), min_size=4, max_size=4).map(
     lambda values: torch.tensor(values, dtype=torch.float64)
 )
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,6 @@ from latent_t2i.sample.prompts import read_prompts
 from tests.bundles import make_bundle
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle") / "bundle")
-
-
 def config(bundle: Path, out: Path, **settings: object) -> SampleConfig:
     chosen = {"prompts": ("a red circle", "ein rotes Häuschen 赤"), "num_steps": 3} | settings
     return SampleConfig(bundle=str(bundle), out=str(out), **chosen)
