@@ -95,6 +95,7 @@ def evaluate(config: EvaluationConfig) -> Path:
         run.pipeline = sampler.load(inputs.bundle, device=device, dtype=config.dtype)
         dtype = str(run.pipeline.dtype).removeprefix("torch.")
         run.identity = describe_bundle(inputs.bundle) | {"dtype": dtype}
+        sweep_points.check_points(run)
     if inputs.train_shards is not None:
         vae = None if run.pipeline is None else run.pipeline.vae
         panel.training = partial(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from latent_t2i.evaluation import rows
-from latent_t2i.evaluation.draws import Draw, part_of
+from latent_t2i.evaluation.config import EvaluationConfig
+from latent_t2i.evaluation.draws import Draw, main_settings, part_of
 from latent_t2i.evaluation.metrics.metric import Item, Metric
 from latent_t2i.model.bundle import INFO_FILE, find_bundle, read_info
 from latent_t2i.model.paths import find_path, hash_file
@@ -90,10 +91,24 @@ def judge_sweeps(run: Evaluation, main: Draw | None) -> dict[str, list[dict[str,
         folder = {"folder": draw.folder.as_posix()}
         result = {**point.label, **folder, **judge_point(run, items, paths)}
         found.setdefault(point.sweep, []).append(result)
-    checkpoints = [judge_checkpoint(run, c, items) for c in find_checkpoints(run)]
+    checkpoints = [judge_checkpoint(run, c, items) for c in find_checkpoints(run.config)]
     if checkpoints:
         found["checkpoints"] = sorted(checkpoints, key=lambda point: int(point["step"]))
-    return {sweep: points for sweep, points in found.items() if len(points) > 1 or sweep == "guide"}
+    if len(found["guidance_scale"]) == 1:
+        del found["guidance_scale"]  # the main images alone compare nothing
+    return found
+
+
+def check_points(run: Evaluation) -> None:
+    """Raises ValueError for a sweep that cannot be drawn, before anything is."""
+    assert run.pipeline is not None
+    main = main_settings(run.config)
+    for point in settings_points(run):
+        settings = replace(main, **point.changes)
+        if settings.guide is not None:
+            find_bundle(settings.guide)
+        sampler.keywords(run.pipeline, replace(settings, guide=None))
+    find_checkpoints(run.config)
 
 
 def judge_point(run: Evaluation, items: Sequence[Item], paths: Sequence[Path]) -> dict[str, Any]:
@@ -121,10 +136,10 @@ class Checkpoint:
     """The snapshot's file; None for a bundle."""
 
 
-def find_checkpoints(run: Evaluation) -> list[Checkpoint]:
+def find_checkpoints(config: EvaluationConfig) -> list[Checkpoint]:
     """Returns the checkpoints of the settings: bundles, snapshots, and folders of either."""
     found = []
-    for name in run.config.sweep.checkpoints:
+    for name in config.sweep.checkpoints:
         folder = find_path(name)
         if folder is None:
             raise ValueError(f"--sweep.checkpoints: no folder {name!r}")

@@ -108,6 +108,7 @@ def test_sweeps(evaluated: Path) -> None:
     assert [point["value"] for point in sweeps["guidance_scale"]] == [1.0, 4.0]
     assert [point["num_steps"] for point in sweeps["sampler"]] == [1, 2]
     assert {point["num_images"] for points in sweeps.values() for point in points} == {6}
+    assert len(sweeps["guidance_interval"]) == 1, "a single point is a result, too"
     guided = sweeps["guide"][0]["folder"]
     assert (evaluated / guided / "000000.png").is_file()
     assert [(p["step"], p["images_seen"]) for p in sweeps["checkpoints"]] == [(2, 8), (3, None)]
@@ -242,6 +243,19 @@ def test_images_of_the_training_set_are_refused(folders: tuple[Path, Path], tmp_
     evaluate(replace(settings, allow_contamination=True))
     assert results(tmp_path / "out")["contamination"]["count"] == 2
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["contaminated_images"] == 2
+
+
+def test_sweeps_that_cannot_be_drawn_are_refused_before_drawing(
+    bundle: Path, tmp_path: Path
+) -> None:
+    for sweep, message in (
+        (SweepConfig(checkpoints=("absent",)), r"--sweep.checkpoints: no folder 'absent'"),
+        (SweepConfig(guides=("absent",)), r"--bundle: no folder 'absent'"),
+        (SweepConfig(num_steps=(5000,)), r"--num-steps: expected at most the 1000"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(config(bundle, tmp_path / "out", sweep=sweep))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_training_set_of_a_run_is_found_by_its_hash(
