@@ -48,6 +48,7 @@ class Served:
         self.out = folder / "pictures"
         self.log = folder / "log.txt"
         command = [sys.executable, "-m", "latent_t2i.sample.app", "--port", "0"]
+        command += ["--bundle", "scenes/bundle"]  # not that of a demo run here
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*command, "--out", str(self.out)],
