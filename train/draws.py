@@ -25,7 +25,7 @@ USE_SHIFT = 28
 SCALARS, NOISE, POSTERIOR, OFFSET = range(4)
 """The uses, which enter the counter: new ones belong at the end."""
 # On a CPU, what is drawn at once fits the cache. On a GPU, 2^20 blocks take about 100 MB.
-MAX_BLOCKS_CPU, MAX_BLOCKS_GPU = 2**15, 2**20
+MAX_BLOCKS_CPU, MAX_BLOCKS_GPU = 2**16, 2**20
 
 
 @dataclass(frozen=True, kw_only=True)

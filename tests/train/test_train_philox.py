@@ -1,5 +1,6 @@
 """Philox against the vectors of Random123 and an implementation on Python's integers."""
 
+import itertools
 import math
 
 import pytest
@@ -55,10 +56,14 @@ def test_words_are_those_of_the_paper_for_any_counter(counter: tuple[int, ...], 
 
 
 def test_words_of_a_counter_are_broadcast() -> None:
-    rows, columns, one = torch.arange(3)[:, None], torch.arange(5), torch.tensor(7)
-    found = torch.stack(philox((rows, columns, one, one), 9))
-    assert found.shape == (4, 3, 5)
-    assert found[:, 2, 4].tolist() == reference((2, 4, 7, 7), 9)
+    """As many as vectorised loops need, and a rest."""
+    rows, columns = torch.arange(3)[:, None] << 30, torch.arange(37) * 0x7654321
+    one, key = torch.tensor(7), 9 << 60
+    found = torch.stack(philox((rows, columns, one, rows), key))
+    assert found.shape == (4, 3, 37)
+    for row, column in itertools.product(range(3), range(37)):
+        counter = (row << 30, column * 0x7654321, 7, row << 30)
+        assert found[:, row, column].tolist() == reference(counter, key)
 
 
 def test_uniform_numbers_have_53_bits() -> None:
