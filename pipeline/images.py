@@ -134,13 +134,15 @@ class Picture:
     """(width, height) of the whole image, upright."""
     crop_px: Box
     """The part of it that `pixels` shows, rounded to hundredths."""
+    sha256: str
+    """Of the file's bytes, in hex."""
 
 
 def load(content: bytes, preprocessing: Preprocessing, *, key: str) -> Picture:
     """Decodes, resizes and crops an image file. Raises UnreadableImageError.
 
-    The result depends on the arguments only. Safe to call from threads: decoding and resizing
-    release the GIL.
+    The result depends on the arguments only. Safe to call from threads: decoding, resizing and
+    hashing release the GIL.
     """
     with _open(io.BytesIO(content)) as image:
         size_px = image.size
@@ -163,7 +165,8 @@ def load(content: bytes, preprocessing: Preprocessing, *, key: str) -> Picture:
     box_drafted = (left, top, right, bottom)
     pixels = upright.resize(preprocessing.size_px, Image.Resampling.BICUBIC, box_drafted)
     left, top, right, bottom = (round(side, 2) for side in box)
-    return Picture(np.array(pixels), size_px, (left, top, right, bottom))
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Picture(np.array(pixels), size_px, (left, top, right, bottom), sha256)
 
 
 def read_size(source: bytes | BinaryIO) -> tuple[int, int]:

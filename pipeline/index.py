@@ -32,6 +32,7 @@ LARGEST_PICTURE = Picture(
     pixels=np.zeros((0, 0, 3), np.uint8),
     source_size_px=(2**31, 2**31),
     crop_px=(2**31, 2**31, 2**31, 2**31),
+    sha256="0" * 64,
 )
 """An image whose sizes have the most characters in a record's JSON."""
 CHUNK_RECORDS = 1024

@@ -1,6 +1,7 @@
 """Image decoding, cropping and resizing, and the reasons for files that cannot be used."""
 
 import contextlib
+import hashlib
 import io
 import logging
 import math
@@ -88,7 +89,9 @@ def photographs(coco_mini: Path) -> list[bytes]:
 
 
 def test_centre_of_the_shorter_side() -> None:
-    picture = load_as(saved(halves(), "PNG"), to(8))
+    content = saved(halves(), "PNG")
+    picture = load_as(content, to(8))
+    assert picture.sha256 == hashlib.sha256(content).hexdigest()
     assert picture.source_size_px == (40, 20) and picture.crop_px == (10, 0, 30, 20)
     assert picture.pixels.shape == (8, 8, 3) and picture.pixels.dtype == np.uint8
     assert picture.pixels.flags.writeable
