@@ -6,6 +6,7 @@ No batch spans two shards, so a shard's bytes are a function of its own records.
 that occurs in two shards is encoded twice.
 """
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,8 +33,8 @@ from latent_t2i.shards.schema import Example
 GPU_STREAMS = 2
 JOBS_AHEAD = 2
 """Batches in progress per encoding thread, beyond the one whose result is awaited."""
-NOT_FINITE = ("latent is not finite in float16", "text is not finite in float16")
-"""Reasons to quarantine a record that are caused by the networks, not by its image."""
+NOT_FINITE = "is not finite in float16"
+"""Ends a reason to quarantine a record that is caused by a network, not by its image."""
 Quantise = Callable[[NDArray[np.float16]], NDArray[np.int8]]
 LoadResult = Picture | UnreadableImageError
 
@@ -60,21 +61,24 @@ class Skipped:
     reason: str
 
 
-class EncodedCaption(NamedTuple):
-    """A caption's arrays, and whether it was truncated and is finite."""
+Arrays = Mapping[str, NDArray[Any]]
+"""Arrays of one caption or one image by field."""
 
-    hidden: NDArray[np.float16] | NDArray[np.int8]  # (T, D)
-    tokens: NDArray[np.int32]  # (T,)
+
+class EncodedCaption(NamedTuple):
+    """A caption's arrays, whether it was truncated, and a field that is not finite."""
+
+    arrays: Arrays
     is_cut: bool
-    is_finite: bool
+    not_finite: str | None
 
 
 class EncodedImage(NamedTuple):
-    """A record with its latent, or with the error that its image raised."""
+    """A record with its arrays (views, ...), or with the error that its image raised."""
 
     record: Record
     picture: LoadResult
-    latent: NDArray[np.float16] | None  # (views, C', h, w)
+    arrays: Arrays
 
 
 Encoded = tuple[dict[str, EncodedCaption], list[EncodedImage]]
@@ -138,27 +142,32 @@ class EncoderPool:
         pictures = [load() for load in loads]
         pixels = [picture.pixels for picture in pictures if isinstance(picture, Picture)]
         with self._stream():
-            latents = iter(encode_views(self._encoders, np.stack(pixels)) if pixels else ())
+            fields = encode_views(self._encoders, np.stack(pixels, 1)) if pixels else {}
             captions: dict[str, EncodedCaption] = {}
             for group in batch.captions:
                 captions |= self._encode_captions(group)
+        numbers = itertools.count()
         images = [
-            EncodedImage(record, picture, next(latents) if isinstance(picture, Picture) else None)
+            EncodedImage(
+                record,
+                picture,
+                _item(fields, next(numbers)) if isinstance(picture, Picture) else {},
+            )
             for record, picture in zip(batch.records, pictures, strict=True)
         ]
         return captions, images
 
     def _encode_captions(self, group: Mapping[str, Sequence[int]]) -> dict[str, EncodedCaption]:
         found = {}
-        hidden, tokens, is_cut = encode_captions(self._encoders, list(group.values()))
-        for index, caption in enumerate(group):
-            text = hidden[index]
-            is_finite = bool(np.isfinite(text).all())
+        fields = encode_captions(self._encoders, group)
+        max_tokens = self._encoders.text.max_tokens
+        for index, (caption, token_ids) in enumerate(group.items()):
             # Copies, so that the batch's arrays are freed before the last of its captions.
-            stored = self._quantise(text) if self._quantise and is_finite else text.copy()
-            found[caption] = EncodedCaption(
-                stored, tokens[index].copy(), bool(is_cut[index]), is_finite
-            )
+            arrays = {name: items.copy() for name, items in _item(fields, index).items()}
+            not_finite = _find_not_finite(arrays)
+            if self._quantise and not not_finite:
+                arrays["text"] = self._quantise(arrays["text"])
+            found[caption] = EncodedCaption(arrays, len(token_ids) > max_tokens, not_finite)
         return found
 
     def _begin_thread(self) -> None:
@@ -212,19 +221,33 @@ def cut_batches(
 
 
 def _finish(image: EncodedImage, captions: Mapping[str, EncodedCaption]) -> Example | Skipped:
-    record, picture, latent = image
+    record, picture, arrays = image
     found = [captions[caption] for caption in record.captions]
     if isinstance(picture, UnreadableImageError):
         return Skipped(key=record.key, reason=str(picture))
-    if latent is None or not np.isfinite(latent).all():
-        return Skipped(key=record.key, reason=NOT_FINITE[0])
-    if not all(caption.is_finite for caption in found):
-        return Skipped(key=record.key, reason=NOT_FINITE[1])
+    not_finite = (_find_not_finite(arrays), *(caption.not_finite for caption in found))
+    if name := next(filter(None, not_finite), None):
+        return Skipped(key=record.key, reason=f"{name} {NOT_FINITE}")
+    of_captions = {name: np.stack([c.arrays[name] for c in found]) for name in found[0].arrays}
+    extra = {**arrays, **of_captions}
     truncated = [index for index, caption in enumerate(found) if caption.is_cut]
     return Example(
         key=record.key,
-        latent=latent,
-        text=np.stack([caption.hidden for caption in found]),
-        tokens=np.stack([caption.tokens for caption in found]),
+        latent=extra.pop("latent"),
+        text=extra.pop("text"),
+        tokens=extra.pop("tokens"),
         meta=make_meta(record, truncated=truncated, picture=picture),
     )
+
+
+def _item(fields: Arrays, index: int) -> dict[str, NDArray[Any]]:
+    """Returns one item of a batch of each field."""
+    return {name: items[index] for name, items in fields.items()}
+
+
+def _find_not_finite(arrays: Arrays) -> str | None:
+    """Returns the name of a field with NaN or infinity, if there is one."""
+    for name, values in arrays.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            return name
+    return None

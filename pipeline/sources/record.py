@@ -55,7 +55,7 @@ def make_meta(record: Record, *, truncated: Sequence[int], picture: Picture) -> 
         "captions": list(record.captions),
         "truncated": list(truncated),
         "source_size_px": list(picture.source_size_px),
-        "crop_px": [round(side) for side in picture.crop_px],
+        "crop_px": [round(side) for side in picture.crops_px[0]],
         **record.extra,
     }
 

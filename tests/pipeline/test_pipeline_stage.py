@@ -218,7 +218,7 @@ def test_networks_that_give_nan_stop_the_run_at_the_first_batch(
 ) -> None:
     def load(*args: Any) -> Any:
         encoders = load_encoders(*args)
-        network = encoders.vae.encoder if part == "vae" else encoders.text.network
+        network = encoders.vae.network.encoder if part == "vae" else encoders.text.network
         for weights in network.parameters():
             weights.fill_(torch.nan)
         return encoders
