@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from numpy.typing import NDArray
 
 from latent_t2i.shards.buckets import Buckets, finish_buckets
 from latent_t2i.shards.loader import Loader, batches
@@ -30,6 +31,7 @@ from latent_t2i.shards.schema import (
     make_layout,
     round_up,
 )
+from latent_t2i.shards.shard_table import shard_number
 from latent_t2i.shards.writer import FoundScale, ShardWriter, begin_set, finish_set, keep_text_scale
 
 CHANNELS = 4
@@ -179,16 +181,32 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
+def edit_table(folder: Path, change: Callable[[NDArray[Any]], object]) -> None:
+    """Edits the rows of shards.npy and stores the matching hashes, like a faulty writer."""
+    rows = np.load(folder / "shards.npy")
+    changed = change(rows)
+    np.save(folder / "shards.npy", rows if changed is None else changed)
+    update_hash(folder, "shards.npy")
+
+
 def update_hash(folder: Path, name: str) -> None:
-    """Stores the hash of a changed file in the manifest, and in the list of a bucketed set."""
-    sha256 = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    """Stores size and hash of a changed file in the manifest, and in the list of a bucketed set."""
+    content = (folder / name).read_bytes()
+    digest = hashlib.sha256(content)
+    if name.endswith(".tar"):
+
+        def change_row(rows: NDArray[Any]) -> None:
+            rows["sha256"][rows["number"] == shard_number(name)] = digest.digest()
+
+        edit_table(folder, change_row)
+        return
 
     def change(document: dict[str, Any]) -> None:
         scale = document["text_scale"]
-        entries = [*document["shards"], document["empty_text"], document["empty_tokens"]]
-        for entry in [*entries, *([scale["file"]] if scale else [])]:
+        names = ("shard_table", "quarantine", "shard_sums", "empty_text", "empty_tokens")
+        for entry in [*(document[name] for name in names), *([scale["file"]] if scale else [])]:
             if entry["name"] == name:
-                entry["sha256"] = sha256
+                entry.update(bytes=len(content), sha256=digest.hexdigest())
 
     def change_list(document: dict[str, Any]) -> None:
         for bucket in document["buckets"]:

@@ -148,14 +148,14 @@ def read_file(url: str, *, size: int | None = None, retry: Retry | None = None) 
 def fetch_document(
     kind: type[DocumentT], location: str, folder: Path, *, retry: Retry | None = None
 ) -> DocumentT:
-    """Downloads a manifest or list of buckets to a local folder and checks it.
+    """Downloads a manifest, with its shard table, or a list of buckets to a folder and checks it.
 
     Raises FormatError like `Document.load`, with the location in place of the folder.
     """
     content = read_file(join(location, kind.FILE_NAME), retry=retry)
     (folder / kind.FILE_NAME).write_bytes(content)
     try:
-        return kind.load(folder)
+        return kind.load(folder, lambda entry: fetch_file(location, folder, entry, retry=retry))
     except FormatError as error:
         raise FormatError(str(error).replace(str(folder), without_query(location))) from error
 
@@ -163,20 +163,30 @@ def fetch_document(
 def fetch_small_files(
     location: str, folder: Path, manifest: Manifest, *, retry: Retry | None = None
 ) -> None:
-    """Downloads the files beside the shards to a local folder, unless they are there already.
+    """Downloads the files that are read when a set is opened to a local folder.
 
     Raises FormatError if the hash of a file differs from the manifest's.
     """
     for entry in manifest.small_files:
-        path = folder / entry.name
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256:
-            continue
-        url = join(location, entry.name)
-        content = read_file(url, size=entry.bytes, retry=retry)
-        check_sha256(url, entry, hashlib.sha256(content).hexdigest())
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(content)
-        partial.rename(path)
+        fetch_file(location, folder, entry, retry=retry)
+
+
+def fetch_file(
+    location: str, folder: Path, entry: FileEntry, *, retry: Retry | None = None
+) -> None:
+    """Downloads a small file of a set to a local folder, unless it is there already.
+
+    Raises FormatError if its hash differs from the manifest's.
+    """
+    path = folder / entry.name
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256:
+        return
+    url = join(location, entry.name)
+    content = read_file(url, size=entry.bytes, retry=retry)
+    check_sha256(url, entry, hashlib.sha256(content).hexdigest())
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.rename(path)
 
 
 def check_sha256(url: str, entry: FileEntry, found: str, *, tries: int = 1) -> None:
