@@ -49,6 +49,7 @@ from latent_t2i.pipeline.sets import (
 from latent_t2i.pipeline.sources.open import SceneSettings, open_source
 from latent_t2i.pipeline.writing import write_missing
 from latent_t2i.shards.buckets import finish_buckets
+from latent_t2i.shards.duplicates import find_duplicates
 from latent_t2i.shards.schema import MANIFEST_NAME, Manifest, Provenance
 from latent_t2i.shards.writer import (
     begin_set,
@@ -196,6 +197,7 @@ def plan_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Pat
         make_provenance(config, encoders, index),
         latent_shape=encoders.latent_shape,
         text_shape=encoders.text_shape,
+        fields=encoders.further_fields,
     )
 
 
@@ -311,6 +313,11 @@ def finish(
         if sets[0].bucket:
             finish_buckets(out, list(manifests), quarantined=no_bucket)
             remove_progress(out)
+    duplicates = find_duplicates(out)
+    if duplicates is not None and duplicates.num:
+        for copy, original in duplicates.examples:
+            print(f"duplicate   {copy} = {original}")
+        print(f"duplicates  {duplicates.count()}")
     print(report.summary(manifests, index.by_file_name(merged), out))
     return manifests
 

@@ -23,7 +23,13 @@ import torch
 from numpy.typing import NDArray
 
 from latent_t2i.pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions, encode_views
-from latent_t2i.pipeline.images import Picture, Preprocessing, UnreadableImageError, load
+from latent_t2i.pipeline.images import (
+    Picture,
+    Preprocessing,
+    UnreadableImageError,
+    load,
+    view_boxes,
+)
 from latent_t2i.pipeline.index import TokenizedRecord
 from latent_t2i.pipeline.plan import ShardPlan
 from latent_t2i.pipeline.sources.locators import LocatorError, read_image_bytes
@@ -230,6 +236,8 @@ def _finish(image: EncodedImage, captions: Mapping[str, EncodedCaption]) -> Exam
         return Skipped(key=record.key, reason=f"{name} {NOT_FINITE}")
     of_captions = {name: np.stack([c.arrays[name] for c in found]) for name in found[0].arrays}
     extra = {**arrays, **of_captions}
+    if len(picture.crops_px) > 1:
+        extra["view_box"] = view_boxes(picture, len(arrays["latent"]))
     truncated = [index for index, caption in enumerate(found) if caption.is_cut]
     return Example(
         key=record.key,
@@ -237,6 +245,7 @@ def _finish(image: EncodedImage, captions: Mapping[str, EncodedCaption]) -> Exam
         text=extra.pop("text"),
         tokens=extra.pop("tokens"),
         meta=make_meta(record, truncated=truncated, picture=picture),
+        extra=extra,
     )
 
 

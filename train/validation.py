@@ -172,7 +172,7 @@ def check_overlap(
     sets = plain_sets(training)
     if any(type(part) is not ShardSet for part in sets):
         return "not compared with the training set, which is not local"
-    unknown = "not compared with the training set: a set of an earlier release has no image hashes"
+    unknown = "not compared with the training set: a set of format 2 has no image hashes"
     keys: dict[bytes, str] = {}
     for numbers, part in by_set(records, plain_sets(shards)):
         hashes = part.image_hashes(numbers)
