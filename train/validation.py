@@ -22,6 +22,7 @@ from latent_t2i.model.diffusion import ObjectiveConfig, sample_timesteps
 from latent_t2i.model.ema import EMA
 from latent_t2i.shards.access import Access, open_set
 from latent_t2i.shards.buckets import BucketedShards
+from latent_t2i.shards.duplicates import read_image_hashes
 from latent_t2i.shards.order import mixed_seed
 from latent_t2i.shards.reader import ShardSet
 from latent_t2i.shards.remote.transport import is_remote
@@ -33,10 +34,8 @@ from latent_t2i.train.on_main import on_main
 
 FLAG = "validation.shards"
 NUM_QUARTERS = 4
-# Reading a training record's key costs a page of its shard, so larger sets are sampled.
-MAX_KEYS_READ = 100_000
-# Latents whose relative difference is below this are of the same image.
-SAME_LATENT = 0.1
+# Reading the hash of a training record's image costs a page of its shard: larger sets are sampled.
+MAX_HASHES_READ = 100_000
 Shards = ShardSet | BucketedShards
 
 
@@ -159,27 +158,33 @@ def require_match(location: str, shards: Shards, training: Shards) -> None:
 def check_overlap(
     location: str, shards: Shards, records: NDArray[np.int64], training: Shards
 ) -> str:
-    """Raises ValueError if the training set holds one of `records`; returns what was checked.
+    """Raises ValueError if the training set has the image of one of `records`.
 
-    Records are the same if key and latent agree: folders may number their images alike.
+    Images are compared by the hash of their files. Returns what was compared.
     """
     sets = plain_sets(training)
     if any(type(part) is not ShardSet for part in sets):
         return "not compared with the training set, which is not local"
-    held_out: dict[str, Tensor] = {}
+    unknown = "not compared with the training set: a set of format 2 has no image hashes"
+    keys: dict[bytes, str] = {}
     for numbers, part in by_set(records, plain_sets(shards)):
-        held_out |= zip(part.keys(numbers), first_latents(part, numbers), strict=True)
-    every = -(-len(training) // MAX_KEYS_READ)
+        hashes = part.image_hashes(numbers)
+        if hashes is None:
+            return unknown
+        keys |= zip(hashes.tolist(), part.keys(numbers), strict=True)
+    every = -(-len(training) // MAX_HASHES_READ)
     for part in sets:
-        numbers = np.arange(0, len(part), every)
-        for index, key in enumerate(part.keys(numbers)):
-            one = numbers[index : index + 1]
-            if key in held_out and is_same(held_out[key], first_latents(part, one)[0]):
+        for numbers, hashes in read_image_hashes(part, every):
+            if hashes is None:
+                return unknown
+            (shared,) = np.nonzero(np.isin(hashes, [*keys]))
+            if len(shared):
+                (key,) = part.keys(numbers[shared[:1]])
                 raise ValueError(
-                    f"{FLAG}: {location}: expected held-out records, found record {key} of the "
-                    "training set"
+                    f"{FLAG}: {location}: expected images that are not in the training set, but "
+                    f"the image of record {keys[hashes[shared[0]]]} is that of its record {key}"
                 )
-    return f"no overlap with {'all' if every == 1 else f'every {every}th'} of the training records"
+    return f"no image is in {'all' if every == 1 else f'every {every}th'} of the training records"
 
 
 def by_set(
@@ -190,23 +195,6 @@ def by_set(
     for part in sets:
         yield records[(records >= first) & (records < first + len(part))] - first, part
         first += len(part)
-
-
-def first_latents(part: ShardSet, numbers: NDArray[np.int64]) -> Tensor:
-    """Returns the latents (N, C, h, w) of the records' first views, the means of moments.
-
-    Log-variances are excluded, because they are large and nearly equal for all images.
-    """
-    zeros = np.zeros(len(numbers))
-    return part.gather(numbers, zeros, zeros).latent[:, : part.manifest.latent_channels]
-
-
-def is_same(one: Tensor, other: Tensor) -> bool:
-    """Returns whether two latents are of the same image, up to rounding."""
-    if one.shape != other.shape:
-        return False
-    difference = (one.float() - other.float()).norm()
-    return bool(difference <= SAME_LATENT * one.float().norm())
 
 
 @torch.no_grad()

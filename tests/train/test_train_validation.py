@@ -1,5 +1,6 @@
 """The validation loss: fixed examples, any number of processes, no effect on training."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
@@ -16,7 +17,7 @@ from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.shards.order import USES, mixed_seed
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Manifest
-from latent_t2i.train import loop
+from latent_t2i.train import loop, validation
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import PreviewConfig, TrainConfig, ValidationConfig
 from latent_t2i.train.draws import Draws
@@ -279,33 +280,53 @@ def test_a_set_that_does_not_match_the_training_set_is_refused(
         validate(validated({"shards": str(folder)}), 1)
 
 
-def test_records_of_the_training_set_are_refused_by_key_and_latent(
-    validated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def make_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes ten records with the keys of the training set and the hashes of other images."""
     make = shard_sets.make_examples
 
-    def make_set(name: str, sign: int) -> Path:
-        """Makes ten records whose log-variances, as real ones, are large and nearly equal."""
+    def make_set(name: str, first_image: int | None) -> Path:
+        def hashed(*args: Any, **settings: Any) -> Any:
+            images = itertools.count(first_image)
+            return [
+                replace(example, meta={"image_sha256": f"{next(images):064x}", **example.meta})
+                for example in make(*args, **settings)
+            ]
 
-        def signed(*args: Any, **settings: Any) -> Any:
-            examples = make(*args, **settings)
-            for example in examples:
-                example.latent[:, : shard_sets.CHANNELS] *= sign
-                example.latent[:, shard_sets.CHANNELS :] = -60
-            return examples
-
-        monkeypatch.setattr(shard_sets, "make_examples", signed)
+        monkeypatch.setattr(shard_sets, "make_examples", make if first_image is None else hashed)
         return tiny.make_shards(tmp_path / name, sizes=(10,))
+
+    return make_set
+
+
+def test_images_of_the_training_set_are_refused(
+    validated: Any, make_set: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records are not compared by key, because folders may number their images alike."""
 
     def check(val: Path) -> str:
         return validate(validated({"shards": str(val)}, shards=str(training)), 1).notes[-1]
 
-    training, same_keys = make_set("train", 1), make_set("val", -1)
-    ours, theirs = (open_shards(folder).keys(np.arange(10)) for folder in (training, same_keys))
+    training, others, overlapping = (
+        make_set(name, first) for name, first in (("train", 0), ("val", 10), ("overlap", 9))
+    )
+    ours, theirs = (open_shards(folder).keys(np.arange(10)) for folder in (training, others))
     assert ours == theirs
-    assert check(same_keys).endswith("no overlap with all of the training records")
-    with pytest.raises(ValueError, match=r"found record 00-3-\d+ of the training set"):
-        check(make_set("copy", 1))
+    assert check(others).endswith("no image is in all of the training records")
+    message = rf"the image of record {ours[0]} is that of its record {ours[9]}$"
+    with pytest.raises(ValueError, match=message):
+        check(overlapping)
+    monkeypatch.setattr(validation, "MAX_HASHES_READ", 5)  # not record 9
+    assert check(overlapping).endswith("no image is in every 2th of the training records")
+
+
+def test_sets_without_hashes_of_images_are_not_compared(
+    validated: Any, make_set: Callable[..., Path]
+) -> None:
+    old, new = make_set("old", None), make_set("new", 0)
+    for training, val in ((old, new), (new, old), (old, old)):
+        (*_, note) = validate(validated({"shards": str(val)}, shards=str(training)), 1).notes
+        assert "not compared with the training set: a set of format 2 has no image hashes" in note
 
 
 def test_a_missing_set_is_reported_and_a_wrong_location_refused(
