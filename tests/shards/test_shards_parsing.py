@@ -33,6 +33,7 @@ from tests.shard_sets import (
     edit_json,
     layout_of,
     make_examples,
+    make_fields,
     make_provenance,
     make_scale,
     write_buckets,
@@ -299,10 +300,13 @@ def assert_format_errors_only(
 
 
 def test_mutated_manifests(tmp_path: Path) -> None:
+    fields = make_fields()
     write_set(
         tmp_path / "set",
-        [make_examples(2, text_dtype="int8"), make_examples(1, text_dtype="int8", seed=1)],
+        [make_examples(n, text_dtype="int8", seed=n, fields=fields) for n in (2, 1)],
+        make_provenance(text_dtype="int8", fields=fields),
         quarantined={"bad": "not an image"},
+        field_scales={"clip": np.ones(6, np.float32)},
     )
     assert_format_errors_only(tmp_path, "set/manifest.json", lambda: use(tmp_path / "set"))
     use(tmp_path / "set")

@@ -9,14 +9,24 @@ import numpy as np
 import pytest
 
 from latent_t2i.shards.buckets import Buckets
+from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.remote.cache import CachedShards, CacheLoader
+from latent_t2i.shards.remote.store import open_store
 from latent_t2i.shards.remote.stream import StreamLoader, open_streamed
 from latent_t2i.shards.schema import FormatError, Manifest
 from latent_t2i.shards.summary import summarise
 from latent_t2i.shards.verify import verify
 from latent_t2i.shards.writer import begin_set
 from tests import shard_sets
-from tests.shard_sets import edit_json, make_examples, make_provenance, write_set
+from tests.shard_sets import (
+    assert_batches_equal,
+    collect,
+    edit_json,
+    make_examples,
+    make_provenance,
+    write_set,
+)
 
 DATA = Path(__file__).parent / "data" / "v2"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
@@ -53,6 +63,17 @@ def test_version_2_gathers_the_same_values(folder: Path) -> None:
     for name in ("latent", "text"):
         content = getattr(batch, name).numpy().tobytes()
         assert hashlib.sha256(content).hexdigest() == EXPECTED["float16"][name], name
+
+
+def test_version_2_is_cached(folder: Path, tmp_path: Path) -> None:
+    shards = CachedShards(open_store(str(folder), tmp_path / "cache", 10**9))
+    order = shards.order(batch_size=3, seed=0)
+    mapped = MapLoader(shards=open_shards(folder), order=order)
+    assert_batches_equal(
+        collect(CacheLoader(shards=shards, order=order), 0, 4), collect(mapped, 0, 4)
+    )
+    assert shards.sha256 == EXPECTED["float16"]["sha256"]
+    shards.close()
 
 
 def test_version_2_streams(folder: Path) -> None:
