@@ -36,6 +36,7 @@ from tests.shard_sets import (
     make_fields,
     make_provenance,
     make_scale,
+    update_hash,
     write_buckets,
     write_set,
 )
@@ -348,3 +349,22 @@ def test_mutated_progress(tmp_path: Path) -> None:
     for name in ("shard-000000.json", "provenance.json", "text_scale.json"):
         assert_format_errors_only(tmp_path, f"set/progress/{name}", finish, is_hashed=False)
     finish()
+
+
+@pytest.mark.parametrize("name", ["shards.npy", "shard_sums.npy", "quarantine.jsonl"])
+def test_mutated_files_that_the_manifest_hashes(tmp_path: Path, name: str) -> None:
+    """Both random bytes and extreme values; the hashes match."""
+    folder = tmp_path / "set"
+    shards = [make_examples(2), make_examples(1, seed=1)]
+    write_set(folder, shards, quarantined={"a": "not an image", "b": "truncated file"})
+    content = (folder / name).read_bytes()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        changed = bytearray(spoil(content, rng))
+        if seed % 2:
+            changed = bytearray(content)
+            place = int(rng.integers(len(content) - 8))
+            changed[place : place + 8] = rng.choice([b"\xff", b"\0", b"\x80"]) * 8
+        (folder / name).write_bytes(changed)
+        update_hash(folder, name)
+        use(folder)
