@@ -72,7 +72,6 @@ class Validation:
         return Batch(
             latent=raw.latent,
             text=raw.text,
-            tokens=raw.tokens,
             drop=torch.zeros(len(positions), dtype=torch.bool),
             timesteps=self.timesteps[piece],
             posterior_noise=noise[0],

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from latent_t2i.shards.access import Access, make_loader, open_set
 from latent_t2i.shards.loader import MapLoader, batches
@@ -283,7 +284,7 @@ def test_background_errors_are_raised_by_the_batch(
     made = batches(CacheLoader(shards=shards, order=order), start=0, stop=20)
     seen: list[int] = []
     with pytest.raises(RemoteError, match=rf"^{server.url}/{name}: .*{message}"):
-        seen.extend(len(batch.tokens) for batch in made)
+        seen.extend(len(batch) for batch in made)
     assert len(seen) == (SIZES[0] + SIZES[1]) // 2
 
 
@@ -404,6 +405,7 @@ def test_unused_sets_are_deleted_for_room(
 
 SHARE = """
 import sys
+import torch
 from pathlib import Path
 from latent_t2i.shards.remote.cache import CachedShards, CacheLoader
 from latent_t2i.shards.loader import batches
@@ -414,7 +416,7 @@ order = shards.order(batch_size=8, seed=3, shuffle="blocks", window_shards=2)
 loader = CacheLoader(shards=shards, order=order, rank=rank, num_processes=2)
 total = 0
 for batch in batches(loader, start=0, stop=30):
-    total += batch.tokens.sum().item()
+    total += batch.text.view(torch.int16).long().sum().item()
 print(total)
 """
 
@@ -436,7 +438,9 @@ def test_processes_share_a_bounded_cache(folder: Path, server: Server, tmp_path:
     assert 0 < most <= bound
     for rank in range(2):
         loader = MapLoader(shards=mapped, order=order, rank=rank, num_processes=2)
-        assert found[rank] == sum(int(b.tokens.sum()) for b in collect(loader, 0, 30))
+        assert found[rank] == sum(
+            int(b.text.view(torch.int16).long().sum()) for b in collect(loader, 0, 30)
+        )
 
 
 def test_concurrent_readers_download_each_shard_once(

@@ -15,6 +15,7 @@ from latent_t2i.shards import checks
 from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import BLOCK_BYTES, MEMBERS, FormatError, Manifest
+from latent_t2i.shards.settings import Verify
 from tests.shard_sets import edit_json, make_examples, write_set
 
 
@@ -34,8 +35,8 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
     edit_json(folder / "manifest.json", change)
 
 
-def use_shard_0(folder: Path) -> None:
-    open_shards(folder, verify="none").gather(np.array([0]), np.array([0.0]), np.array([0.0]))
+def use_shard_0(folder: Path, verify: Verify = "none") -> None:
+    open_shards(folder, verify=verify).gather(np.array([0]), np.array([0.0]), np.array([0.0]))
 
 
 def test_other_schema_version(folder: Path) -> None:
@@ -129,8 +130,10 @@ def test_inconsistent_manifest(
 
 def test_missing_shard(folder: Path) -> None:
     shard_of(folder).unlink()
-    with pytest.raises(FormatError, match=r"shard-000000\.tar: missing, expected a file of \d+"):
-        open_shards(folder)
+    open_shards(folder)  # a shard is checked when it is first used
+    for verify in ("none", "full"):
+        with pytest.raises(FormatError, match=r"shard-000000\.tar: missing, expected a file of \d"):
+            use_shard_0(folder, verify)
 
 
 @pytest.mark.parametrize(("extra", "state"), [(-1, "truncated"), (1, "too long")])
@@ -139,8 +142,9 @@ def test_wrong_size(folder: Path, extra: int, state: str) -> None:
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[: size + min(extra, 0)] + bytes(max(extra, 0)))
     message = rf"shard-000000\.tar: {state}: expected {size} bytes, found {size + extra}"
-    with pytest.raises(FormatError, match=message):
-        open_shards(folder)
+    for verify in ("none", "full"):
+        with pytest.raises(FormatError, match=message):
+            use_shard_0(folder, verify)
 
 
 @pytest.mark.parametrize("name", ["empty_text.npy", "empty_tokens.npy"])
@@ -214,12 +218,12 @@ def test_unreadable_file_is_reported_by_lazy_verification(
 
 
 def test_manifest_of_another_set(tmp_path: Path, folder: Path) -> None:
-    """Other sizes are found on opening, otherwise equal sets by their hashes."""
+    """Other sizes are found at the first use, otherwise equal sets by their hashes."""
     write_set(tmp_path / "other", [make_examples(3, seed=1)])
     write_set(tmp_path / "longer", [make_examples(4)])
     shutil.copy(tmp_path / "longer" / "manifest.json", folder / "manifest.json")
     with pytest.raises(FormatError, match=r"shard-000000\.tar: truncated: expected \d+ bytes"):
-        open_shards(folder)
+        use_shard_0(folder)
     shutil.copy(tmp_path / "other" / "manifest.json", folder / "manifest.json")
     open_shards(folder)
     with pytest.raises(FormatError, match=r"shard-000000\.tar: sha256: expected \w{64}, found"):
