@@ -298,10 +298,9 @@ class ShardSet:
 
     def _open(self, shards: NDArray[np.int64]) -> None:
         """Opens those of some shards that are not in slots. Use it with the lock held."""
-        slots = self._source.slots
-        slots.touch(shards)
-        missing = np.unique(shards[slots.of[shards] < 0]).tolist()
-        if missing:
+        is_missing = self._source.slots.touch(shards) < 0
+        if is_missing.any():
+            missing = np.unique(shards[is_missing]).tolist()
             self._source.for_each(self._open_one, missing)
             self._verify(missing)
 

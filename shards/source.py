@@ -38,11 +38,16 @@ class Slots:
         self._used_at = np.zeros(self.num, np.int64)  # 0: free
         self._clock = 1
 
-    def touch(self, files: NDArray[np.int64]) -> None:
-        """Marks the files of a gather as used now: none of them will be replaced by another."""
-        self._clock += 1
+    def touch(self, files: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Marks files (B,) as used now, so that none of them replaces another; returns their slots.
+
+        The slot of a file that is in none is -1.
+        """
         slots = self.of[files]
-        self._used_at[slots[slots >= 0]] = self._clock
+        if self.num < len(self.of):  # otherwise no file is ever replaced
+            self._clock += 1
+            self._used_at[slots[slots >= 0]] = self._clock
+        return slots
 
     def take(self, file: int, *, replace: bool) -> int | None:
         """Gives a file a free slot, or with `replace` the slot of the least recently used file.

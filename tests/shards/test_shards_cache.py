@@ -130,6 +130,44 @@ def test_batches_equal_map_access_within_the_bound(
     assert 0.3 * bound < max(most) <= bound
 
 
+@pytest.mark.parametrize("read", ["map", "pread"])
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_fewer_slots_than_shards_in_the_cache(
+    folder: Path, server: Server, tmp_path: Path, read: Any, num_slots: int
+) -> None:
+    mapped = open_shards(folder)
+    store = open_store(server.url, tmp_path / "cache", 10**9, retry=QUICK)
+    shards = CachedShards(store, read=read, num_slots=num_slots, is_lazy=True)
+    order = mapped.order(batch_size=8, seed=3)
+    assert_batches_equal(
+        collect(CacheLoader(shards=shards, order=order), 0, 12),
+        collect(MapLoader(shards=mapped, order=order), 0, 12),
+    )
+    assert (shards._source.slots.of >= 0).sum() == num_slots
+    assert {server.counts[entry.name] for entry in mapped.manifest.shards} == {1}
+    shards.finish_verification()
+    shards.close()
+
+
+def test_shard_evicted_by_another_process_is_downloaded_again(
+    folder: Path, server: Server, tmp_path: Path
+) -> None:
+    """It is on disk when it is downloaded, and gone when it gets a slot."""
+    mapped = open_shards(folder)
+    shards = CachedShards(
+        open_store(server.url, tmp_path / "cache", 10**9, retry=QUICK), num_slots=1
+    )
+    every = np.arange(len(shards))
+    assert shards.keys(every) == mapped.keys(every)
+    for entry in shards.manifest.shards[2:5]:
+        (shards.store.folder / entry.name).unlink()
+    assert shards.keys(every[::-1].copy()) == mapped.keys(every)[::-1]
+    assert shards.meta(13) == mapped.meta(13)
+    counts = [server.counts[entry.name] for entry in shards.manifest.shards]
+    assert counts == [1, 1, 2, 2, 2, 1, 1, 1]
+    shards.close()
+
+
 def test_shard_needed_last_is_evicted_first(
     folder: Path, server: Server, open_cache: Callable[..., CachedShards]
 ) -> None:

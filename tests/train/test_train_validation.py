@@ -133,7 +133,7 @@ def test_the_examples_are_fixed_and_their_timesteps_stratified(validated: Any) -
     batches = [one.batch(positions) for positions in one.batches()]
     (whole,) = (other.batch(positions) for positions in other.batches())
     assert [len(batch) for batch in batches] == [3, 3, 2]
-    for name in ("latent", "text", "tokens", "timesteps", "posterior_noise", "noise", "drop"):
+    for name in ("latent", "text", "timesteps", "posterior_noise", "noise", "drop"):
         joined = torch.cat([getattr(batch, name) for batch in batches])
         assert torch.equal(joined, getattr(whole, name)), name
     assert (whole.timesteps * 8 // 1000).sort().values.tolist() == list(range(8))
