@@ -16,6 +16,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,7 +63,7 @@ class FileReader:
             if slot is not None:
                 before, self._files[slot] = self._files[slot], before
         if before:
-            os.close(before[0])
+            _close(before[0])
 
     def close(self, file: int) -> None:
         """Closes a file, if it is open."""
@@ -72,7 +73,7 @@ class FileReader:
                 self.slots.release(slot)
                 before, self._files[slot] = self._files[slot], None
                 assert before
-                os.close(before[0])
+                _close(before[0])
 
     def for_each(self, function: Callable[[int], None], files: Sequence[int]) -> None:
         """Calls a function that opens a file for several files at once."""
@@ -170,7 +171,12 @@ def _after(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:
     return [buffers[0][num_bytes:], *buffers[1:]] if buffers else []
 
 
+def _close(descriptor: int) -> None:
+    with suppress(OSError):  # the server may be gone; nothing was written
+        os.close(descriptor)
+
+
 def _close_all(files: list[tuple[int, Path] | None]) -> None:
     for opened in files:
         if opened:
-            os.close(opened[0])
+            _close(opened[0])
