@@ -34,12 +34,12 @@ from latent_t2i.shards.pread import FileReader
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
     KEY_PATTERN,
-    MEMBERS,
     FileEntry,
     FormatError,
     Layout,
     Manifest,
     ShardEntry,
+    member_of,
     npy_header,
 )
 from latent_t2i.shards.settings import ReadMode, Verify
@@ -47,6 +47,8 @@ from latent_t2i.shards.source import Part, Source
 
 NAME_BYTES = 100
 """Size of a tar header's first field, the name of the member."""
+HASH_START, HASH_CHARACTERS = b'{"image_sha256":"', 64
+"""How the JSON of a record with the hash of its image begins, and the length of the hash."""
 FIELDS = ("latent", "text")
 """The fields that training uses."""
 TORCH_DTYPES = {
@@ -116,20 +118,21 @@ def open_shards(
     verify: Verify = "lazy",
     read: ReadMode = "auto",
 ) -> "ShardSet":
-    """Opens a finished set of shards: reads the manifest and the arrays beside the shards.
+    """Opens a finished set of shards: reads the manifest and the shard table, but no shard.
 
     `fields` are those that batches contain. `vae_sha256` and `text_sha256` are the hashes of the
     encoders that the caller will use. A shard is checked when it is first used.
 
-    Raises FormatError for an unfinished set, another schema version, a missing or truncated file, a
-    wrong hash, an unknown field, or the output of other encoders.
+    The size of a shard is compared when it is first used, and with `verify` full all files are
+    hashed here. Raises FormatError for an unfinished set, another schema version, a wrong hash, a
+    missing file, an unknown field, or the output of other encoders.
     """
     folder = Path(path)
     manifest = Manifest.load(folder)
     require_encoders(folder, manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
-    if verify == "full":
-        for entry in manifest.files:
-            check_size(folder, entry)
+    for entry in manifest.files if verify == "full" else manifest.small_files:
+        check_size(folder, entry)
+        if verify == "full":
             check_hash(folder, entry)
     return ShardSet(
         folder, manifest, fields=fields, is_lazy=verify == "lazy", read=choose_read(read, folder)
@@ -166,16 +169,17 @@ class ShardSet:
             name: torch.from_numpy(load_array(folder, *expected))
             for name, expected in small_arrays(manifest).items()
         }
-        self.empty_text = small.pop("empty_text")  # (T, D) float16
-        self.empty_tokens = small.pop("empty_tokens")  # (T,) int32
-        self.text_scale = small.pop("text_scale", None)  # (D,) float32 for int8 text, else None
-        self.field_scales = small  # (last dimension,) float32, by name of a further int8 field
-        counts = np.array([shard.records for shard in manifest.shards])
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self._layout = np.array([shard.layout for shard in manifest.shards])
+        self.empty_text = small["empty_text"]  # (T, D) float16
+        self.empty_tokens = small["empty_tokens"]  # (T,) int32
+        self.text_scale = small.get("text_scale")  # (D,) float32 for int8 text, else None
+        self.field_scales = {  # (last axis,) float32, for further fields that have one
+            spec.name: small[f"{spec.name}_scale"] for spec in manifest.fields if spec.scale
+        }
+        self._starts = np.concatenate([[0], np.cumsum(manifest.shards.records)])
+        self._layout = manifest.shards.layouts
         self._record_bytes = np.array([layout.record_bytes for layout in manifest.layouts])
         self.items = {name: make_items(str(folder), name, manifest) for name in fields}
-        num_shards, largest = len(counts), int(shard_bytes(manifest).max())
+        num_shards, largest = len(manifest.shards), int(manifest.shards.bytes.max())
         self._source: Source = (
             Region(num_shards, largest, num_slots)
             if read == "map"
@@ -197,7 +201,7 @@ class ShardSet:
     @property
     def shard_sizes(self) -> NDArray[np.int64]:
         """Number of records of each shard (num_shards,)."""
-        return np.diff(self._starts)
+        return self.manifest.shards.records
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -254,6 +258,21 @@ class ShardSet:
         names = torch.empty((len(first), NAME_BYTES), dtype=torch.uint8)
         self._gather(shards, [Part(first, NAME_BYTES, BLOCK_BYTES, names)])
         return [key_of(name.tobytes()) for name in names.numpy()]
+
+    def image_hashes(self, records: NDArray[np.int64]) -> NDArray[np.bytes_] | None:
+        """Returns the sha256 of the records' image files, in hex (B,); None if a record has none.
+
+        The hash has the same place in each JSON, so none is parsed.
+        """
+        shards, first = self._locate(records)
+        first = first + self.manifest.layouts[0].fields["json"].offset_bytes  # of each layout
+        size = len(HASH_START) + HASH_CHARACTERS
+        found = torch.empty((len(first), size), dtype=torch.uint8)
+        self._gather(shards, [Part(first, size, BLOCK_BYTES, found)])
+        heads = found.numpy()
+        if (heads[:, : len(HASH_START)] != np.frombuffer(HASH_START, np.uint8)).any():
+            return None
+        return np.ascontiguousarray(heads[:, len(HASH_START) :]).view(f"S{HASH_CHARACTERS}")[:, 0]
 
     def meta(self, record: int) -> dict[str, Any]:
         """Returns the JSON of a record: `captions`, `truncated` and the source's own keys."""
@@ -354,15 +373,10 @@ class Items:
     """All items start at multiples of it."""
 
 
-def shard_bytes(manifest: Manifest) -> NDArray[np.int64]:
-    """Returns the size of each shard (num_shards,)."""
-    return np.array([shard.bytes for shard in manifest.shards])
-
-
 def make_items(location: str, name: str, manifest: Manifest) -> Items:
     """Returns a field of a set. Raises FormatError if the set has no such array."""
     per = {"latent": "view", "text": "caption", "tokens": "caption"}
-    per |= {spec.name: spec.per for spec in getattr(manifest, "fields", ())}
+    per |= {spec.name: spec.per for spec in manifest.fields}
     if name not in per:
         raise FormatError(f"{location}: fields: expected some of {[*per]}, found {name!r}")
     parts = [layout.fields[name] for layout in manifest.layouts]
@@ -384,8 +398,9 @@ def make_items(location: str, name: str, manifest: Manifest) -> Items:
 def map_shard(path: Path, entry: ShardEntry, layout: Layout) -> dict[str, NDArray[Any]]:
     """Maps one shard; returns its fields (records, ...) by name.
 
-    Raises FormatError if the first or last record does not match the layout.
+    Raises FormatError if its size is wrong, or the first or last record does not match the layout.
     """
+    check_size(path.parent, entry)
     region = Region(1, entry.bytes)
     region.open(0, path)
     for record in (0, entry.records - 1):
@@ -415,10 +430,10 @@ def check_record(path: str | Path, read: Callable[[int, int], bytes], layout: La
         start = part.offset_bytes - part.header_bytes
         header = read(start - BLOCK_BYTES, BLOCK_BYTES + part.header_bytes)
         member = _text(header[:NAME_BYTES])
-        if member != f"{key}.{MEMBERS[name]}":
+        if member != f"{key}.{member_of(name)}":
             raise FormatError(
                 f"{path}: key {key!r}: field {name}: expected member "
-                f"{key + '.' + MEMBERS[name]!r} at byte {start - BLOCK_BYTES}, found {member!r}: "
+                f"{key + '.' + member_of(name)!r} at byte {start - BLOCK_BYTES}, found {member!r}: "
                 "not a shard of this layout"
             )
         found = header[BLOCK_BYTES:]
@@ -444,6 +459,9 @@ def small_arrays(manifest: Manifest) -> dict[str, tuple[FileEntry, str, tuple[in
     }
     if manifest.text_scale:
         arrays["text_scale"] = (manifest.text_scale.file, "float32", (width,))
+    for spec in manifest.fields:
+        if spec.scale:
+            arrays[f"{spec.name}_scale"] = (spec.scale, "float32", spec.shape[-1:])
     return arrays
 
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.order import Cursor, Order, choices, share
-from latent_t2i.shards.reader import FIELDS, BatchT, RawBatch, ShardSet, shard_bytes
+from latent_t2i.shards.reader import FIELDS, BatchT, RawBatch, ShardSet
 from latent_t2i.shards.remote.store import Store
 from latent_t2i.shards.schema import FormatError, Manifest
 
@@ -58,7 +58,7 @@ class CachedShards(ShardSet):
         )
         self.store = store
         self._changed = threading.Condition()
-        self._bytes = shard_bytes(store.manifest)
+        self._bytes = store.manifest.shards.bytes
         self._is_here = np.zeros(
             len(self._bytes), np.bool_
         )  # on disk, as far as this process knows
@@ -98,6 +98,10 @@ class CachedShards(ShardSet):
     def keys(self, records: NDArray[np.int64]) -> list[str]:
         """Like `ShardSet.keys`, after the shards are downloaded."""
         return self._when_here(records, lambda: super(CachedShards, self).keys(records))
+
+    def image_hashes(self, records: NDArray[np.int64]) -> NDArray[np.bytes_] | None:
+        """Like `ShardSet.image_hashes`, after the shards are downloaded."""
+        return self._when_here(records, lambda: super(CachedShards, self).image_hashes(records))
 
     def meta(self, record: int) -> dict[str, Any]:
         """Like `ShardSet.meta`, after the shard is downloaded."""
@@ -285,7 +289,7 @@ def _nearest_first(away: NDArray[np.int64], which: NDArray[np.bool_]) -> list[in
 
 def check_cache(order: Order, manifest: Manifest, cache_bytes: int) -> None:
     """Raises ValueError, with the arithmetic, if the cache is too small for an order."""
-    sizes = np.sort(shard_bytes(manifest))[::-1]
+    sizes = np.sort(manifest.shards.bytes)[::-1]
     small = sum(entry.bytes for entry in manifest.small_files) + len(manifest.dump().encode())
     window = {"full": len(sizes), "blocks": order.window_shards, "none": 1}[order.shuffle]
     least = int(min(sizes[:window].sum() + sizes[0], sizes.sum())) + small
