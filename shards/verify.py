@@ -15,8 +15,9 @@ import os
 import sys
 import tarfile
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -271,8 +272,13 @@ def _check_shards(
     if jobs == 1:
         yield from map(check, manifest.shards)
         return
+    pending: deque[Future[_Shard]] = deque()  # few, because a set may have a million shards
     with ThreadPoolExecutor(jobs) as pool:  # threads suffice: hashing and numpy release the GIL
-        yield from pool.map(check, manifest.shards)
+        for entry in manifest.shards:
+            pending.append(pool.submit(check, entry))
+            if len(pending) > 2 * jobs:
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
 def _check_shard(folder: Path, entry: ShardEntry, manifest: Manifest, advance: Advance) -> _Shard:
