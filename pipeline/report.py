@@ -105,8 +105,10 @@ def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], o
     }
     skipped = [f"quarantined {line}" for line in first_of(quarantined)]
     if skipped:
-        how = "with another --out" if "" not in manifests else "with the same command and --retry"
-        skipped.append(f"to retry    restore the images and encode them again {how}")
+        how = "run the same command with --retry"
+        if "" not in manifests:
+            how = "encode them again with another --out"
+        skipped.append(f"to retry    restore the images and {how}")
     return "\n".join([*skipped, _lines(lines)])
 
 

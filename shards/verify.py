@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from latent_t2i.shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
 from latent_t2i.shards.checks import check_hash, check_size, hash_fault
-from latent_t2i.shards.extend import staging_folder
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import load_json, printable, show
 from latent_t2i.shards.quarantine import read_quarantine
@@ -38,6 +37,7 @@ from latent_t2i.shards.schema import (
     BUCKETS_NAME,
     KEY_PATTERN,
     MANIFEST_NAME,
+    PROGRESS_DIR,
     Field,
     FileEntry,
     FormatError,
@@ -134,8 +134,8 @@ def _check_form(path: Path, expected: str, names: set[str]) -> Iterator[str]:
     """Checks a file's exact formatting, and that its folder contains only `names`."""
     if path.read_bytes() != expected.encode():
         yield f"{path}: expected the writer's formatting, found other spacing or order"
-    if staging_folder(path.parent).exists():
-        return  # the set is complete, and is being extended
+    if (path.parent / PROGRESS_DIR).is_dir():
+        return  # the set is complete, but stage one is extending it, or was killed
     for stray in sorted({other.name for other in path.parent.iterdir()} - names):
         yield f"{path.parent / stray}: not listed in {path.name}; expected only files that are"
 
