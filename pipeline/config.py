@@ -206,11 +206,15 @@ class PipelineConfig:
                 f"--max-quarantined: expected a share from 0 to 1, found {self.max_quarantined}"
             )
         for flag, is_set in (("--append", self.append), ("--retry", self.retry)):
-            if is_set and self.buckets:
-                raise ValueError(
-                    f"{flag}: not available with --buckets: encode the images as another set, with "
-                    "their own --source and --out"
-                )
+            for other, unfit in (
+                ("--buckets", self.buckets),
+                ("a URL for --out", "://" in (self.out or "")),
+            ):
+                if is_set and unfit:
+                    raise ValueError(
+                        f"{flag}: not available with {other}: encode the images as another set, "
+                        "with their own --source and --out"
+                    )
         if self.source.kind == "scenes" and self.split not in SPLITS:
             raise ValueError(
                 f"--split: expected {', '.join(SPLITS)} for scenes, found {self.split!r}"

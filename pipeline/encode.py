@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latent_t2i.pipeline.config import ViewsConfig
+from latent_t2i.pipeline.images import VIEW_BOX
 from latent_t2i.pipeline.producers.producer import Captions, Producer, Size, produce
 from latent_t2i.pipeline.producers.text import TextProducer
 from latent_t2i.pipeline.producers.vae import VaeProducer
@@ -44,8 +45,9 @@ class Encoders:
         return [part for part in (self.vae, self.text, *self.further) if part.per == per]
 
     def further_fields(self, size_px: Size) -> tuple[FieldSpec, ...]:
-        """Returns the fields of the further producers, for images of a (width, height)."""
-        return tuple(spec for producer in self.further for spec in producer.fields(size_px))
+        """Returns the fields besides latent, text and tokens, for images of a (width, height)."""
+        found = [spec for producer in self.further for spec in producer.fields(size_px)]
+        return (*([VIEW_BOX] if self.views.crops > 1 else []), *found)
 
     @property
     def text_shape(self) -> tuple[int, int]:

@@ -152,8 +152,8 @@ class StoredPlan:
 def find_finished(part: SetPlan) -> Manifest | None:
     """Returns the manifest of a finished set of the same settings; its source may differ.
 
-    Returns None for an unfinished or bucketed set, one of format version 2, and one that
-    `begin_set` will refuse.
+    Returns None for an unfinished or bucketed set, one of format version 2, one that is stored
+    elsewhere, and one that `begin_set` will refuse.
     """
     if part.bucket or not (part.folder / MANIFEST_NAME).exists():
         return None
@@ -162,7 +162,7 @@ def find_finished(part: SetPlan) -> Manifest | None:
         manifest, replace(part.provenance, source=manifest.source)
     ):
         return None
-    return manifest
+    return manifest if (part.folder / manifest.shards[0].name).exists() else None
 
 
 def may_differ(index: Index, folder: Path, manifest: Manifest) -> bool:
@@ -302,7 +302,7 @@ def _find_mended(index: Index, grown: Growth, pool: Executor) -> set[int]:
         if num_captions.get(item.shard, len(record.captions)) != len(record.captions):
             return False
         # Images whose values are not finite are readable: they are tried again if edited.
-        if item.reason.endswith(NOT_FINITE) and not may_be_edited(record, written_ns):
+        if NOT_FINITE in item.reason and not may_be_edited(record, written_ns):
             return False
         return isinstance(load_record(record, grown.part.preprocessing), Picture)
 
@@ -356,8 +356,8 @@ def begin_growth(
     staging = staging_folder(folder)
     stored = read_plan(staging)
     wanted = (grown.manifest.sha256, index.sha256, _flags(append, retry))
-    if stored is not None and stored.inputs != wanted:
-        if in_use:
+    if staging.exists() and (stored is None or stored.inputs != wanted):
+        if stored is not None and in_use:
             raise ValueError(
                 f"{folder}: another process extends this set with other flags or of another "
                 "source: wait until it ends, or stop it"

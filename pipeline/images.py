@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from latent_t2i.shards.schema import FieldSpec, Identity, hash_json
+
 RESIZE = "shorter side, Pillow bicubic"
 MIN_DRAFT_SCALE = 2.5
 """A JPEG decoded at a fraction of its size has at least this many times the target size."""
@@ -99,6 +101,18 @@ _TRANSPOSE = {
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels."""
+VIEW_BOX = FieldSpec(
+    name="view_box",
+    dtype="int32",
+    shape=(6,),
+    per="view",
+    made_by=Identity(
+        name="pipeline.images",
+        revision=None,
+        sha256=hash_json("x, y, width and height of the crop, width and height of the image"),
+    ),
+)
+"""The field of sets with several crops; the hash stands for its definition."""
 
 
 class UnreadableImageError(Exception):
@@ -143,6 +157,16 @@ class Picture:
     """The part of it that each crop shows, rounded to hundredths."""
     sha256: str
     """Of the file's bytes, in hex."""
+
+
+def view_boxes(picture: Picture, num_views: int) -> NDArray[np.int32]:
+    """Returns the field `view_box` (views, 6); a flipped view has the box of its crop."""
+    width, height = picture.source_size_px
+    boxes = []
+    for left, top, right, bottom in picture.crops_px:
+        x, y = min(round(left), width - 1), min(round(top), height - 1)
+        boxes.append((x, y, max(round(right) - x, 1), max(round(bottom) - y, 1), width, height))
+    return np.repeat(np.array(boxes, np.int32), num_views // len(boxes), 0)
 
 
 def load(content: bytes, preprocessing: Preprocessing, *, key: str) -> Picture:

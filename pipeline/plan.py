@@ -156,6 +156,7 @@ def make_lay_out(
             text=(num_captions, *text_shape),
             json_bytes=json_bytes,
             text_dtype=provenance.text_dtype,
+            extra=provenance.fields,
         )
 
     return lay_out

@@ -49,6 +49,7 @@ from latent_t2i.pipeline.sets import (
 from latent_t2i.pipeline.sources.open import SceneSettings, open_source
 from latent_t2i.pipeline.writing import write_missing
 from latent_t2i.shards.buckets import finish_buckets
+from latent_t2i.shards.duplicates import find_duplicates
 from latent_t2i.shards.extend import commit, finish_staging
 from latent_t2i.shards.schema import MANIFEST_NAME, Manifest, Provenance
 from latent_t2i.shards.writer import (
@@ -258,8 +259,7 @@ def show_set(index: Index, manifest: Manifest, text: str = "") -> dict[str, Mani
     """Prints a finished set's summary, after a text, and returns its manifest."""
     if text:
         print(f"{text}: nothing to do")
-    quarantined = index.by_file_name(manifest.read_quarantined())
-    print(report.summary({"": manifest}, quarantined, manifest.folder))
+    print_summary(index, {"": manifest}, manifest.read_quarantined(), manifest.folder)
     return {"": manifest}
 
 
@@ -287,6 +287,9 @@ def print_plan(config: PipelineConfig, encoders: Encoders) -> None:
     out = output_folder(config)
     with closing(list_source(config, encoders, out, is_first=True)) as index:
         sets = plan_sets(config, encoders, index, out)
+        if (manifest := growth.find_finished(sets[0])) is not None:
+            print_changes(config, index, sets[0], manifest)
+            return
         print(report.plan_lines(index, sets, out, free_bytes(out)))
         checks: list[Callable[[], None]] = [
             lambda: require_enough(config, index, None, index.quarantined | index.missing),
@@ -299,6 +302,18 @@ def print_plan(config: PipelineConfig, encoders: Encoders) -> None:
                 check()
             except ValueError as error:
                 print(f"this run would be refused: {error}")
+
+
+def print_changes(config: PipelineConfig, index: Index, part: SetPlan, manifest: Manifest) -> None:
+    """Prints how the source differs from a finished set, and what this run would do about it."""
+    print(f"{report.show(part.folder)} is finished: {manifest.num_records} images")
+    with (
+        ThreadPoolExecutor(num_cores()) as pool,
+        report.bar(manifest.num_records, "image", "compare") as bar,
+    ):
+        grown = growth.compare(index, part, manifest, pool=pool, progress=bar.update)
+    for line in growth.describe(grown, config.append, config.retry):
+        print(line)
 
 
 def plan_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Path) -> list[SetPlan]:
@@ -319,6 +334,7 @@ def plan_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Pat
         make_provenance(config, encoders, index),
         latent_shape=encoders.latent_shape,
         text_shape=encoders.text_shape,
+        fields=encoders.further_fields,
     )
 
 
@@ -423,8 +439,20 @@ def finish(
         if sets[0].bucket:
             finish_buckets(out, list(manifests), quarantined=no_bucket)
             remove_progress(out)
-    print(report.summary(manifests, index.by_file_name(merged), out))
+    print_summary(index, manifests, merged, out)
     return manifests
+
+
+def print_summary(
+    index: Index, manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], out: Path
+) -> None:
+    """Prints images that occur twice, and the summary; `quarantined` has all reasons by key."""
+    duplicates = find_duplicates(out)
+    if duplicates is not None and duplicates.num:
+        for copy, original in duplicates.examples:
+            print(f"duplicate   {copy} = {original}")
+        print(f"duplicates  {duplicates.count()}")
+    print(report.summary(manifests, index.by_file_name(quarantined), out))
 
 
 def finish_one(encoders: Encoders, part: SetPlan, quarantined: Mapping[str, str]) -> Manifest:

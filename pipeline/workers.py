@@ -24,7 +24,13 @@ import torch
 from numpy.typing import NDArray
 
 from latent_t2i.pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions, encode_views
-from latent_t2i.pipeline.images import Picture, Preprocessing, UnreadableImageError, load
+from latent_t2i.pipeline.images import (
+    Picture,
+    Preprocessing,
+    UnreadableImageError,
+    load,
+    view_boxes,
+)
 from latent_t2i.pipeline.index import TokenizedRecord
 from latent_t2i.pipeline.plan import ShardPlan
 from latent_t2i.pipeline.sources.locators import LocatorError, read_image_bytes
@@ -34,8 +40,8 @@ from latent_t2i.shards.schema import Example
 GPU_STREAMS = 2
 JOBS_AHEAD = 2
 """Batches in progress per encoding thread, beyond the one whose result is awaited."""
-NOT_FINITE = "is not finite in float16"
-"""Ends a reason to quarantine a record that is caused by a network, not by its image."""
+NOT_FINITE = " is not finite in float"
+"""Part of each reason to quarantine a record that is caused by a network, not by its image."""
 Quantise = Callable[[NDArray[np.float16]], NDArray[np.int8]]
 LoadResult = Picture | UnreadableImageError
 
@@ -69,11 +75,11 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class EncodedCaption(NamedTuple):
-    """A caption's arrays, whether it was truncated, and a field that is not finite."""
+    """A caption's arrays, whether it was truncated, and why it cannot be used."""
 
     arrays: Arrays
     is_cut: bool
-    not_finite: str | None
+    problem: str | None
 
 
 class EncodedImage(NamedTuple):
@@ -167,10 +173,10 @@ class EncoderPool:
         for index, (caption, token_ids) in enumerate(group.items()):
             # Copies, so that the batch's arrays are freed before the last of its captions.
             arrays = {name: items.copy() for name, items in _item(fields, index).items()}
-            not_finite = _find_not_finite(arrays)
-            if self._quantise and not not_finite:
+            problem = _find_not_finite(arrays)
+            if self._quantise and not problem:
                 arrays["text"] = self._quantise(arrays["text"])
-            found[caption] = EncodedCaption(arrays, len(token_ids) > max_tokens, not_finite)
+            found[caption] = EncodedCaption(arrays, len(token_ids) > max_tokens, problem)
         return found
 
     def _begin_thread(self) -> None:
@@ -230,11 +236,13 @@ def _finish(image: EncodedImage, captions: Mapping[str, EncodedCaption]) -> Exam
     found = [captions[caption] for caption in record.captions]
     if isinstance(picture, UnreadableImageError):
         return Skipped(key=record.key, reason=str(picture))
-    not_finite = (_find_not_finite(arrays), *(caption.not_finite for caption in found))
-    if name := next(filter(None, not_finite), None):
-        return Skipped(key=record.key, reason=f"{name} {NOT_FINITE}")
+    problems = (_find_not_finite(arrays), *(caption.problem for caption in found))
+    if reason := next(filter(None, problems), None):
+        return Skipped(key=record.key, reason=reason)
     of_captions = {name: np.stack([c.arrays[name] for c in found]) for name in found[0].arrays}
     extra = {**arrays, **of_captions}
+    if len(picture.crops_px) > 1:
+        extra["view_box"] = view_boxes(picture, len(arrays["latent"]))
     truncated = [index for index, caption in enumerate(found) if caption.is_cut]
     return Example(
         key=record.key,
@@ -242,6 +250,7 @@ def _finish(image: EncodedImage, captions: Mapping[str, EncodedCaption]) -> Exam
         text=extra.pop("text"),
         tokens=extra.pop("tokens"),
         meta=make_meta(record, truncated=truncated, picture=picture),
+        extra=extra,
     )
 
 
@@ -251,8 +260,8 @@ def _item(fields: Arrays, index: int) -> dict[str, NDArray[Any]]:
 
 
 def _find_not_finite(arrays: Arrays) -> str | None:
-    """Returns the name of a field with NaN or infinity, if there is one."""
+    """Returns the reason to quarantine arrays with NaN or infinity; None if there are none."""
     for name, values in arrays.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            return name
+            return f"{name}{NOT_FINITE}{8 * values.itemsize}"
     return None

@@ -140,7 +140,7 @@ def write_missing(
             reasons = [item.reason for item in items if isinstance(item, Skipped)]
             num_good += len(items) - len(reasons)
             num_encoded += len(items) - len(reasons)
-            failures += [reason for reason in reasons if reason.endswith(NOT_FINITE)]
+            failures += [reason for reason in reasons if NOT_FINITE in reason]
             # Otherwise broken weights would be noticed after hours, as too many quarantined images.
             if not num_good and len(failures) >= MAX_FAILURES:
                 raise ValueError(
@@ -181,7 +181,7 @@ def is_restored(
     """Returns whether an image can be read now that could not."""
     reason = quarantined.get(record.key)
     # Images whose values are not finite are readable, and would be encoded on every restart.
-    if reason is None or reason.endswith(NOT_FINITE):
+    if reason is None or NOT_FINITE in reason:
         return False
     return isinstance(load_record(record, preprocessing), Picture)
 

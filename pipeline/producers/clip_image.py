@@ -10,8 +10,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from latent_t2i.model.encoders import fingerprint
 from latent_t2i.pipeline.producers.producer import Size, load_network, normalise
-from latent_t2i.shards.layout import FieldSpec, Per
-from latent_t2i.shards.schema import Identity
+from latent_t2i.shards.layout import FieldSpec, Identity, Per
 
 
 @dataclass(frozen=True, kw_only=True)

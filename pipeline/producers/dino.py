@@ -10,8 +10,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from latent_t2i.model.encoders import fingerprint
 from latent_t2i.pipeline.producers.producer import Size, load_network, normalise
-from latent_t2i.shards.layout import FieldSpec, Per
-from latent_t2i.shards.schema import Identity
+from latent_t2i.shards.layout import FieldSpec, Identity, Per
 
 PATCH_PX = 16
 """Pixels of the view per patch, as in REPA: a view of 256 px becomes 16 x 16 patches."""

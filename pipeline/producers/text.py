@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from latent_t2i.model.encoders import HiddenState, TextEncoder
 from latent_t2i.pipeline.producers.producer import Captions, Size
-from latent_t2i.shards.layout import FieldSpec, Per
-from latent_t2i.shards.schema import Identity
+from latent_t2i.shards.layout import FieldSpec, Identity, Per
 
 
 @dataclass(frozen=True, kw_only=True)

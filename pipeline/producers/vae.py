@@ -24,8 +24,8 @@ from latent_t2i.model.encoders import (
     vae_downscale,
 )
 from latent_t2i.pipeline.producers.producer import Size
-from latent_t2i.shards.layout import FieldSpec, Per
-from latent_t2i.shards.schema import Identity, LatentKind
+from latent_t2i.shards.layout import FieldSpec, Identity, Per
+from latent_t2i.shards.schema import LatentKind
 
 MAX_COMPILED_SHAPES = 1000
 
