@@ -196,7 +196,7 @@ def grow_set(
     out, flags = output_folder(config), (config.append, config.retry)
     with folder_lock(out):
         commit(out)  # of a run that was killed during it
-    manifest = growth.find_finished(part)
+    manifest = growth.find_finished(part, extend=any(flags))
     if manifest is None or not (any(flags) or growth.may_differ(index, part.folder, manifest)):
         return None
     make_bar = report.bar if processes.is_first else report.no_bar
@@ -287,7 +287,8 @@ def print_plan(config: PipelineConfig, encoders: Encoders) -> None:
     out = output_folder(config)
     with closing(list_source(config, encoders, out, is_first=True)) as index:
         sets = plan_sets(config, encoders, index, out)
-        if (manifest := growth.find_finished(sets[0])) is not None:
+        is_grown = config.append or config.retry
+        if (manifest := growth.find_finished(sets[0], extend=is_grown)) is not None:
             print_changes(config, index, sets[0], manifest)
             return
         print(report.plan_lines(index, sets, out, free_bytes(out)))
