@@ -21,8 +21,9 @@ from latent_t2i.pipeline.stage import build
 from latent_t2i.shards.extend import read_rows, row_example, row_key
 from latent_t2i.shards.quarantine import Quarantined
 from latent_t2i.shards.reader import open_shards
-from latent_t2i.shards.schema import Example, Manifest
+from latent_t2i.shards.schema import Example, FormatError, Manifest
 from latent_t2i.shards.verify import verify
+from tests.shard_sets import edit_json
 from tests.stage_one import Moment, begun, build_one, contents, make_config, run, start
 
 NUM_KILLS = 10
@@ -273,6 +274,9 @@ def test_parts_are_listed(source: Source, out: Path) -> None:
     parts = Manifest.load(out).parts
     assert [(part.first_shard, part.num_shards) for part in parts] == [(0, 4), (4, 1), (5, 1)]
     assert [part.num_records for part in parts] == [16, 17, 18]
+    edit_json(out / "manifest.json", lambda document: document["parts"][2].update(first_shard=4))
+    with pytest.raises(FormatError, match=r"parts: expected \[0, 4, 5\], found \[0, 4, 4\]"):
+        Manifest.load(out)
 
 
 def test_other_settings_are_refused(source: Source, out: Path) -> None:
