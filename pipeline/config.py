@@ -172,6 +172,12 @@ class PipelineConfig:
     """Compile the VAE's encoder: takes minutes at the start, then runs faster."""
     max_quarantined: float = 0.01
     """Largest share of images that may be quarantined before the run counts as failed."""
+    append: bool = False
+    """Add records that are new in the source to a finished set, as further shards; shards that
+    exist stay as they are."""
+    retry: bool = False
+    """Bring the shards of a finished set up to date: those with quarantined images that can be read
+    now, or with images or captions that have changed since, are encoded again."""
     dry_run: bool = False
     """Print the plan (what will be written, and its size) and stop."""
     force: bool = False
@@ -199,6 +205,16 @@ class PipelineConfig:
             raise ValueError(
                 f"--max-quarantined: expected a share from 0 to 1, found {self.max_quarantined}"
             )
+        for flag, is_set in (("--append", self.append), ("--retry", self.retry)):
+            for other, unfit in (
+                ("--buckets", self.buckets),
+                ("a URL for --out", "://" in (self.out or "")),
+            ):
+                if is_set and unfit:
+                    raise ValueError(
+                        f"{flag}: not available with {other}: encode the images as another set, "
+                        "with their own --source and --out"
+                    )
         if self.source.kind == "scenes" and self.split not in SPLITS:
             raise ValueError(
                 f"--split: expected {', '.join(SPLITS)} for scenes, found {self.split!r}"
