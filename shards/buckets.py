@@ -45,8 +45,10 @@ SAME = (
     "max_tokens",
     "text_width",
     "text_scale",
+    "fields",
 )
-"""Manifest keys that must be equal in all buckets. Encoders and scales are compared by hash."""
+"""Manifest keys that must be equal in all buckets. Encoders and scales are compared by hash, and
+further fields without their shapes, which may depend on the image's size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,6 +260,10 @@ def _comparable(value: Any) -> Any:
     """Returns what identifies a value of a manifest: the hash, where it has one."""
     if hasattr(value, "file"):
         return value.file.sha256
+    if isinstance(value, tuple):  # of further fields
+        return [
+            (s.name, s.dtype, s.per, s.made_by.sha256, s.scale and s.scale.sha256) for s in value
+        ]
     return getattr(value, "sha256", value)
 
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -287,7 +287,9 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self._file = HashingFile(self._folder / self._name)
-        self._tar = tarfile.open(fileobj=self._file, mode="w|", format=tarfile.USTAR_FORMAT)
+        self._tar = tarfile.open(
+            fileobj=cast(IO[bytes], self._file), mode="w|", format=tarfile.USTAR_FORMAT
+        )
         return self
 
     def __exit__(

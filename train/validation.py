@@ -6,7 +6,7 @@ the weights alone, for any number of processes. Captions are never dropped and d
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -26,8 +26,9 @@ from latent_t2i.shards.duplicates import read_image_hashes
 from latent_t2i.shards.order import mixed_seed
 from latent_t2i.shards.reader import ShardSet
 from latent_t2i.shards.remote.transport import is_remote
-from latent_t2i.train.batches import Batch
+from latent_t2i.train.batches import Batch, make_positions
 from latent_t2i.train.config import ValidationConfig
+from latent_t2i.train.draws import Draws, draw
 from latent_t2i.train.fsdp import is_fsdp
 from latent_t2i.train.on_main import on_main
 
@@ -48,7 +49,7 @@ class Validation:
     caption_u: NDArray[np.float64]  # (N,) in [0, 1)
     view_u: NDArray[np.float64]  # (N,) in [0, 1)
     timesteps: Tensor  # (N,) int64, of flow float32
-    num_timesteps: int
+    objective: ObjectiveConfig
     seed: int
 
     def batches(self) -> list[range]:
@@ -66,22 +67,14 @@ class Validation:
         """Returns the examples at some positions."""
         piece = slice(positions.start, positions.stop)
         raw = self.shards.gather(self.records[piece], self.caption_u[piece], self.view_u[piece])
-        shape = (2, self.shards.manifest.latent_channels, *raw.latent.shape[-2:])
-        noise = torch.stack([self._noise(position, shape) for position in positions], dim=1)
-        return Batch(
-            latent=raw.latent,
-            text=raw.text,
-            tokens=raw.tokens,
-            drop=torch.zeros(len(positions), dtype=torch.bool),
-            timesteps=self.timesteps[piece],
-            posterior_noise=noise[0],
-            noise=noise[1],
-        )
+        return Batch(**vars(raw), positions=make_positions(0, positions))
 
-    def _noise(self, position: int, shape: tuple[int, ...]) -> Tensor:
-        """Returns an example's noise, which is the same for any batch size."""
-        seed = mixed_seed(self.seed, "validation", 1 + position)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    def draw(self, positions: range, batch: Batch) -> Draws:
+        """Returns the random numbers of a batch, on its device."""
+        shape = (self.shards.manifest.latent_channels, *batch.latent.shape[-2:])
+        seed = mixed_seed(self.seed, "validation", 1)
+        timesteps = self.timesteps[positions.start : positions.stop].to(batch.latent.device)
+        return replace(draw(batch.positions, seed, shape, self.objective), timesteps=timesteps)
 
 
 def open_validation(
@@ -121,7 +114,7 @@ def open_validation(
         caption_u=caption_u,
         view_u=view_u,
         timesteps=sample_timesteps(torch.from_numpy(levels), objective),
-        num_timesteps=objective.num_timesteps,
+        objective=replace(objective, caption_dropout=0.0, offset_noise=0.0),
         seed=seed,
     )
     return validation, f"validation: {num} of {len(shards)} records of {location}; {overlap}"
@@ -210,7 +203,7 @@ def measure(
     accelerator: Accelerator,
     unet: nn.Module,
     ema: EMA,
-    objective: Callable[[nn.Module, Batch], Tensor],
+    objective: Callable[[nn.Module, Batch, Draws], Tensor],
 ) -> dict[str, Any]:
     """Returns the EMA weights' loss, in total and by quarter of the timesteps, low noise first.
 
@@ -221,13 +214,14 @@ def measure(
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     with ema.swapped_into(unet), accelerator.autocast():
         for positions, counts in deal(validation.batches(), rank, num_processes, is_fsdp(unet)):
-            found = objective(unet, validation.batch(positions).to(accelerator.device))
+            batch = validation.batch(positions).to(accelerator.device)
+            found = objective(unet, batch, validation.draw(positions, batch))
             if counts:
                 losses[positions.start : positions.stop] = found
     # Each loss was measured in one process and is 0 in the others.
     total: Tensor = accelerator.reduce(losses, reduction="sum")
     means = total.cpu().double()
-    quarter = validation.timesteps * NUM_QUARTERS // validation.num_timesteps
+    quarter = validation.timesteps * NUM_QUARTERS // validation.objective.num_timesteps
     return {
         "loss": finite_mean(means),
         "loss_by_quarter": {

@@ -67,7 +67,8 @@ def open_store(
     Raises RemoteError and FormatError for a location without a finished set.
     """
     with tempfile.TemporaryDirectory(prefix="shards-") as temporary:
-        manifest = fetch_document(Manifest, location, Path(temporary), retry=retry)
+        tables = [*cache_dir.expanduser().glob("*/shards.npy")]  # of earlier runs
+        manifest = fetch_document(Manifest, location, Path(temporary), copies=tables, retry=retry)
         folder = cache_dir.expanduser() / manifest.sha256[:ID_LENGTH]
         # The store marks the folder as in use, so that no other process deletes it from here on.
         store = Store(location, folder, manifest, cache_bytes, retry or Retry())

@@ -13,12 +13,14 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.shards.order import USES, mixed_seed
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.train import loop, validation
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import PreviewConfig, TrainConfig, ValidationConfig
+from latent_t2i.train.draws import Draws
 from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import validate
 from latent_t2i.train.setup import Run, start
@@ -29,7 +31,7 @@ from tests.train.conftest import MakeConfig
 from tests.train.test_train_buckets import make_buckets
 from tests.train.test_train_loop import assert_same_weights, metrics
 
-Objective = Callable[[torch.nn.Module, Batch], torch.Tensor]
+Objective = Callable[[torch.nn.Module, Batch, Draws], torch.Tensor]
 
 
 @pytest.fixture(scope="session")
@@ -131,17 +133,27 @@ def test_the_examples_are_fixed_and_their_timesteps_stratified(validated: Any) -
     one, other = (
         validation_of(validated({"num_examples": 8, "batch_size": size})) for size in (3, 8)
     )
-    batches = [one.batch(positions) for positions in one.batches()]
-    (whole,) = (other.batch(positions) for positions in other.batches())
-    assert [len(batch) for batch in batches] == [3, 3, 2]
-    for name in ("latent", "text", "tokens", "timesteps", "posterior_noise", "noise", "drop"):
-        joined = torch.cat([getattr(batch, name) for batch in batches])
-        assert torch.equal(joined, getattr(whole, name)), name
-    assert (whole.timesteps * 8 // 1000).sort().values.tolist() == list(range(8))
-    assert not whole.drop.any()
-    assert not torch.equal(whole.noise, whole.posterior_noise)
+    parts = [examples(one, positions) for positions in one.batches()]
+    (whole,) = (examples(other, positions) for positions in other.batches())
+    assert [len(part["latent"]) for part in parts] == [3, 3, 2]
+    for name, expected in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), expected), name
+    assert (whole["timesteps"] * 8 // 1000).sort().values.tolist() == list(range(8))
+    assert not whole["drop"].any()
+    assert not torch.equal(whole["noise"], whole["posterior_noise"])
     reseeded = validation_of(validated({"num_examples": 8}, seed=1))
-    assert not torch.equal(reseeded.batch(range(8)).noise, whole.noise)
+    assert not torch.equal(examples(reseeded, range(8))["noise"], whole["noise"])
+    # Offset noise is part of training only, and its first noise differs from the validation's.
+    config = validated({"num_examples": 8}, objective=ObjectiveConfig(offset_noise=0.5))
+    assert torch.equal(examples(validation_of(config), range(8))["noise"], whole["noise"])
+    training = start(config).objective.draw(other.batch(range(8)))
+    assert abs((training.noise * whole["noise"]).mean()) < 0.1
+
+
+def examples(validation: Validation, positions: range) -> dict[str, torch.Tensor]:
+    """The records and random numbers of a batch."""
+    batch = validation.batch(positions)
+    return vars(batch) | vars(validation.draw(positions, batch))
 
 
 def test_the_ema_weights_are_measured_and_the_live_ones_restored(validated: Any) -> None:
@@ -167,7 +179,7 @@ def test_the_live_weights_are_restored_after_an_error(validated: Any) -> None:
         run.state.unet.conv_in.weight.add_(1.0)
     kept = run.state.unet.conv_in.weight.detach().clone()
 
-    def objective(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def objective(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
         assert not model.training
         raise KeyError("broken")
 
@@ -181,7 +193,7 @@ def test_quarters_are_means_over_their_timesteps(validated: Any) -> None:
     run = start(validated({"num_examples": 3}))
     found = measure_now(
         run,
-        lambda model, batch: batch.timesteps.float() + 1,
+        lambda model, batch, draws: draws.timesteps.float() + 1,
         Accelerator(cpu=True),
         timesteps=torch.tensor([0, 249, 750]),
     )
@@ -207,9 +219,9 @@ def test_processes_share_the_examples(validated: Any) -> None:
             seen.append(losses)
             return sum(seen[1:], seen[0])
 
-    def objective(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def objective(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
         counts.append(len(batch))
-        return run.objective(model, batch)
+        return run.objective(model, batch, draws)
 
     found = [measure_now(run, objective, Process(rank)) for rank in range(2)]
     assert found[1] == measure_now(run)
@@ -235,7 +247,7 @@ def test_a_bucketed_set_is_measured_bucket_by_bucket(
     val = make_buckets(tmp_path / "v", {"64x64": (6,), "32x96": (5,)}, shards)  # of other seeds
     config = validated({"shards": str(val)}, shards=str(training))
     found = validation_of(config)
-    shapes = [found.batch(positions).noise.shape[-2:] for positions in found.batches()]
+    shapes = [examples(found, positions)["noise"].shape[-2:] for positions in found.batches()]
     assert set(shapes) == {(12, 4), (8, 8)}
     assert sum(map(len, found.batches())) == 9
     assert np.isfinite(measure_now(start(config))["loss"])
