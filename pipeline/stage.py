@@ -8,9 +8,10 @@ quarantined with a reason.
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from latent_t2i.model.encoders import (
     round_to_bfloat16,
     vae_downscale,
 )
-from latent_t2i.model.paths import free_bytes, output_root
+from latent_t2i.model.paths import format_bytes, free_bytes, output_root
 from latent_t2i.pipeline import report
 from latent_t2i.pipeline.buckets import make_buckets
 from latent_t2i.pipeline.config import PipelineConfig
@@ -42,7 +43,7 @@ from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Index, build_index
 from latent_t2i.pipeline.plan import SetPlan
 from latent_t2i.pipeline.processes import Owner, ProcessInfo, find_processes, folder_lock, own_rank
-from latent_t2i.pipeline.quantise import decide_scale
+from latent_t2i.pipeline.quantise import Quantiser, decide_scale
 from latent_t2i.pipeline.sets import (
     all_shards,
     check_records,
@@ -52,6 +53,15 @@ from latent_t2i.pipeline.sets import (
     require_room,
 )
 from latent_t2i.pipeline.sources.open import SceneSettings, open_source
+from latent_t2i.pipeline.upload import (
+    NUM_LOCAL_SHARDS,
+    Mirror,
+    is_url,
+    naming_url,
+    open_mirror,
+    remove_if_empty,
+    work_folder,
+)
 from latent_t2i.pipeline.writing import write_missing
 from latent_t2i.shards.buckets import finish_buckets
 from latent_t2i.shards.schema import MANIFEST_NAME, Identity, Manifest, Provenance
@@ -75,19 +85,38 @@ def build(config: PipelineConfig) -> dict[str, Manifest]:
     processes = find_processes()
     device = find_device(config.device, processes.local_rank)
     if config.dry_run:
-        print_plan(config, load_encoders(config, device))
+        print_plan(config, load_encoders(config, device), processes)
         return {}
     # Owned before the encoders are loaded, so that a second run is refused at once.
-    with own_rank(output_folder(config), processes.rank) as owner:
-        return write_shards(config, load_encoders(config, device), processes, owner)
+    with own_output(config, processes) as (owner, mirror):
+        return write_shards(config, load_encoders(config, device), processes, owner, mirror)
 
 
 def make_shards(
     config: PipelineConfig, encoders: Encoders, processes: ProcessInfo
 ) -> dict[str, Manifest]:
     """Does what `build` does, with loaded encoders and without a dry run."""
-    with own_rank(output_folder(config), processes.rank) as owner:
-        return write_shards(config, encoders, processes, owner)
+    with own_output(config, processes) as (owner, mirror):
+        return write_shards(config, encoders, processes, owner, mirror)
+
+
+@contextmanager
+def own_output(
+    config: PipelineConfig, processes: ProcessInfo
+) -> Iterator[tuple[Owner, Mirror | None]]:
+    """Makes this process the owner of its rank; if `out` is a URL, also yields its mirror."""
+    out = output_folder(config, processes.rank)
+    if config.out is None or not is_url(config.out):
+        with own_rank(out, processes.rank) as owner:
+            yield owner, None
+        return
+    with (
+        naming_url(out, config.out),
+        own_rank(out, processes.rank) as owner,
+        open_mirror(config.out, out, processes) as mirror,
+    ):
+        yield owner, mirror
+    remove_if_empty(out)
 
 
 def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
@@ -127,10 +156,15 @@ def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
 
 
 def write_shards(
-    config: PipelineConfig, encoders: Encoders, processes: ProcessInfo, owner: Owner
+    config: PipelineConfig,
+    encoders: Encoders,
+    processes: ProcessInfo,
+    owner: Owner,
+    mirror: Mirror | None = None,
 ) -> dict[str, Manifest]:
     """Lists the source and writes this process's unfinished shards; the last process merges."""
-    out = output_folder(config)
+    out = output_folder(config, processes.rank)
+    shown = mirror.url if mirror else report.show(out)
     with (
         closing(list_source(config, encoders, out, is_first=processes.is_first)) as index,
         fixed_kernels(tf32=encoders.tf32),
@@ -138,21 +172,23 @@ def write_shards(
         sets = plan_sets(config, encoders, index, out)
         require_enough(config, index, out, index.quarantined | index.missing)
         if not config.force:
-            require_room(sets, out)
+            require_room(sets, out, mirror)
         # One lock for both steps, or two commands could both find the folder free.
         with folder_lock(out):
             require_own_folder(sets, out)
             in_use = not owner.is_alone()
             manifests = [begin_set(part.folder, part.provenance, in_use=in_use) for part in sets]
+            if mirror:
+                mirror.begin(sets)
         if all(manifests):
-            print(f"{report.show(out)} is finished already: nothing to do")
+            print(f"{shown} is finished already: nothing to do")
         else:
             if processes.is_first:
-                print(report.plan_lines(index, sets, out, free_bytes(out)))
+                print(report.plan_lines(index, sets, shown, room_line(out, mirror)))
             quantise = None
             if config.text_dtype == "int8":
                 with folder_lock(out):
-                    quantise = decide_scale(encoders, index, [part.folder for part in sets])
+                    quantise = find_quantiser(encoders, index, sets, mirror)
             write_missing(
                 [pair for n, pair in enumerate(all_shards(sets)) if processes.owns(n)],
                 index,
@@ -160,22 +196,59 @@ def write_shards(
                 quantise=quantise,
                 num_threads=config.num_threads or max(num_cores() // processes.num_local, 1),
                 make_bar=report.bar if processes.is_first else report.no_bar,
+                mirror=mirror,
             )
-        return finish(config, encoders, index, sets, processes)
+        return finish(config, encoders, index, sets, processes, mirror)
 
 
-def print_plan(config: PipelineConfig, encoders: Encoders) -> None:
+def find_quantiser(
+    encoders: Encoders, index: Index, sets: Sequence[SetPlan], mirror: Mirror | None
+) -> Quantiser:
+    """Returns the conversion to int8, which is the same for all sets and processes."""
+    if mirror:
+        mirror.wait_for_scale(sets)
+    quantise = decide_scale(encoders, index, [part.folder for part in sets])
+    if mirror:
+        mirror.put_scale(sets)
+    return quantise
+
+
+def room_line(out: Path, mirror: Mirror | None) -> str:
+    """Returns the free space, for the plan."""
+    disk = f"the disk of {out}, for {NUM_LOCAL_SHARDS} shards" if mirror else "this disk"
+    return f"free on {disk} {format_bytes(free_bytes(out))}"
+
+
+def print_plan(config: PipelineConfig, encoders: Encoders, processes: ProcessInfo) -> None:
     """Prints the plan and, if the run would be refused, the reasons."""
-    out = output_folder(config)
+    out = output_folder(config, processes.rank)
+    if config.out is None or not is_url(config.out):
+        print_plan_of(config, encoders, out, None)
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="shards-") as temporary,
+        naming_url(Path(temporary) / "set", config.out),
+        open_mirror(config.out, Path(temporary) / "set", processes) as mirror,
+    ):
+        print_plan_of(config, encoders, Path(temporary) / "set", mirror)
+
+
+def print_plan_of(
+    config: PipelineConfig, encoders: Encoders, out: Path, mirror: Mirror | None
+) -> None:
+    """Does what `print_plan` does, for the output folder or that of a mirror."""
+    shown = mirror.url if mirror else report.show(out)
     with closing(list_source(config, encoders, out, is_first=True)) as index:
         sets = plan_sets(config, encoders, index, out)
-        print(report.plan_lines(index, sets, out, free_bytes(out)))
+        print(report.plan_lines(index, sets, shown, room_line(out, mirror)))
         checks: list[Callable[[], None]] = [
             lambda: require_enough(config, index, None, index.quarantined | index.missing),
             lambda: require_own_folder(sets, out),
         ]
         if not config.force:
-            checks.append(lambda: require_room(sets, out))
+            checks.append(lambda: require_room(sets, out, mirror))
+        if mirror:
+            checks += [partial(mirror.require_few_shards, part) for part in sets]
         for check in checks:
             try:
                 check()
@@ -203,10 +276,12 @@ def plan_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Pat
     )
 
 
-def output_folder(config: PipelineConfig) -> Path:
-    """Returns the folder of the shards."""
+def output_folder(config: PipelineConfig, rank: int) -> Path:
+    """Returns the folder of the shards; if `out` is a URL, the working folder of this rank."""
+    if config.out is not None and is_url(config.out):
+        return work_folder(config.out, config.work_dir, rank)
     if config.out is not None:
-        return Path(config.out).expanduser()
+        return Path(config.out.removeprefix("file://")).expanduser()
     return output_root() / "shards" / "data" / config.name / config.split
 
 
@@ -279,14 +354,17 @@ def finish(
     index: Index,
     sets: Sequence[SetPlan],
     processes: ProcessInfo,
+    mirror: Mirror | None,
 ) -> dict[str, Manifest]:
     """Merges the shard reports into the manifests once all shards exist, and prints the summary.
 
     Returns the manifests by bucket. Raises ValueError if too many images are quarantined, or if a
     shard of this process is missing.
     """
-    out = output_folder(config)
+    out = output_folder(config, processes.rank)
     with folder_lock(out):
+        if mirror:
+            mirror.refresh(sets)
         shards = all_shards(sets)
         unfinished = [n for n, (_, shard) in enumerate(shards) if not is_done(shard)]
         if any(map(processes.owns, unfinished)):
@@ -312,13 +390,20 @@ def finish(
             if part.bucket and len(quarantined[part.bucket]) == part.num_records:
                 no_bucket |= quarantined[part.bucket]
                 shutil.rmtree(part.folder)
+                if mirror:
+                    mirror.delete_set(part.folder)
             else:
                 manifests[part.bucket] = finish_one(encoders, part, index.quarantined)
+                if mirror:
+                    mirror.put_set(part.folder)
         manifests = dict(sorted(manifests.items()))
         if sets[0].bucket:
             finish_buckets(out, list(manifests), quarantined=no_bucket)
+            if mirror:
+                mirror.put_buckets()
             remove_progress(out)
-    print(report.summary(manifests, index.by_file_name(merged), out))
+    shown = mirror.url if mirror else report.show(out)
+    print(report.summary(manifests, index.by_file_name(merged), shown))
     return manifests
 
 

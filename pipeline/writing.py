@@ -5,7 +5,7 @@ Encoding does not wait for the disk; `MAX_PENDING_BATCHES` bounds the memory.
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from types import TracebackType
@@ -18,6 +18,7 @@ from latent_t2i.pipeline.index import Index
 from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.quantise import Quantiser
 from latent_t2i.pipeline.sets import is_done
+from latent_t2i.pipeline.upload import Mirror
 from latent_t2i.pipeline.workers import (
     NOT_FINITE,
     Batch,
@@ -42,8 +43,10 @@ class WriterThread:
     unfinished shard.
     """
 
-    def __init__(self, kind: LatentKind) -> None:
+    def __init__(self, kind: LatentKind, on_shard: Callable[[ShardPlan], None]) -> None:
+        """`on_shard` is called with each finished shard, in the thread."""
         self._kind: LatentKind = kind
+        self._on_shard = on_shard
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writing")  # one: keeps the order
         self._pending: deque[Future[None]] = deque()
         self._open = ExitStack()
@@ -93,6 +96,7 @@ class WriterThread:
             if batch.is_last:
                 self._writer = None
                 self._open.close()
+                self._on_shard(shard)
                 self.num_bytes += shard.num_bytes
                 self.num_shards += 1
         except BaseException:
@@ -108,19 +112,22 @@ def write_missing(
     quantise: Quantiser | None,
     num_threads: int,
     make_bar: report.Bar,
+    mirror: Mirror | None = None,
 ) -> None:
     """Encodes and writes the shards that are unfinished or lack a restored image.
 
-    Raises ValueError if the networks' outputs are all not finite.
+    With a `mirror`, finished shards are put at its URL, in the background. Raises ValueError if the
+    networks' outputs are all not finite.
     """
     for part, shard in shards:
-        discard_if_restored(index, part, shard)
+        if discard_if_restored(index, part, shard) and mirror is not None:
+            mirror.discard(shard)
     missing = [(part, shard) for part, shard in shards if not is_done(shard)]
     total = sum(shard.num_records for _, shard in missing)
     with (
         single_threaded(),
         EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
-        WriterThread(encoders.kind) as writing,
+        WriterThread(encoders.kind, mirror.put if mirror else lambda shard: None) as writing,
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
@@ -150,11 +157,14 @@ def write_missing(
         )
 
 
-def discard_if_restored(index: Index, part: SetPlan, shard: ShardPlan) -> None:
-    """Discards a shard of an unfinished set if one of its quarantined images can be read now."""
+def discard_if_restored(index: Index, part: SetPlan, shard: ShardPlan) -> bool:
+    """Discards a shard of an unfinished set if one of its quarantined images can be read now.
+
+    Returns whether it did.
+    """
     found = read_report(part.folder, shard.index)
     if found is None or not found.quarantined:
-        return
+        return False
     for record, _ in index.records(shard.bucket, shard.num_captions, shard.first, shard.last):
         reason = found.quarantined.get(record.key)
         # Images whose values are not finite are readable, and would be encoded on every restart.
@@ -162,7 +172,8 @@ def discard_if_restored(index: Index, part: SetPlan, shard: ShardPlan) -> None:
             continue
         if isinstance(load_record(record, part.preprocessing), Picture):
             discard_shard(part.folder, found)
-            return
+            return True
+    return False
 
 
 def read_batches(

@@ -151,7 +151,7 @@ def read_text_scale(folder: Path) -> FoundScale | None:
 
 
 def read_report(folder: Path, index: int) -> ShardReport | None:
-    """Returns the report of a shard that is finished and still on disk, else None."""
+    """Returns the report of a shard that is finished and still on disk or at a URL, else None."""
     path = _report_path(folder, index)
     if not path.exists():
         return None
@@ -163,9 +163,15 @@ def read_report(folder: Path, index: int) -> ShardReport | None:
     if report.name != f"{path.stem}.tar" or not is_complete:
         raise FormatError(f"{path}: damaged report: delete it and run the command again")
     shard = folder / report.name
-    if report.records and (not shard.is_file() or shard.stat().st_size != report.bytes):
-        return None
-    return report
+    if not report.records or _put_path(folder, report).exists():
+        return report
+    return report if shard.is_file() and shard.stat().st_size == report.bytes else None
+
+
+def mark_put(folder: Path, report: ShardReport) -> None:
+    """Deletes a finished shard that was put at a URL; `read_report` still counts it as finished."""
+    _put_path(folder, report).touch()
+    (folder / report.name).unlink(missing_ok=True)
 
 
 def finish_set(
@@ -240,6 +246,7 @@ def finish_set(
 def discard_shard(folder: Path, report: ShardReport) -> None:
     """Deletes a finished shard of an unfinished set, so that it is written again."""
     (folder / report.name).unlink(missing_ok=True)  # first: a report without it is not finished
+    _put_path(folder, report).unlink(missing_ok=True)
     (folder / PROGRESS_DIR / f"{Path(report.name).stem}.json").unlink()
 
 
@@ -420,6 +427,10 @@ def _read_provenance(folder: Path) -> Provenance:
 
 def _report_path(folder: Path, index: int) -> Path:
     return folder / PROGRESS_DIR / f"shard-{index:06d}.json"
+
+
+def _put_path(folder: Path, report: ShardReport) -> Path:
+    return folder / PROGRESS_DIR / f"{Path(report.name).stem}.put"
 
 
 def _write_text_scale(
