@@ -1,6 +1,7 @@
 """Stores on the local disk behind URLs, with faults: `store:///FOLDER`, and the Hub."""
 
 import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,6 +136,6 @@ def install_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     for name in ("commits", "statuses"):
         monkeypatch.setattr(HubApi, name, [])
     monkeypatch.setattr(HubApi, "uploads", {})
-    monkeypatch.setitem(fsspec.registry._registry, "hf", Hub)
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Hub)
     monkeypatch.setattr("latent_t2i.pipeline.hub.HfApi", HubApi)
     return "hf://datasets/me/set/train"

@@ -250,6 +250,7 @@ def test_a_rank_that_is_started_twice_on_two_machines_does_no_harm(
     else:
         assert first.exitcode == 2
         assert "provenance.json: is gone while this process wrote shards" in log.read_text()
+        assert run(forks, config) == 0  # removes a report that came after the manifest
     assert objects(store) == contents(tmp_path / "local")
 
 
@@ -264,7 +265,7 @@ def test_settings_may_change_without_a_shard(
     Store.faults[:] = []
     (manifest,) = build(other).values()
     assert manifest.max_tokens == 12
-    message = rf"^{re.escape(store)}: contains other shards .*; .*max_tokens: .*delete this one$"
+    message = rf"^{re.escape(store)}: contains other shards .*: max_tokens: .*delete this one$"
     with pytest.raises(ValueError, match=message):
         build(config)
 
@@ -298,7 +299,7 @@ def test_refusals_and_the_plan(
     assert build(replace(config, dry_run=True)) == {}
     assert f"shards      3 in {store}" in capsys.readouterr().out
     assert not (tmp_path / "store").exists() and not (tmp_path / "work").exists()
-    usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     with monkeypatch.context() as patch:
         patch.setattr("latent_t2i.model.paths.shutil.disk_usage", lambda path: usage)
         with pytest.raises(ValueError, match=r"before they are uploaded, 2 shards need .*dir"):
@@ -356,7 +357,7 @@ def test_refusals_of_the_hub(
     config = at_url(make_config(folder, tmp_path), url, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr("latent_t2i.pipeline.hub.HubFolder.max_files", 22)
-        with pytest.raises(ValueError, match=rf"{url}: the set has 3 shards, .* --records-per"):
+        with pytest.raises(ValueError, match=rf"{url}: the set has 3 shards, .*--records-per"):
             build(config)
     missing = url.replace("me/set", "me/other")
     with pytest.raises(RemoteError, match=rf"{missing}: there is no such repository.*hf repos cre"):
