@@ -84,9 +84,10 @@ def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], o
     written = sum(manifest.num_records for manifest in manifests.values())
     num_captions = sum(manifest.num_captions for manifest in manifests.values())
     num_cut = sum(manifest.num_truncated for manifest in manifests.values())
-    shards = [shard for manifest in manifests.values() for shard in manifest.shards]
+    num_shards = sum(len(manifest.shards) for manifest in manifests.values())
+    num_bytes = sum(int(manifest.shards.bytes.sum()) for manifest in manifests.values())
     lines = {
-        "shards": f"{len(shards)}, {format_bytes(sum(shard.bytes for shard in shards))}, in {out}",
+        "shards": f"{num_shards}, {format_bytes(num_bytes)}, in {out}",
         "captions": f"{num_captions}, {num_cut} truncated at {first.max_tokens} tokens",
         "text": _describe_text(first),
         "latents": _describe_latents(manifests),

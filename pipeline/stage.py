@@ -428,7 +428,7 @@ def finish_one(encoders: Encoders, part: SetPlan, quarantined: Mapping[str, str]
 def read_quarantined(part: SetPlan) -> dict[str, str]:
     """Returns the images that a set's shards quarantined, with the reasons."""
     if (part.folder / MANIFEST_NAME).exists():
-        return Manifest.load(part.folder).quarantined
+        return Manifest.load(part.folder).read_quarantined()
     reasons: dict[str, str] = {}
     for shard in part.shards:
         found = read_report(part.folder, shard.index)

@@ -20,7 +20,13 @@ from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.processes import ProcessInfo
 from latent_t2i.shards.files import ATTEMPT_PATTERN
 from latent_t2i.shards.remote.store import default_cache_dir
-from latent_t2i.shards.remote.transport import Retry, fetch_document, fetch_small_files, join
+from latent_t2i.shards.remote.transport import (
+    Retry,
+    fetch_document,
+    fetch_file,
+    fetch_small_files,
+    join,
+)
 from latent_t2i.shards.remote.upload import RemoteFolder
 from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
@@ -242,7 +248,7 @@ class Mirror:
                 is_shard = SHARD_PATTERN.fullmatch(found) and found not in shards
                 if is_shard or ATTEMPT_PATTERN.fullmatch(found):
                     self.remote.delete(_in(name, found))
-            for entry in manifest.small_files:
+            for entry in (*manifest.small_files, *manifest.other_files):
                 self.remote.put(_in(name, entry.name), folder / entry.name)
             self.remote.put(_in(name, MANIFEST_NAME), folder / MANIFEST_NAME)
         if PROGRESS_DIR in there:
@@ -283,6 +289,8 @@ class Mirror:
             location = join(self.url, name) if name else self.url
             manifest = fetch_document(Manifest, location, folder, retry=self.remote.retry)
             fetch_small_files(location, folder, manifest, retry=self.remote.retry)
+            for entry in manifest.other_files:
+                fetch_file(location, folder, entry, retry=self.remote.retry)
             return
         progress = folder / PROGRESS_DIR
         found = self.remote.list(_in(name, PROGRESS_DIR)) if PROGRESS_DIR in there else {}

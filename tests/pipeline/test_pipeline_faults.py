@@ -18,6 +18,7 @@ from latent_t2i.pipeline.images import Preprocessing, load
 from latent_t2i.pipeline.sources.locators import read_image_bytes
 from latent_t2i.pipeline.sources.open import open_source
 from latent_t2i.pipeline.stage import build, load_encoders
+from latent_t2i.shards.buckets import Buckets
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.verify import verify
@@ -168,9 +169,9 @@ def test_hostile_files_are_each_accounted_for(
     manifests = build(config)
     quarantined: dict[str, str] = {}
     if buckets:
-        quarantined |= json.loads((tmp_path / "out/buckets.json").read_text())["quarantined"]
+        quarantined |= Buckets.load(tmp_path / "out").read_quarantined()
     for manifest in manifests.values():
-        quarantined |= manifest.quarantined
+        quarantined |= manifest.read_quarantined()
     reasons = list(quarantined.values())
     wanted = [reason for reason in expected.values() if reason is not None]
     for reason in sorted([*wanted, "missing file"], reverse=True):  # a prefix after whole reasons

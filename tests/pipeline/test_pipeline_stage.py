@@ -93,7 +93,7 @@ def test_the_last_line_accounts_for_every_image(
     annotations = [a for a in annotations if a["image_id"] != 5]
     folder.change("captions", annotations=annotations)
     manifest = build_one(make_config(folder, out, max_quarantined=0.5))
-    assert manifest.quarantined == {
+    assert manifest.read_quarantined() == {
         "000000000002": "not an image",
         "000000000003": "missing file",
         "000000000005": "no caption",

@@ -44,7 +44,7 @@ def test_identity_shapes_and_counts(tmp_path: Path) -> None:
     lines = lines_of(tmp_path / "set")
     assert lines[0] == str(tmp_path / "set")
     assert max(len(line) for line in lines[1:]) <= 80
-    assert row(lines, "manifest") == ["version", "2,", manifest.sha256[:12]]
+    assert row(lines, "manifest") == ["version", "3,", manifest.sha256[:12]]
     assert row(lines, "vae") == ["some/vae", f"({'v' * 12})"]
     assert row(lines, "preprocessing") == ["image_size_px", "64,", "views", "1"]
     assert row(lines, "records") == ["7", "in", "2", "shards"]
