@@ -18,6 +18,7 @@ from pathlib import Path
 from latent_t2i.pipeline.hub import HubFolder, in_repository
 from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.processes import ProcessInfo
+from latent_t2i.shards.buckets import Buckets
 from latent_t2i.shards.files import ATTEMPT_PATTERN
 from latent_t2i.shards.remote.store import default_cache_dir
 from latent_t2i.shards.remote.transport import (
@@ -137,8 +138,7 @@ class Mirror:
             (self._folder / name / PROGRESS_DIR).mkdir(parents=True, exist_ok=True)
             self._pull_set(name)
         if BUCKETS_NAME in names:
-            content = self.remote.read([BUCKETS_NAME])[BUCKETS_NAME]
-            (self._folder / BUCKETS_NAME).write_bytes(content)
+            fetch_document(Buckets, self.url, self._folder, retry=self.remote.retry)
         is_set = bool(buckets) or BUCKETS_NAME in names or self._holds_set("")
         foreign = sorted(names.keys() - FILES_OF_HUB - {PROGRESS_DIR})[:3]
         if any((self._folder / PROGRESS_DIR).glob("shard-*.json")):
@@ -264,13 +264,17 @@ class Mirror:
         """Puts the list of buckets, after their manifests, unless it is there."""
         path = self._folder / BUCKETS_NAME
         if self.remote.find(BUCKETS_NAME) != path.read_bytes():
+            if entry := Buckets.load(self._folder).quarantine:
+                self.remote.put(entry.name, self._folder / entry.name)
             self.remote.put(BUCKETS_NAME, path)
             self.remote.commit()
 
     def close(self) -> None:
         """Ends the upload and empties the working folder, except for its locks."""
         self._pool.shutdown()
-        with suppress(OSError):  # after an error, shards that were put are committed if possible
+        with suppress(OSError, ValueError):  # after an error, finished shards should not be lost
+            for name in self._provenance:
+                self._require_mine(name)
             self.remote.commit()
         self._clear()
 
