@@ -139,7 +139,7 @@ def _describe_text(manifest: Manifest) -> str:
 
 def _describe_latents(manifests: Mapping[str, Manifest]) -> str:
     first = next(iter(manifests.values()))
-    views = " of 2 views" if first.num_views == 2 else ""
+    views = f" of {first.num_views} views" if first.num_views > 1 else ""
     if len(manifests) > 1:
         return f"{first.latent_kind} of {len(manifests)} sizes{views}"
     latent = "x".join(map(str, first.latent_shape))

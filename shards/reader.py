@@ -41,6 +41,8 @@ from latent_t2i.shards.settings import Verify
 
 NAME_BYTES = 100
 """Size of a tar header's first field, the name of the member."""
+HASH_START, HASH_CHARACTERS = b'{"image_sha256":"', 64
+"""How the JSON of a record with the hash of its image begins, and the length of the hash."""
 TORCH_DTYPES = {"float16": torch.float16, "int8": torch.int8, "int32": torch.int32}
 CARRIERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 """Bytes are copied as the widest integers that divide them, because torch copies those fastest."""
@@ -175,6 +177,19 @@ class ShardSet:
         _, first = self._locate(records)
         names = self._region.bytes[first[:, None] + np.arange(NAME_BYTES)]
         return [key_of(name.tobytes()) for name in names]
+
+    def image_hashes(self, records: NDArray[np.int64]) -> NDArray[np.bytes_] | None:
+        """Returns the sha256 of the records' image files, in hex (B,); None if a record has none.
+
+        The hash has the same place in each JSON, so none is parsed.
+        """
+        _, first = self._locate(records)
+        first = first + self.manifest.layouts[0].fields["json"].offset_bytes  # of each layout
+        size = len(HASH_START) + HASH_CHARACTERS
+        heads = self._region.bytes[first[:, None] + np.arange(size)]
+        if (heads[:, : len(HASH_START)] != np.frombuffer(HASH_START, np.uint8)).any():
+            return None
+        return np.ascontiguousarray(heads[:, len(HASH_START) :]).view(f"S{HASH_CHARACTERS}")[:, 0]
 
     def meta(self, record: int) -> dict[str, Any]:
         """Returns the JSON of a record: `captions`, `truncated` and the source's own keys."""

@@ -322,7 +322,7 @@ class Manifest(Version3, Document):
 
     @property
     def num_views(self) -> int:
-        """1, or 2 if the flipped image is encoded too."""
+        """Encodings per image: crop 0, with flips crop 0 flipped, crop 1, ..."""
         return self.layouts[0].fields["latent"].shape[0]
 
     @property

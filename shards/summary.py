@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latent_t2i.shards.buckets import BucketedShards, holds_buckets, open_buckets
+from latent_t2i.shards.duplicates import compare_images
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import printable
 from latent_t2i.shards.reader import ShardSet, map_shard, open_shards
@@ -49,7 +50,7 @@ def describe(shards: ShardSet, *, num_sample: int, num_captions: int) -> Iterato
     manifest = shards.manifest
     yield str(shards.folder)
     yield from _describe_origin(manifest)
-    yield from _describe_content(manifest)
+    yield from _describe_content(shards)
     yield from _describe_bytes(shards)
     sample = read_sample(shards, num_sample)
     yield from _describe_lengths(sample, manifest)
@@ -118,7 +119,8 @@ def _settings(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _describe_content(manifest: Manifest) -> Iterator[str]:
+def _describe_content(shards: ShardSet) -> Iterator[str]:
+    manifest = shards.manifest
     yield from _title("content")
     num_quarantined, num_shards = manifest.num_quarantined, len(manifest.shards)
     quarantined = f", {num_quarantined:,} quarantined" if num_quarantined else ""
@@ -131,6 +133,9 @@ def _describe_content(manifest: Manifest) -> Iterator[str]:
     share = manifest.num_truncated / manifest.num_captions
     cut = f"{manifest.num_truncated:,} captions ({share:.2%}) at {manifest.max_tokens} tokens"
     yield from _entry("truncated", cut)
+    duplicates = compare_images([shards])
+    known = "the records have no hashes of their images" if duplicates is None else duplicates
+    yield from _entry("duplicates", str(known))
     fields = manifest.layouts[0].fields
     shapes = {name: " x ".join(map(str, part.shape[1:])) for name, part in fields.items()}
     views = f"{manifest.num_views} x {shapes['latent']}"

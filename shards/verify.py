@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from latent_t2i.shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
 from latent_t2i.shards.checks import check_hash, check_size, hash_fault
+from latent_t2i.shards.duplicates import find_duplicates
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import load_json, printable, show
 from latent_t2i.shards.quarantine import read_quarantine
@@ -495,6 +496,9 @@ def main(prog: str | None = None) -> int:
     if num_faults:
         print(f"{folder}: {num_faults} faults")
         return 1
+    duplicates = find_duplicates(folder)
+    if duplicates is not None and duplicates.num:
+        print(printable(f"note: {duplicates}"))
     print(f"{folder}: {_count(folder)}, no faults")
     return 0
 

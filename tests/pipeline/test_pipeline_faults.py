@@ -313,11 +313,12 @@ def test_stored_values_equal_those_of_one_image_at_a_time(
     for number, key in enumerate(shards.keys(numbers)):
         record = records[key]
         picture = load(read_image_bytes(record.locator), preprocessing, key=key)
-        latent = encode_views(encoders, picture.pixels[None])[0, 0].astype(np.float64)
-        token_ids = encoders.text.tokenize(record.captions[:1])
-        text = encode_captions(encoders, token_ids)[0][0].astype(np.float64)
+        latent = encode_views(encoders, picture.pixels[:, None])["latent"][0, 0]
+        (token_ids,) = encoders.text.tokenize(record.captions[:1])
+        text = encode_captions(encoders, {record.captions[0]: token_ids})["text"][0]
         for found, expected in ((stored.latent[number], latent), (stored.text[number], text)):
-            error = np.linalg.norm(found.numpy() - expected) / np.linalg.norm(expected)
+            exact = expected.astype(np.float64)
+            error = np.linalg.norm(found.numpy() - exact) / np.linalg.norm(exact)
             worst = max(worst, float(error))
     assert len(numbers) == 20
     assert worst < 1e-3, worst

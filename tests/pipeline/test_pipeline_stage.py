@@ -1,6 +1,7 @@
 """Stage one from end to end: photographs, broken images, reruns, and the command."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -82,6 +83,14 @@ def test_the_manifest_has_the_hashes_of_the_encoders(folder: CocoFolder, out: Pa
     assert batch.latent.shape == (6, 2 * tiny.LATENT_CHANNELS, 8, 8)
     assert batch.text.shape == (6, 16, tiny.TEXT_WIDTH)
     assert shards.meta(0)["objects"][0]["category"] == "noise"
+
+
+def test_each_record_has_the_hash_of_its_file(folder: CocoFolder, out: Path) -> None:
+    build(make_config(folder, out))
+    shards = open_shards(out)
+    for meta in map(shards.meta, range(len(shards))):
+        content = (folder.images / meta["file_name"]).read_bytes()
+        assert meta["image_sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_the_last_line_accounts_for_every_image(
@@ -209,7 +218,7 @@ def test_networks_that_give_nan_stop_the_run_at_the_first_batch(
 ) -> None:
     def load(*args: Any) -> Any:
         encoders = load_encoders(*args)
-        network = encoders.vae.encoder if part == "vae" else encoders.text.network
+        network = encoders.vae.network.encoder if part == "vae" else encoders.text.network
         for weights in network.parameters():
             weights.fill_(torch.nan)
         return encoders
