@@ -106,7 +106,10 @@ class HubFolder(RemoteFolder):
 
         Raises RemoteError if a file has another size afterwards.
         """
-        operations = [*self._deleted.values(), *self._added.values()]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *self._deleted.values(),
+            *self._added.values(),
+        ]
         age_s = time.monotonic() - self._committed_s
         are_many = len(operations) >= MAX_FILES_PER_COMMIT
         wait_s = self._shortest_s if are_many else max(self._shortest_s, COMMIT_INTERVAL_S)
