@@ -19,7 +19,6 @@ from latent_t2i.pipeline.hub import HubFolder, in_repository
 from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.processes import ProcessInfo
 from latent_t2i.shards.buckets import Buckets
-from latent_t2i.shards.files import ATTEMPT_PATTERN
 from latent_t2i.shards.remote.store import default_cache_dir
 from latent_t2i.shards.remote.transport import (
     Retry,
@@ -28,7 +27,7 @@ from latent_t2i.shards.remote.transport import (
     fetch_small_files,
     join,
 )
-from latent_t2i.shards.remote.upload import RemoteFolder
+from latent_t2i.shards.remote.upload import PARTIAL_PATTERN, RemoteFolder
 from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
     BUCKETS_NAME,
@@ -246,7 +245,7 @@ class Mirror:
                 )
             for found in there:  # of processes that were killed before they put a report
                 is_shard = SHARD_PATTERN.fullmatch(found) and found not in shards
-                if is_shard or ATTEMPT_PATTERN.fullmatch(found):
+                if is_shard or PARTIAL_PATTERN.fullmatch(found):
                     self.remote.delete(_in(name, found))
             for entry in (*manifest.small_files, *manifest.other_files):
                 self.remote.put(_in(name, entry.name), folder / entry.name)

@@ -9,6 +9,7 @@ object before its put has ended; elsewhere (sftp, smb ...) a file gets its name 
 """
 
 import os
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ OBJECT_STORES = frozenset(
     {"abfs", "abfss", "az", "gcs", "gs", "hf", "oci", "oss", "r2", "s3", "s3a", "tos"}
 )
 """Protocols whose puts are atomic, and whose renames copy the object."""
+PARTIAL_PATTERN = re.compile(r".+\.[0-9]+-[0-9a-f]{8}\.put")
+"""The temporary name of a file elsewhere: final name, process id and random digits."""
 NUM_CONNECTIONS = 16
 SIGN_IN = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
@@ -145,7 +148,7 @@ class RemoteFolder:
                 self._check_size(path, size)
                 return
             self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            temporary = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.part"
+            temporary = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.put"
             try:
                 write(temporary)
                 self._check_size(temporary, size)

@@ -90,7 +90,7 @@ def test_buckets_and_a_restored_image(
     config = at_url(config, store, tmp_path)
     with pytest.raises(ValueError, match="1 of 6 images cannot be used"):
         build(config)
-    assert not [name for name in objects(store) if "manifest.json" in name or ".part" in name]
+    assert not [name for name in objects(store) if "manifest.json" in name or ".put" in name]
     assert len([name for name in objects(store) if name.endswith(".tar")]) == 5
     image.write_bytes(saved)
     build(config)
@@ -174,7 +174,7 @@ def test_killed_anywhere_and_started_again(
         assert run(forks, config, kill_at=kill, log=log) == -signal.SIGKILL, kill
         assert not finished & {*begun(log)}
         found = objects(store) if (tmp_path / "store").exists() else {}
-        whole = {name for name in found if "progress" not in name and ".part" not in name}
+        whole = {name for name in found if "progress" not in name and ".put" not in name}
         assert all(found[name] == expected[name] for name in whole)
         assert ("manifest.json" in found) == (number == len(KILLS) - 1)
         finished |= {Path(name).stem for name in found if name.startswith("progress/shard-")}
