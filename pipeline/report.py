@@ -75,6 +75,14 @@ def plan_lines(index: Index, sets: Sequence[SetPlan], out: str, room: str) -> st
     return _lines(lines)
 
 
+def growth_lines(work: SetPlan, changes: Sequence[str]) -> str:
+    """Returns the plan of an extension: how the source has changed, and what will be written."""
+    num_again = sum(shard.owner is not None for shard in work.shards)
+    num_bytes = sum(shard.num_bytes for shard in work.shards)
+    shards = f"{len(work.shards) - num_again} more, {num_again} again, {format_bytes(num_bytes)}"
+    return "\n".join([*changes, _lines({"shards": shards})])
+
+
 def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], out: str) -> str:
     """Returns a summary of the finished sets in `out`; its last line accounts for each image.
 
@@ -96,7 +104,10 @@ def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], o
     }
     skipped = [f"quarantined {line}" for line in first_of(quarantined)]
     if skipped:
-        skipped.append("to retry    restore the images and encode them again with another --out")
+        how = "run the same command with --retry"
+        if "" not in manifests:
+            how = "encode them again with another --out"
+        skipped.append(f"to retry    restore the images and {how}")
     return "\n".join([*skipped, _lines(lines)])
 
 

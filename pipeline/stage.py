@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from latent_t2i.model.paths import format_bytes, free_bytes, output_root
-from latent_t2i.pipeline import report
+from latent_t2i.pipeline import growth, report
 from latent_t2i.pipeline.buckets import make_buckets
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.encode import (
@@ -33,7 +33,7 @@ from latent_t2i.pipeline.encode import (
 )
 from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Index, build_index
-from latent_t2i.pipeline.plan import SetPlan
+from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.processes import Owner, ProcessInfo, find_processes, folder_lock, own_rank
 from latent_t2i.pipeline.producers.registry import load_further
 from latent_t2i.pipeline.producers.text import load_text_producer
@@ -60,6 +60,7 @@ from latent_t2i.pipeline.upload import (
 from latent_t2i.pipeline.writing import write_missing
 from latent_t2i.shards.buckets import finish_buckets
 from latent_t2i.shards.duplicates import find_duplicates
+from latent_t2i.shards.extend import commit, finish_staging
 from latent_t2i.shards.schema import MANIFEST_NAME, Manifest, Provenance
 from latent_t2i.shards.writer import (
     begin_set,
@@ -166,6 +167,10 @@ def write_shards(
         fixed_kernels(tf32=encoders.tf32),
     ):
         sets = plan_sets(config, encoders, index, out)
+        if mirror is None:
+            grown = grow_set(config, encoders, index, sets[0], processes, owner)
+            if grown is not None:
+                return grown
         require_enough(config, index, out, index.quarantined | index.missing)
         if not config.force:
             require_room(sets, out, mirror)
@@ -181,19 +186,7 @@ def write_shards(
         else:
             if processes.is_first:
                 print(report.plan_lines(index, sets, shown, room_line(out, mirror)))
-            quantise = None
-            if config.text_dtype == "int8":
-                with folder_lock(out):
-                    quantise = find_quantiser(encoders, index, sets, mirror)
-            write_missing(
-                [pair for n, pair in enumerate(all_shards(sets)) if processes.owns(n)],
-                index,
-                encoders,
-                quantise=quantise,
-                num_threads=config.num_threads or max(num_cores() // processes.num_local, 1),
-                make_bar=report.bar if processes.is_first else report.no_bar,
-                mirror=mirror,
-            )
+            encode_sets(config, encoders, index, sets, processes, mirror)
         return finish(config, encoders, index, sets, processes, mirror)
 
 
@@ -213,6 +206,138 @@ def room_line(out: Path, mirror: Mirror | None) -> str:
     """Returns the free space, for the plan."""
     disk = f"the disk of {out}, for {NUM_LOCAL_SHARDS} shards" if mirror else "this disk"
     return f"free on {disk} {format_bytes(free_bytes(out))}"
+
+
+def encode_sets(
+    config: PipelineConfig,
+    encoders: Encoders,
+    index: Index,
+    sets: Sequence[SetPlan],
+    processes: ProcessInfo,
+    mirror: Mirror | None = None,
+) -> None:
+    """Writes this process's unfinished shards, and prints how many images were encoded."""
+    quantise = None
+    if config.text_dtype == "int8":
+        with folder_lock(output_folder(config, processes.rank)):
+            quantise = find_quantiser(encoders, index, sets, mirror)
+    num_encoded = write_missing(
+        [pair for n, pair in enumerate(all_shards(sets)) if processes.owns(n)],
+        index,
+        encoders,
+        quantise=quantise,
+        num_threads=num_threads(config, processes),
+        make_bar=report.bar if processes.is_first else report.no_bar,
+        mirror=mirror,
+    )
+    print(f"encoded     {num_encoded} images in this run")
+
+
+def num_threads(config: PipelineConfig, processes: ProcessInfo) -> int:
+    """Returns the number of threads of this process."""
+    return config.num_threads or max(num_cores() // processes.num_local, 1)
+
+
+def grow_set(
+    config: PipelineConfig,
+    encoders: Encoders,
+    index: Index,
+    part: SetPlan,
+    processes: ProcessInfo,
+    owner: Owner,
+) -> dict[str, Manifest] | None:
+    """Adds to a finished set what `--append` and `--retry` ask for; `part` is its plan.
+
+    Returns None if the set is unfinished, or finished and equal to the source. Raises ValueError if
+    it differs from the source and the command does not say what to do.
+    """
+    out, flags = output_folder(config, processes.rank), (config.append, config.retry)
+    with folder_lock(out):
+        commit(out)  # of a run that was killed during it
+    manifest = growth.find_finished(part)
+    if manifest is None or not (any(flags) or growth.may_differ(index, part.folder, manifest)):
+        return None
+    make_bar = report.bar if processes.is_first else report.no_bar
+    with (
+        ThreadPoolExecutor(num_threads(config, processes)) as pool,
+        make_bar(manifest.num_records, "image", "compare") as bar,
+    ):
+        grown = growth.compare(index, part, manifest, pool=pool, progress=bar.update)
+        if not any(flags):
+            growth.require_unchanged(index, grown)
+            return show_set(index, manifest, f"{report.show(out)} is finished already")
+        with folder_lock(out):
+            work = growth.begin_growth(
+                index,
+                grown,
+                *flags,
+                latent_shape=encoders.latent_shape(part.preprocessing.size_px),
+                text_shape=encoders.text_shape,
+                pool=pool,
+                in_use=not owner.is_alone(),
+            )
+    if work is None:
+        return show_set(index, manifest, growth.describe_nothing(grown, *flags))
+    if not config.force:
+        require_room([work], out)
+    if processes.is_first:
+        print(report.growth_lines(work, growth.describe(grown, *flags)))
+    encode_sets(config, encoders, index, [work], processes)
+    return finish_growth(config, index, grown, work, processes)
+
+
+def finish_growth(
+    config: PipelineConfig,
+    index: Index,
+    grown: growth.Growth,
+    work: SetPlan,
+    processes: ProcessInfo,
+) -> dict[str, Manifest]:
+    """Moves the new shards into the set once all of them exist, and prints the summary.
+
+    Returns and raises like `finish`.
+    """
+    out = output_folder(config, processes.rank)
+    with folder_lock(out):
+        if not work.folder.exists():  # another process was the last
+            manifest = Manifest.load(out)
+        elif not all_done(work.shards, out, processes):
+            return {}
+        else:
+            manifest = growth.stage_growth(index, grown, work, config.append, config.retry)
+            require_enough(config, index, out, manifest.read_quarantined())
+            finish_staging(out, manifest)
+            commit(out)
+            remove_progress(out)
+            manifest = Manifest.load(out)
+    return show_set(index, manifest)
+
+
+def show_set(index: Index, manifest: Manifest, text: str = "") -> dict[str, Manifest]:
+    """Prints a finished set's summary, after a text, and returns its manifest."""
+    if text:
+        print(f"{text}: nothing to do")
+    print_summary(index, {"": manifest}, manifest.read_quarantined(), manifest.folder, None)
+    return {"": manifest}
+
+
+def all_done(shards: Sequence[ShardPlan], out: Path, processes: ProcessInfo) -> bool:
+    """Returns whether all shards are finished; if not, says what is missing.
+
+    Raises ValueError if a shard of this process is missing.
+    """
+    unfinished = [n for n, shard in enumerate(shards) if not is_done(shard)]
+    if any(map(processes.owns, unfinished)):
+        raise ValueError(
+            f"{out}: shards that this process wrote have been deleted or changed since: start "
+            "the same command again"
+        )
+    if unfinished:
+        print(
+            f"{len(unfinished)} of {len(shards)} shards, of other processes, are unfinished: "
+            "the last process to finish writes the manifest; if one has stopped, start it again"
+        )
+    return not unfinished
 
 
 def print_plan(config: PipelineConfig, encoders: Encoders, processes: ProcessInfo) -> None:
@@ -236,6 +361,9 @@ def print_plan_of(
     shown = mirror.url if mirror else report.show(out)
     with closing(list_source(config, encoders, out, is_first=True)) as index:
         sets = plan_sets(config, encoders, index, out)
+        if mirror is None and (manifest := growth.find_finished(sets[0])) is not None:
+            print_changes(config, index, sets[0], manifest)
+            return
         print(report.plan_lines(index, sets, shown, room_line(out, mirror)))
         checks: list[Callable[[], None]] = [
             lambda: require_enough(config, index, None, index.quarantined | index.missing),
@@ -250,6 +378,18 @@ def print_plan_of(
                 check()
             except ValueError as error:
                 print(f"this run would be refused: {error}")
+
+
+def print_changes(config: PipelineConfig, index: Index, part: SetPlan, manifest: Manifest) -> None:
+    """Prints how the source differs from a finished set, and what this run would do about it."""
+    print(f"{report.show(part.folder)} is finished: {manifest.num_records} images")
+    with (
+        ThreadPoolExecutor(num_cores()) as pool,
+        report.bar(manifest.num_records, "image", "compare") as bar,
+    ):
+        grown = growth.compare(index, part, manifest, pool=pool, progress=bar.update)
+    for line in growth.describe(grown, config.append, config.retry):
+        print(line)
 
 
 def plan_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Path) -> list[SetPlan]:
@@ -360,18 +500,7 @@ def finish(
     with folder_lock(out):
         if mirror:
             mirror.refresh(sets)
-        shards = all_shards(sets)
-        unfinished = [n for n, (_, shard) in enumerate(shards) if not is_done(shard)]
-        if any(map(processes.owns, unfinished)):
-            raise ValueError(
-                f"{out}: shards that this process wrote have been deleted or changed since: start "
-                "the same command again"
-            )
-        if unfinished:
-            print(
-                f"{len(unfinished)} of {len(shards)} shards, of other processes, are unfinished: "
-                "the last process to finish writes the manifest; if one has stopped, start it again"
-            )
+        if not all_done([shard for _, shard in all_shards(sets)], out, processes):
             return {}
         quarantined = {part.bucket: read_quarantined(part) for part in sets}
         no_bucket = dict(index.quarantined)
@@ -397,14 +526,25 @@ def finish(
             if mirror:
                 mirror.put_buckets()
             remove_progress(out)
-    shown = mirror.url if mirror else report.show(out)
+    print_summary(index, manifests, merged, out, mirror)
+    return manifests
+
+
+def print_summary(
+    index: Index,
+    manifests: Mapping[str, Manifest],
+    quarantined: Mapping[str, str],
+    out: Path,
+    mirror: Mirror | None,
+) -> None:
+    """Prints images that occur twice, and the summary; `quarantined` has all reasons by key."""
     duplicates = None if mirror else find_duplicates(out)  # which reads the shards
     if duplicates is not None and duplicates.num:
         for copy, original in duplicates.examples:
             print(f"duplicate   {copy} = {original}")
         print(f"duplicates  {duplicates.count()}")
-    print(report.summary(manifests, index.by_file_name(merged), shown))
-    return manifests
+    shown = mirror.url if mirror else report.show(out)
+    print(report.summary(manifests, index.by_file_name(quarantined), shown))
 
 
 def finish_one(encoders: Encoders, part: SetPlan, quarantined: Mapping[str, str]) -> Manifest:

@@ -199,6 +199,15 @@ class Mirror:
         self._wait_for_upload()
         self._upload = self._pool.submit(self._put, shard.folder, shard.index)
 
+    @contextmanager
+    def fetched(self, path: Path) -> Iterator[None]:
+        """Fetches a shard into the working folder temporarily."""
+        self.remote.get(_in(self._name(path.parent), path.name), path)
+        try:
+            yield
+        finally:
+            path.unlink()
+
     def discard(self, shard: ShardPlan) -> None:
         """Deletes the report of a shard that is written again."""
         name = self._report_name(shard.folder, shard.index)

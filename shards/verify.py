@@ -38,6 +38,7 @@ from latent_t2i.shards.schema import (
     BUCKETS_NAME,
     KEY_PATTERN,
     MANIFEST_NAME,
+    PROGRESS_DIR,
     Field,
     FileEntry,
     FormatError,
@@ -134,6 +135,8 @@ def _check_form(path: Path, expected: str, names: set[str]) -> Iterator[str]:
     """Checks a file's exact formatting, and that its folder contains only `names`."""
     if path.read_bytes() != expected.encode():
         yield f"{path}: expected the writer's formatting, found other spacing or order"
+    if (path.parent / PROGRESS_DIR).is_dir():
+        return  # the set is complete, but stage one is extending it, or was killed
     for stray in sorted({other.name for other in path.parent.iterdir()} - names):
         yield f"{path.parent / stray}: not listed in {path.name}; expected only files that are"
 

@@ -100,6 +100,10 @@ class RemoteFolder:
         except FileNotFoundError:
             return None
 
+    def get(self, name: str, path: Path) -> None:
+        """Downloads a file. Raises FileNotFoundError if it is missing."""
+        self._try(name, lambda: self._system.get_file(self._path(name), str(path)))
+
     def put(self, name: str, path: Path) -> None:
         """Puts a local file, and compares the size at the URL."""
         self._send(name, path.stat().st_size, lambda to: self._system.put_file(str(path), to))

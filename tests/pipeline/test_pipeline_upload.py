@@ -99,6 +99,31 @@ def test_buckets_and_a_restored_image(
     assert [line for line in lines if line.startswith("shards") and line.endswith(f"in {store}")]
 
 
+def test_an_image_that_was_edited_before_the_set_was_finished(
+    folder: CocoFolder, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shard is written again; that of an image with a new time but the same bytes is not."""
+    config = at_url(make_config(folder, tmp_path), store, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("latent_t2i.pipeline.stage.finish", lambda *args: {})
+        build(config)
+    images = [folder.images / f"00000000000{number}.png" for number in (1, 4)]
+    images[0].write_bytes(images[0].read_bytes())
+    images[1].write_bytes((folder.images / "000000000005.png").read_bytes())
+    put: list[str] = []
+    original = Store.put_file
+
+    def logging(self: Store, lpath: str, rpath: str, **kwargs: Any) -> None:
+        put.append(Path(lpath).name)
+        original(self, lpath, rpath, **kwargs)
+
+    monkeypatch.setattr(Store, "put_file", logging)
+    build(config)
+    assert [name for name in put if name.endswith(".tar")] == ["shard-000001.tar"]
+    build(replace(config, out=str(tmp_path / "local"), work_dir=None))
+    assert objects(store) == contents(tmp_path / "local")
+
+
 def test_a_put_that_fails_half_way_is_repeated(
     folder: CocoFolder, tmp_path: Path, store: str, quick: None
 ) -> None:
