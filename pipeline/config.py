@@ -149,7 +149,11 @@ class PipelineConfig:
     max_tokens: int = 77
     """Tokens kept of a caption, start and end included."""
     out: str | None = None
-    """Folder for the shards, instead of shards/data/NAME/SPLIT."""
+    """Folder for the shards, instead of shards/data/NAME/SPLIT; or a URL of fsspec, such as
+    s3://BUCKET/FOLDER or hf://datasets/USER/NAME/FOLDER."""
+    work_dir: str | None = None
+    """out is a URL: local folder with room for two shards per process, which are put at the URL and
+    deleted; default: in the user's cache folder."""
     records_per_shard: int = 1000
     """Maximum number of images per shard; a killed run repeats at most one shard."""
     max_shard_bytes: int = 1_000_000_000
@@ -205,6 +209,8 @@ class PipelineConfig:
             raise ValueError(
                 f"--max-quarantined: expected a share from 0 to 1, found {self.max_quarantined}"
             )
+        if self.work_dir is not None and "://" not in (self.out or ""):
+            raise ValueError(f"--work-dir: needs a URL for --out, found {self.out!r}")
         for flag, is_set in (("--append", self.append), ("--retry", self.retry)):
             for other, unfit in (
                 ("--buckets", self.buckets),

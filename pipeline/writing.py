@@ -5,9 +5,9 @@ Encoding does not wait for the disk; `MAX_PENDING_BATCHES` bounds the memory.
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,6 +21,7 @@ from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.quantise import Quantiser
 from latent_t2i.pipeline.sets import is_done
 from latent_t2i.pipeline.sources.record import Record
+from latent_t2i.pipeline.upload import Mirror
 from latent_t2i.pipeline.workers import (
     NOT_FINITE,
     Batch,
@@ -46,8 +47,10 @@ class WriterThread:
     unfinished shard.
     """
 
-    def __init__(self, kind: LatentKind) -> None:
+    def __init__(self, kind: LatentKind, on_shard: Callable[[ShardPlan], None]) -> None:
+        """`on_shard` is called with each finished shard, in the thread."""
         self._kind: LatentKind = kind
+        self._on_shard = on_shard
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writing")  # one: keeps the order
         self._pending: deque[Future[None]] = deque()
         self._open = ExitStack()
@@ -101,6 +104,7 @@ class WriterThread:
                     self._writer.write(example)
                 self._writer = None
                 self._open.close()
+                self._on_shard(shard)
                 self.num_bytes += shard.num_bytes
                 self.num_shards += 1
         except BaseException:
@@ -116,21 +120,22 @@ def write_missing(
     quantise: Quantiser | None,
     num_threads: int,
     make_bar: report.Bar,
+    mirror: Mirror | None = None,
 ) -> int:
     """Encodes and writes the shards that are unfinished or have a restored or edited image.
 
-    Returns the number of images that were encoded. Raises ValueError if the networks' outputs are
-    all not finite.
+    With a `mirror`, finished shards are put at its URL, in the background. Returns the number of
+    images that were encoded. Raises ValueError if the networks' outputs are all not finite.
     """
     for part, shard in shards:
-        discard_if_outdated(index, part, shard)
+        discard_if_outdated(index, part, shard, mirror)
     missing = [(part, shard) for part, shard in shards if not is_done(shard)]
     total = sum(shard.num_records - shard.num_kept for _, shard in missing)
     num_encoded = 0
     with (
         single_threaded(),
         EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
-        WriterThread(encoders.vae.kind) as writing,
+        WriterThread(encoders.vae.kind, mirror.put if mirror else lambda shard: None) as writing,
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
@@ -162,17 +167,22 @@ def write_missing(
     return num_encoded
 
 
-def discard_if_outdated(index: Index, part: SetPlan, shard: ShardPlan) -> None:
+def discard_if_outdated(
+    index: Index, part: SetPlan, shard: ShardPlan, mirror: Mirror | None
+) -> None:
     """Discards a shard of an unfinished set if one of its images was restored or edited since."""
     found = read_report(part.folder, shard.index)
     if found is None:
         return
     records = [record for record, _ in records_of(index, shard)]
-    if any(is_restored(record, found.quarantined, part.preprocessing) for record in records):
-        discard_shard(part.folder, found)
-    elif found.records and (key := find_edited(part.folder / found.name, found, records)):
+    if not any(is_restored(record, found.quarantined, part.preprocessing) for record in records):
+        key = find_edited(part.folder, found, records, mirror) if found.records else None
+        if key is None:
+            return
         print(f"{found.name} is encoded again: the image of {key} has changed since")
-        discard_shard(part.folder, found)
+    discard_shard(part.folder, found)
+    if mirror is not None:
+        mirror.discard(shard)
 
 
 def is_restored(
@@ -186,16 +196,20 @@ def is_restored(
     return isinstance(load_record(record, preprocessing), Picture)
 
 
-def find_edited(shard: Path, found: ShardReport, records: Sequence[Record]) -> str | None:
+def find_edited(
+    folder: Path, found: ShardReport, records: Sequence[Record], mirror: Mirror | None
+) -> str | None:
     """Returns the key of an image that has changed since a shard was encoded."""
-    since_ns = shard.stat().st_mtime_ns
+    path = folder / found.name
+    since_ns = found.begun_ns if mirror else path.stat().st_mtime_ns
     suspects = {record.key: record for record in records if may_be_edited(record, since_ns)}
     if not suspects:
         return None
-    for row in read_rows(shard, found.layout, found.records):
-        record = suspects.get(row_key(row))
-        if record is not None and is_edited(record, row_json(row, found.layout)):
-            return record.key
+    with mirror.fetched(path) if mirror else nullcontext():
+        for row in read_rows(path, found.layout, found.records):
+            record = suspects.get(row_key(row))
+            if record is not None and is_edited(record, row_json(row, found.layout)):
+                return record.key
     return None
 
 

@@ -113,6 +113,7 @@ def _finished_reports(folder: Path, manifest: Manifest) -> Iterator[ShardReport]
             num_truncated=int(row["truncated"]),
             quarantined=reasons.get(number, {}),
             sums=sums_of(row),
+            begun_ns=0,
         )
 
 

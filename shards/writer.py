@@ -71,6 +71,8 @@ class ShardReport:
     num_truncated: int
     quarantined: dict[str, str]
     sums: LatentSums
+    begun_ns: int
+    """When its first image was read; later changes of an image show in its own time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +161,7 @@ def read_text_scale(folder: Path) -> FoundScale | None:
 
 
 def read_report(folder: Path, index: int) -> ShardReport | None:
-    """Returns the report of a shard that is finished and still on disk, else None."""
+    """Returns the report of a shard that is finished and still on disk or at a URL, else None."""
     path = _report_path(folder, index)
     if not path.exists():
         return None
@@ -167,9 +169,15 @@ def read_report(folder: Path, index: int) -> ShardReport | None:
     if report.name != f"{path.stem}.tar" or not _is_complete(report):
         raise FormatError(f"{path}: damaged report: delete it and run the command again")
     shard = folder / report.name
-    if report.records and (not shard.is_file() or shard.stat().st_size != report.bytes):
-        return None
-    return report
+    if not report.records or _put_path(folder, report).exists():
+        return report
+    return report if shard.is_file() and shard.stat().st_size == report.bytes else None
+
+
+def mark_put(folder: Path, report: ShardReport) -> None:
+    """Deletes a finished shard that was put at a URL; `read_report` still counts it as finished."""
+    _put_path(folder, report).touch()
+    (folder / report.name).unlink(missing_ok=True)
 
 
 def _is_complete(report: ShardReport) -> bool:
@@ -298,6 +306,7 @@ def merge_reports(
 def discard_shard(folder: Path, report: ShardReport) -> None:
     """Deletes a finished shard of an unfinished set, so that it is written again."""
     (folder / report.name).unlink(missing_ok=True)  # first: a report without it is not finished
+    _put_path(folder, report).unlink(missing_ok=True)
     (folder / PROGRESS_DIR / f"{Path(report.name).stem}.json").unlink()
 
 
@@ -455,6 +464,7 @@ class ShardWriter:
             num_truncated=self._num_truncated,
             quarantined=self._quarantined,
             sums=self._sums,
+            begun_ns=self._begun_ns or 0,
         )
         content = json.dumps(asdict(report)).encode()
         write_file(_report_path(self._folder, self._index), content)
@@ -562,6 +572,10 @@ def _read_provenance(folder: Path) -> Provenance:
 
 def _report_path(folder: Path, index: int) -> Path:
     return folder / PROGRESS_DIR / f"shard-{index:06d}.json"
+
+
+def _put_path(folder: Path, report: ShardReport) -> Path:
+    return folder / PROGRESS_DIR / f"{Path(report.name).stem}.put"
 
 
 def _write_text_scale(
