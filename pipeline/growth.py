@@ -482,8 +482,8 @@ def stage_growth(index: Index, grown: Growth, work: SetPlan, append: bool, retry
     old, folder = grown.manifest, grown.part.folder
     loose = {item.key: item.reason for item in grown.quarantined if item.shard is None}
     if retry:
-        tried = [record.key for record in index.find(loose) if record is not None]
-        loose = {key: reason for key, reason in loose.items() if key not in tried}
+        usable = {record.key for record in index.find(loose) if record is not None}
+        loose = {key: reason for key, reason in loose.items() if key not in usable}
     added = new_quarantined(index, grown) if append else {}
     left_out: dict[int, dict[str, str]] = {}
     for shard in work.shards:
