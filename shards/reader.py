@@ -24,7 +24,7 @@ from torch import Tensor
 
 from latent_t2i.shards.checks import BackgroundVerifier, check_hash, check_size
 from latent_t2i.shards.mapping import Region
-from latent_t2i.shards.order import Order
+from latent_t2i.shards.order import Cursor, Order
 from latent_t2i.shards.parsing import load_json, show
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
@@ -131,14 +131,23 @@ class ShardSet:
         return self.manifest.sha256
 
     @property
+    def sets(self) -> "tuple[ShardSet, ...]":
+        """This set; a bucketed set and a union have several."""
+        return (self,)
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Number of records of each shard."""
+        return tuple(shard.records for shard in self.manifest.shards)
+
+    @property
     def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of one view of a stored latent; a bucketed set has one per bucket."""
         return (self.manifest.latent_shape,)
 
     def order(self, *, batch_size: int, seed: int, **settings: Any) -> Order:
         """Returns an order to visit the records in; `settings` are those of Order."""
-        sizes = tuple(shard.records for shard in self.manifest.shards)
-        return Order(sizes=sizes, batch_size=batch_size, seed=seed, **settings)
+        return Order(sizes=self.shard_sizes, batch_size=batch_size, seed=seed, **settings)
 
     def buffer(self, size: int, *, pin_memory: bool = False) -> RawBatch:
         """Returns an uninitialised batch of `size` records, to gather into."""
@@ -191,6 +200,9 @@ class ShardSet:
     def shards_of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the index of the shard of each record."""
         return np.searchsorted(self._starts, records, side="right") - 1
+
+    def advance(self, order: Order, cursor: Cursor, shards: slice = slice(None)) -> None:
+        """Announces the upcoming order and cursor; only sets that download shards use them."""
 
     def finish_verification(self) -> None:
         """Waits until all shards used so far are hashed. Raises FormatError for a mismatch."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from latent_t2i.model.diffusion import ObjectiveConfig, sample_timesteps
 from latent_t2i.model.ema import EMA
 from latent_t2i.shards.access import Access, open_set
-from latent_t2i.shards.buckets import BucketedShards
+from latent_t2i.shards.joining import Shards
 from latent_t2i.shards.order import mixed_seed
 from latent_t2i.shards.reader import ShardSet
 from latent_t2i.shards.remote.transport import is_remote
@@ -36,7 +36,6 @@ NUM_QUARTERS = 4
 MAX_KEYS_READ = 100_000
 # Latents whose relative difference is below this are of the same image.
 SAME_LATENT = 0.1
-Shards = ShardSet | BucketedShards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class Validation:
 
     def batches(self) -> list[range]:
         """Returns the positions of the examples of each batch; a batch is of one bucket."""
-        ends = np.cumsum([len(part) for part in plain_sets(self.shards)])
+        ends = np.cumsum([len(part) for part in self.shards.sets])
         edges = [0, *np.searchsorted(self.records, ends).tolist()]
         size = self.config.batch_size
         return [
@@ -134,11 +133,6 @@ def no_validation(default: Path) -> str:
     return f"no validation set ({FLAG}): only the training loss is measured{hint}"
 
 
-def plain_sets(shards: Shards) -> tuple[ShardSet, ...]:
-    """Returns the sets of the buckets, or the only set."""
-    return shards.sets if isinstance(shards, BucketedShards) else (shards,)
-
-
 def require_match(location: str, shards: Shards, training: Shards) -> None:
     """Raises ValueError if the denoiser of the training set cannot read the validation set."""
     same = ("latent_kind", "latent_channels", "text_dtype", "max_tokens", "text_width")
@@ -170,13 +164,13 @@ def check_overlap(
 
     Records are the same if key and latent agree: folders may number their images alike.
     """
-    sets = plain_sets(training)
-    if any(type(part) is not ShardSet for part in sets):
+    sets = [part for part in training.sets if type(part) is ShardSet]
+    if not sets:
         return "not compared with the training set, which is not local"
     held_out: dict[str, Tensor] = {}
-    for numbers, part in by_set(records, plain_sets(shards)):
+    for numbers, part in by_set(records, shards.sets):
         held_out |= zip(part.keys(numbers), first_latents(part, numbers), strict=True)
-    every = -(-len(training) // MAX_KEYS_READ)
+    every = -(-sum(map(len, sets)) // MAX_KEYS_READ)
     for part in sets:
         numbers = np.arange(0, len(part), every)
         for index, key in enumerate(part.keys(numbers)):
@@ -186,7 +180,9 @@ def check_overlap(
                     f"{FLAG}: {location}: expected held-out records, found record {key} of the "
                     "training set"
                 )
-    return f"no overlap with {'all' if every == 1 else f'every {every}th'} of the training records"
+    part = "all" if every == 1 else f"every {every}th"
+    where = "" if len(sets) == len(training.sets) else " that are local"
+    return f"no overlap with {part} of the training records{where}"
 
 
 def by_set(
