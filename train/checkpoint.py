@@ -392,7 +392,10 @@ def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: 
 
 
 def _with_sets(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's settings, with older ones with one set, in today's form."""
-    shards = settings.get("shards")
-    data = {"weights": []} | settings.get("data", {})
-    return {**settings, "shards": [shards] if isinstance(shards, str) else shards, "data": data}
+    """Returns a checkpoint's settings, with those of older ones with one set in today's form."""
+    found = dict(settings)
+    if isinstance(found.get("shards"), str):
+        found["shards"] = [found["shards"]]
+    if isinstance(found.get("data"), Mapping):
+        found["data"] = {"weights": []} | found["data"]
+    return found
