@@ -180,9 +180,9 @@ def check_overlap(
                     f"{FLAG}: {location}: expected held-out records, found record {key} of the "
                     "training set"
                 )
-    part = "all" if every == 1 else f"every {every}th"
+    compared = "all" if every == 1 else f"every {every}th"
     where = "" if len(sets) == len(training.sets) else " that are local"
-    return f"no overlap with {part} of the training records{where}"
+    return f"no overlap with {compared} of the training records{where}"
 
 
 def by_set(

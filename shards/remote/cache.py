@@ -299,7 +299,7 @@ def divide_cache(order: Epochs, stores: Sequence[Store], cache_bytes: int) -> li
     ]
 
 
-def check_cache(order: Order, manifest: Manifest, cache_bytes: int) -> None:
+def check_cache(order: Epochs, manifest: Manifest, cache_bytes: int) -> None:
     """Raises ValueError, with the arithmetic, if the cache is too small for an order."""
     least = bytes_needed(order, manifest)
     if cache_bytes >= least:

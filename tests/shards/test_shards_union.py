@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latent_t2i.shards import summary, verify
 from latent_t2i.shards.access import Access, make_loader, open_sets
 from latent_t2i.shards.buckets import BucketedShards, finish_buckets
 from latent_t2i.shards.joining import Shards
@@ -28,6 +29,7 @@ from tests.shard_sets import (
     concatenate,
     make_examples,
     make_provenance,
+    run_main,
     write_buckets,
     write_set,
 )
@@ -279,6 +281,43 @@ def test_joined_buckets_of_other_encoders_are_refused(bucketed: Path, tmp_path: 
     write_set(tmp_path / "x", [make_examples(3, seed=99)], make_provenance(**CHANGES["vae"]))
     with pytest.raises(FormatError, match=r"x: vae: expected v+ as in .*p/48x64, found 1+"):
         open_sets([str(bucketed / "p"), str(tmp_path / "x")], MAP, "map")
+
+
+def test_verify_notes_shared_keys_and_sets_that_cannot_be_one(
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_main(verify, monkeypatch, root / "a", root / "b") == 0
+    assert "note" not in capsys.readouterr().out
+    assert run_main(verify, monkeypatch, root / "a", root / "b", root / "all") == 0
+    found = capsys.readouterr().out.splitlines()
+    assert found[2] == f"{root / 'all'}: 22 records in 6 shards, no faults"
+    shared = f"note: {root / 'all'}: "
+    assert found[3].startswith(f"{shared}10 keys are in {root / 'a'} too, such as '00-3-000000';")
+    assert found[4].startswith(f"{shared}7 keys are in {root / 'b'} too, such as")
+    write_set(tmp_path / "x", [make_examples(3, seed=99)], make_provenance(**CHANGES["vae"]))
+    assert run_main(verify, monkeypatch, root / "a", tmp_path / "x") == 0
+    note = f"note: these sets cannot be trained on as one: shards: {tmp_path / 'x'}: vae: expected"
+    assert note in capsys.readouterr().out
+    plant_nan(tmp_path / "x", shard=0, records=[0])
+    assert run_main(verify, monkeypatch, root / "a", tmp_path / "x") == 1
+    assert run_main(verify, monkeypatch, root / "a", tmp_path / "no") == 2
+
+
+def test_summary_of_several_sets_begins_with_their_shares(
+    root: Path,
+    bucketed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_main(summary, monkeypatch, root / "a", bucketed / "p") == 0
+    found = capsys.readouterr().out.splitlines()
+    assert found[0] == "2 sets, 22 records"
+    assert found[1].split() == ["10", "45.45%", str(root / "a")]
+    assert found[2].split() == ["12", "54.55%", str(bucketed / "p")]
+    assert str(root / "a") in found and str(bucketed / "p") in found
 
 
 def test_pinned_and_plain_buffers_have_the_shapes_of_one_set(root: Path) -> None:
