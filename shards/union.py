@@ -35,7 +35,7 @@ SAME = (
     "text_scale",
 )
 """Manifest keys that must be equal in sets that are one. Encoders and scales: by hash."""
-PIECE_ROWS = 16
+PIECE_ROWS = 32
 """Rows that are gathered before they are copied to their places in a batch."""
 
 
@@ -129,8 +129,7 @@ class UnionShards:
                 records[start : start + PIECE_ROWS], caption_u[places], view_u[places], found
             )
             for name in ITEM_FIELDS:
-                target: Tensor = getattr(out, name)
-                target.index_copy_(0, torch.from_numpy(places), getattr(found, name))
+                _as_words(getattr(out, name))[places] = _as_words(getattr(found, name))
 
     def keys(self, records: NDArray[np.int64]) -> list[str]:
         """Returns `KEY of SET` for some records, in that order: keys may repeat between sets."""
@@ -168,6 +167,14 @@ class UnionShards:
         for number in np.unique(numbers).tolist():
             rows = np.flatnonzero(numbers == number)
             yield number, rows, records[rows] - self._starts[number]
+
+
+def _as_words(tensor: Tensor) -> NDArray[Any]:
+    """Returns a contiguous tensor as a matrix with a row per record, of the widest words."""
+    matrix = tensor.view(len(tensor), -1).view(torch.uint8)
+    # NumPy copies rows of 8-byte words twice as fast as torch's index_copy_.
+    wide = matrix.shape[1] % 8 == 0 and matrix.data_ptr() % 8 == 0
+    return matrix.numpy().view(np.int64) if wide else matrix.numpy()
 
 
 PlainShards = ShardSet | UnionShards

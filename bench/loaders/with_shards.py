@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.loaders.contents import BATCH_SIZE, NUM_CAPTIONS, TEXT_WIDTH, Batch, Content, record
-from latent_t2i.shards.access import Access, Kind, make_loader, open_set
+from latent_t2i.shards.access import Access, Kind, make_loader, open_set, open_sets
 from latent_t2i.shards.loader import batches
 from latent_t2i.shards.schema import (
     Example,
@@ -48,8 +48,29 @@ class Shards:
             yield Batch(batch.latent, batch.text, batch.tokens)
 
 
-def write_shards(folder: Path, content: Content, records_per_shard: int) -> None:
-    """Writes the records as a set of shards of `records_per_shard` each."""
+class TwoSets(Shards):
+    """This project's loader on two sets with half of the records each, as one."""
+
+    def write(self, folder: Path, content: Content) -> None:
+        """Writes each half as a set."""
+        half = content.num_records // 2
+        for name, numbers in (("a", range(half)), ("b", range(half, content.num_records))):
+            write_shards(folder / name, content, RECORDS_PER_SHARD, numbers)
+
+    def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
+        """Yields shuffled batches of both sets forever."""
+        access = Access(kind=self.kind)
+        shards, _ = open_sets([f"{folder}/a", f"{folder}/b"], access, "map", verify="none")
+        order = shards.order(batch_size=BATCH_SIZE, seed=0)
+        for batch in batches(make_loader(shards, order, access), start=0, stop=sys.maxsize):
+            yield Batch(batch.latent, batch.text, batch.tokens)
+
+
+def write_shards(
+    folder: Path, content: Content, records_per_shard: int, numbers: range | None = None
+) -> None:
+    """Writes the records, or those with some numbers, as shards of `records_per_shard` each."""
+    numbers = range(content.num_records) if numbers is None else numbers
     provenance = _provenance(content, records_per_shard)
     layout = make_layout(
         latent=content.shapes["latent"],
@@ -58,10 +79,10 @@ def write_shards(folder: Path, content: Content, records_per_shard: int) -> None
         text_dtype=content.text_dtype,
     )
     begin_set(folder, provenance)
-    starts = range(0, content.num_records, records_per_shard)
+    starts = range(0, len(numbers), records_per_shard)
     for index, start in enumerate(starts):
         with ShardWriter(folder, index, layout, "moments") as shard:
-            for number in range(start, min(start + records_per_shard, content.num_records)):
+            for number in numbers[start : start + records_per_shard]:
                 shard.write(Example(key=f"{number:08d}", meta=META, **record(content, number)))
     int8 = content.text_dtype == "int8"
     finish_set(
