@@ -120,7 +120,7 @@ def write_missing(
     with (
         single_threaded(),
         EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
-        WriterThread(encoders.kind) as writing,
+        WriterThread(encoders.vae.kind) as writing,
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
@@ -129,7 +129,7 @@ def write_missing(
         for batch, items in pool.encode(read_batches(missing, index, encoders.batch_size)):
             reasons = [item.reason for item in items if isinstance(item, Skipped)]
             num_good += len(items) - len(reasons)
-            failures += [reason for reason in reasons if reason in NOT_FINITE]
+            failures += [reason for reason in reasons if NOT_FINITE in reason]
             # Otherwise broken weights would be noticed after hours, as too many quarantined images.
             if not num_good and len(failures) >= MAX_FAILURES:
                 raise ValueError(
@@ -158,7 +158,7 @@ def discard_if_restored(index: Index, part: SetPlan, shard: ShardPlan) -> None:
     for record, _ in index.records(shard.bucket, shard.num_captions, shard.first, shard.last):
         reason = found.quarantined.get(record.key)
         # Images whose values are not finite are readable, and would be encoded on every restart.
-        if reason is None or reason in NOT_FINITE:
+        if reason is None or NOT_FINITE in reason:
             continue
         if isinstance(load_record(record, part.preprocessing), Picture):
             discard_shard(part.folder, found)

@@ -8,29 +8,33 @@ trained on alone. `buckets.json` is written last and contains the hash of each s
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from latent_t2i.shards.bucket_order import BucketOrder
-from latent_t2i.shards.files import write_file
+from latent_t2i.shards.files import write_file, write_listed
+from latent_t2i.shards.quarantine import QUARANTINE_NAME, Quarantined, read_reasons
 from latent_t2i.shards.reader import RawBatch, ShardSet, open_shards
 from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
     BUCKETS_NAME,
     MANIFEST_NAME,
     Document,
+    Fetch,
+    FileEntry,
     FormatError,
     Manifest,
+    read_stored,
 )
 from latent_t2i.shards.settings import Verify
-from latent_t2i.shards.union import PlainShards, differences
+from latent_t2i.shards.union import SAME, PlainShards, differences
 
-BUCKETS_VERSION = 1
+BUCKETS_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +52,75 @@ class Bucket:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Buckets(Document):
-    """The list of a bucketed set: what the manifests of its sets do not contain."""
+class Version1:
+    """The content of a list of version 1."""
 
-    FILE_NAME = BUCKETS_NAME
-    VERSION = BUCKETS_VERSION
+    schema_version: int
+    buckets: tuple[Bucket, ...]
+    num_source: int
+    num_records: int
+    quarantined: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version2:
+    """The content of a list of version 2."""
 
     schema_version: int = BUCKETS_VERSION
     buckets: tuple[Bucket, ...]
     """Narrowest first."""
+    quarantine: FileEntry | None  # quarantine.jsonl; None in version 1 only
     num_source: int
     """Images in the source: written, quarantined in a bucket, or in no bucket."""
     num_records: int
-    quarantined: dict[str, str]
-    """The reason for each image that is in no bucket, by key."""
+    num_quarantined: int
+    """Images in no bucket."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets(Version2, Document):
+    """The list of a bucketed set: what the manifests of its sets do not contain."""
+
+    FILE_NAME = BUCKETS_NAME
+
+    folder: Path = field(compare=False)
+    version_1: Version1 | None = field(default=None, repr=False)
+    """The content of the file, if it is of version 1."""
+
+    @classmethod
+    def load(cls, folder: Path, fetch: Fetch | None = None) -> Self:
+        """See `Document.load`; no other file is read."""
+        path = folder / cls.FILE_NAME
+        stored = read_stored(path, {2: Version2, 1: Version1})
+        values = {part.name: getattr(stored, part.name) for part in fields(stored)}
+        if isinstance(stored, Version1):
+            num_quarantined = len(values.pop("quarantined"))
+            values |= {"quarantine": None, "num_quarantined": num_quarantined, "version_1": stored}
+        elif stored.quarantine is None or stored.quarantine.name != QUARANTINE_NAME:
+            raise FormatError(
+                f"{path}: quarantine: expected the file {QUARANTINE_NAME}, found "
+                f"{stored.quarantine}"
+            )
+        loaded = cls(**values, folder=folder)
+        loaded.check(path)
+        return loaded
+
+    def content(self) -> dict[str, Any]:
+        """Returns the content of the file without its hash."""
+        if self.version_1 is not None:
+            return asdict(self.version_1)
+        stored = {part.name: getattr(self, part.name) for part in fields(Version2)}
+        return asdict(Version2(**stored))
+
+    def read_quarantined(self) -> dict[str, str]:
+        """Reads the reason for each image that is in no bucket, by key.
+
+        Raises FormatError if the file is missing, altered or malformed.
+        """
+        if self.version_1 is not None:
+            return dict(self.version_1.quarantined)
+        assert self.quarantine is not None
+        return read_reasons(self.folder / self.quarantine.name, self.quarantine)
 
     def check(self, path: Path) -> None:
         """Checks that names, sizes and counts are consistent with each other."""
@@ -77,8 +136,13 @@ class Buckets(Document):
             if names.count(bucket.name) > 1:
                 raise FormatError(f"{path}: bucket {bucket.name!r}: expected once, found twice")
         written = sum(bucket.records for bucket in self.buckets)
-        lost = sum(bucket.quarantined for bucket in self.buckets) + len(self.quarantined)
-        for name, expected in (("num_records", written), ("num_source", written + lost)):
+        lost = sum(bucket.quarantined for bucket in self.buckets) + self.num_quarantined
+        pairs = {
+            "num_records": written,
+            "num_quarantined": max(self.num_quarantined, 0),
+            "num_source": written + lost,
+        }
+        for name, expected in pairs.items():
             if getattr(self, name) != expected:
                 raise FormatError(
                     f"{path}: {name}: expected {expected}, found {getattr(self, name)}"
@@ -113,15 +177,18 @@ def finish_buckets(
                 width_px=width_px,
                 height_px=height_px,
                 records=manifest.num_records,
-                quarantined=len(manifest.quarantined),
+                quarantined=manifest.num_quarantined,
                 sha256=hash_file(folder / name / MANIFEST_NAME),
             )
         )
+    lines = (Quarantined(key=k, reason=v, shard=None).line() for k, v in quarantined.items())
     found = Buckets(
         buckets=tuple(listed),
+        quarantine=write_listed(folder / QUARANTINE_NAME, lines),
         num_source=sum(part.num_source for _, part in parts) + len(quarantined),
         num_records=sum(part.num_records for _, part in parts),
-        quarantined=dict(quarantined),
+        num_quarantined=len(quarantined),
+        folder=folder,
     )
     found.check(path)
     for fault in disagreements(f"{folder}", parts):
@@ -150,7 +217,7 @@ def disagreements(location: str, parts: Sequence[tuple[str, Manifest]]) -> Itera
     The first set is the reference, also for how many pixels a latent cell spans.
     """
     (first_name, first), *_ = parts
-    for name, what, expected, found in differences(parts):
+    for name, what, expected, found in differences(parts, (*SAME, "fields")):
         yield (
             f"{location}: bucket {name}: {what}: expected {expected} as in {first_name}, "
             f"found {found}"
@@ -180,7 +247,7 @@ def check_bucket(location: str, bucket: Bucket, manifest: Manifest, sha256: str)
             f"{place}: {MANIFEST_NAME}: sha256: expected {bucket.sha256}, found {sha256}: the list "
             "was written for another set"
         )
-    pairs = {"records": manifest.num_records, "quarantined": len(manifest.quarantined)}
+    pairs = {"records": manifest.num_records, "quarantined": manifest.num_quarantined}
     for name, found in pairs.items():
         if getattr(bucket, name) != found:
             yield f"{place}: {name}: expected {getattr(bucket, name)}, found {found}"

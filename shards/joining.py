@@ -6,6 +6,7 @@ Among bucketed sets, a plain set is a bucket of its size.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from latent_t2i.shards.buckets import Bucket, BucketedShards, Buckets, downscale
 from latent_t2i.shards.reader import ShardSet
@@ -73,9 +74,11 @@ def _join_buckets(
     num_records = sum(map(len, parts))
     buckets = Buckets(
         buckets=tuple(listed),
+        quarantine=None,
         num_source=num_records + sum(bucket.quarantined for bucket in listed),
         num_records=num_records,
-        quarantined={},
+        num_quarantined=0,
+        folder=Path(),
     )
     return BucketedShards(", ".join(locations), buckets, parts)
 
@@ -96,6 +99,6 @@ def _describe(part: UnionShards, width_px: int, height_px: int) -> Bucket:
         width_px=width_px,
         height_px=height_px,
         records=len(part),
-        quarantined=sum(len(one.manifest.quarantined) for one in part.sets),
+        quarantined=sum(one.manifest.num_quarantined for one in part.sets),
         sha256=hash_json({"sets": [one.sha256 for one in part.sets]}),
     )

@@ -34,7 +34,7 @@ SAME = (
     "text_width",
     "text_scale",
 )
-"""Manifest keys that must be equal in sets that are one. Encoders and scales: by hash."""
+"""Manifest keys that must be equal in sets that are one."""
 PIECE_ROWS = 32
 """Rows that are gathered before they are copied to their places in a batch."""
 
@@ -201,11 +201,17 @@ def require_same(parts: Sequence[tuple[str, Manifest]], *, shapes: bool = True) 
             )
 
 
-def differences(parts: Sequence[tuple[str, Manifest]]) -> Iterator[tuple[str, str, Any, Any]]:
-    """Yields name, key, the first set's value and the other value where sets differ in `SAME`."""
+def differences(
+    parts: Sequence[tuple[str, Manifest]], keys: Sequence[str] = SAME
+) -> Iterator[tuple[str, str, Any, Any]]:
+    """Yields name, key, the first set's value and the other value where sets differ in `keys`.
+
+    Encoders and scales are compared by hash, and further fields without their shapes, which may
+    depend on the image's size.
+    """
     _, first = parts[0]
     for name, manifest in parts:
-        for what in SAME:
+        for what in keys:
             expected, found = (_comparable(getattr(part, what)) for part in (first, manifest))
             if found != expected:
                 yield name, what, expected, found
@@ -215,4 +221,8 @@ def _comparable(value: Any) -> Any:
     """Returns what identifies a value of a manifest: the hash, where it has one."""
     if hasattr(value, "file"):
         return value.file.sha256
+    if isinstance(value, tuple):  # of further fields
+        return [
+            (s.name, s.dtype, s.per, s.made_by.sha256, s.scale and s.scale.sha256) for s in value
+        ]
     return getattr(value, "sha256", value)

@@ -270,7 +270,7 @@ def _nearest_first(away: NDArray[np.int64], which: NDArray[np.bool_]) -> list[in
 
 def bytes_needed(order: Epochs, manifest: Manifest) -> int:
     """Returns the bytes of a set that the cache must hold to visit it in an order."""
-    sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+    sizes = np.sort(manifest.shards.bytes)[::-1].tolist()
     small = sum(entry.bytes for entry in manifest.small_files) + len(manifest.dump().encode())
     window = {"full": len(sizes), "blocks": order.window_shards, "none": 1}[order.shuffle]
     return min(sum(sizes[:window]) + sizes[0], sum(sizes)) + small
