@@ -55,7 +55,7 @@ def settings(shards: Path, out: Path) -> TrainConfig:
     """A small denoiser that overfits within 300 steps."""
     return TrainConfig(
         name="overfit",
-        shards=str(shards),
+        shards=(str(shards),),
         out=str(out),
         batch_size=16,
         num_steps=300,
