@@ -26,35 +26,42 @@ MAX_VISITS = 2**31
 Words = NDArray[np.uint64]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class MixedOrder(Epochs):
     """The endless sequence of records of a run on several sets with weights."""
 
-    parts: tuple[tuple[int, ...], ...]
-    """Number of records of each shard, by set."""
+    parts: tuple[NDArray[np.int64], ...]
+    """Number of records of each shard, by set; any sequences of integers are accepted."""
     weights: tuple[float, ...]
     """Visits of each record per epoch, on average, by set."""
 
     def __post_init__(self) -> None:
+        parts = tuple(np.asarray(sizes, np.int64) for sizes in self.parts)
+        object.__setattr__(self, "parts", parts)
         for number, visits in enumerate(self.counts):
             if not 1 <= visits <= MAX_VISITS:
                 raise ValueError(
                     f"data.weights: set {number + 1} of {len(self.parts)}: {self.weights[number]:g}"
-                    f" x {sum(self.parts[number])} records = {visits} visits per epoch, expected "
+                    f" x {self.sizes[number]} records = {visits} visits per epoch, expected "
                     f"1 to {MAX_VISITS}"
                 )
         super().__post_init__()
 
     @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of records of each set."""
+        return tuple(int(sizes.sum()) for sizes in self.parts)
+
+    @cached_property
     def counts(self) -> tuple[int, ...]:
         """Visits of each set per epoch."""
-        pairs = zip(self.parts, self.weights, strict=True)
-        return tuple(round(weight * sum(sizes)) for sizes, weight in pairs)
+        pairs = zip(self.sizes, self.weights, strict=True)
+        return tuple(round(weight * size) for size, weight in pairs)
 
     @property
     def num_records(self) -> int:
         """Number of records in all sets."""
-        return sum(map(sum, self.parts))
+        return sum(self.sizes)
 
     @cached_property
     def num_visits(self) -> int:
@@ -100,7 +107,7 @@ class MixedOrder(Epochs):
     @cached_property
     def _starts(self) -> NDArray[np.int64]:
         """The first record of each set."""
-        return np.cumsum([0, *map(sum, self.parts)])
+        return np.cumsum([0, *self.sizes])
 
 
 def interleave_span(

@@ -28,6 +28,7 @@ from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.shards.access import Access, Kind, check_order, choose_kind, open_sets
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.buckets import BucketedShards
+from latent_t2i.shards.filesystems import file_system
 from latent_t2i.shards.joining import Shards
 from latent_t2i.shards.mixed_order import MixedOrder
 from latent_t2i.shards.order import Epochs, share
@@ -45,6 +46,7 @@ from latent_t2i.train.validation import Validation, no_validation, open_validati
 
 # The kinds of access that read a setting; settings that are not listed apply to all kinds.
 READ_BY = {
+    "read": ("map", "cache"),
     "cache_dir": ("cache",),
     "cache_bytes": ("cache",),
     "num_workers": ("stream",),
@@ -143,6 +145,7 @@ def validate(given: TrainConfig, num_processes: int) -> Plan:
         notes=(
             *notes,
             *describe_sets(locations, opened, order),
+            *describe_read(shards, config.data),
             *describe_buckets(shards, order),
             validation_note,
         ),
@@ -328,6 +331,7 @@ def make_access(data: DataConfig, locations: Sequence[str]) -> Access:
         cache_bytes=data.cache_bytes,
         num_workers=data.num_workers,
         window_records=data.window_records,
+        read=data.read,
     )
 
 
@@ -370,6 +374,17 @@ def check_sides(latent_size: tuple[int, ...], num_levels: int, downscale: int) -
             f"multiples of {multiple * downscale} px (pipeline's --image-size-px and "
             "--bucket-multiple-px)"
         )
+
+
+def describe_read(shards: Shards, data: DataConfig) -> Iterator[str]:
+    """Yields a line for each set for which positioned reads were chosen."""
+    for part in shards.sets:
+        if part.read == "pread" and data.read == "auto":
+            yield (
+                f"data.read: {part.folder} is on a network file system "
+                f"({file_system(part.folder)}), so shards are read instead of mapped; to map "
+                "them: --data.read map"
+            )
 
 
 def describe_digests(opened: Sequence[ShardSet | BucketedShards]) -> str | list[str]:

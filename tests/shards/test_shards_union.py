@@ -73,7 +73,9 @@ def test_without_weights_order_and_batches_are_those_of_one_set(root: Path) -> N
         for last_batch in ("fill", "drop"):
             chosen = {"shuffle": shuffle, "window_shards": 2, "last_batch": last_batch}
             order = shards.order(batch_size=8, seed=3, **chosen)
-            assert order == whole.order(batch_size=8, seed=3, **chosen)
+            same = whole.order(batch_size=8, seed=3, **chosen)
+            for step in (0, 1, 5):
+                assert order.records(step).tolist() == same.records(step).tolist()
     found = collect(make_loader(shards, order, MAP), 0, 6)
     assert_batches_equal(found, collect(make_loader(whole, order, MAP), 0, 6))
 
