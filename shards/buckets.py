@@ -314,11 +314,6 @@ class BucketedShards:
         """Scales of further int8 fields, the same for all buckets."""
         return self.main.field_scales
 
-    @property
-    def read(self) -> str:
-        """How the shards are read: `map` or `pread`."""
-        return self.main.read
-
     def order(self, *, batch_size: int, seed: int, **settings: Any) -> BucketOrder:
         """Returns an order to visit the records in; `settings` are those of BucketOrder."""
         sizes = tuple(part.shard_sizes for part in self.parts)
