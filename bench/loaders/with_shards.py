@@ -8,6 +8,7 @@ import numpy as np
 
 from bench.loaders.contents import BATCH_SIZE, NUM_CAPTIONS, TEXT_WIDTH, Batch, Content, record
 from latent_t2i.shards.access import Access, Kind, make_loader, open_set, open_sets
+from latent_t2i.shards.joining import Shards
 from latent_t2i.shards.loader import batches
 from latent_t2i.shards.schema import (
     Example,
@@ -23,7 +24,7 @@ META = {"captions": ["a photograph of something"] * NUM_CAPTIONS, "truncated": [
 RECORDS_PER_SHARD = 128
 
 
-class Shards:
+class OneSet:
     """This project's loader with one kind of access."""
 
     def __init__(self, kind: Kind) -> None:
@@ -41,15 +42,18 @@ class Shards:
             num_workers=num_workers if self.kind == "stream" else 0,
             fields=("latent", "text", "tokens"),  # those that the other loaders deliver
         )
-        shards = open_set(
-            str(folder) if self.kind == "map" else folder.as_uri(), access, verify="none"
-        )
+        shards = self.open(folder, access)
         order = shards.order(batch_size=BATCH_SIZE, seed=0)
         for batch in batches(make_loader(shards, order, access), start=0, stop=sys.maxsize):
             yield Batch(batch.latent, batch.text, batch.extra["tokens"])
 
+    def open(self, folder: Path, access: Access) -> Shards:
+        """Opens the set."""
+        location = str(folder) if self.kind == "map" else folder.as_uri()
+        return open_set(location, access, verify="none")
 
-class TwoSets(Shards):
+
+class TwoSets(OneSet):
     """This project's loader on two sets with half of the records each, as one."""
 
     def write(self, folder: Path, content: Content) -> None:
@@ -58,13 +62,10 @@ class TwoSets(Shards):
         for name, numbers in (("a", range(half)), ("b", range(half, content.num_records))):
             write_shards(folder / name, content, RECORDS_PER_SHARD, numbers)
 
-    def batches(self, folder: Path, content: Content, num_workers: int) -> Iterator[Batch]:
-        """Yields shuffled batches of both sets forever."""
-        access = Access(kind=self.kind)
-        shards, _ = open_sets([f"{folder}/a", f"{folder}/b"], access, "map", verify="none")
-        order = shards.order(batch_size=BATCH_SIZE, seed=0)
-        for batch in batches(make_loader(shards, order, access), start=0, stop=sys.maxsize):
-            yield Batch(batch.latent, batch.text, batch.tokens)
+    def open(self, folder: Path, access: Access) -> Shards:
+        """Opens both sets as one."""
+        shards, _ = open_sets([f"{folder}/a", f"{folder}/b"], access, self.kind, verify="none")
+        return shards
 
 
 def write_shards(

@@ -116,7 +116,10 @@ def test_any_records_are_gathered_into_their_rows(root: Path, num: int, seed: in
     rng = np.random.default_rng(seed)
     shards, whole = unite(root, *SIZES), open_shards(root / "all")
     records, draws = rng.integers(0, len(whole), num), rng.random((2, num))
-    assert_batches_equal([shards.gather(records, *draws)], [whole.gather(records, *draws)])
+    expected = [whole.gather(records, *draws)]
+    assert_batches_equal([shards.gather(records, *draws)], expected)
+    read = unite(root, *SIZES, access=replace(MAP, read="pread"))
+    assert_batches_equal([read.gather(records, *draws)], expected)
     keys = [key.partition(" of ")[0] for key in shards.keys(records)]
     assert keys == whole.keys(records)
     assert shards.shards_of(records).tolist() == whole.shards_of(records).tolist()
