@@ -162,7 +162,7 @@ def merged(
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Returns the memory of a contiguous tensor (B, ...)."""
-    return memoryview(tensor.view(-1).view(uint8).numpy()).cast("B")
+    return tensor.view(-1).view(uint8).numpy().data.cast("B")
 
 
 def _after(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:

@@ -249,12 +249,13 @@ class ShardSet:
         layouts = self._layout[shards]
         out = self.buffer(len(first)) if out is None else out
         tensors = out.gathered
-        # Fields per caption share a draw, so they belong to the same caption.
-        draws = {"view": view_u, "caption": caption_u, "record": np.zeros(len(first))}
         parts = []
         for name, items in self.items.items():
-            item = _choose(draws[items.per], items.num_items[layouts])
-            offsets = first + items.offsets[layouts] + item * items.item_bytes
+            offsets = first + items.offsets[layouts]
+            if items.per != "record":
+                # Fields per caption share a draw, so they belong to the same caption.
+                u = view_u if items.per == "view" else caption_u
+                offsets += _choose(u, items.num_items[layouts]) * items.item_bytes
             parts.append(Part(offsets, items.item_bytes, items.unit, tensors[name], rows))
         self._gather(shards, parts)
         return out

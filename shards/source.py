@@ -27,6 +27,8 @@ class Part(NamedTuple):
 
     def piece(self, rows: slice) -> "Part":
         """Returns the part for some of its records."""
+        if rows == slice(0, len(self.offsets)):
+            return self
         if self.rows is not None:
             return self._replace(offsets=self.offsets[rows], rows=self.rows[rows])
         return self._replace(offsets=self.offsets[rows], out=self.out[rows])

@@ -18,8 +18,9 @@ import os
 import sys
 import tarfile
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +50,7 @@ from latent_t2i.shards.schema import (
     BUCKETS_NAME,
     KEY_PATTERN,
     MANIFEST_NAME,
+    PROGRESS_DIR,
     Field,
     FileEntry,
     FormatError,
@@ -152,6 +154,8 @@ def _check_form(path: Path, expected: str, names: set[str]) -> Iterator[str]:
     """Checks a file's exact formatting, and that its folder contains only `names`."""
     if path.read_bytes() != expected.encode():
         yield f"{path}: expected the writer's formatting, found other spacing or order"
+    if (path.parent / PROGRESS_DIR).is_dir():
+        return  # the set is complete, but stage one is extending it, or was killed
     for stray in sorted({other.name for other in path.parent.iterdir()} - names):
         yield f"{path.parent / stray}: not listed in {path.name}; expected only files that are"
 
@@ -289,8 +293,13 @@ def _check_shards(
     if jobs == 1:
         yield from map(check, manifest.shards)
         return
+    pending: deque[Future[_Shard]] = deque()  # few, because a set may have a million shards
     with ThreadPoolExecutor(jobs) as pool:  # threads suffice: hashing and numpy release the GIL
-        yield from pool.map(check, manifest.shards)
+        for entry in manifest.shards:
+            pending.append(pool.submit(check, entry))
+            if len(pending) > 2 * jobs:
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
 def _check_shard(folder: Path, entry: ShardEntry, manifest: Manifest, advance: Advance) -> _Shard:

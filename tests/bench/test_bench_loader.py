@@ -30,9 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["map", "two-sets", "cache", "stream"])
 def test_own_loaders_deliver_the_records(folder: Path, name: str) -> None:
-    batches, figures = start(
-        name, TINY, folder / ENTRIES[name].store, 0
-    )  # start() checks three batches
+    path = folder / ENTRIES[name].store
+    batches, figures = start(name, TINY, path, 0)  # start() checks three batches
     assert figures["first_batch_s"] > 0
     delivered = deliver(batches, 0.0, 2)
     batches.close()
