@@ -100,7 +100,9 @@ class FileReader:
                 pieces = []
                 for number in order[row].tolist():
                     size = parts[number].item_bytes
-                    target = targets[number][row * size : (row + 1) * size]
+                    to = parts[number].rows
+                    at = row if to is None else int(to[row])
+                    target = targets[number][at * size : (at + 1) * size]
                     pieces.append((int(places[row, number]), target))
                 for offset, buffers in merged(pieces, gap):
                     self._read(int(files[row]), buffers, offset)
