@@ -59,7 +59,7 @@ def settings(shards: Path, out: Path) -> TrainConfig:
     """
     return TrainConfig(
         name="overfit",
-        shards=str(shards),
+        shards=(str(shards),),
         out=str(out),
         batch_size=8,
         num_steps=500,
