@@ -42,7 +42,8 @@ class Encoders:
 
     def producers(self, per: Per) -> list[Producer]:
         """Returns the producers of views, or of captions."""
-        return [part for part in (self.vae, self.text, *self.further) if part.per == per]
+        producers: tuple[Producer, ...] = (self.vae, self.text, *self.further)
+        return [producer for producer in producers if producer.per == per]
 
     def further_fields(self, size_px: Size) -> tuple[FieldSpec, ...]:
         """Returns the fields besides latent, text and tokens, for images of a (width, height)."""
@@ -73,7 +74,7 @@ def encode_views(encoders: Encoders, pixels: NDArray[np.uint8]) -> dict[str, NDA
         images = crop.permute(0, 3, 1, 2).float().div(127.5).sub(1)  # (B, 3, H, W) in [-1, 1]
         views.append(images)
         views += [images.flip(3)] if encoders.views.flip else []
-    fields = {}
+    fields: dict[str, NDArray[Any]] = {}
     for producer in encoders.producers("view"):
         parts = [produce(producer, view, (width, height)) for view in views]
         for name in parts[0]:
@@ -84,7 +85,7 @@ def encode_views(encoders: Encoders, pixels: NDArray[np.uint8]) -> dict[str, NDA
 @torch.inference_mode()
 def encode_captions(encoders: Encoders, captions: Captions) -> dict[str, NDArray[Any]]:
     """Encodes captions to fields (B, ...) by name."""
-    fields = {}
+    fields: dict[str, NDArray[Any]] = {}
     for producer in encoders.producers("caption"):
         found = produce(producer, captions)
         fields |= {name: items.cpu().numpy() for name, items in found.items()}
