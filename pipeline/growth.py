@@ -149,18 +149,23 @@ class StoredPlan:
         return self.manifest_sha256, self.source_sha256, self.flags
 
 
-def find_finished(part: SetPlan) -> Manifest | None:
+def find_finished(part: SetPlan, *, extend: bool) -> Manifest | None:
     """Returns the manifest of a finished set of the same settings; its source may differ.
 
     Returns None for an unfinished or bucketed set, one of format version 2, one that is stored
-    elsewhere, and one that `begin_set` will refuse.
+    elsewhere, and one that `begin_set` will refuse. Raises ValueError for a set of version 2 that
+    is to be extended.
     """
     if part.bucket or not (part.folder / MANIFEST_NAME).exists():
         return None
     manifest = Manifest.load(part.folder)
-    if manifest.version_2 is not None or differences(
-        manifest, replace(part.provenance, source=manifest.source)
-    ):
+    if manifest.version_2 is not None and extend:
+        raise ValueError(
+            f"{part.folder}: --append and --retry need a set of format version 3, found version 2: "
+            "encode the images as another set, with their own --source and --out"
+        )
+    same_source = replace(part.provenance, source=manifest.source)
+    if manifest.version_2 is not None or differences(manifest, same_source):
         return None
     return manifest if (part.folder / manifest.shards[0].name).exists() else None
 
@@ -477,8 +482,8 @@ def stage_growth(index: Index, grown: Growth, work: SetPlan, append: bool, retry
     old, folder = grown.manifest, grown.part.folder
     loose = {item.key: item.reason for item in grown.quarantined if item.shard is None}
     if retry:
-        tried = [record.key for record in index.find(loose) if record is not None]
-        loose = {key: reason for key, reason in loose.items() if key not in tried}
+        usable = {record.key for record in index.find(loose) if record is not None}
+        loose = {key: reason for key, reason in loose.items() if key not in usable}
     added = new_quarantined(index, grown) if append else {}
     left_out: dict[int, dict[str, str]] = {}
     for shard in work.shards:

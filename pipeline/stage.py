@@ -254,7 +254,7 @@ def grow_set(
     out, flags = output_folder(config, processes.rank), (config.append, config.retry)
     with folder_lock(out):
         commit(out)  # of a run that was killed during it
-    manifest = growth.find_finished(part)
+    manifest = growth.find_finished(part, extend=any(flags))
     if manifest is None or not (any(flags) or growth.may_differ(index, part.folder, manifest)):
         return None
     make_bar = report.bar if processes.is_first else report.no_bar
@@ -361,9 +361,12 @@ def print_plan_of(
     shown = mirror.url if mirror else report.show(out)
     with closing(list_source(config, encoders, out, is_first=True)) as index:
         sets = plan_sets(config, encoders, index, out)
-        if mirror is None and (manifest := growth.find_finished(sets[0])) is not None:
-            print_changes(config, index, sets[0], manifest)
-            return
+        if mirror is None:
+            is_grown = config.append or config.retry
+            manifest = growth.find_finished(sets[0], extend=is_grown)
+            if manifest is not None:
+                print_changes(config, index, sets[0], manifest)
+                return
         print(report.plan_lines(index, sets, shown, room_line(out, mirror)))
         checks: list[Callable[[], None]] = [
             lambda: require_enough(config, index, None, index.quarantined | index.missing),

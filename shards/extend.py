@@ -73,15 +73,14 @@ def stage_manifest(
     def reports() -> Iterator[ShardReport]:
         older = _finished_reports(folder, manifest)
         for number in range(num_shards):
-            report = read_report(staging, number)
-            before = next(older, None)
-            if report is None and before is None:
-                raise ValueError(f"{staging}: shard {number} of {num_shards} is not finished")
-            elif report is None:
+            before, report = next(older, None), read_report(staging, number)
+            if report is not None:
+                others = dict(left_out.get(number, {}))
+                yield replace(report, quarantined=report.quarantined | others)
+            elif before is not None:
                 yield before
             else:
-                others = left_out.get(number, {})
-                yield replace(report, quarantined=report.quarantined | others)
+                raise ValueError(f"{staging}: shard {number} of {num_shards} is not finished")
 
     names = ("fields", "empty_text", "empty_tokens", "text_scale")
     return merge_reports(
@@ -100,23 +99,22 @@ def _finished_reports(folder: Path, manifest: Manifest) -> Iterator[ShardReport]
     reasons: dict[int | None, dict[str, str]] = {}
     for item in read_finished_quarantine(folder, manifest):
         reasons.setdefault(item.shard, {})[item.key] = item.reason
-    written = iter(manifest.shards)
-    entry = next(written, None)
+    table = manifest.shards
     for number, row in enumerate(read_sums(folder, manifest)):
         name = shard_name(number)
-        has_records = entry is not None and entry.name == name
+        # A shard without records is not in the table.
+        entry = next((table[place] for place in table.find([name])), None)
         yield ShardReport(
             name=name,
-            bytes=entry.bytes if has_records else 0,
-            sha256=entry.sha256 if has_records else "",
-            layout=manifest.layouts[entry.layout if has_records else 0],
-            records=entry.records if has_records else 0,
+            bytes=entry.bytes if entry else 0,
+            sha256=entry.sha256 if entry else "",
+            layout=manifest.layouts[entry.layout if entry else 0],
+            records=entry.records if entry else 0,
             num_truncated=int(row["truncated"]),
             quarantined=reasons.get(number, {}),
             sums=sums_of(row),
             begun_ns=0,
         )
-        entry = next(written, None) if has_records else entry
 
 
 def read_finished_quarantine(folder: Path, manifest: Manifest) -> Iterator[Quarantined]:

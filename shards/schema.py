@@ -373,6 +373,10 @@ class Manifest(Version3, Document):
                 [self.latent_channels] * 2,
                 [len(self.latent_statistics.mean), len(self.latent_statistics.std)],
             ),
+            "first_shard of parts": (
+                [sum(p.num_shards for p in self.parts[:n]) for n in range(len(self.parts))],
+                [part.first_shard for part in self.parts],
+            ),
         }
         for name, (expected, found) in pairs.items():
             if expected != found:

@@ -8,17 +8,22 @@ import signal
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+from latent_t2i.pipeline.config import PipelineConfig, SourceConfig, ViewsConfig
+from latent_t2i.pipeline.growth import new_quarantined
 from latent_t2i.pipeline.stage import build
+from latent_t2i.shards.extend import read_rows, row_example, row_key
+from latent_t2i.shards.quarantine import Quarantined
 from latent_t2i.shards.reader import open_shards
-from latent_t2i.shards.schema import Manifest
+from latent_t2i.shards.schema import Example, FormatError, Manifest
 from latent_t2i.shards.verify import verify
+from tests.shard_sets import edit_json
 from tests.stage_one import Moment, begun, build_one, contents, make_config, run, start
 
 NUM_KILLS = 10
@@ -69,6 +74,21 @@ def keys_of(folder: Path) -> list[str]:
     return shards.keys(np.arange(len(shards)))
 
 
+def examples_of(folder: Path) -> dict[str, Example]:
+    """Returns all records of a set by key."""
+    manifest = Manifest.load(folder)
+    found = {}
+    for entry in manifest.shards:
+        layout = manifest.layouts[entry.layout]
+        for row in read_rows(folder / entry.name, layout, entry.records):
+            found[row_key(row)] = row_example(row, layout)
+    return found
+
+
+def arrays_of(example: Example) -> list[Any]:
+    return [example.latent, example.text, example.tokens, *example.extra.values()]
+
+
 def shard_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
@@ -95,7 +115,9 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def test_a_changed_source_is_described(source: Source, out: Path) -> None:
+def test_a_changed_source_is_described(
+    source: Source, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source.add(3, good=False)
     config = config_of(source, out)
     build(config)
@@ -112,6 +134,10 @@ def test_a_changed_source_is_described(source: Source, out: Path) -> None:
     )
     with pytest.raises(ValueError, match=message):
         build(config)
+    build(replace(config, append=True, dry_run=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 (0016, 0017) new: appended" in lines
+    assert "1 (0006) changed since: kept as encoded, without --retry" in lines
     assert contents(out) == before
 
 
@@ -205,9 +231,9 @@ def test_records_that_cannot_be_encoded_again_are_copied(
     source: Source, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source.add(4, good=False)
-    config = config_of(source, out)
+    config = config_of(source, out, views=ViewsConfig(flip=True, crops=2))
     build(config)
-    before = {key: open_shards(out).meta(n) for n, key in enumerate(keys_of(out))}
+    before = examples_of(out)
     source.add(4)
     source.remove(0)  # the shard holds 0, 2, 4 and 6
     source.path(6).write_text("no picture any more")
@@ -215,9 +241,14 @@ def test_records_that_cannot_be_encoded_again_are_copied(
     build(replace(config, retry=True))
     assert num_encoded(capsys) == 2
     require_sound(out, num_source=16)
-    after = {key: open_shards(out).meta(n) for n, key in enumerate(keys_of(out))}
-    assert after.pop("0004")["captions"] == ["picture 4 0"]
-    assert after == before
+    after = examples_of(out)
+    assert after.pop("0004").meta["captions"] == ["picture 4 0"]
+    assert after.keys() == before.keys()
+    for key, example in before.items():
+        assert example.meta == after[key].meta
+        assert example.extra.keys() == after[key].extra.keys() == {"view_box"}
+        for one, other in zip(arrays_of(example), arrays_of(after[key]), strict=True):
+            np.testing.assert_allclose(one, other, atol=0 if key in ("0000", "0006") else 1e-2)
 
 
 def test_a_record_without_a_shard_is_tried_again_as_a_new_one(source: Source, out: Path) -> None:
@@ -243,6 +274,9 @@ def test_parts_are_listed(source: Source, out: Path) -> None:
     parts = Manifest.load(out).parts
     assert [(part.first_shard, part.num_shards) for part in parts] == [(0, 4), (4, 1), (5, 1)]
     assert [part.num_records for part in parts] == [16, 17, 18]
+    edit_json(out / "manifest.json", lambda document: document["parts"][2].update(first_shard=4))
+    with pytest.raises(FormatError, match=r"parts: expected \[0, 4, 5\], found \[0, 4, 4\]"):
+        Manifest.load(out)
 
 
 def test_other_settings_are_refused(source: Source, out: Path) -> None:
@@ -377,8 +411,9 @@ def test_a_thousand_images_grow_through_kills(
 
     moments = random.Random(0)
     num_killed = 0
-    for flags in ({"append": True}, {"retry": True}):
-        of_flags = replace(config, out=str(tmp_path / "killed"), **flags)
+    for append in (True, False):
+        killed = str(tmp_path / "killed")
+        of_flags = replace(config, out=killed, append=append, retry=not append)
         for _ in range(NUM_KILLS // 2):
             process = start(forks, of_flags)
             process.join(moments.uniform(0.2, LONGEST_RUN_S))
@@ -394,6 +429,18 @@ def test_a_thousand_images_grow_through_kills(
 
 def keys_of_shard(folder: Path, name: str) -> list[str]:
     manifest = Manifest.load(folder)
-    numbers = np.repeat(np.arange(len(manifest.shards)), manifest.shards.records)
-    place = [entry.name for entry in manifest.shards].index(name)
-    return open_shards(folder).keys(np.flatnonzero(numbers == place))
+    (place,) = manifest.shards.find([name])
+    entry = manifest.shards[place]
+    layout = manifest.layouts[entry.layout]
+    return list(map(row_key, read_rows(folder / name, layout, entry.records)))
+
+
+def test_repeated_keys_are_not_counted_again() -> None:
+    """They have the number of their record, which changes with the records before."""
+    reason = "another record has the key"
+    old = [Quarantined(key=key, reason=reason, shard=None) for key in ("a#2", "b#7", "c")]
+    index: Any = SimpleNamespace(
+        quarantined={"a#3": reason, "a#5": reason, "b#7": reason, "c": "x", "d": "x", "e": "x"}
+    )
+    grown: Any = SimpleNamespace(quarantined=old, changes=SimpleNamespace(unusable={"d"}))
+    assert new_quarantined(index, grown) == {"a#5": reason, "e": "x"}
