@@ -1,7 +1,8 @@
 """Writes files that are complete or absent, also if several processes write the same file.
 
 A file is written under a temporary name that is unique to the attempt, flushed to disk, and then
-given its final name. The temporary file is locked while its process lives.
+given its final name. The temporary file is locked while its process lives. Nothing here relies on a
+lock that other machines see: some network file systems lock files on one machine only.
 """
 
 import contextlib
@@ -11,14 +12,18 @@ import hashlib
 import os
 import re
 import secrets
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from latent_t2i.shards.parsing import FormatError
 
-ATTEMPT_PATTERN = re.compile(r".+\.[0-9]+-[0-9a-f]{8}\.part")
-"""The temporary name of a file: final name, process id and random digits."""
+ATTEMPT_PATTERN = re.compile(r".+\.[0-9]+-([0-9a-f]{8})-[0-9a-f]{8}\.part")
+"""The temporary name of a file: final name, process id, digits of its host, and random digits."""
+STALE_S = 3600
+"""An unlocked temporary file of another host is stale if nothing was written to it for so long."""
 LINK_FAILURES = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of hard links: the name is taken, or the file system has no hard links."""
 
@@ -94,7 +99,7 @@ def _hash_on_disk(path: Path) -> str:
 def _open_attempt(final: Path) -> IO[bytes]:
     """Creates a file under a unique temporary name; it is locked for as long as it is open."""
     while True:
-        name = f"{final.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+        name = f"{final.name}.{os.getpid()}-{_host_digits()}-{secrets.token_hex(4)}.part"
         file = final.with_name(name).open("xb")
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:  # 0 if it was deleted as stale before it was locked
@@ -105,11 +110,20 @@ def _open_attempt(final: Path) -> IO[bytes]:
 def remove_stale_attempts(folder: Path) -> None:
     """Deletes temporary files of killed processes, which hold no lock any more."""
     for path in folder.glob("*.part"):
-        if not ATTEMPT_PATTERN.fullmatch(path.name):
+        attempt = ATTEMPT_PATTERN.fullmatch(path.name)
+        if attempt is None:
             continue
         with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            # The lock of another host may not be visible here.
+            idle_s = time.time() - os.fstat(file.fileno()).st_mtime
+            if attempt[1] == _host_digits() or idle_s > STALE_S:
+                path.unlink()
+
+
+def _host_digits() -> str:
+    """Returns eight hexadecimal digits that identify this host."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def write_file(path: Path, content: bytes) -> None:

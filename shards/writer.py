@@ -367,7 +367,13 @@ class ShardWriter:
             sums=self._sums,
         )
         content = json.dumps(asdict(report)).encode()
-        write_file(_report_path(self._folder, self._index), content)
+        try:
+            write_file(_report_path(self._folder, self._index), content)
+        except FileNotFoundError:
+            # Another process of this rank, on another host, has just finished the set and deleted
+            # the reports: it found the shard that this one has compared its own with.
+            if not (self._folder / MANIFEST_NAME).exists():
+                raise
 
 
 def _require_same(folder: Path, found: Provenance, expected: Provenance) -> None:
