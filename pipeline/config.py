@@ -139,8 +139,14 @@ class PipelineConfig:
     """Seed of the drawn scenes and of random crops."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 ..."""
+    executor: Literal["local", "ray"] = "local"
+    """ray: encode on a Ray cluster, with one actor per GPU, or per core if there are no GPUs."""
+    ray_address: str | None = None
+    """ray: the cluster's address; default: RAY_ADDRESS, a cluster that runs on this machine, or a
+    new one of this machine's cores and GPUs."""
     num_threads: int | None = None
-    """Threads that decode, and on a CPU encode; default: this process's share of the cores."""
+    """Threads that decode, and on a CPU encode; default: this process's share of the cores. ray:
+    threads of each actor; default: the cores per GPU, or one."""
     tf32: bool = True
     """Faster float32 products with 10 bits of precision, on a GPU that has them; the manifest
     records their use, which must be the same when a run is resumed."""
@@ -174,6 +180,10 @@ class PipelineConfig:
         if not 0 <= self.max_quarantined <= 1:
             raise ValueError(
                 f"--max-quarantined: expected a share from 0 to 1, found {self.max_quarantined}"
+            )
+        if self.ray_address is not None and self.executor != "ray":
+            raise ValueError(
+                f"--ray-address: {self.ray_address!r} has no effect without --executor ray"
             )
         if self.source.kind == "scenes" and self.split not in SPLITS:
             raise ValueError(

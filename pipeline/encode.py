@@ -6,9 +6,10 @@ a VAE without a posterior they are plain. Values are stored in float16, text opt
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,8 @@ BYTES_PER_PIXEL = 2048
 """Most memory of a Stable Diffusion VAE's encoder: four float32 activations of 128 channels."""
 MAX_COMPILED_SHAPES = 1000
 TF32_CAPABILITY = (8, 0)
+Apply = Callable[..., Any]
+"""Calls a function with the encoders, here or on another machine, and with further arguments."""
 
 
 class Compilation:
@@ -70,6 +73,8 @@ class Encoders:
     views: int
     max_tokens: int
     batch_size: int
+    device_name: str = "cpu"
+    """The kind of device: the provenance records it."""
     tf32: bool = False
     """Whether a GPU may round the factors of float32 products to TF32."""
     compilation: Compilation | None = None
@@ -120,6 +125,13 @@ def encode_captions(
     """
     hidden, ids, is_cut = encoders.text.encode(token_ids, encoders.max_tokens)
     return _to_float16(hidden), ids.numpy().astype(np.int32), is_cut.numpy()
+
+
+def encode_empty_prompt(encoders: Encoders) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
+    """Returns text (T, D) and tokens (T,) of the empty prompt."""
+    with single_threaded():
+        text, tokens, _ = encode_captions(encoders, encoders.text.tokenize([""]))
+    return text[0], tokens[0]
 
 
 def compile_encoder(vae: Autoencoder) -> Compilation:
@@ -208,6 +220,11 @@ def find_device(name: str, local_rank: int) -> torch.device:
         count = torch.cuda.device_count()
         raise ValueError(f"--device: {name!r} does not exist: this machine has {count} GPUs")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the kind of a device: a GPU's model, or `cpu`. Its bits may differ from others'."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def num_cores() -> int:

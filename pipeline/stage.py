@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,16 @@ from latent_t2i.model.encoders import (
     vae_downscale,
 )
 from latent_t2i.model.paths import free_bytes, output_root
-from latent_t2i.pipeline import report
+from latent_t2i.pipeline import cluster, report
 from latent_t2i.pipeline.buckets import make_buckets
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.encode import (
+    Apply,
     Encoders,
     compile_encoder,
     default_batch_size,
-    encode_captions,
+    device_name,
+    encode_empty_prompt,
     find_device,
     fixed_kernels,
     num_cores,
@@ -73,13 +76,25 @@ def build(config: PipelineConfig) -> dict[str, Manifest]:
     quarantined than `max_quarantined` allows.
     """
     processes = find_processes()
-    device = find_device(config.device, processes.local_rank)
+    if config.executor == "ray" and processes.num_processes > 1:
+        raise ValueError(
+            f"--executor ray: expected one process, found WORLD_SIZE {processes.num_processes}: "
+            "Ray divides the work"
+        )
+    is_driver = config.executor == "ray"  # its machine need not have the device
+    device = find_device("cpu" if is_driver else config.device, processes.local_rank)
     if config.dry_run:
         print_plan(config, load_encoders(config, device))
         return {}
     # Owned before the encoders are loaded, so that a second run is refused at once.
     with own_rank(output_folder(config), processes.rank) as owner:
-        return write_shards(config, load_encoders(config, device), processes, owner)
+        if config.executor == "local":
+            return write_shards(config, load_encoders(config, device), processes, owner)
+        load = partial(load_encoders, config)
+        with cluster.connect(config.ray_address, load, config.device, config.num_threads) as actors:
+            # The actors encode; the driver needs the tokenizer and the networks' shapes only.
+            encoders = replace(load(torch.device("cpu")), **actors.find_device()._asdict())
+            return write_shards(config, encoders, processes, owner, actors)
 
 
 def make_shards(
@@ -121,16 +136,25 @@ def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
         views=config.views,
         max_tokens=config.max_tokens,
         batch_size=config.batch_size or default_batch_size(device, config.image_size_px**2),
+        device_name=device_name(device),
         tf32=config.tf32 and supports_tf32(device),
         compilation=compile_encoder(vae) if config.compile else None,
     )
 
 
 def write_shards(
-    config: PipelineConfig, encoders: Encoders, processes: ProcessInfo, owner: Owner
+    config: PipelineConfig,
+    encoders: Encoders,
+    processes: ProcessInfo,
+    owner: Owner,
+    actors: cluster.Cluster | None = None,
 ) -> dict[str, Manifest]:
-    """Lists the source and writes this process's unfinished shards; the last process merges."""
+    """Lists the source and writes this process's unfinished shards; the last process merges.
+
+    With `actors`, these encode and write.
+    """
     out = output_folder(config)
+    apply: Apply = actors.apply if actors else lambda function, *rest: function(encoders, *rest)
     with (
         closing(list_source(config, encoders, out, is_first=processes.is_first)) as index,
         fixed_kernels(tf32=encoders.tf32),
@@ -152,16 +176,21 @@ def write_shards(
             quantise = None
             if config.text_dtype == "int8":
                 with folder_lock(out):
-                    quantise = decide_scale(encoders, index, [part.folder for part in sets])
-            write_missing(
-                [pair for n, pair in enumerate(all_shards(sets)) if processes.owns(n)],
-                index,
-                encoders,
-                quantise=quantise,
-                num_threads=config.num_threads or max(num_cores() // processes.num_local, 1),
-                make_bar=report.bar if processes.is_first else report.no_bar,
-            )
-        return finish(config, encoders, index, sets, processes)
+                    quantise = decide_scale(apply, index, [part.folder for part in sets])
+            make_bar = report.bar if processes.is_first else report.no_bar
+            own = [pair for n, pair in enumerate(all_shards(sets)) if processes.owns(n)]
+            if actors:
+                cluster.write_missing(own, index, actors, quantise=quantise, make_bar=make_bar)
+            else:
+                write_missing(
+                    own,
+                    index,
+                    encoders,
+                    quantise=quantise,
+                    num_threads=config.num_threads or max(num_cores() // processes.num_local, 1),
+                    make_bar=make_bar,
+                )
+        return finish(config, apply, index, sets, processes)
 
 
 def print_plan(config: PipelineConfig, encoders: Encoders) -> None:
@@ -241,7 +270,8 @@ def list_source(config: PipelineConfig, encoders: Encoders, out: Path, *, is_fir
 
 def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) -> Provenance:
     """Returns what determines the content of the shards, except the bucket and its size."""
-    # Batch size, device and processes are not included: they change at most the last float16 bit.
+    # Batch size and processes are not included: they change at most the last float16 bit. So does
+    # the device, but a set of two kinds of devices could not be written again with the same bytes.
     text = encoders.text
     tf32 = {"float32_products": "tf32"} if encoders.tf32 else {}  # more than the last bit
     bucket_settings: dict[str, Any] = {}
@@ -260,7 +290,11 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
         latent_kind=encoders.kind,
         text_dtype=config.text_dtype,
         max_tokens=config.max_tokens,
-        preprocessing={"views": config.views, "vae_dtype": config.vae_dtype}
+        preprocessing={
+            "views": config.views,
+            "vae_dtype": config.vae_dtype,
+            "device": encoders.device_name,
+        }
         | tf32
         | bucket_settings,
         source={
@@ -275,7 +309,7 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
 
 def finish(
     config: PipelineConfig,
-    encoders: Encoders,
+    apply: Apply,
     index: Index,
     sets: Sequence[SetPlan],
     processes: ProcessInfo,
@@ -313,7 +347,7 @@ def finish(
                 no_bucket |= quarantined[part.bucket]
                 shutil.rmtree(part.folder)
             else:
-                manifests[part.bucket] = finish_one(encoders, part, index.quarantined)
+                manifests[part.bucket] = finish_one(apply, part, index.quarantined)
         manifests = dict(sorted(manifests.items()))
         if sets[0].bucket:
             finish_buckets(out, list(manifests), quarantined=no_bucket)
@@ -322,20 +356,20 @@ def finish(
     return manifests
 
 
-def finish_one(encoders: Encoders, part: SetPlan, quarantined: Mapping[str, str]) -> Manifest:
+def finish_one(apply: Apply, part: SetPlan, quarantined: Mapping[str, str]) -> Manifest:
     """Writes the manifest of a set, unless it exists."""
     # Checks once more that the shards are of these settings: some file systems do not lock.
     if manifest := begin_set(part.folder, part.provenance, in_use=True):
         return manifest
-    empty_text, empty_tokens, _ = encode_captions(encoders, encoders.text.tokenize([""]))
+    empty_text, empty_tokens = apply(encode_empty_prompt)
     is_int8 = part.provenance.text_dtype == "int8"
     return finish_set(
         part.folder,
         part.provenance,
         num_shards=len(part.shards),
         quarantined={} if part.bucket else quarantined,
-        empty_text=empty_text[0],
-        empty_tokens=empty_tokens[0],
+        empty_text=empty_text,
+        empty_tokens=empty_tokens,
         text_scale=read_text_scale(part.folder) if is_int8 else None,
     )
 

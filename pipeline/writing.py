@@ -35,6 +35,31 @@ MAX_FAILURES = 4
 """A run stops if the outputs of its first images, at least this many, are all not finite."""
 
 
+class OutputCheck:
+    """Stops a run whose first outputs are all not finite.
+
+    Otherwise broken weights would be noticed after hours, as too many quarantined images.
+    """
+
+    def __init__(self, num_good: int) -> None:
+        self.num_good = num_good
+        """Images, or finished shards, that show that the networks work."""
+        self._failures: list[str] = []
+
+    def add(self, items: Sequence[Example | Skipped]) -> int:
+        """Returns how many of a batch's results are quarantined. Raises ValueError to stop."""
+        reasons = [item.reason for item in items if isinstance(item, Skipped)]
+        self.num_good += len(items) - len(reasons)
+        if not self.num_good:
+            self._failures += [reason for reason in reasons if reason in NOT_FINITE]
+            if len(self._failures) >= MAX_FAILURES:
+                raise ValueError(
+                    f"{self._failures[0]} for each of the first {len(self._failures)} images: use "
+                    "--vae-dtype float32, or another --vae or --text-encoder"
+                )
+        return len(reasons)
+
+
 class WriterThread:
     """Writes batches in the order of `put`; a shard gets its name after its last batch.
 
@@ -113,9 +138,7 @@ def write_missing(
 
     Raises ValueError if the networks' outputs are all not finite.
     """
-    for part, shard in shards:
-        discard_if_restored(index, part, shard)
-    missing = [(part, shard) for part, shard in shards if not is_done(shard)]
+    missing = find_missing(shards, index)
     total = sum(shard.num_records for _, shard in missing)
     with (
         single_threaded(),
@@ -124,25 +147,30 @@ def write_missing(
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
-        num_good = len(shards) - len(missing)  # a finished shard shows that the networks work
-        failures: list[str] = []
+        check = OutputCheck(len(shards) - len(missing))
         for batch, items in pool.encode(read_batches(missing, index, encoders.batch_size)):
-            reasons = [item.reason for item in items if isinstance(item, Skipped)]
-            num_good += len(items) - len(reasons)
-            failures += [reason for reason in reasons if reason in NOT_FINITE]
-            # Otherwise broken weights would be noticed after hours, as too many quarantined images.
-            if not num_good and len(failures) >= MAX_FAILURES:
-                raise ValueError(
-                    f"{failures[0]} for each of the first {len(failures)} images: use --vae-dtype "
-                    "float32, or another --vae or --text-encoder"
-                )
+            num_skipped = check.add(items)
             writing.put(batch, items)
             meter.add(
                 len(items),
-                len(reasons),
+                num_skipped,
                 num_bytes=writing.num_bytes,
                 num_shards=writing.num_shards,
             )
+    print_saturation(quantise)
+
+
+def find_missing(
+    shards: Sequence[tuple[SetPlan, ShardPlan]], index: Index
+) -> list[tuple[SetPlan, ShardPlan]]:
+    """Returns the shards to write: the unfinished ones, and those that lack a restored image."""
+    for part, shard in shards:
+        discard_if_restored(index, part, shard)
+    return [(part, shard) for part, shard in shards if not is_done(shard)]
+
+
+def print_saturation(quantise: Quantiser | None) -> None:
+    """Prints which share of the text's values was clipped in int8, if any was."""
     if quantise and quantise.num_saturated:
         print(
             f"text: {quantise.share_saturated:.1e} of the values encoded in this run were outside "

@@ -24,8 +24,14 @@ ATTEMPT_PATTERN = re.compile(r".+\.[0-9]+-([0-9a-f]{8})-[0-9a-f]{8}\.part")
 """The temporary name of a file: final name, process id, digits of its host, and random digits."""
 STALE_S = 3600
 """An unlocked temporary file of another host is stale if nothing was written to it for so long."""
-LINK_FAILURES = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""Errors of hard links: the name is taken, or the file system has no hard links."""
+LINK_FAILURES = (
+    errno.EEXIST,  # the name is taken
+    errno.ENOENT,  # another process finished the set and deleted this file as stale
+    errno.EPERM,  # the file system has no hard links: this and the rest
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+)
 
 
 class HashingFile:
@@ -68,10 +74,11 @@ class HashingFile:
         If another process was first with the same bytes, its file stays. Raises FormatError if that
         file has other bytes, and OSError if the disk returns other bytes than were written.
         """
-        sha256 = _hash_on_disk(self.path)
-        if sha256 != self._hash.hexdigest():
-            raise OSError(errno.EIO, "the disk returns other bytes than were written", str(final))
+        sha256 = self._hash.hexdigest()
         try:
+            if _hash_on_disk(self.path) != sha256:
+                text = "the disk returns other bytes than were written"
+                raise OSError(errno.EIO, text, str(final))
             os.link(self.path, final)  # unlike a rename, fails if another process was first
         except OSError as error:
             if error.errno not in LINK_FAILURES:
@@ -107,8 +114,11 @@ def _open_attempt(final: Path) -> IO[bytes]:
         file.close()
 
 
-def remove_stale_attempts(folder: Path) -> None:
-    """Deletes temporary files of killed processes, which hold no lock any more."""
+def remove_stale_attempts(folder: Path, *, is_finished: bool = False) -> None:
+    """Deletes temporary files of killed processes, which hold no lock any more.
+
+    Those of other hosts are kept for STALE_S, except in a finished set: nobody needs them there.
+    """
     for path in folder.glob("*.part"):
         attempt = ATTEMPT_PATTERN.fullmatch(path.name)
         if attempt is None:
@@ -117,7 +127,7 @@ def remove_stale_attempts(folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The lock of another host may not be visible here.
             idle_s = time.time() - os.fstat(file.fileno()).st_mtime
-            if attempt[1] == _host_digits() or idle_s > STALE_S:
+            if is_finished or attempt[1] == _host_digits() or idle_s > STALE_S:
                 path.unlink()
 
 

@@ -17,7 +17,7 @@ import io
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -93,7 +93,9 @@ def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> 
     remove_stale_attempts(folder / PROGRESS_DIR)
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
-        _require_same(folder, manifest, provenance)
+        # Nothing is encoded any more, so this run's device does not matter.
+        settings = {name: v for name, v in provenance.preprocessing.items() if name != "device"}
+        _require_same(folder, manifest, replace(provenance, preprocessing=settings))
         remove_progress(folder)  # of a process killed after it wrote the manifest
         return manifest
     progress = folder / PROGRESS_DIR
@@ -231,7 +233,7 @@ def finish_set(
         text_scale=text_scale and _write_text_scale(folder, *text_scale),
     )
     manifest.check(folder / MANIFEST_NAME)
-    remove_stale_attempts(folder)
+    remove_stale_attempts(folder, is_finished=True)
     write_file(folder / MANIFEST_NAME, manifest.dump().encode())
     remove_progress(folder)
     return manifest

@@ -439,6 +439,10 @@ def test_temporary_files_of_another_host_are_deleted_after_an_hour(tmp_path: Pat
     os.utime(path, (time.time() - 3700,) * 2)
     begin_set(tmp_path, make_provenance())
     assert not path.exists()
+    path.touch()
+    write_shard(tmp_path, 0, make_examples(2), layout_of(make_examples(2)))
+    finish(tmp_path, *make_examples(2))
+    assert not path.exists()
 
 
 def test_a_shard_that_ends_after_its_set_is_finished_changes_nothing(tmp_path: Path) -> None:
