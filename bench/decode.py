@@ -64,7 +64,9 @@ def compare(contents: Sequence[bytes], size_px: int, rounds: int) -> dict[str, A
         name: Preprocessing(size_px=(size_px, size_px), fast_jpeg=fast)
         for name, fast in (("whole", False), ("reduced", True))
     }
-    pixels = {name: [load(c, way, key="k").pixels for c in contents] for name, way in ways.items()}
+    pixels = {
+        name: [load(c, way, key="k").pixels[0] for c in contents] for name, way in ways.items()
+    }
     psnrs = [psnr(a, b) for a, b in zip(pixels["whole"], pixels["reduced"], strict=True)]
     turns = []
     for _ in range(rounds):

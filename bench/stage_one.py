@@ -166,15 +166,15 @@ def encode(batches: Sequence[Batch], encoders: Encoders) -> float:
     """Returns the seconds to encode decoded images and all captions."""
     rng = np.random.default_rng(0)
     width, height = batches[0].preprocessing.size_px
-    pixels = rng.integers(0, 256, (len(batches[0].records), height, width, 3), np.uint8)
+    pixels = rng.integers(0, 256, (1, len(batches[0].records), height, width, 3), np.uint8)
     on_gpu = encoders.device.type == "cuda"
 
     def one(batch: Batch) -> None:
         stream = torch.cuda.Stream(encoders.device) if on_gpu else None
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            encode_views(encoders, pixels[: len(batch.records)])
+            encode_views(encoders, pixels[:, : len(batch.records)])
             for captions in batch.captions:
-                encode_captions(encoders, list(captions.values()))
+                encode_captions(encoders, captions)
 
     with (
         single_threaded(),

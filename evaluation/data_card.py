@@ -42,9 +42,9 @@ def _open(folder: Path) -> tuple[list[ShardSet], Counter[str]]:
         sets, reasons = [open_shards(folder, verify="none")], Counter[str]()
     else:
         bucketed = open_buckets(folder, verify="none")
-        sets, reasons = list(bucketed.sets), Counter(bucketed.buckets.quarantined.values())
+        sets, reasons = list(bucketed.sets), Counter(bucketed.buckets.read_quarantined().values())
     for part in sets:
-        reasons.update(part.manifest.quarantined.values())
+        reasons.update(part.manifest.read_quarantined().values())
     return sets, reasons
 
 
@@ -54,7 +54,7 @@ def _describe(location: str, sets: list[ShardSet], reasons: Counter[str]) -> dic
     num_records = sum(manifest.num_records for manifest in manifests)
     num_captions = sum(manifest.num_captions for manifest in manifests)
     num_truncated = sum(manifest.num_truncated for manifest in manifests)
-    num_bytes = sum(entry.bytes for manifest in manifests for entry in manifest.shards)
+    num_bytes = sum(int(manifest.shards.bytes.sum()) for manifest in manifests)
     num_shards = sum(len(manifest.shards) for manifest in manifests)
     rows = {
         "shards": location,

@@ -54,7 +54,7 @@ def size_preset(
     )
     num_averages = len(train.ema.sigma_rels) + (train.ema.decay is not None)
     layout = make_layout(
-        latent=(stage_one.views, 2 * channels, side, side),
+        latent=(stage_one.views.num, 2 * channels, side, side),
         text=(num_captions, stage_one.max_tokens, text_width),
         json_bytes=JSON_BYTES,
         text_dtype=stage_one.text_dtype,

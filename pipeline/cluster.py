@@ -125,7 +125,7 @@ class ShardActor:
             num_skipped = 0
             self._check.num_good += task.num_done
             batches = cut_batches(task.shard, task.records, task.preprocessing, encoders.batch_size)
-            with WriterThread(encoders.kind) as writing:
+            with WriterThread(encoders.vae.kind) as writing:
                 for batch, items in pool.encode(batches):
                     num_skipped += self._check.add(items)
                     writing.put(batch, items)

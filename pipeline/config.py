@@ -85,6 +85,26 @@ _KINDS_OF = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewsConfig:
+    """Which encodings of an image are stored; training draws one of them at each visit."""
+
+    flip: bool = False
+    """Also encode each crop flipped (a flipped latent is not a flipped image's latent)."""
+    crops: int = 1
+    """Crops per image: the first as --crop says, each further one of 75 to 100 % of its size at a
+    random place, derived from the seed, the image's key and the crop's number."""
+
+    def __post_init__(self) -> None:
+        if self.crops < 1:
+            raise ValueError(f"--views.crops: expected at least 1, found {self.crops}")
+
+    @property
+    def num(self) -> int:
+        """Views per image: crop 0, crop 0 flipped, crop 1, ..."""
+        return self.crops * (2 if self.flip else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
     """Encodes captioned images once, into shards that training streams."""
 
@@ -109,7 +129,8 @@ class PipelineConfig:
     image_size_px: int = 64
     """Images are resized by their shorter side and cropped to a square of this size."""
     crop: Literal["centre", "random"] = "centre"
-    """random: one position per image, derived from the seed and the image's key."""
+    """random: one position per image, derived from the seed and the image's key. With
+    --views.crops it applies to the first crop."""
     buckets: bool = False
     """Keep aspect ratios: one set for each of several sizes with about the square's area."""
     max_aspect: float = 2.0
@@ -120,8 +141,11 @@ class PipelineConfig:
     """Images whose shorter side is smaller are quarantined."""
     fast_jpeg: bool = True
     """Decode JPEG files at a fraction of their size where the target is much smaller."""
-    views: Literal[1, 2] = 1
-    """2: also encode the flipped image (a flipped latent is not a flipped image's latent)."""
+    views: ViewsConfig = ViewsConfig()
+    """Which encodings of an image are stored."""
+    producers: tuple[str, ...] = ()
+    """Further fields, each as NAME=MODEL or NAME=MODEL@REVISION, with a folder or Hub name:
+    clip_image, CLIP's embedding of each view; dino, the patch features of a DINOv2."""
     max_tokens: int = 77
     """Tokens kept of a caption, start and end included."""
     out: str | None = None

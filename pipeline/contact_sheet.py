@@ -24,14 +24,16 @@ from latent_t2i.shards.summary import spread
 DECODE_BATCH = 8
 
 
-def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str:
-    """Decodes up to `num` records, spread over the set, and saves the sheet.
+def draw_sheet(shards: ShardSet, num: int, *, view: int, vae: str | None, out: Path) -> str:
+    """Decodes a view of up to `num` records, spread over the set, and saves the sheet.
 
     `vae` is a folder or Hub repository; None stands for the manifest's VAE. Returns one line that
-    describes the sheet. Raises ValueError if the VAE is unavailable or has another number of
-    latent channels.
+    describes the sheet. Raises ValueError if there is no such view, and if the VAE is unavailable
+    or has another number of latent channels.
     """
     manifest = shards.manifest
+    if not 0 <= view < manifest.num_views:
+        raise ValueError(f"--view: expected 0 to {manifest.num_views - 1}, found {view}")
     name = vae or manifest.vae.name
     network = load_vae(name, None if vae else manifest.vae.revision)
     if latent_channels(network) != manifest.latent_channels:
@@ -41,8 +43,9 @@ def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str
         )
     records = spread(len(shards), num)
     first = np.zeros(len(records))
+    view_u = np.full(len(records), (view + 0.5) / manifest.num_views)
     # Stored latents are unscaled, so the posterior's mean is decoded as it is.
-    latents = shards.gather(records, first, first).latent[:, : manifest.latent_channels]
+    latents = shards.gather(records, first, view_u).latent[:, : manifest.latent_channels]
     with torch.inference_mode():
         decoded = torch.cat([network.decode(x.float()).sample for x in latents.split(DECODE_BATCH)])
     pixels = decoded.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)  # (N, 3, H, W)
@@ -54,14 +57,16 @@ def draw_sheet(shards: ShardSet, num: int, *, vae: str | None, out: Path) -> str
     return f"{out}: {len(records)} images, decoded with {name}{warning}"
 
 
-def draw_sheets(folder: Path, num: int, *, vae: str | None, out: Path) -> Iterator[str]:
+def draw_sheets(folder: Path, num: int, *, view: int, vae: str | None, out: Path) -> Iterator[str]:
     """Draws the sheet of a set, or one sheet per bucket, and yields a line for each."""
     if not holds_buckets(folder):
-        yield draw_sheet(open_shards(folder, verify="none"), num, vae=vae, out=out)
+        yield draw_sheet(open_shards(folder, verify="none"), num, view=view, vae=vae, out=out)
         return
     shards = open_buckets(folder, verify="none")
     for bucket, part in zip(shards.buckets.buckets, shards.sets, strict=True):
-        yield draw_sheet(part, num, vae=vae, out=out.with_stem(f"{out.stem}-{bucket.name}"))
+        yield draw_sheet(
+            part, num, view=view, vae=vae, out=out.with_stem(f"{out.stem}-{bucket.name}")
+        )
 
 
 def main() -> int:
@@ -76,13 +81,20 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("sheet.png"), help="output file (default: sheet.png)"
     )
+    parser.add_argument(
+        "--view", type=int, default=0, help="view to draw: crop 0, crop 0 flipped, ... (default: 0)"
+    )
     parser.add_argument("--vae", help="VAE folder or repository (default: the manifest's)")
     arguments = parser.parse_args()
     if arguments.num < 1:
         parser.error(f"--num: expected at least 1, found {arguments.num}")
     try:
         for line in draw_sheets(
-            arguments.folder, arguments.num, vae=arguments.vae, out=arguments.out
+            arguments.folder,
+            arguments.num,
+            view=arguments.view,
+            vae=arguments.vae,
+            out=arguments.out,
         ):
             print(printable(line))
     except (ValueError, OSError) as error:

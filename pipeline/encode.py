@@ -1,147 +1,106 @@
-"""Runs the frozen networks: pixels and token ids in, the arrays of the shards out.
-
-Latents are stored as the posterior's moments, so that training samples them anew at each visit; for
-a VAE without a posterior they are plain. Values are stored in float16, text optionally in int8.
-"""
+"""Runs the producers on their device: pixels and token ids in, arrays of the shards out."""
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from latent_t2i.model.encoders import (
-    Autoencoder,
-    TextEncoder,
-    encode_images,
-    latent_channels,
-    latent_kind,
-    vae_downscale,
-)
-from latent_t2i.shards.schema import LatentKind
+from latent_t2i.pipeline.config import ViewsConfig
+from latent_t2i.pipeline.images import VIEW_BOX
+from latent_t2i.pipeline.producers.producer import Captions, Producer, Size, produce
+from latent_t2i.pipeline.producers.text import TextProducer
+from latent_t2i.pipeline.producers.vae import VaeProducer
+from latent_t2i.shards.layout import FieldSpec, Per
 
 CAPTIONS_PER_IMAGE = 4
-"""The text encoder's batch size, as a multiple of the VAE's."""
+"""The batch size of captions, as a multiple of that of views."""
 CPU_BATCH_SIZE = 32
 MAX_GPU_BATCH_SIZE = 256
 BYTES_PER_PIXEL = 2048
 """Most memory of a Stable Diffusion VAE's encoder: four float32 activations of 128 channels."""
-MAX_COMPILED_SHAPES = 1000
 TF32_CAPABILITY = (8, 0)
 Apply = Callable[..., Any]
 """Calls a function with the encoders, here or on another machine, and with further arguments."""
 
 
-class Compilation:
-    """Lets one thread compile the encoder for each shape of images, while the others wait."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._compiled: set[torch.Size] = set()
-
-    @contextmanager
-    def turn(self, shape: torch.Size) -> Iterator[None]:
-        """Surrounds a call of the encoder with images of `shape`."""
-        if shape in self._compiled:
-            yield
-            return
-        # By default, the ninth shape would run without compilation. Some versions of PyTorch keep
-        # these settings per thread.
-        limits = dict.fromkeys(
-            ("recompile_limit", "accumulated_recompile_limit"), MAX_COMPILED_SHAPES
-        )
-        with self._lock, torch._dynamo.config.patch(limits):
-            yield
-            self._compiled.add(shape)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """The frozen networks on their device, with the settings of their use."""
+    """The producers on their device, with the settings of their use."""
 
-    vae: nn.Module
-    vae_sha256: str
-    """Of the float32 weights, before any rounding to bfloat16."""
-    text: TextEncoder
+    vae: VaeProducer
+    text: TextProducer
+    further: tuple[Producer, ...] = ()
     device: torch.device
-    views: int
-    max_tokens: int
+    views: ViewsConfig
     batch_size: int
     device_name: str = "cpu"
     """The kind of device: the provenance records it."""
     tf32: bool = False
     """Whether a GPU may round the factors of float32 products to TF32."""
-    compilation: Compilation | None = None
-    """Set if the VAE's encoder is compiled."""
 
-    @property
-    def kind(self) -> LatentKind:
-        """Whether latents are moments or plain."""
-        return latent_kind(self.vae)
+    def producers(self, per: Per) -> list[Producer]:
+        """Returns the producers of views, or of captions."""
+        return [part for part in (self.vae, self.text, *self.further) if part.per == per]
+
+    def further_fields(self, size_px: Size) -> tuple[FieldSpec, ...]:
+        """Returns the fields besides latent, text and tokens, for images of a (width, height)."""
+        found = [spec for producer in self.further for spec in producer.fields(size_px)]
+        return (*([VIEW_BOX] if self.views.crops > 1 else []), *found)
 
     @property
     def text_shape(self) -> tuple[int, int]:
         """Shape of a caption's hidden states.  # (T, D)"""
-        return self.max_tokens, self.text.width
+        return self.text.max_tokens, self.text.encoder.width
 
-    def latent_shape(self, size_px: tuple[int, int]) -> tuple[int, int, int, int]:
+    def latent_shape(self, size_px: Size) -> tuple[int, int, int, int]:
         """Returns the latent's shape for images (width, height).  # (views, 2C or C, h, w)"""
-        width, height = (side // vae_downscale(self.vae) for side in size_px)
-        parts = 2 if self.kind == "moments" else 1
-        return self.views, parts * latent_channels(self.vae), height, width
+        (spec,) = self.vae.fields(size_px)
+        channels, height, width = spec.shape
+        return self.views.num, channels, height, width
 
 
 @torch.inference_mode()
-def encode_views(encoders: Encoders, pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
-    """Encodes images (B, H, W, 3) to latents (B, views, C', h, w); the second view is flipped."""
-    num = len(pixels)
-    if encoders.compilation is not None:
-        # One shape per size of images. Otherwise the kernels, and with them the last bits, would
-        # depend on which shapes the run has seen before.
-        pixels = np.pad(pixels, ((0, encoders.batch_size - num), (0, 0), (0, 0), (0, 0)))
-    images = _to_device(pixels, encoders.device).permute(0, 3, 1, 2)
-    images = images.float().div(127.5).sub(1)  # (B, 3, H, W) in [-1, 1]
-    compilation = encoders.compilation
-    turn = compilation.turn(images.shape) if compilation is not None else nullcontext()
-    views = [images, images.flip(3)][: encoders.views]
-    with turn:
-        latents = torch.stack([encode_images(encoders.vae, view) for view in views], dim=1)
-    return _to_float16(latents[:num])
+def encode_views(encoders: Encoders, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+    """Encodes the crops (crops, B, H, W, 3) of images to fields (B, views, ...) by name.
 
-
-@torch.inference_mode()
-def encode_captions(
-    encoders: Encoders, token_ids: Sequence[Sequence[int]]
-) -> tuple[NDArray[np.float16], NDArray[np.int32], NDArray[np.bool_]]:
-    """Encodes the token ids of captions, as `TextEncoder.tokenize` returns them.
-
-    Returns text (N, T, D), tokens (N, T) and which captions were truncated (N,).
+    The order of views is crop 0, crop 0 flipped, crop 1, ...
     """
-    hidden, ids, is_cut = encoders.text.encode(token_ids, encoders.max_tokens)
-    return _to_float16(hidden), ids.numpy().astype(np.int32), is_cut.numpy()
+    height, width = pixels.shape[2:4]
+    views = []
+    for crop in _to_device(pixels, encoders.device):
+        images = crop.permute(0, 3, 1, 2).float().div(127.5).sub(1)  # (B, 3, H, W) in [-1, 1]
+        views.append(images)
+        views += [images.flip(3)] if encoders.views.flip else []
+    fields = {}
+    for producer in encoders.producers("view"):
+        parts = [produce(producer, view, (width, height)) for view in views]
+        for name in parts[0]:
+            fields[name] = torch.stack([part[name] for part in parts], 1).cpu().numpy()
+    return fields
+
+
+@torch.inference_mode()
+def encode_captions(encoders: Encoders, captions: Captions) -> dict[str, NDArray[Any]]:
+    """Encodes captions to fields (B, ...) by name."""
+    fields = {}
+    for producer in encoders.producers("caption"):
+        found = produce(producer, captions)
+        fields |= {name: items.cpu().numpy() for name, items in found.items()}
+    return fields
 
 
 def encode_empty_prompt(encoders: Encoders) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
     """Returns text (T, D) and tokens (T,) of the empty prompt."""
+    (token_ids,) = encoders.text.tokenize([""])
     with single_threaded():
-        text, tokens, _ = encode_captions(encoders, encoders.text.tokenize([""]))
-    return text[0], tokens[0]
-
-
-def compile_encoder(vae: Autoencoder) -> Compilation:
-    """Compiles the VAE's encoder, for each shape of images at its first use."""
-    from torch._inductor import config
-
-    # Otherwise inductor may choose a kernel by its speed in this run, and with it the last bits.
-    options = {"deterministic": True} if hasattr(config, "deterministic") else {}  # PyTorch >= 2.10
-    vae.encoder.compile(dynamic=False, options=options)
-    return Compilation()
+        empty = encode_captions(encoders, {"": token_ids})
+    return empty["text"][0], empty["tokens"][0]
 
 
 def supports_tf32(device: torch.device) -> bool:
@@ -236,8 +195,3 @@ def _to_device(pixels: NDArray[np.uint8], device: torch.device) -> Tensor:
     images = torch.from_numpy(pixels)
     # Only a copy from pinned memory is asynchronous.
     return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images
-
-
-def _to_float16(values: Tensor) -> NDArray[np.float16]:
-    array: NDArray[np.float16] = values.to(torch.float16).cpu().numpy()
-    return array

@@ -22,11 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from latent_t2i.shards.schema import FieldSpec, Identity, hash_json
+
 RESIZE = "shorter side, Pillow bicubic"
 MIN_DRAFT_SCALE = 2.5
 """A JPEG decoded at a fraction of its size has at least this many times the target size."""
 DRAFT_DIVISORS = (8, 4, 2)
 """The fractions at which libjpeg can decode."""
+MIN_CROP_SCALE = 0.75
+"""Smallest side of a further crop, as a share of the largest box that fits."""
 MAX_PIXELS = 89_478_485
 """Larger images count as decompression bombs. Decoding this many pixels needs 358 MB."""
 
@@ -97,6 +101,18 @@ _TRANSPOSE = {
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, in pixels."""
+VIEW_BOX = FieldSpec(
+    name="view_box",
+    dtype="int32",
+    shape=(6,),
+    per="view",
+    made_by=Identity(
+        name="pipeline.images",
+        revision=None,
+        sha256=hash_json("x, y, width and height of the crop, width and height of the image"),
+    ),
+)
+"""The field of sets with several crops; the hash stands for its definition."""
 
 
 class UnreadableImageError(Exception):
@@ -110,7 +126,10 @@ class Preprocessing:
     size_px: tuple[int, int]
     """(width, height) of the result."""
     crop: Literal["centre", "random"] = "centre"
-    """The part that is kept. random depends on the seed and the record's key."""
+    """The part that the first crop keeps. random depends on the seed and the record's key."""
+    crops: int = 1
+    """Number of crops. Each further one is smaller, at a random place, and depends on the seed, the
+    key and its number."""
     seed: int = 0
     """Seed of the random crops."""
     min_size_px: int = 1
@@ -123,24 +142,38 @@ class Preprocessing:
             raise ValueError(f"size_px: expected sides of at least 1, found {self.size_px}")
         if self.crop not in ("centre", "random"):
             raise ValueError(f"crop: expected centre or random, found {self.crop!r}")
+        if self.crops < 1:
+            raise ValueError(f"crops: expected at least 1, found {self.crops}")
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A preprocessed image, ready for the VAE."""
+    """The crops of an image, ready for the encoders."""
 
-    pixels: NDArray[np.uint8]  # (H, W, 3)
+    pixels: NDArray[np.uint8]  # (crops, H, W, 3)
     source_size_px: tuple[int, int]
     """(width, height) of the whole image, upright."""
-    crop_px: Box
-    """The part of it that `pixels` shows, rounded to hundredths."""
+    crops_px: tuple[Box, ...]
+    """The part of it that each crop shows, rounded to hundredths."""
+    sha256: str
+    """Of the file's bytes, in hex."""
+
+
+def view_boxes(picture: Picture, num_views: int) -> NDArray[np.int32]:
+    """Returns the field `view_box` (views, 6); a flipped view has the box of its crop."""
+    width, height = picture.source_size_px
+    boxes = []
+    for left, top, right, bottom in picture.crops_px:
+        x, y = min(round(left), width - 1), min(round(top), height - 1)
+        boxes.append((x, y, max(round(right) - x, 1), max(round(bottom) - y, 1), width, height))
+    return np.repeat(np.array(boxes, np.int32), num_views // len(boxes), 0)
 
 
 def load(content: bytes, preprocessing: Preprocessing, *, key: str) -> Picture:
     """Decodes, resizes and crops an image file. Raises UnreadableImageError.
 
-    The result depends on the arguments only. Safe to call from threads: decoding and resizing
-    release the GIL.
+    The result depends on the arguments only. Safe to call from threads: decoding, resizing and
+    hashing release the GIL.
     """
     with _open(io.BytesIO(content)) as image:
         size_px = image.size
@@ -156,14 +189,10 @@ def load(content: bytes, preprocessing: Preprocessing, *, key: str) -> Picture:
             f"{preprocessing.min_size_px}"
         )
     upright = rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
-    is_random = preprocessing.crop == "random"
-    position = crop_position(preprocessing.seed, key) if is_random else 0.5
-    box = crop_box(size_px, preprocessing.size_px, position)
-    left, top, right, bottom = (side / divisor for side in box)
-    box_drafted = (left, top, right, bottom)
-    pixels = upright.resize(preprocessing.size_px, Image.Resampling.BICUBIC, box_drafted)
-    left, top, right, bottom = (round(side, 2) for side in box)
-    return Picture(np.array(pixels), size_px, (left, top, right, bottom))
+    boxes = crop_boxes(size_px, preprocessing, key)
+    crops = [_cut(upright, preprocessing.size_px, box, divisor) for box in boxes]
+    rounded = tuple((round(a, 2), round(b, 2), round(c, 2), round(d, 2)) for a, b, c, d in boxes)
+    return Picture(np.stack(crops), size_px, rounded, hashlib.sha256(content).hexdigest())
 
 
 def read_size(source: bytes | BinaryIO) -> tuple[int, int]:
@@ -182,17 +211,29 @@ def read_size(source: bytes | BinaryIO) -> tuple[int, int]:
 
 def describe(preprocessing: Preprocessing) -> dict[str, Any]:
     """Returns the settings that determine the pixels, for the provenance."""
-    is_random = preprocessing.crop == "random"
+    is_random = preprocessing.crop == "random" or preprocessing.crops > 1
     scale = f"scaled DCT, at least {MIN_DRAFT_SCALE} times the size"
+    further = f"sides of {MIN_CROP_SCALE:g} to 1 times the largest, random place"
     return {
         "size_px": list(preprocessing.size_px),
         "resize": RESIZE,
         "crop": preprocessing.crop,
+        **({"crops": preprocessing.crops, "further": further} if preprocessing.crops > 1 else {}),
         **({"seed": preprocessing.seed} if is_random else {}),
         "min_size_px": preprocessing.min_size_px,
         "jpeg": scale if preprocessing.fast_jpeg else "whole",
         "max_pixels": MAX_PIXELS,
     }
+
+
+def crop_boxes(size_px: tuple[int, int], preprocessing: Preprocessing, key: str) -> list[Box]:
+    """Returns the box of each crop of an image of `size_px`; the first is the largest that fits."""
+    target_px, seed = preprocessing.size_px, preprocessing.seed
+    position = crop_position(seed, key) if preprocessing.crop == "random" else 0.5
+    boxes = [crop_box(size_px, target_px, position)]
+    for number in range(1, preprocessing.crops):
+        boxes.append(zoomed_box(size_px, target_px, *_draws(f"crop {seed} {key} {number}")))
+    return boxes
 
 
 def crop_box(size_px: tuple[int, int], target_px: tuple[int, int], position: float) -> Box:
@@ -211,13 +252,41 @@ def crop_box(size_px: tuple[int, int], target_px: tuple[int, int], position: flo
     return 0, top, width, min(top + kept, height)
 
 
+def zoomed_box(
+    size_px: tuple[int, int], target_px: tuple[int, int], zoom: float, across: float, down: float
+) -> Box:
+    """Returns a smaller box with the target's aspect ratio inside an image of `size_px`.
+
+    `zoom` from 0 to 1 makes its sides 1 to MIN_CROP_SCALE times the largest box's; `across` and
+    `down` from 0 to 1 place it.
+    """
+    _, _, width, height = crop_box(size_px, target_px, 0)
+    scale = 1 - zoom * (1 - MIN_CROP_SCALE)
+    width, height = width * scale, height * scale
+    left, top = (size_px[0] - width) * across, (size_px[1] - height) * down
+    return left, top, min(left + width, size_px[0]), min(top + height, size_px[1])
+
+
 def crop_position(seed: int, key: str) -> float:
-    """Returns a pseudo-random number in [0, 1) from a hash of the arguments.
+    """Returns a pseudo-random number in [0, 1), the position of the first random crop."""
+    return _draws(f"crop {seed} {key}")[0]
+
+
+def _cut(image: Image.Image, size_px: tuple[int, int], box: Box, divisor: int) -> NDArray[np.uint8]:
+    """Returns a box of the whole image, resized; `image` is smaller than it by the divisor."""
+    left, top, right, bottom = (side / divisor for side in box)
+    part = (left, top, right, bottom)
+    return np.asarray(image.resize(size_px, Image.Resampling.BICUBIC, part))
+
+
+def _draws(text: str) -> tuple[float, float, float]:
+    """Returns pseudo-random numbers in [0, 1) from a hash of the text.
 
     NumPy's generators may give other numbers in another version.
     """
-    digest = hashlib.sha256(f"crop {seed} {key}".encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # the 53 bits of a float
+    digest = hashlib.sha256(text.encode()).digest()
+    first, second, third = struct.unpack(">3Q", digest[:24])
+    return (first >> 11) / 2**53, (second >> 11) / 2**53, (third >> 11) / 2**53  # a float's 53 bits
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

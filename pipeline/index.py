@@ -29,9 +29,10 @@ from latent_t2i.pipeline.sources.record import Record, make_meta
 from latent_t2i.shards.schema import encode_meta
 
 LARGEST_PICTURE = Picture(
-    pixels=np.zeros((0, 0, 3), np.uint8),
+    pixels=np.zeros((0, 0, 0, 3), np.uint8),
     source_size_px=(2**31, 2**31),
-    crop_px=(2**31, 2**31, 2**31, 2**31),
+    crops_px=((2**31, 2**31, 2**31, 2**31),),
+    sha256="0" * 64,
 )
 """An image whose sizes have the most characters in a record's JSON."""
 CHUNK_RECORDS = 1024

@@ -73,6 +73,7 @@ def plan_shards(
             text=(num_captions, *text_shape),
             json_bytes=json_bytes,
             text_dtype=provenance.text_dtype,
+            extra=provenance.fields,
         )
 
     shards: list[ShardPlan] = []

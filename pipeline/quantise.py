@@ -5,6 +5,7 @@ The cost: the sample is encoded twice more, which is 2 % of COCO's captions.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from latent_t2i.pipeline.encode import (
     single_threaded,
 )
 from latent_t2i.pipeline.index import Index
+from latent_t2i.pipeline.producers.producer import Captions
 from latent_t2i.shards.writer import FoundScale, keep_text_scale, read_text_scale
 
 NUM_SAMPLE = 4096
@@ -59,23 +61,22 @@ def decide_scale(apply: Apply, index: Index, folders: Sequence[Path]) -> Quantis
     """
     found = next(filter(None, map(read_text_scale, folders)), None)
     if found is None:
-        token_ids = list(index.sample_captions(NUM_SAMPLE).values())
-        found = apply(measure_scale, token_ids)
+        found = apply(measure_scale, index.sample_captions(NUM_SAMPLE))
     for folder in folders:
         keep_text_scale(folder, found)
     return Quantiser(found.scale)
 
 
-def measure_scale(encoders: Encoders, token_ids: Sequence[Sequence[int]]) -> FoundScale:
+def measure_scale(encoders: Encoders, captions: Captions) -> FoundScale:
     """Does what `find_scale` does, with a progress bar."""
-    with report.bar(NUM_PASSES * len(token_ids), "caption", "scale") as bar, single_threaded():
-        return find_scale(token_ids, encoders, progress=bar.update)
+    with report.bar(NUM_PASSES * len(captions), "caption", "scale") as bar, single_threaded():
+        return find_scale(captions, encoders, progress=bar.update)
 
 
 def find_scale(
-    token_ids: Sequence[Sequence[int]], encoders: Encoders, *, progress: Callable[[int], object]
+    captions: Captions, encoders: Encoders, *, progress: Callable[[int], object]
 ) -> FoundScale:
-    """Measures the scale on the captions with these token ids, and its error on them.
+    """Measures the scale on these captions, and its error on them.
 
     Captions whose text is not finite in float16 are ignored: they will be quarantined. `progress`
     receives the number of captions of each batch, in each of NUM_PASSES passes. Raises ValueError
@@ -83,12 +84,12 @@ def find_scale(
     """
     largest = np.zeros(encoders.text_shape[1], np.float32)
     num_captions = 0
-    for text in _encode(token_ids, encoders, progress):
+    for text in _encode(captions, encoders, progress):
         largest = np.maximum(largest, np.abs(text).max((0, 1), initial=0))
         num_captions += len(text)
     if not num_captions:
         raise ValueError(
-            f"text is not finite in float16 in any of {len(token_ids)} captions: use another "
+            f"text is not finite in float16 in any of {len(captions)} captions: use another "
             "--text-encoder"
         )
     # Per channel, as CLIP has a few channels far larger than the rest: one scale per token, or one
@@ -98,7 +99,7 @@ def find_scale(
     scale = np.where(largest > 0, largest / LARGEST, 1).astype(np.float32)
     quantise = Quantiser(scale)
     error = total = 0.0
-    for text in _encode(token_ids, encoders, progress):
+    for text in _encode(captions, encoders, progress):
         restored = quantise(text) * scale
         error += float(np.square(text - restored, dtype=np.float64).sum())
         total += float(np.square(text, dtype=np.float64).sum())
@@ -107,11 +108,11 @@ def find_scale(
 
 
 def _encode(
-    token_ids: Sequence[Sequence[int]], encoders: Encoders, progress: Callable[[int], object]
+    captions: Captions, encoders: Encoders, progress: Callable[[int], object]
 ) -> Iterator[NDArray[np.float16]]:
     """Yields the finite text (n, T, D) of the captions, batch by batch."""
-    size = CAPTIONS_PER_IMAGE * encoders.batch_size
-    for start in range(0, len(token_ids), size):
-        text, _, _ = encode_captions(encoders, token_ids[start : start + size])
+    remaining = iter(captions.items())
+    while batch := dict(islice(remaining, CAPTIONS_PER_IMAGE * encoders.batch_size)):
+        text = encode_captions(encoders, batch)["text"]
         progress(len(text))
         yield text[np.isfinite(text).all((1, 2))]

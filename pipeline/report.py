@@ -85,10 +85,10 @@ def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], o
     written = sum(manifest.num_records for manifest in manifests.values())
     num_captions = sum(manifest.num_captions for manifest in manifests.values())
     num_cut = sum(manifest.num_truncated for manifest in manifests.values())
-    shards = [shard for manifest in manifests.values() for shard in manifest.shards]
+    num_shards = sum(len(manifest.shards) for manifest in manifests.values())
+    num_bytes = sum(int(manifest.shards.bytes.sum()) for manifest in manifests.values())
     lines = {
-        "shards": f"{len(shards)}, {format_bytes(sum(shard.bytes for shard in shards))}, "
-        f"in {show(out)}",
+        "shards": f"{num_shards}, {format_bytes(num_bytes)}, in {show(out)}",
         "captions": f"{num_captions}, {num_cut} truncated at {first.max_tokens} tokens",
         "text": _describe_text(first),
         "latents": _describe_latents(manifests),
@@ -140,7 +140,7 @@ def _describe_text(manifest: Manifest) -> str:
 
 def _describe_latents(manifests: Mapping[str, Manifest]) -> str:
     first = next(iter(manifests.values()))
-    views = " of 2 views" if first.num_views == 2 else ""
+    views = f" of {first.num_views} views" if first.num_views > 1 else ""
     if len(manifests) > 1:
         return f"{first.latent_kind} of {len(manifests)} sizes{views}"
     latent = "x".join(map(str, first.latent_shape))

@@ -24,6 +24,7 @@ from latent_t2i.shards.schema import (
     BUCKETS_NAME,
     MANIFEST_NAME,
     PROGRESS_DIR,
+    FieldSpec,
     Provenance,
 )
 from latent_t2i.shards.writer import PROVENANCE_NAME, read_report
@@ -37,6 +38,7 @@ def make_sets(
     *,
     latent_shape: Callable[[Size], tuple[int, int, int, int]],
     text_shape: tuple[int, int],
+    fields: Callable[[Size], tuple[FieldSpec, ...]],
 ) -> list[SetPlan]:
     """Divides the listed records into sets, and these into shards.
 
@@ -47,23 +49,25 @@ def make_sets(
     for bucket in dict.fromkeys(bucket for bucket, _ in index.groups()):
         size_px = parse_size("buckets", bucket) if bucket else preprocessing.size_px
         of_size = replace(preprocessing, size_px=size_px)
+        of_bucket = replace(
+            provenance,
+            preprocessing=describe(of_size) | provenance.preprocessing,
+            source=provenance.source | ({"bucket": bucket} if bucket else {}),
+            fields=fields(size_px),
+        )
         shards = plan_shards(
             index,
             bucket,
             out / bucket,
             latent_shape=latent_shape(size_px),
             text_shape=text_shape,
-            provenance=provenance,
+            provenance=of_bucket,
         )
         part = SetPlan(
             bucket=bucket,
             folder=out / bucket,
             preprocessing=of_size,
-            provenance=replace(
-                provenance,
-                preprocessing=describe(of_size) | provenance.preprocessing,
-                source=provenance.source | ({"bucket": bucket} if bucket else {}),
-            ),
+            provenance=of_bucket,
             shards=shards,
         )
         sets.append(part)

@@ -18,13 +18,6 @@ from typing import Any
 
 import torch
 
-from latent_t2i.model.encoders import (
-    TextEncoder,
-    fingerprint,
-    load_vae,
-    round_to_bfloat16,
-    vae_downscale,
-)
 from latent_t2i.model.paths import free_bytes, output_root
 from latent_t2i.pipeline import cluster, report
 from latent_t2i.pipeline.buckets import make_buckets
@@ -32,7 +25,6 @@ from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.encode import (
     Apply,
     Encoders,
-    compile_encoder,
     default_batch_size,
     device_name,
     encode_empty_prompt,
@@ -45,6 +37,9 @@ from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Index, build_index
 from latent_t2i.pipeline.plan import SetPlan
 from latent_t2i.pipeline.processes import Owner, ProcessInfo, find_processes, folder_lock, own_rank
+from latent_t2i.pipeline.producers.registry import load_further
+from latent_t2i.pipeline.producers.text import load_text_producer
+from latent_t2i.pipeline.producers.vae import load_vae_producer
 from latent_t2i.pipeline.quantise import decide_scale
 from latent_t2i.pipeline.sets import (
     all_shards,
@@ -57,7 +52,8 @@ from latent_t2i.pipeline.sets import (
 from latent_t2i.pipeline.sources.open import SceneSettings, open_source
 from latent_t2i.pipeline.writing import write_missing
 from latent_t2i.shards.buckets import finish_buckets
-from latent_t2i.shards.schema import MANIFEST_NAME, Identity, Manifest, Provenance
+from latent_t2i.shards.duplicates import find_duplicates
+from latent_t2i.shards.schema import MANIFEST_NAME, Manifest, Provenance
 from latent_t2i.shards.writer import (
     begin_set,
     finish_set,
@@ -107,39 +103,39 @@ def make_shards(
 
 def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
     """Loads the encoders. Raises ValueError for one that is missing or does not fit."""
-    vae = load_vae(config.vae, revision=config.vae_revision)
-    vae_sha256 = fingerprint(vae)
-    if config.vae_dtype == "bfloat16":
-        round_to_bfloat16(vae)
-    downscale = vae_downscale(vae)
-    if config.image_size_px % downscale:
+    batch_size = config.batch_size or default_batch_size(device, config.image_size_px**2)
+    latent = load_vae_producer(
+        config.vae,
+        config.vae_revision,
+        bfloat16=config.vae_dtype == "bfloat16",
+        compiled=config.compile,
+        batch_size=batch_size,
+    )
+    if config.image_size_px % latent.downscale:
         raise ValueError(
-            f"--image-size-px: {config.image_size_px} is not a multiple of {downscale}, the "
+            f"--image-size-px: {config.image_size_px} is not a multiple of {latent.downscale}, the "
             f"downscaling factor of the VAE {config.vae!r}"
         )
-    text = TextEncoder.load(
-        config.text_encoder, config.text_encoder_revision, config.text_hidden_state
-    )
-    if config.max_tokens > text.max_length:
-        raise ValueError(
-            f"--max-tokens: expected at most {text.max_length}, the maximum of the text encoder "
-            f"{config.text_encoder!r}, found {config.max_tokens}"
-        )
-    vae.to(device)
-    if device.type == "cuda":
-        vae.to(memory_format=torch.channels_last)
-    return Encoders(
-        vae=vae,
-        vae_sha256=vae_sha256,
-        text=text.to(device),
+    encoders = Encoders(
+        vae=latent,
+        text=load_text_producer(
+            config.text_encoder,
+            config.text_encoder_revision,
+            hidden_state=config.text_hidden_state,
+            max_tokens=config.max_tokens,
+        ),
+        further=load_further(config.producers),
         device=device,
         views=config.views,
-        max_tokens=config.max_tokens,
-        batch_size=config.batch_size or default_batch_size(device, config.image_size_px**2),
+        batch_size=batch_size,
         device_name=device_name(device),
         tf32=config.tf32 and supports_tf32(device),
-        compilation=compile_encoder(vae) if config.compile else None,
     )
+    for producer in (*encoders.producers("view"), *encoders.producers("caption")):
+        producer.network.to(device)
+    if device.type == "cuda":
+        latent.network.to(memory_format=torch.channels_last)
+    return encoders
 
 
 def write_shards(
@@ -218,6 +214,7 @@ def plan_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Pat
     preprocessing = Preprocessing(
         size_px=size_px,
         crop=config.crop,
+        crops=config.views.crops,
         seed=config.seed,
         min_size_px=config.min_image_size_px,
         fast_jpeg=config.fast_jpeg,
@@ -229,6 +226,7 @@ def plan_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Pat
         make_provenance(config, encoders, index),
         latent_shape=encoders.latent_shape,
         text_shape=encoders.text_shape,
+        fields=encoders.further_fields,
     )
 
 
@@ -245,7 +243,7 @@ def list_source(config: PipelineConfig, encoders: Encoders, out: Path, *, is_fir
     scenes = SceneSettings(drawn, config.split, config.image_size_px, config.seed)
     buckets: Sequence[tuple[int, int]] = ()
     if config.buckets:
-        multiple = math.lcm(vae_downscale(encoders.vae), config.bucket_multiple_px)
+        multiple = math.lcm(encoders.vae.downscale, config.bucket_multiple_px)
         buckets = make_buckets(config.image_size_px, multiple, config.max_aspect)
     make_bar = report.bar if is_first else report.no_bar
     with (
@@ -272,7 +270,6 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
     """Returns what determines the content of the shards, except the bucket and its size."""
     # Batch size and processes are not included: they change at most the last float16 bit. So does
     # the device, but a set of two kinds of devices could not be written again with the same bytes.
-    text = encoders.text
     tf32 = {"float32_products": "tf32"} if encoders.tf32 else {}  # more than the last bit
     bucket_settings: dict[str, Any] = {}
     if config.buckets:
@@ -282,16 +279,14 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
             "bucket_multiple_px": config.bucket_multiple_px,
         }
     return Provenance(
-        vae=Identity(name=config.vae, revision=config.vae_revision, sha256=encoders.vae_sha256),
-        text_encoder=Identity(name=text.name, revision=text.revision, sha256=text.fingerprint),
-        tokenizer=Identity(
-            name=text.name, revision=text.revision, sha256=text.tokenizer_fingerprint
-        ),
-        latent_kind=encoders.kind,
+        vae=encoders.vae.identity,
+        text_encoder=encoders.text.identity,
+        tokenizer=encoders.text.tokenizer,
+        latent_kind=encoders.vae.kind,
         text_dtype=config.text_dtype,
         max_tokens=config.max_tokens,
         preprocessing={
-            "views": config.views,
+            "views": config.views.num,
             "vae_dtype": config.vae_dtype,
             "device": encoders.device_name,
         }
@@ -352,6 +347,11 @@ def finish(
         if sets[0].bucket:
             finish_buckets(out, list(manifests), quarantined=no_bucket)
             remove_progress(out)
+    duplicates = find_duplicates(out)
+    if duplicates is not None and duplicates.num:
+        for copy, original in duplicates.examples:
+            print(f"duplicate   {copy} = {original}")
+        print(f"duplicates  {duplicates.count()}")
     print(report.summary(manifests, index.by_file_name(merged), out))
     return manifests
 
@@ -377,7 +377,7 @@ def finish_one(apply: Apply, part: SetPlan, quarantined: Mapping[str, str]) -> M
 def read_quarantined(part: SetPlan) -> dict[str, str]:
     """Returns the images that a set's shards quarantined, with the reasons."""
     if (part.folder / MANIFEST_NAME).exists():
-        return Manifest.load(part.folder).quarantined
+        return Manifest.load(part.folder).read_quarantined()
     reasons: dict[str, str] = {}
     for shard in part.shards:
         found = read_report(part.folder, shard.index)

@@ -6,6 +6,7 @@ No batch spans two shards, so a shard's bytes are a function of its own records.
 that occurs in two shards is encoded twice.
 """
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,13 @@ import torch
 from numpy.typing import NDArray
 
 from latent_t2i.pipeline.encode import CAPTIONS_PER_IMAGE, Encoders, encode_captions, encode_views
-from latent_t2i.pipeline.images import Picture, Preprocessing, UnreadableImageError, load
+from latent_t2i.pipeline.images import (
+    Picture,
+    Preprocessing,
+    UnreadableImageError,
+    load,
+    view_boxes,
+)
 from latent_t2i.pipeline.index import TokenizedRecord
 from latent_t2i.pipeline.plan import ShardPlan
 from latent_t2i.pipeline.sources.locators import LocatorError, read_image_bytes
@@ -32,8 +39,8 @@ from latent_t2i.shards.schema import Example
 GPU_STREAMS = 2
 JOBS_AHEAD = 2
 """Batches in progress per encoding thread, beyond the one whose result is awaited."""
-NOT_FINITE = ("latent is not finite in float16", "text is not finite in float16")
-"""Reasons to quarantine a record that are caused by the networks, not by its image."""
+NOT_FINITE = " is not finite in float"
+"""Part of each reason to quarantine a record that is caused by a network, not by its image."""
 Quantise = Callable[[NDArray[np.float16]], NDArray[np.int8]]
 LoadResult = Picture | UnreadableImageError
 
@@ -60,21 +67,24 @@ class Skipped:
     reason: str
 
 
-class EncodedCaption(NamedTuple):
-    """A caption's arrays, and whether it was truncated and is finite."""
+Arrays = Mapping[str, NDArray[Any]]
+"""Arrays of one caption or one image by field."""
 
-    hidden: NDArray[np.float16] | NDArray[np.int8]  # (T, D)
-    tokens: NDArray[np.int32]  # (T,)
+
+class EncodedCaption(NamedTuple):
+    """A caption's arrays, whether it was truncated, and why it cannot be used."""
+
+    arrays: Arrays
     is_cut: bool
-    is_finite: bool
+    problem: str | None
 
 
 class EncodedImage(NamedTuple):
-    """A record with its latent, or with the error that its image raised."""
+    """A record with its arrays (views, ...), or with the error that its image raised."""
 
     record: Record
     picture: LoadResult
-    latent: NDArray[np.float16] | None  # (views, C', h, w)
+    arrays: Arrays
 
 
 Encoded = tuple[dict[str, EncodedCaption], list[EncodedImage]]
@@ -138,27 +148,32 @@ class EncoderPool:
         pictures = [load() for load in loads]
         pixels = [picture.pixels for picture in pictures if isinstance(picture, Picture)]
         with self._stream():
-            latents = iter(encode_views(self._encoders, np.stack(pixels)) if pixels else ())
+            fields = encode_views(self._encoders, np.stack(pixels, 1)) if pixels else {}
             captions: dict[str, EncodedCaption] = {}
             for group in batch.captions:
                 captions |= self._encode_captions(group)
+        numbers = itertools.count()
         images = [
-            EncodedImage(record, picture, next(latents) if isinstance(picture, Picture) else None)
+            EncodedImage(
+                record,
+                picture,
+                _item(fields, next(numbers)) if isinstance(picture, Picture) else {},
+            )
             for record, picture in zip(batch.records, pictures, strict=True)
         ]
         return captions, images
 
     def _encode_captions(self, group: Mapping[str, Sequence[int]]) -> dict[str, EncodedCaption]:
         found = {}
-        hidden, tokens, is_cut = encode_captions(self._encoders, list(group.values()))
-        for index, caption in enumerate(group):
-            text = hidden[index]
-            is_finite = bool(np.isfinite(text).all())
+        fields = encode_captions(self._encoders, group)
+        max_tokens = self._encoders.text.max_tokens
+        for index, (caption, token_ids) in enumerate(group.items()):
             # Copies, so that the batch's arrays are freed before the last of its captions.
-            stored = self._quantise(text) if self._quantise and is_finite else text.copy()
-            found[caption] = EncodedCaption(
-                stored, tokens[index].copy(), bool(is_cut[index]), is_finite
-            )
+            arrays = {name: items.copy() for name, items in _item(fields, index).items()}
+            problem = _find_not_finite(arrays)
+            if self._quantise and not problem:
+                arrays["text"] = self._quantise(arrays["text"])
+            found[caption] = EncodedCaption(arrays, len(token_ids) > max_tokens, problem)
         return found
 
     def _begin_thread(self) -> None:
@@ -212,19 +227,36 @@ def cut_batches(
 
 
 def _finish(image: EncodedImage, captions: Mapping[str, EncodedCaption]) -> Example | Skipped:
-    record, picture, latent = image
+    record, picture, arrays = image
     found = [captions[caption] for caption in record.captions]
     if isinstance(picture, UnreadableImageError):
         return Skipped(key=record.key, reason=str(picture))
-    if latent is None or not np.isfinite(latent).all():
-        return Skipped(key=record.key, reason=NOT_FINITE[0])
-    if not all(caption.is_finite for caption in found):
-        return Skipped(key=record.key, reason=NOT_FINITE[1])
+    problems = (_find_not_finite(arrays), *(caption.problem for caption in found))
+    if reason := next(filter(None, problems), None):
+        return Skipped(key=record.key, reason=reason)
+    of_captions = {name: np.stack([c.arrays[name] for c in found]) for name in found[0].arrays}
+    extra = {**arrays, **of_captions}
+    if len(picture.crops_px) > 1:
+        extra["view_box"] = view_boxes(picture, len(arrays["latent"]))
     truncated = [index for index, caption in enumerate(found) if caption.is_cut]
     return Example(
         key=record.key,
-        latent=latent,
-        text=np.stack([caption.hidden for caption in found]),
-        tokens=np.stack([caption.tokens for caption in found]),
+        latent=extra.pop("latent"),
+        text=extra.pop("text"),
+        tokens=extra.pop("tokens"),
         meta=make_meta(record, truncated=truncated, picture=picture),
+        extra=extra,
     )
+
+
+def _item(fields: Arrays, index: int) -> dict[str, NDArray[Any]]:
+    """Returns one item of a batch of each field."""
+    return {name: items[index] for name, items in fields.items()}
+
+
+def _find_not_finite(arrays: Arrays) -> str | None:
+    """Returns the reason to quarantine arrays with NaN or infinity; None if there are none."""
+    for name, values in arrays.items():
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            return f"{name}{NOT_FINITE}{8 * values.itemsize}"
+    return None

@@ -51,7 +51,7 @@ class OutputCheck:
         reasons = [item.reason for item in items if isinstance(item, Skipped)]
         self.num_good += len(items) - len(reasons)
         if not self.num_good:
-            self._failures += [reason for reason in reasons if reason in NOT_FINITE]
+            self._failures += [reason for reason in reasons if NOT_FINITE in reason]
             if len(self._failures) >= MAX_FAILURES:
                 raise ValueError(
                     f"{self._failures[0]} for each of the first {len(self._failures)} images: use "
@@ -143,7 +143,7 @@ def write_missing(
     with (
         single_threaded(),
         EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
-        WriterThread(encoders.kind) as writing,
+        WriterThread(encoders.vae.kind) as writing,
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
@@ -186,7 +186,7 @@ def discard_if_restored(index: Index, part: SetPlan, shard: ShardPlan) -> None:
     for record, _ in index.records(shard.bucket, shard.num_captions, shard.first, shard.last):
         reason = found.quarantined.get(record.key)
         # Images whose values are not finite are readable, and would be encoded on every restart.
-        if reason is None or reason in NOT_FINITE:
+        if reason is None or NOT_FINITE in reason:
             continue
         if isinstance(load_record(record, part.preprocessing), Picture):
             discard_shard(part.folder, found)

@@ -169,8 +169,7 @@ def check_room(shards: BucketedShards, access: Access) -> None:
     if access.kind != "cache":
         return
     needed = sum(
-        sum(entry.bytes for entry in part.manifest.files) + len(part.manifest.dump().encode())
-        for part in shards.sets
+        part.manifest.num_bytes + len(part.manifest.dump().encode()) for part in shards.sets
     )
     if access.cache_bytes < needed:
         raise ValueError(

@@ -8,28 +8,32 @@ trained on alone. `buckets.json` is written last and contains the hash of each s
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from latent_t2i.shards.bucket_order import BucketOrder
-from latent_t2i.shards.files import write_file
+from latent_t2i.shards.files import write_file, write_listed
+from latent_t2i.shards.quarantine import QUARANTINE_NAME, Quarantined, read_reasons
 from latent_t2i.shards.reader import RawBatch, ShardSet, open_shards
 from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
     BUCKETS_NAME,
     MANIFEST_NAME,
     Document,
+    Fetch,
+    FileEntry,
     FormatError,
     Manifest,
+    read_stored,
 )
 from latent_t2i.shards.settings import Verify
 
-BUCKETS_VERSION = 1
+BUCKETS_VERSION = 2
 SAME = (
     "vae",
     "text_encoder",
@@ -41,8 +45,10 @@ SAME = (
     "max_tokens",
     "text_width",
     "text_scale",
+    "fields",
 )
-"""Manifest keys that must be equal in all buckets. Encoders and scales are compared by hash."""
+"""Manifest keys that must be equal in all buckets. Encoders and scales are compared by hash, and
+further fields without their shapes, which may depend on the image's size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,20 +66,75 @@ class Bucket:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Buckets(Document):
-    """The list of a bucketed set: what the manifests of its sets do not contain."""
+class Version1:
+    """The content of a list of version 1."""
 
-    FILE_NAME = BUCKETS_NAME
-    VERSION = BUCKETS_VERSION
+    schema_version: int
+    buckets: tuple[Bucket, ...]
+    num_source: int
+    num_records: int
+    quarantined: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version2:
+    """The content of a list of version 2."""
 
     schema_version: int = BUCKETS_VERSION
     buckets: tuple[Bucket, ...]
     """Narrowest first."""
+    quarantine: FileEntry | None  # quarantine.jsonl; None in version 1 only
     num_source: int
     """Images in the source: written, quarantined in a bucket, or in no bucket."""
     num_records: int
-    quarantined: dict[str, str]
-    """The reason for each image that is in no bucket, by key."""
+    num_quarantined: int
+    """Images in no bucket."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Buckets(Version2, Document):
+    """The list of a bucketed set: what the manifests of its sets do not contain."""
+
+    FILE_NAME = BUCKETS_NAME
+
+    folder: Path = field(compare=False)
+    version_1: Version1 | None = field(default=None, repr=False)
+    """The content of the file, if it is of version 1."""
+
+    @classmethod
+    def load(cls, folder: Path, fetch: Fetch | None = None) -> Self:
+        """See `Document.load`; no other file is read."""
+        path = folder / cls.FILE_NAME
+        stored = read_stored(path, {2: Version2, 1: Version1})
+        values = {part.name: getattr(stored, part.name) for part in fields(stored)}
+        if isinstance(stored, Version1):
+            num_quarantined = len(values.pop("quarantined"))
+            values |= {"quarantine": None, "num_quarantined": num_quarantined, "version_1": stored}
+        elif stored.quarantine is None or stored.quarantine.name != QUARANTINE_NAME:
+            raise FormatError(
+                f"{path}: quarantine: expected the file {QUARANTINE_NAME}, found "
+                f"{stored.quarantine}"
+            )
+        loaded = cls(**values, folder=folder)
+        loaded.check(path)
+        return loaded
+
+    def content(self) -> dict[str, Any]:
+        """Returns the content of the file without its hash."""
+        if self.version_1 is not None:
+            return asdict(self.version_1)
+        stored = {part.name: getattr(self, part.name) for part in fields(Version2)}
+        return asdict(Version2(**stored))
+
+    def read_quarantined(self) -> dict[str, str]:
+        """Reads the reason for each image that is in no bucket, by key.
+
+        Raises FormatError if the file is missing, altered or malformed.
+        """
+        if self.version_1 is not None:
+            return dict(self.version_1.quarantined)
+        assert self.quarantine is not None
+        return read_reasons(self.folder / self.quarantine.name, self.quarantine)
 
     def check(self, path: Path) -> None:
         """Checks that names, sizes and counts are consistent with each other."""
@@ -89,8 +150,13 @@ class Buckets(Document):
             if names.count(bucket.name) > 1:
                 raise FormatError(f"{path}: bucket {bucket.name!r}: expected once, found twice")
         written = sum(bucket.records for bucket in self.buckets)
-        lost = sum(bucket.quarantined for bucket in self.buckets) + len(self.quarantined)
-        for name, expected in (("num_records", written), ("num_source", written + lost)):
+        lost = sum(bucket.quarantined for bucket in self.buckets) + self.num_quarantined
+        pairs = {
+            "num_records": written,
+            "num_quarantined": max(self.num_quarantined, 0),
+            "num_source": written + lost,
+        }
+        for name, expected in pairs.items():
             if getattr(self, name) != expected:
                 raise FormatError(
                     f"{path}: {name}: expected {expected}, found {getattr(self, name)}"
@@ -125,15 +191,18 @@ def finish_buckets(
                 width_px=width_px,
                 height_px=height_px,
                 records=manifest.num_records,
-                quarantined=len(manifest.quarantined),
+                quarantined=manifest.num_quarantined,
                 sha256=hash_file(folder / name / MANIFEST_NAME),
             )
         )
+    lines = (Quarantined(key=k, reason=v, shard=None).line() for k, v in quarantined.items())
     found = Buckets(
         buckets=tuple(listed),
+        quarantine=write_listed(folder / QUARANTINE_NAME, lines),
         num_source=sum(part.num_source for _, part in parts) + len(quarantined),
         num_records=sum(part.num_records for _, part in parts),
-        quarantined=dict(quarantined),
+        num_quarantined=len(quarantined),
+        folder=folder,
     )
     found.check(path)
     for fault in disagreements(f"{folder}", parts):
@@ -191,6 +260,10 @@ def _comparable(value: Any) -> Any:
     """Returns what identifies a value of a manifest: the hash, where it has one."""
     if hasattr(value, "file"):
         return value.file.sha256
+    if isinstance(value, tuple):  # of further fields
+        return [
+            (s.name, s.dtype, s.per, s.made_by.sha256, s.scale and s.scale.sha256) for s in value
+        ]
     return getattr(value, "sha256", value)
 
 
@@ -202,7 +275,7 @@ def check_bucket(location: str, bucket: Bucket, manifest: Manifest, sha256: str)
             f"{place}: {MANIFEST_NAME}: sha256: expected {bucket.sha256}, found {sha256}: the list "
             "was written for another set"
         )
-    pairs = {"records": manifest.num_records, "quarantined": len(manifest.quarantined)}
+    pairs = {"records": manifest.num_records, "quarantined": manifest.num_quarantined}
     for name, found in pairs.items():
         if getattr(bucket, name) != found:
             yield f"{place}: {name}: expected {getattr(bucket, name)}, found {found}"
@@ -264,7 +337,7 @@ class BucketedShards:
 
     def order(self, *, batch_size: int, seed: int, **settings: Any) -> BucketOrder:
         """Returns an order to visit the records in; `settings` are those of BucketOrder."""
-        sizes = tuple(tuple(shard.records for shard in part.manifest.shards) for part in self.sets)
+        sizes = tuple(tuple(part.manifest.shards.records.tolist()) for part in self.sets)
         return BucketOrder(sizes=sizes, batch_size=batch_size, seed=seed, **settings)
 
     def gather(

@@ -14,10 +14,11 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from latent_t2i.shards.layout import FileEntry
 from latent_t2i.shards.parsing import FormatError
 
 ATTEMPT_PATTERN = re.compile(r".+\.[0-9]+-([0-9a-f]{8})-[0-9a-f]{8}\.part")
@@ -136,12 +137,12 @@ def _host_digits() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a small file so that it is complete or absent."""
+def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
+    """Writes a file, given as a whole or in chunks, so that it is complete or absent."""
     with _naming(path), _open_attempt(path) as file:
         temporary = Path(file.name)
         try:
-            file.write(content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
             temporary.replace(path)
@@ -149,6 +150,20 @@ def write_file(path: Path, content: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
+
+
+def write_listed(path: Path, chunks: Iterable[bytes]) -> FileEntry:
+    """Writes a file; returns its entry for the manifest."""
+    digest, sizes = hashlib.sha256(), [0]
+
+    def measured() -> Iterator[bytes]:
+        for chunk in chunks:
+            digest.update(chunk)
+            sizes[0] += len(chunk)
+            yield chunk
+
+    write_file(path, measured())
+    return FileEntry(name=path.name, bytes=sizes[0], sha256=digest.hexdigest())
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """Mean, standard deviation and scaling factor of latents, from sums that can be merged."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -55,11 +54,10 @@ class LatentSums:
         )
 
 
-def latent_statistics(sums: Sequence[LatentSums]) -> LatentStatistics:
-    """Returns the statistics of all latents in the sums; at least one must not be empty."""
-    count = sum(part.count for part in sums)
-    mean = np.sum([part.total for part in sums], axis=0) / count
-    second = np.sum([part.squares for part in sums], axis=0) / count
+def latent_statistics(sums: LatentSums) -> LatentStatistics:
+    """Returns the statistics of all latents in the sums, which must not be empty."""
+    mean = np.array(sums.total) / sums.count
+    second = np.array(sums.squares) / sums.count
     std = np.sqrt(np.maximum(second - mean**2, 0.0))
     overall = math.sqrt(max(float(second.mean() - mean.mean() ** 2), 0.0))
     return LatentStatistics(

@@ -26,7 +26,7 @@ PROT_NONE = 0
 class Region:
     """Address ranges for files of given sizes; reading an unmapped one ends the process."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int] | NDArray[np.int64]) -> None:
         self.sizes = np.asarray(sizes, np.int64)
         pages = -(-self.sizes // mmap.PAGESIZE)
         ends = np.cumsum(pages) * mmap.PAGESIZE

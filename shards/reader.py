@@ -29,18 +29,20 @@ from latent_t2i.shards.parsing import load_json, show
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
     KEY_PATTERN,
-    MEMBERS,
     FileEntry,
     FormatError,
     Layout,
     Manifest,
     ShardEntry,
+    member_of,
     npy_header,
 )
 from latent_t2i.shards.settings import Verify
 
 NAME_BYTES = 100
 """Size of a tar header's first field, the name of the member."""
+HASH_START, HASH_CHARACTERS = b'{"image_sha256":"', 64
+"""How the JSON of a record with the hash of its image begins, and the length of the hash."""
 TORCH_DTYPES = {"float16": torch.float16, "int8": torch.int8, "int32": torch.int32}
 CARRIERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 """Bytes are copied as the widest integers that divide them, because torch copies those fastest."""
@@ -80,17 +82,18 @@ def open_shards(
     text_sha256: str | None = None,
     verify: Verify = "lazy",
 ) -> "ShardSet":
-    """Opens a finished set of shards: reads the manifest and compares all file sizes.
+    """Opens a finished set of shards: reads the manifest and the shard table, but no shard.
 
     `vae_sha256` and `text_sha256` are the hashes of the encoders that the caller will use.
 
-    Raises FormatError for an unfinished set, another schema version, a missing or truncated file, a
-    wrong hash, or the output of other encoders.
+    The size of a shard is compared when it is first mapped, and with `verify` full all files are
+    hashed here. Raises FormatError for an unfinished set, another schema version, a wrong hash, a
+    missing file, or the output of other encoders.
     """
     folder = Path(path)
     manifest = Manifest.load(folder)
     require_encoders(folder, manifest, vae_sha256=vae_sha256, text_sha256=text_sha256)
-    for entry in manifest.files:
+    for entry in manifest.files if verify == "full" else manifest.small_files:
         check_size(folder, entry)
         if verify == "full":
             check_hash(folder, entry)
@@ -114,10 +117,9 @@ class ShardSet:
         self.empty_text = small["empty_text"]  # (T, D) float16
         self.empty_tokens = small["empty_tokens"]  # (T,) int32
         self.text_scale = small.get("text_scale")  # (D,) float32 for int8 text, else None
-        counts = [shard.records for shard in manifest.shards]
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self._region = Region([shard.bytes for shard in manifest.shards])
-        self._layout = np.array([shard.layout for shard in manifest.shards])
+        self._starts = np.concatenate([[0], np.cumsum(manifest.shards.records)])
+        self._region = Region(manifest.shards.bytes)
+        self._layout = manifest.shards.layouts
         self._record_bytes = np.array([layout.record_bytes for layout in manifest.layouts])
         self._rows = {name: _Rows(name, manifest, self._region) for name in ITEM_FIELDS}
         self._verifier = BackgroundVerifier(folder, remedy) if is_lazy else None
@@ -137,7 +139,7 @@ class ShardSet:
 
     def order(self, *, batch_size: int, seed: int, **settings: Any) -> Order:
         """Returns an order to visit the records in; `settings` are those of Order."""
-        sizes = tuple(shard.records for shard in self.manifest.shards)
+        sizes = tuple(self.manifest.shards.records.tolist())
         return Order(sizes=sizes, batch_size=batch_size, seed=seed, **settings)
 
     def buffer(self, size: int, *, pin_memory: bool = False) -> RawBatch:
@@ -175,6 +177,19 @@ class ShardSet:
         _, first = self._locate(records)
         names = self._region.bytes[first[:, None] + np.arange(NAME_BYTES)]
         return [key_of(name.tobytes()) for name in names]
+
+    def image_hashes(self, records: NDArray[np.int64]) -> NDArray[np.bytes_] | None:
+        """Returns the sha256 of the records' image files, in hex (B,); None if a record has none.
+
+        The hash has the same place in each JSON, so none is parsed.
+        """
+        _, first = self._locate(records)
+        first = first + self.manifest.layouts[0].fields["json"].offset_bytes  # of each layout
+        size = len(HASH_START) + HASH_CHARACTERS
+        heads = self._region.bytes[first[:, None] + np.arange(size)]
+        if (heads[:, : len(HASH_START)] != np.frombuffer(HASH_START, np.uint8)).any():
+            return None
+        return np.ascontiguousarray(heads[:, len(HASH_START) :]).view(f"S{HASH_CHARACTERS}")[:, 0]
 
     def meta(self, record: int) -> dict[str, Any]:
         """Returns the JSON of a record: `captions`, `truncated` and the source's own keys."""
@@ -268,8 +283,9 @@ class _Rows:
 def map_shard(path: Path, entry: ShardEntry, layout: Layout) -> dict[str, NDArray[Any]]:
     """Maps one shard; returns its fields (records, ...) by name.
 
-    Raises FormatError if the first or last record does not match the layout.
+    Raises FormatError if its size is wrong, or the first or last record does not match the layout.
     """
+    check_size(path.parent, entry)
     region = Region([entry.bytes])
     region.map(0, path)
 
@@ -296,10 +312,10 @@ def check_record(path: str | Path, record: NDArray[np.uint8], layout: Layout) ->
     for name, part in layout.fields.items():
         start = part.offset_bytes - part.header_bytes
         member = _text(record[start - BLOCK_BYTES :][:NAME_BYTES].tobytes())
-        if member != f"{key}.{MEMBERS[name]}":
+        if member != f"{key}.{member_of(name)}":
             raise FormatError(
                 f"{path}: key {key!r}: field {name}: expected member "
-                f"{key + '.' + MEMBERS[name]!r} at byte {start - BLOCK_BYTES}, found {member!r}: "
+                f"{key + '.' + member_of(name)!r} at byte {start - BLOCK_BYTES}, found {member!r}: "
                 "not a shard of this layout"
             )
         found = record[start : part.offset_bytes].tobytes()
@@ -325,6 +341,9 @@ def small_arrays(manifest: Manifest) -> dict[str, tuple[FileEntry, str, tuple[in
     }
     if manifest.text_scale:
         arrays["text_scale"] = (manifest.text_scale.file, "float32", (width,))
+    for spec in manifest.fields:
+        if spec.scale:
+            arrays[f"{spec.name}_scale"] = (spec.scale, "float32", spec.shape[-1:])
     return arrays
 
 

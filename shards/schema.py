@@ -1,29 +1,50 @@
 """The types that both stages share, and the manifest of a set of shards.
 
-    FOLDER/manifest.json   empty_text.npy   empty_tokens.npy   shard-000000.tar ...
+    FOLDER/manifest.json   shards.npy   quarantine.jsonl   empty_text.npy   shard-000000.tar ...
 
-All records of a shard have the same byte layout, so a shard is a strided array as well as a tar:
-item `i` of a field starts at `offset_bytes + i * record_bytes`. The cost: all images of a shard
-have the same number of captions, and the JSON is padded. README.md is the specification.
+All records of a shard have the same byte layout (layout.py), so a shard is a strided array as well
+as a tar. The cost: all images of a shard have the same number of captions, and the JSON is padded.
+The manifest stays small: what grows with the set is in files of its own, which the manifest hashes.
+README.md is the specification.
 """
 
 import hashlib
-import io
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from latent_t2i.shards.layout import BLOCK_BYTES as BLOCK_BYTES
+from latent_t2i.shards.layout import MEMBERS as MEMBERS
+from latent_t2i.shards.layout import TAR_RECORD_BYTES as TAR_RECORD_BYTES
+from latent_t2i.shards.layout import Field as Field
+from latent_t2i.shards.layout import FieldDtype as FieldDtype
+from latent_t2i.shards.layout import FieldSpec as FieldSpec
+from latent_t2i.shards.layout import FileEntry as FileEntry
+from latent_t2i.shards.layout import Identity as Identity
+from latent_t2i.shards.layout import Layout as Layout
+from latent_t2i.shards.layout import TextDtype as TextDtype
+from latent_t2i.shards.layout import check_fields
+from latent_t2i.shards.layout import make_layout as make_layout
+from latent_t2i.shards.layout import member_of as member_of
+from latent_t2i.shards.layout import npy_header as npy_header
+from latent_t2i.shards.layout import round_up as round_up
 from latent_t2i.shards.parsing import FormatError as FormatError
 from latent_t2i.shards.parsing import from_json, load_json, printable, read_limited
+from latent_t2i.shards.quarantine import read_reasons
+from latent_t2i.shards.shard_table import ShardEntry as ShardEntry
+from latent_t2i.shards.shard_table import ShardTable as ShardTable
+from latent_t2i.shards.shard_table import shard_number
 
-SCHEMA_VERSION = 2
+T = TypeVar("T")
+
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 BUCKETS_NAME = "buckets.json"
 """The list of a bucketed set (buckets.py), whose sub-folders hold the manifests."""
@@ -33,20 +54,12 @@ FILE_NAME_PATTERN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 PROGRESS_DIR = "progress"
 """Holds the provenance and the shard reports while stage one runs; removed at the end."""
 
-BLOCK_BYTES = 512
-"""Size of a tar header; the data of each member is padded to a multiple of it."""
-TAR_RECORD_BYTES = 10240
-"""The size of a tar file is a multiple of this."""
-
-MEMBERS = {"json": "json", "latent": "latent.npy", "text": "text.npy", "tokens": "tokens.npy"}
-"""The extension of each field's member, in the order of the bytes."""
-
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")
 """Keys are file names in the tar: no dot, where WebDataset cuts, and short enough for ustar."""
 
 LatentKind = Literal["moments", "plain"]
-TextDtype = Literal["float16", "int8"]
-FieldDtype = Literal["uint8", "float16", "int8", "int32"]
+Fetch = Callable[[FileEntry], object]
+"""Brings a file of a set into the local folder from which the set is being opened."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,77 +73,8 @@ class Example:
     meta: Mapping[str, Any]
     """JSON: `captions` (list of text), `truncated` (indices of captions cut to T tokens), and
     further keys of the source."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """A network or tokenizer: where it was loaded from, and the hash of its content."""
-
-    name: str
-    revision: str | None
-    sha256: str
-
-    def __str__(self) -> str:
-        revision = f" at {self.revision}" if self.revision else ""
-        return f"{self.name!r}{revision} (sha256 {self.sha256})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Field:
-    """A field's position in a record, its dtype and its shape."""
-
-    offset_bytes: int
-    """From the start of the record to the first data byte."""
-    header_bytes: int
-    """Size of the .npy header, between the tar header and the data; 0 for the JSON."""
-    dtype: FieldDtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the data, without padding."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-    @property
-    def header(self) -> bytes:
-        """The .npy header; empty for the JSON."""
-        return npy_header(self.dtype, self.shape) if self.header_bytes else b""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """The byte layout shared by all records of a shard."""
-
-    record_bytes: int
-    fields: dict[str, Field]
-
-    @property
-    def num_captions(self) -> int:
-        """Number of captions of each record."""
-        return self.fields["tokens"].shape[0]
-
-    def shard_bytes(self, num_records: int) -> int:
-        """Returns the size of a shard: its records, two empty blocks, and padding."""
-        used = num_records * self.record_bytes + 2 * BLOCK_BYTES
-        return round_up(used, TAR_RECORD_BYTES)
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
-    """A file of a set."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry(FileEntry):
-    """A shard."""
-
-    layout: int
-    """Index into the manifest's layouts."""
-    records: int
+    extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """The further fields of the set, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +88,8 @@ class LatentStatistics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Provenance:
-    """Everything that determines the content of a set: equal provenance, equal records."""
+class Origin:
+    """What determines the content of a set, in all versions of the format."""
 
     vae: Identity
     text_encoder: Identity
@@ -162,6 +106,14 @@ class Provenance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Provenance(Origin):
+    """Everything that determines the content of a set: equal provenance, equal records."""
+
+    fields: tuple[FieldSpec, ...] = ()
+    """The further fields of each record, in the order of their members."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextScale:
     """The scale of int8 text, per channel: hidden states are text * scale."""
 
@@ -173,67 +125,89 @@ class TextScale:
 
 
 class Document:
-    """A dataclass stored as JSON together with the hash of its content."""
+    """A JSON file that contains the hash of its content."""
 
     FILE_NAME: ClassVar[str]
-    VERSION: ClassVar[int]
+
+    def content(self) -> dict[str, Any]:
+        """Returns the content without the hash, with the keys in the order of the file."""
+        raise NotImplementedError
 
     @property
     def sha256(self) -> str:
         """Hash of the content, which contains the hashes of all files that it lists."""
-        return hash_json(asdict(cast(Any, self)))
+        return hash_json(self.content())
 
     def dump(self) -> str:
         """Returns the text of the file; equal content gives equal bytes."""
-        version = {"schema_version": self.VERSION}
-        document = version | asdict(cast(Any, self)) | {"sha256": self.sha256}
+        content = self.content()
+        document = {"schema_version": 0} | content | {"sha256": hash_json(content)}
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads and checks the file in a folder.
+    def load(cls, folder: Path, fetch: Fetch | None = None) -> Self:
+        """Reads and checks the file in a folder; `fetch` brings further files that this needs.
 
-        Raises FormatError if it is missing, unreadable, altered, inconsistent, or of a schema
+        Raises FormatError if a file is missing, unreadable, altered, inconsistent, or of a schema
         version that this code does not read.
         """
-        path = folder / cls.FILE_NAME
-        document = read_document(path)
-        version = document.get("schema_version")
-        if type(version) is not int or version != cls.VERSION:
-            raise FormatError(
-                f"{path}: schema_version: expected {cls.VERSION}, found {version!r}: the set was "
-                "written by another release; encode it again with this one"
-            )
-        stored = document.pop("sha256", None)
-        loaded = from_json(cls, document, str(path))
-        if stored != loaded.sha256:
-            raise FormatError(
-                f"{path}: sha256: expected {loaded.sha256}, found {stored!r}: the file was altered "
-                "after it was written"
-            )
-        loaded.check(path)
-        return loaded
-
-    def check(self, path: Path) -> None:
-        """Raises FormatError if the content is inconsistent; `path` is for the message."""
         raise NotImplementedError
 
 
+def read_stored(path: Path, kinds: Mapping[int, type[Any]]) -> Any:
+    """Returns the content of a document, as the dataclass of its schema version in `kinds`.
+
+    Raises FormatError like `Document.load`.
+    """
+    document = read_document(path)
+    version = document.get("schema_version")
+    if type(version) is not int or version not in kinds:
+        expected = " or ".join(map(str, kinds))
+        raise FormatError(
+            f"{path}: schema_version: expected {expected}, found {version!r}: the set was written "
+            "by another release; encode it again with this one"
+        )
+    sha256 = document.pop("sha256", None)
+    stored = from_json(kinds[version], document, str(path))
+    if sha256 != (expected := hash_json(asdict(stored))):
+        raise FormatError(
+            f"{path}: sha256: expected {expected}, found {sha256!r}: the file was altered after it "
+            "was written"
+        )
+    return stored
+
+
 @dataclass(frozen=True, kw_only=True)
-class Manifest(Provenance, Document):
-    """The description of a finished set. It is written last, so an unfinished set has none."""
+class Version2(Origin):
+    """The content of a manifest of version 2, which lists each shard and quarantined image."""
 
-    FILE_NAME = MANIFEST_NAME
-    VERSION = SCHEMA_VERSION
-
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int
     layouts: tuple[Layout, ...]
     shards: tuple[ShardEntry, ...]
     num_source: int
+    num_records: int
+    quarantined: dict[str, str]
+    num_captions: int
+    num_truncated: int
+    latent_statistics: LatentStatistics
+    empty_text: FileEntry
+    empty_tokens: FileEntry
+    text_scale: TextScale | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version3(Provenance):
+    """The content of a manifest of version 3."""
+
+    schema_version: int = SCHEMA_VERSION
+    layouts: tuple[Layout, ...]
+    shard_table: FileEntry | None  # shards.npy; None in version 2 only, as the next two
+    quarantine: FileEntry | None  # quarantine.jsonl
+    shard_sums: FileEntry | None  # shard_sums.npy
+    num_source: int
     """Images in the source: written or quarantined."""
     num_records: int
-    quarantined: dict[str, str] = field(default_factory=dict)
-    """The reason for each image that was not written, by key."""
+    num_quarantined: int
     num_captions: int
     num_truncated: int
     """Captions longer than `max_tokens`, including the start and end tokens."""
@@ -243,16 +217,103 @@ class Manifest(Provenance, Document):
     text_scale: TextScale | None = None
     """None for float16 text."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Version3, Document):
+    """The description of a finished set. It is written last, so an unfinished set has none."""
+
+    FILE_NAME = MANIFEST_NAME
+
+    shards: ShardTable
+    folder: Path = field(compare=False)
+    """Holds the quarantine."""
+    version_2: Version2 | None = field(default=None, repr=False)
+    """The content of the file, if it is of version 2."""
+
+    @classmethod
+    def load(cls, folder: Path, fetch: Fetch | None = None) -> Self:
+        """See `Document.load`. Of the set's other files, only the shard table is read."""
+        path = folder / cls.FILE_NAME
+        stored = read_stored(path, {3: Version3, 2: Version2})
+        if isinstance(stored, Version2):
+            manifest = cls._of_version_2(path, stored)
+        else:
+            manifest = cls._of_version_3(path, stored, fetch)
+        manifest.check(path)
+        return manifest
+
+    @classmethod
+    def _of_version_3(cls, path: Path, stored: Version3, fetch: Fetch | None) -> Self:
+        entries = [stored.shard_table, stored.quarantine, stored.shard_sums]
+        if stored.shard_table is None or None in entries:
+            raise FormatError(
+                f"{path}: shard_table, quarantine, shard_sums: expected files, found null"
+            )
+        check_file_names(path, (*listed_files(stored), *small_files(stored)))
+        if fetch is not None:
+            fetch(stored.shard_table)
+        table = path.parent / stored.shard_table.name
+        shards = ShardTable.open(table, stored.shard_table, stored.layouts)
+        return cls(**_values(stored), shards=shards, folder=path.parent)
+
+    @classmethod
+    def _of_version_2(cls, path: Path, stored: Version2) -> Self:
+        check_file_names(path, small_files(stored))
+        try:
+            shards = ShardTable.of(stored.shards, stored.layouts)
+        except ValueError as error:
+            raise FormatError(
+                f"{path}: shards: expected names of the form shard-000000.tar, indices of layouts, "
+                f"numbers of records, and hashes in hexadecimal, found {error}"
+            ) from None
+        shared = {k: v for k, v in _values(stored).items() if k not in ("shards", "quarantined")}
+        absent = dict.fromkeys(("shard_table", "quarantine", "shard_sums"))
+        return cls(
+            **shared | absent,
+            num_quarantined=len(stored.quarantined),
+            shards=shards,
+            folder=path.parent,
+            version_2=stored,
+        )
+
+    def content(self) -> dict[str, Any]:
+        """Returns the content of the file without its hash."""
+        if self.version_2 is not None:
+            return asdict(self.version_2)
+        return asdict(
+            Version3(**{part.name: getattr(self, part.name) for part in fields(Version3)})
+        )
+
     @property
-    def files(self) -> tuple[FileEntry, ...]:
+    def files(self) -> Iterator[FileEntry]:
         """All files of the set except the manifest."""
-        return (*self.shards, *self.small_files)
+        return chain(self.shards, self.small_files, self.other_files)
 
     @property
     def small_files(self) -> tuple[FileEntry, ...]:
         """The files that are read in full when a set is opened."""
-        scale = (self.text_scale.file,) if self.text_scale else ()
-        return (self.empty_text, self.empty_tokens, *scale)
+        table = (self.shard_table,) if self.shard_table else ()
+        return (*table, *small_files(self))
+
+    @property
+    def other_files(self) -> tuple[FileEntry, ...]:
+        """The files that training does not need."""
+        return tuple(entry for entry in (self.quarantine, self.shard_sums) if entry)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files that training needs, without the manifest."""
+        return int(self.shards.bytes.sum()) + sum(entry.bytes for entry in self.small_files)
+
+    def read_quarantined(self) -> dict[str, str]:
+        """Reads the reason for each image that was not written, by key.
+
+        Raises FormatError if the file is missing, altered or malformed.
+        """
+        if self.version_2 is not None:
+            return dict(self.version_2.quarantined)
+        assert self.quarantine is not None
+        return read_reasons(self.folder / self.quarantine.name, self.quarantine)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -261,7 +322,7 @@ class Manifest(Provenance, Document):
 
     @property
     def num_views(self) -> int:
-        """1, or 2 if the flipped image is encoded too."""
+        """Encodings per image: crop 0, with flips crop 0 flipped, crop 1, ..."""
         return self.layouts[0].fields["latent"].shape[0]
 
     @property
@@ -276,28 +337,19 @@ class Manifest(Provenance, Document):
 
     def check(self, path: Path) -> None:
         """Checks that names, sizes, layouts and counts are consistent with each other."""
-        if not self.shards:
-            raise FormatError(f"{path}: shards: expected at least one, found none")
-        seen = {MANIFEST_NAME}
-        for entry in self.files:
-            if not FILE_NAME_PATTERN.fullmatch(entry.name) or entry.name in seen:
-                raise FormatError(
-                    f"{path}: expected unique file names of the form {FILE_NAME_PATTERN.pattern}, "
-                    f"found {entry.name!r}"
-                )
-            seen.add(entry.name)
+        check_fields(str(path), self.fields)
         for number in range(len(self.layouts)):
             self._check_layout(path, number)
-        for shard in self.shards:
-            self._check_shard(path, shard)
-        written = sum(shard.records for shard in self.shards)
+        self.shards.check(path)
+        if self.version_2 is not None:
+            self._check_sizes(path, self.version_2)
+        written = int(self.shards.records.sum())
+        captions = np.array([layout.num_captions for layout in self.layouts])[self.shards.layouts]
         pairs = {
             "num_records": (written, self.num_records),
-            "num_source": (written + len(self.quarantined), self.num_source),
-            "num_captions": (
-                sum(s.records * self.layouts[s.layout].num_captions for s in self.shards),
-                self.num_captions,
-            ),
+            "num_quarantined": (max(self.num_quarantined, 0), self.num_quarantined),
+            "num_source": (written + self.num_quarantined, self.num_source),
+            "num_captions": (int(captions @ self.shards.records), self.num_captions),
             "num_truncated": (
                 min(max(self.num_truncated, 0), self.num_captions),
                 self.num_truncated,
@@ -316,25 +368,23 @@ class Manifest(Provenance, Document):
                 f"{self.text_scale} for {self.text_dtype}"
             )
 
-    def _check_shard(self, path: Path, shard: ShardEntry) -> None:
-        place = f"{path}: shard {shard.name!r}"
-        if not 0 <= shard.layout < len(self.layouts):
-            last = len(self.layouts) - 1
-            raise FormatError(f"{place}: layout: expected 0 to {last}, found {shard.layout}")
-        if shard.records < 1:
-            raise FormatError(f"{place}: records: expected at least 1, found {shard.records}")
-        size = self.layouts[shard.layout].shard_bytes(shard.records)
-        if shard.bytes != size:
+    def _check_sizes(self, path: Path, stored: Version2) -> None:
+        """Checks the sizes that version 2 lists against those that follow from the layouts."""
+        found = np.array([entry.bytes for entry in stored.shards])
+        (places,) = np.nonzero(found != self.shards.bytes)
+        if len(places):
+            entry = self.shards[int(places[0])]
             raise FormatError(
-                f"{place}: bytes: expected {size} for {shard.records} records of this layout, "
-                f"found {shard.bytes}"
+                f"{path}: shard {entry.name!r}: bytes: expected {entry.bytes} for {entry.records} "
+                f"records of this layout, found {found[places[0]]}"
             )
 
     def _check_layout(self, path: Path, number: int) -> None:
         """Checks a layout against the format, the settings and the first layout."""
         found, place = self.layouts[number], f"{path}: layout {number}"
-        if list(found.fields) != list(MEMBERS):
-            raise FormatError(f"{place}: expected fields {[*MEMBERS]}, found {[*found.fields]}")
+        names = [*MEMBERS, *(spec.name for spec in self.fields)]
+        if list(found.fields) != names:
+            raise FormatError(f"{place}: expected fields {names}, found {[*found.fields]}")
         latent, text, room = (found.fields[name].shape for name in ("latent", "text", "json"))
         if (len(latent), len(text), len(room)) != (4, 3, 1) or min(*latent, *text, *room) < 1:
             raise FormatError(
@@ -356,48 +406,42 @@ class Manifest(Provenance, Document):
             text=(text[0], text[1], text[2]),
             json_bytes=room[0],
             text_dtype=self.text_dtype,
+            extra=self.fields,
         )
         if found != expected:
             raise FormatError(f"{place}: expected {expected} for these shapes, found {found}")
 
 
-def make_layout(
-    *,
-    latent: tuple[int, ...],
-    text: tuple[int, int, int],
-    json_bytes: int,
-    text_dtype: TextDtype = "float16",
-) -> Layout:
-    """Returns the layout of records with latents (views, channels, h, w), text (captions, T, D)."""
-    shapes = {"json": (json_bytes,), "latent": latent, "text": text, "tokens": text[:2]}
-    kinds: dict[str, FieldDtype] = {
-        "json": "uint8",
-        "latent": "float16",
-        "text": text_dtype,
-        "tokens": "int32",
-    }
-    laid: dict[str, Field] = {}
-    start = 0
-    for name in MEMBERS:
-        header_bytes = 0 if name == "json" else len(npy_header(kinds[name], shapes[name]))
-        laid[name] = Field(
-            offset_bytes=start + BLOCK_BYTES + header_bytes,
-            header_bytes=header_bytes,
-            dtype=kinds[name],
-            shape=shapes[name],
-        )
-        start = round_up(laid[name].offset_bytes + laid[name].num_bytes, BLOCK_BYTES)
-    return Layout(record_bytes=start, fields=laid)
+def listed_files(stored: Version3) -> tuple[FileEntry, ...]:
+    """Returns the files with one row or line per shard or quarantined image."""
+    entries = (stored.shard_table, stored.quarantine, stored.shard_sums)
+    return tuple(entry for entry in entries if entry)
 
 
-def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
-    """Returns the .npy header of a C-ordered, little-endian array."""
-    stream = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(np.dtype(dtype).newbyteorder("<"))
-    np.lib.format.write_array_header_1_0(
-        stream, {"descr": descr, "fortran_order": False, "shape": shape}
-    )
-    return stream.getvalue()
+def small_files(stored: Version2 | Version3) -> tuple[FileEntry, ...]:
+    """Returns the arrays that are loaded when a set is opened."""
+    text = (stored.text_scale.file,) if stored.text_scale else ()
+    specs = stored.fields if isinstance(stored, Version3) else ()
+    scales = tuple(spec.scale for spec in specs if spec.scale)
+    return (stored.empty_text, stored.empty_tokens, *text, *scales)
+
+
+def check_file_names(path: Path, entries: Iterable[FileEntry]) -> None:
+    """Raises FormatError if a name is not unique, unsafe, or that of a shard."""
+    seen = {path.name}
+    for entry in entries:
+        is_taken = entry.name in seen or shard_number(entry.name) is not None
+        if is_taken or not FILE_NAME_PATTERN.fullmatch(entry.name):
+            raise FormatError(
+                f"{path}: expected unique file names of the form {FILE_NAME_PATTERN.pattern}, "
+                f"found {entry.name!r}"
+            )
+        seen.add(entry.name)
+
+
+def _values(stored: Any) -> dict[str, Any]:
+    """Returns the fields of a dataclass by name, as they are."""
+    return {part.name: getattr(stored, part.name) for part in fields(stored)}
 
 
 def encode_meta(meta: Mapping[str, Any]) -> bytes:
@@ -432,20 +476,27 @@ def differences(found: Provenance, expected: Provenance) -> list[str]:
                         continue
                     values = f"found {old.get(key)!r}, expected {new.get(key)!r}"
                     lines.append(f"{name}.{printable(key)}: {values}")
+        elif name == "fields":
+            lines += _field_differences(old, new)
         elif old != new:
             lines.append(f"{name}: found {old!r}, expected {new!r}")
     return lines
+
+
+def _field_differences(found: Sequence[FieldSpec], expected: Sequence[FieldSpec]) -> list[str]:
+    """Compares further fields, with the networks that made them by hash, and without scales."""
+
+    def identify(specs: Sequence[FieldSpec]) -> list[tuple[Any, ...]]:
+        return [(s.name, s.dtype, s.shape, s.per, s.made_by.sha256) for s in specs]
+
+    old, new = identify(found), identify(expected)
+    return [] if old == new else [f"fields: found {old}, expected {new}"]
 
 
 def hash_json(document: Any) -> str:
     """Returns the sha256 of a JSON document; key order and spacing do not matter."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def round_up(value: int, multiple: int) -> int:
-    """Rounds up to a multiple."""
-    return -(-value // multiple) * multiple
 
 
 def read_document(path: Path) -> dict[str, Any]:

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latent_t2i.shards.buckets import BucketedShards, holds_buckets, open_buckets
+from latent_t2i.shards.duplicates import compare_images
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import printable
 from latent_t2i.shards.reader import ShardSet, map_shard, open_shards
-from latent_t2i.shards.schema import BLOCK_BYTES, MEMBERS, Identity, Manifest
+from latent_t2i.shards.schema import BLOCK_BYTES, MEMBERS, FieldSpec, Identity, Manifest
 
 COLUMNS = 80
 INDENT = 18
@@ -49,7 +50,7 @@ def describe(shards: ShardSet, *, num_sample: int, num_captions: int) -> Iterato
     manifest = shards.manifest
     yield str(shards.folder)
     yield from _describe_origin(manifest)
-    yield from _describe_content(manifest)
+    yield from _describe_content(shards)
     yield from _describe_bytes(shards)
     sample = read_sample(shards, num_sample)
     yield from _describe_lengths(sample, manifest)
@@ -57,7 +58,8 @@ def describe(shards: ShardSet, *, num_sample: int, num_captions: int) -> Iterato
     if shards.text_scale is not None:
         yield from _describe_scale(manifest, shards.text_scale.numpy())
     yield from _describe_captions(shards, num_captions)
-    yield from _describe_reasons("quarantined", manifest.quarantined)
+    if manifest.num_quarantined:
+        yield from _describe_reasons("quarantined", manifest.read_quarantined())
 
 
 def spread(num_records: int, num: int) -> NDArray[np.int64]:
@@ -70,11 +72,10 @@ def read_sample(shards: ShardSet, num: int) -> Sample:
     manifest = shards.manifest
     records = spread(len(shards), num)
     lengths, sums, means = [], LatentSums(), []
-    starts = np.cumsum([0, *(entry.records for entry in manifest.shards)])
-    for index, entry in enumerate(manifest.shards):
-        rows = records[(records >= starts[index]) & (records < starts[index + 1])] - starts[index]
-        if not len(rows):
-            continue
+    starts = np.concatenate([[0], np.cumsum(manifest.shards.records)])
+    shard_of = shards.shards_of(records)
+    for index in np.unique(shard_of).tolist():
+        entry, rows = manifest.shards[index], records[shard_of == index] - starts[index]
         fields = map_shard(shards.folder / entry.name, entry, manifest.layouts[entry.layout])
         lengths.append(count_tokens(fields["tokens"][rows], shards.empty_tokens.numpy()).ravel())
         latents = fields["latent"][rows]  # (N, views, 2C or C, h, w)
@@ -118,46 +119,66 @@ def _settings(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _describe_content(manifest: Manifest) -> Iterator[str]:
+def _describe_content(shards: ShardSet) -> Iterator[str]:
+    manifest = shards.manifest
     yield from _title("content")
-    quarantined = f", {len(manifest.quarantined):,} quarantined" if manifest.quarantined else ""
-    num_shards = len(manifest.shards)
+    num_quarantined, num_shards = manifest.num_quarantined, len(manifest.shards)
+    quarantined = f", {num_quarantined:,} quarantined" if num_quarantined else ""
     yield from _entry("records", f"{manifest.num_records:,} in {num_shards:,} shards{quarantined}")
     by_captions: Counter[int] = Counter()
-    for entry in manifest.shards:
-        by_captions[manifest.layouts[entry.layout].num_captions] += entry.records
+    for layout, num in zip(manifest.layouts, records_by_layout(manifest), strict=True):
+        by_captions[layout.num_captions] += num
     counts = ", ".join(f"{by_captions[num]:,} records of {num}" for num in sorted(by_captions))
     yield from _entry("captions", f"{manifest.num_captions:,}: {counts}")
     share = manifest.num_truncated / manifest.num_captions
     cut = f"{manifest.num_truncated:,} captions ({share:.2%}) at {manifest.max_tokens} tokens"
     yield from _entry("truncated", cut)
+    duplicates = compare_images([shards])
+    known = "the records have no hashes of their images" if duplicates is None else duplicates
+    yield from _entry("duplicates", str(known))
     fields = manifest.layouts[0].fields
     shapes = {name: " x ".join(map(str, part.shape[1:])) for name, part in fields.items()}
     views = f"{manifest.num_views} x {shapes['latent']}"
     yield from _entry("latent", f"{fields['latent'].dtype} {views}, {manifest.latent_kind}")
     for name in ("text", "tokens"):
         yield from _entry(name, f"{fields[name].dtype} captions x {shapes[name]}")
+    for spec in manifest.fields:
+        yield from _entry(spec.name, _describe_field(spec))
     json_bytes = sorted({layout.fields["json"].num_bytes for layout in manifest.layouts})
     yield from _entry("json", f"padded to {' or '.join(map(str, json_bytes))} bytes")
 
 
+def _describe_field(spec: FieldSpec) -> str:
+    shape = " x ".join(map(str, spec.shape))
+    scaled = f", scaled by {spec.scale.name}" if spec.scale else ""
+    return f"{spec.dtype} {shape} per {spec.per}{scaled}, made by {_identity(spec.made_by)}"
+
+
+def records_by_layout(manifest: Manifest) -> list[int]:
+    """Returns the number of records of each layout."""
+    found = np.zeros(len(manifest.layouts), np.int64)
+    np.add.at(found, manifest.shards.layouts, manifest.shards.records)
+    return found.tolist()
+
+
 def member_bytes(manifest: Manifest) -> dict[str, int]:
     """Returns the bytes of each field over all shards, and of headers and padding."""
-    sizes = dict.fromkeys([*MEMBERS, "tar headers", "array headers", "padding"], 0)
-    for entry in manifest.shards:
-        layout = manifest.layouts[entry.layout]
+    names = [*MEMBERS, *(spec.name for spec in manifest.fields)]
+    sizes = dict.fromkeys([*names, "tar headers", "array headers", "padding"], 0)
+    for layout, num in zip(manifest.layouts, records_by_layout(manifest), strict=True):
         for name, part in layout.fields.items():
-            sizes[name] += entry.records * part.num_bytes
-            sizes["array headers"] += entry.records * part.header_bytes
-        sizes["tar headers"] += entry.records * len(MEMBERS) * BLOCK_BYTES
-    sizes["padding"] = sum(entry.bytes for entry in manifest.shards) - sum(sizes.values())
+            sizes[name] += num * part.num_bytes
+            sizes["array headers"] += num * part.header_bytes
+        sizes["tar headers"] += num * len(layout.fields) * BLOCK_BYTES
+    sizes["padding"] = int(manifest.shards.bytes.sum()) - sum(sizes.values())
     return sizes
 
 
 def _describe_bytes(shards: ShardSet) -> Iterator[str]:
     manifest = shards.manifest
     sizes = member_bytes(manifest)
-    sizes["other files"] = sum(entry.bytes for entry in manifest.small_files)
+    listed = (*manifest.small_files, *manifest.other_files)
+    sizes["other files"] = sum(entry.bytes for entry in listed)
     sizes["other files"] += len(manifest.dump().encode())
     sizes["total"] = total = sum(sizes.values())
     yield from _title("bytes")
@@ -185,7 +206,7 @@ def _describe_lengths(sample: Sample, manifest: Manifest) -> Iterator[str]:
 
 
 def _describe_latents(sample: Sample, manifest: Manifest) -> Iterator[str]:
-    stored, found = manifest.latent_statistics, latent_statistics([sample.sums])
+    stored, found = manifest.latent_statistics, latent_statistics(sample.sums)
     yield from _title(f"latents, unscaled (all records | sample of {len(sample.records):,})")
     yield f"  {'channel':<9}{'mean':>11}{'std':>10}  |{'mean':>11}{'std':>10}{'min':>11}{'max':>11}"
     for channel in range(manifest.latent_channels):
@@ -267,7 +288,7 @@ def describe_buckets(shards: BucketedShards) -> Iterator[str]:
             f"{bucket.records / listed.num_records:>9.2%}{bucket.quarantined:>9,} quarantined"
             f"   latents {width} x {height}"
         )
-    yield from _describe_reasons("quarantined before bucketing", listed.quarantined)
+    yield from _describe_reasons("quarantined before bucketing", listed.read_quarantined())
 
 
 def summarise(folder: Path, *, num_sample: int, num_captions: int) -> Iterator[str]:

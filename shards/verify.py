@@ -3,18 +3,19 @@
     python -m shards.verify shards/data/demo/train --jobs 8
 
 Checks the manifest's hash and form, the size and sha256 of each file, all tar and array headers and
-padding, tokens, JSON, keys and scales, that values are finite, and the totals and latent statistics
-in the manifest. For a bucketed set, the list and each set are checked. The exit code is 0 without
-faults, 1 with faults, and 2 for a missing folder or a wrong flag.
+padding, tokens, JSON, keys and scales, that values are finite, the quarantine, and the sums, totals
+and latent statistics in the manifest. For a bucketed set, the list and each set are checked. The
+exit code is 0 without faults, 1 with faults, and 2 for a missing folder or a wrong flag.
 """
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -27,23 +28,27 @@ from tqdm import tqdm
 
 from latent_t2i.shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
 from latent_t2i.shards.checks import check_hash, check_size, hash_fault
+from latent_t2i.shards.duplicates import find_duplicates
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import load_json, printable, show
+from latent_t2i.shards.quarantine import read_quarantine
 from latent_t2i.shards.reader import NAME_BYTES, key_of, load_array, small_arrays
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
     BUCKETS_NAME,
     KEY_PATTERN,
     MANIFEST_NAME,
-    MEMBERS,
     Field,
+    FileEntry,
     FormatError,
     LatentKind,
     Layout,
     Manifest,
     ShardEntry,
+    member_of,
     round_up,
 )
+from latent_t2i.shards.shard_sums import SUMS_NAME, read_sums
 
 READ_BYTES = 1 << 22
 """Amount read, hashed and checked at a time, so that it stays in the CPU's cache."""
@@ -53,8 +58,11 @@ STATISTICS_TOLERANCE = 1e-4
 """Relative. The terms summed here are float32, the writer's float64."""
 CHECKSUM = slice(148, 156)
 """The checksum in a tar header: six octal digits; the sum is taken with spaces in its place."""
-EXPONENT = 0x7C00
-"""Exponent bits of float16, all set in NaN and infinity. Ten times as fast as `np.isfinite`."""
+EXPONENTS: dict[str, tuple[type[np.generic], int]] = {
+    "float16": (np.uint16, 0x7C00),
+    "float32": (np.uint32, 0x7F800000),
+}
+"""Exponent bits, all set in NaN and infinity. Ten times as fast as `np.isfinite`."""
 
 
 @dataclass
@@ -103,6 +111,7 @@ def _verify_buckets(folder: Path, jobs: int, advance: Advance) -> Iterator[str]:
         yield str(error)
         return
     names = {bucket.name for bucket in listed.buckets} | {BUCKETS_NAME}
+    names |= {listed.quarantine.name} if listed.quarantine else set()
     yield from _check_form(path, listed.dump(), names)
     place_of_key: dict[str, Path] = {}
     manifests = []
@@ -114,11 +123,11 @@ def _verify_buckets(folder: Path, jobs: int, advance: Advance) -> Iterator[str]:
             manifests.append((bucket.name, manifest))
     if manifests:
         yield from disagreements(str(folder), manifests)
-    for key in listed.quarantined.keys() & place_of_key.keys():
-        yield (
-            f"{path}: key {key!r}: expected no record, because the list has it as quarantined, "
-            f"found one in {place_of_key[key]}"
-        )
+    if listed.quarantine is not None:
+        place = folder / listed.quarantine.name
+        yield from _check_quarantine(place, listed.quarantine, listed.num_quarantined, place_of_key)
+    elif listed.version_1 is not None:
+        yield from _check_absent(path, listed.version_1.quarantined, place_of_key)
 
 
 def _check_form(path: Path, expected: str, names: set[str]) -> Iterator[str]:
@@ -142,17 +151,93 @@ def _verify_set(
     names = {entry.name for entry in manifest.files} | {MANIFEST_NAME}
     yield from _check_form(path, manifest.dump(), names)
     yield from _check_small(folder, manifest)
+    rows = None
+    try:
+        rows = read_sums(folder, manifest) if manifest.shard_sums else None
+    except FormatError as error:
+        yield str(error)
     total = _Shard(path, manifest.layouts[0], manifest.latent_kind)
-    for shard in _check_shards(folder, manifest, jobs, advance):
+    for number, shard in zip(
+        manifest.shards.numbers.tolist(),
+        _check_shards(folder, manifest, jobs, advance),
+        strict=True,
+    ):
         yield from shard.faults
         if shard.num_faults > MAX_FAULTS:
             yield f"{shard.path}: and {shard.num_faults - MAX_FAULTS} more faults"
-        yield from _check_keys(shard, place_of_key, manifest)
+        yield from _check_keys(shard, place_of_key)
+        if rows is not None and not shard.num_faults:
+            yield from _check_sums(folder / SUMS_NAME, rows, number, shard)
         total.num_captions += shard.num_captions
         total.num_truncated += shard.num_truncated
         total.sums += shard.sums
     yield from _check_totals(path, manifest, total)
+    yield from _check_reasons(folder, manifest, place_of_key)
     return manifest
+
+
+def _check_reasons(
+    folder: Path, manifest: Manifest, place_of_key: dict[str, Path]
+) -> Iterator[str]:
+    """Checks the quarantined images of one set."""
+    if manifest.quarantine is not None:
+        path, num = folder / manifest.quarantine.name, manifest.num_quarantined
+        yield from _check_quarantine(path, manifest.quarantine, num, place_of_key)
+    elif manifest.version_2 is not None:
+        path = folder / MANIFEST_NAME
+        yield from _check_absent(path, manifest.version_2.quarantined, place_of_key)
+
+
+def _check_quarantine(
+    path: Path, entry: FileEntry, expected: int, place_of_key: Mapping[str, Path]
+) -> Iterator[str]:
+    """Checks a list of quarantined images: its bytes, their number, and that none has a record."""
+    try:
+        check_size(path.parent, entry)
+        images = list(read_quarantine(path, entry))
+        content = path.read_bytes()
+    except FormatError as error:
+        yield str(error)
+        return
+    except OSError as error:
+        yield f"{path}: expected a readable file, found {error.strerror}"
+        return
+    if content != b"".join(image.line() for image in images):
+        yield f"{path}: expected the writer's formatting, found other spacing or order"
+    keys = [image.key for image in images]
+    if (len(keys), len(set(keys))) != (expected, expected):
+        yield f"{path}: expected {expected} different keys, found {len(set(keys))} in {len(keys)}"
+    yield from _check_absent(path, dict.fromkeys(keys), place_of_key)
+
+
+def _check_absent(
+    path: Path, keys: Iterable[str], place_of_key: Mapping[str, Path]
+) -> Iterator[str]:
+    """Checks that quarantined images have no record."""
+    for key in keys:
+        if key in place_of_key:
+            yield (
+                f"{path}: key {key!r}: expected no record of a quarantined image, found one in "
+                f"{place_of_key[key]}"
+            )
+
+
+def _check_sums(path: Path, rows: NDArray[Any], number: int, shard: _Shard) -> Iterator[str]:
+    """Checks the row of a sound shard in shard_sums.npy."""
+    if number >= len(rows):
+        yield f"{path}: expected a row for each planned shard, found {len(rows)}"
+        return
+    row, sums = rows[number], shard.sums
+    expected = (shard.num_captions, shard.num_truncated, sums.count)
+    found = tuple(row[name].item() for name in ("captions", "truncated", "count"))
+    if found != expected:
+        yield f"{path}: row {number}: expected the counts {expected}, found {found}"
+        return
+    unit = math.sqrt(sums.count) * np.sqrt(sums.squares)  # at least the sum of magnitudes
+    pairs = (("total", sums.total, unit), ("squares", sums.squares, np.array(sums.squares)))
+    for name, new, scale in pairs:
+        if not (np.abs(row[name] - new) <= STATISTICS_TOLERANCE * scale).all():
+            yield f"{path}: row {number}: {name}: expected {new}, found {tuple(row[name].tolist())}"
 
 
 def _check_small(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -171,7 +256,7 @@ def _check_small(folder: Path, manifest: Manifest) -> Iterator[str]:
             continue
         if not np.isfinite(array).all():
             yield f"{path}: expected finite values, found NaN or infinity"
-        elif name == "text_scale" and array.min() <= 0:
+        elif name.endswith("_scale") and array.min() <= 0:
             yield f"{path}: expected scales above 0, found {array.min()}"
         elif name == "empty_tokens" and array.min() < 0:
             yield f"{path}: expected ids of at least 0, found {array.min()}"
@@ -235,7 +320,7 @@ def _check_block(shard: _Shard, block: NDArray[np.uint8]) -> None:
     for key in keys:
         if not KEY_PATTERN.fullmatch(key):
             shard.fault(f"expected a key of the form {KEY_PATTERN.pattern}", key=key)
-    for name in MEMBERS:
+    for name in shard.layout.fields:
         _check_member(shard, name, keys, block)
     _check_values(shard, keys, block)
     documents = _view(block, shard.layout.fields["json"], np.uint8)
@@ -248,7 +333,7 @@ def _check_member(shard: _Shard, name: str, keys: list[str], block: NDArray[np.u
     """Checks headers and padding of a member; layout and key determine every byte."""
     part = shard.layout.fields[name]
     start, end = part.offset_bytes - part.header_bytes, part.offset_bytes + part.num_bytes
-    members = [f"{key}.{MEMBERS[name]}" for key in keys]
+    members = [f"{key}.{member_of(name)}" for key in keys]
     found = block[:, start - BLOCK_BYTES : start]
     expected = _tar_headers(members, part.header_bytes + part.num_bytes)
     for row in _rows(found != expected):
@@ -304,11 +389,11 @@ def _tar_header(num_bytes: int) -> NDArray[np.uint8]:
 def _check_values(shard: _Shard, keys: list[str], block: NDArray[np.uint8]) -> None:
     fields = shard.layout.fields
     finite = np.ones(len(block), np.bool_)
-    for name in ("latent", "text"):
-        if fields[name].dtype != "float16":
+    for name, part in fields.items():
+        if part.dtype not in EXPONENTS:
             continue
-        bits = _view(block, fields[name], np.uint16)
-        for row in _rows((bits & EXPONENT) == EXPONENT):
+        dtype, exponent = EXPONENTS[part.dtype]
+        for row in _rows((_view(block, part, dtype) & exponent) == exponent):
             finite[row] &= name != "latent"
             shard.fault(
                 f"field {name}: expected finite values, found NaN or infinity", key=keys[row]
@@ -345,14 +430,12 @@ def _check_meta(shard: _Shard, key: str, content: bytes) -> None:
         shard.num_truncated += len(truncated)
 
 
-def _check_keys(shard: _Shard, place_of_key: dict[str, Path], manifest: Manifest) -> Iterator[str]:
-    """Checks that a shard's keys are unique in the set and not quarantined."""
+def _check_keys(shard: _Shard, place_of_key: dict[str, Path]) -> Iterator[str]:
+    """Checks that a shard's keys are unique in the set."""
     for key in shard.keys:
         place = f"{shard.path}: key {key!r}"
         if key in place_of_key:
             yield f"{place}: expected a unique key, found it in {place_of_key[key]} too"
-        if key in manifest.quarantined:
-            yield f"{place}: expected no record, because the manifest has it as quarantined"
         place_of_key[key] = shard.path
 
 
@@ -364,7 +447,7 @@ def _check_totals(path: Path, manifest: Manifest, found: _Shard) -> Iterator[str
             yield f"{path}: {name}: expected {expected}, found {getattr(manifest, name)}"
     if not found.sums.count:
         return
-    computed, stored = latent_statistics([found.sums]), manifest.latent_statistics
+    computed, stored = latent_statistics(found.sums), manifest.latent_statistics
     scale = np.abs(computed.mean) + np.array(computed.std)
     units = {"mean": scale, "std": scale, "scaling_factor": computed.scaling_factor}
     for name, unit in units.items():
@@ -413,6 +496,9 @@ def main(prog: str | None = None) -> int:
     if num_faults:
         print(f"{folder}: {num_faults} faults")
         return 1
+    duplicates = find_duplicates(folder)
+    if duplicates is not None and duplicates.num:
+        print(printable(f"note: {duplicates}"))
     print(f"{folder}: {_count(folder)}, no faults")
     return 0
 

@@ -12,44 +12,49 @@ disk: several processes may each write their own shards, and any of them may fin
 
 import contextlib
 import errno
-import hashlib
-import io
 import json
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import IO, Any, NamedTuple, Self, cast
 
 import numpy as np
-import webdataset
 from numpy.typing import NDArray
 
-from latent_t2i.shards.files import HashingFile, remove_stale_attempts, write_file
+from latent_t2i.shards.files import HashingFile, remove_stale_attempts, write_file, write_listed
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
+from latent_t2i.shards.layout import check_fields, member_of
 from latent_t2i.shards.parsing import from_json
+from latent_t2i.shards.quarantine import QUARANTINE_NAME, Quarantined
 from latent_t2i.shards.schema import (
     KEY_PATTERN,
     MANIFEST_NAME,
     MEMBERS,
     PROGRESS_DIR,
     Example,
+    FieldSpec,
     FileEntry,
     FormatError,
     LatentKind,
     Layout,
     Manifest,
     Provenance,
-    ShardEntry,
     TextScale,
     differences,
     encode_meta,
     read_document,
 )
+from latent_t2i.shards.shard_sums import SUMS_NAME, sums_dtype
+from latent_t2i.shards.shard_table import TABLE_DTYPE, ShardTable, shard_name
 
 PROVENANCE_NAME = "provenance.json"
 TEXT_SCALE_NAME = "text_scale.json"
+TABLE_NAME = "shards.npy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +94,7 @@ def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> 
     Raises ValueError, naming both values, if the folder holds another set, a part of one, or other
     files. With `in_use`, another process writes the set, which must match even without shards.
     """
+    check_fields(str(folder), provenance.fields)
     remove_stale_attempts(folder)
     remove_stale_attempts(folder / PROGRESS_DIR)
     if (folder / MANIFEST_NAME).exists():
@@ -158,16 +164,28 @@ def read_report(folder: Path, index: int) -> ShardReport | None:
     if not path.exists():
         return None
     report = from_json(ShardReport, read_document(path), str(path))
-    sums = report.sums
-    is_complete = list(report.layout.fields) == list(MEMBERS) and (
-        not report.records or len(sums.total) == len(sums.squares) > 0 < sums.count
-    )
-    if report.name != f"{path.stem}.tar" or not is_complete:
+    if report.name != f"{path.stem}.tar" or not _is_complete(report):
         raise FormatError(f"{path}: damaged report: delete it and run the command again")
     shard = folder / report.name
     if report.records and (not shard.is_file() or shard.stat().st_size != report.bytes):
         return None
     return report
+
+
+def _is_complete(report: ShardReport) -> bool:
+    """Returns whether the values of a report fit together."""
+    sums, layout = report.sums, report.layout
+    if report.num_truncated < 0 or list(layout.fields)[: len(MEMBERS)] != list(MEMBERS):
+        return False
+    if not report.records:
+        return True
+    return (
+        report.records > 0
+        and len(sums.total) == len(sums.squares) > 0 < sums.count
+        and re.fullmatch("[0-9a-f]{64}", report.sha256) is not None
+        and report.bytes == layout.shard_bytes(report.records)
+        and min(layout.fields["tokens"].shape, default=0) > 0
+    )
 
 
 def finish_set(
@@ -179,8 +197,11 @@ def finish_set(
     empty_text: NDArray[np.float16],
     empty_tokens: NDArray[np.int32],
     text_scale: FoundScale | None = None,
+    field_scales: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Manifest:
     """Merges the reports of shards 0 to num_shards - 1 into the manifest and writes it.
+
+    The reports are read one after the other, because a set may have a million of them.
 
     Args:
         folder: The folder of the set.
@@ -190,47 +211,42 @@ def finish_set(
         empty_text: Hidden states (T, D) of the empty prompt.
         empty_tokens: Token ids (T,) of the empty prompt.
         text_scale: A `FoundScale` for int8 text, else None.
+        field_scales: The scale of int8 further fields over their last axis, by field.
 
     Raises:
         ValueError: The folder is of another command, a shard has no report, no image was
-            written, or `text_scale` and the text in the shards do not match `provenance`.
+            written, or the fields in the shards or the scales do not match `provenance`.
     """
     _require_same(folder, _read_provenance(folder), provenance)
-    done = _read_reports(folder, num_shards)
-    written = [report for report in done if report.records]
-    if not written:
+    merged = _Merged(num_shards)
+    quarantine = write_listed(
+        folder / QUARANTINE_NAME, _merge_reports(folder, num_shards, quarantined, merged)
+    )
+    if merged.sums_rows is None:
         raise ValueError(f"{folder}: no image was written, all of them were quarantined")
-    layouts: list[Layout] = []
-    for report in written:
-        if report.layout not in layouts:
-            layouts.append(report.layout)
-    _require_text(folder, provenance, layouts, text_scale)
-    reasons = dict(quarantined)
-    for report in done:
-        reasons |= report.quarantined
-    num_records = sum(report.records for report in written)
+    _require_text(folder, provenance, merged.layouts, text_scale)
+    rows = merged.rows[merged.rows["records"] > 0]
+    shards = ShardTable(rows, [layout.record_bytes for layout in merged.layouts])
+    num_records = int(shards.records.sum())
+    specs = _write_field_scales(folder, provenance.fields, field_scales or {})
     manifest = Manifest(
-        **{name: getattr(provenance, name) for name in Provenance.__dataclass_fields__},
-        layouts=tuple(layouts),
-        shards=tuple(
-            ShardEntry(
-                name=report.name,
-                layout=layouts.index(report.layout),
-                records=report.records,
-                bytes=report.bytes,
-                sha256=report.sha256,
-            )
-            for report in written
-        ),
-        num_source=num_records + len(reasons),
+        **{name: getattr(provenance, name) for name in Provenance.__dataclass_fields__}
+        | {"fields": specs},
+        layouts=tuple(merged.layouts),
+        shard_table=_write_array(folder / TABLE_NAME, rows),
+        quarantine=quarantine,
+        shard_sums=_write_array(folder / SUMS_NAME, merged.sums_rows),
+        num_source=num_records + merged.num_quarantined,
         num_records=num_records,
-        quarantined=reasons,
-        num_captions=sum(report.records * report.layout.num_captions for report in written),
-        num_truncated=sum(report.num_truncated for report in written),
-        latent_statistics=latent_statistics([report.sums for report in written]),
+        num_quarantined=merged.num_quarantined,
+        num_captions=int(merged.sums_rows["captions"].sum()),
+        num_truncated=int(merged.sums_rows["truncated"].sum()),
+        latent_statistics=latent_statistics(merged.sums),
         empty_text=_write_array(folder / "empty_text.npy", empty_text),
         empty_tokens=_write_array(folder / "empty_tokens.npy", empty_tokens),
         text_scale=text_scale and _write_text_scale(folder, *text_scale),
+        shards=shards,
+        folder=folder,
     )
     manifest.check(folder / MANIFEST_NAME)
     remove_stale_attempts(folder, is_finished=True)
@@ -265,7 +281,7 @@ class ShardWriter:
         self._index = index
         self._layout = layout
         self._kind: LatentKind = kind
-        self._name = f"shard-{index:06d}.tar"
+        self._name = shard_name(index)
         self._keys: set[str] = set()
         self._quarantined: dict[str, str] = {}
         self._num_truncated = 0
@@ -273,8 +289,9 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self._file = HashingFile(self._folder / self._name)
-        # Constant time and mode, so that equal records have equal bytes.
-        self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0, mode=0o444)
+        self._tar = tarfile.open(
+            fileobj=cast(IO[bytes], self._file), mode="w|", format=tarfile.USTAR_FORMAT
+        )
         return self
 
     def __exit__(
@@ -301,17 +318,15 @@ class ShardWriter:
             raise FormatError(f"{place}: expected a key of the form {KEY_PATTERN.pattern}")
         if example.key in self._keys:
             raise FormatError(f"{place}: expected unique keys, found this one twice")
-        members: dict[str, Any] = {"__key__": example.key}
-        for name in ("latent", "text", "tokens"):
-            members[MEMBERS[name]] = self._encode_array(place, name, getattr(example, name))
-        members[MEMBERS["json"]] = self._encode_meta(place, example.meta)
+        members = self._encode(place, example)
         # All checks come before the write, so that a rejected example leaves no bytes.
         sums = LatentSums.of(example.latent, self._kind)
         if not np.isfinite(sums.squares).all():
             raise FormatError(
                 f"{place}: field latent: expected finite values, found NaN or infinity"
             )
-        self._tar.write(members)
+        for name, content in members.items():
+            self._tar.addfile(_tar_header(f"{example.key}.{name}", len(content)), BytesIO(content))
         self._keys.add(example.key)
         self._num_truncated += len(example.meta["truncated"])
         self._sums += sums
@@ -320,12 +335,33 @@ class ShardWriter:
         """Records that an image is not written, and why."""
         self._quarantined[key] = reason
 
+    def _encode(self, place: str, example: Example) -> dict[str, bytes]:
+        """Returns the members of a record, by extension in the order of the layout."""
+        arrays = {"latent": example.latent, "text": example.text, "tokens": example.tokens}
+        further = self._layout.fields.keys() - MEMBERS.keys()
+        if example.extra.keys() != further:
+            raise FormatError(
+                f"{place}: further fields: expected {sorted(further)}, "
+                f"found {sorted(example.extra)}"
+            )
+        arrays |= example.extra
+        return {
+            member_of(name): self._encode_meta(place, example.meta)
+            if name == "json"
+            else self._encode_array(place, name, arrays[name])
+            for name in self._layout.fields
+        }
+
     def _encode_array(self, place: str, name: str, array: NDArray[Any]) -> bytes:
         part = self._layout.fields[name]
         if (array.dtype, array.shape) != (np.dtype(part.dtype), part.shape):
             raise FormatError(
                 f"{place}: field {name}: expected {part.dtype} {part.shape}, "
                 f"found {array.dtype} {array.shape}"
+            )
+        if name not in MEMBERS and part.dtype.startswith("float") and not np.isfinite(array).all():
+            raise FormatError(
+                f"{place}: field {name}: expected finite values, found NaN or infinity"
             )
         data = array.astype(array.dtype.newbyteorder("<"), copy=False)
         return part.header + data.tobytes()
@@ -413,12 +449,58 @@ def _require_text(
         )
 
 
-def _read_reports(folder: Path, num_shards: int) -> list[ShardReport]:
-    reports = [read_report(folder, index) for index in range(num_shards)]
-    missing = [index for index, report in enumerate(reports) if report is None]
-    if missing:
-        raise ValueError(f"{folder}: shard {missing[0]} of {num_shards} is not finished")
-    return [report for report in reports if report is not None]
+def _tar_header(name: str, num_bytes: int) -> tarfile.TarInfo:
+    """Returns a header with constant time, mode and owner: equal records have equal bytes."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = num_bytes, 0o444
+    info.uname = info.gname = "bigdata"
+    return info
+
+
+class _Merged:
+    """The sum of the reports of a set's planned shards."""
+
+    def __init__(self, num_shards: int) -> None:
+        self.layouts: list[Layout] = []
+        self.rows = np.zeros(num_shards, TABLE_DTYPE)
+        self.sums_rows: NDArray[Any] | None = None
+        """None until a shard has records, which tell the number of channels."""
+        self.sums = LatentSums()
+        self.num_quarantined = 0
+
+    def add(self, index: int, report: ShardReport) -> None:
+        """Adds the report of a shard."""
+        if not report.records:
+            return
+        if report.layout not in self.layouts:
+            self.layouts.append(report.layout)
+        layout, sums = self.layouts.index(report.layout), report.sums
+        self.rows[index] = (index, layout, report.records, bytes.fromhex(report.sha256))
+        if self.sums_rows is None:
+            self.sums_rows = np.zeros(len(self.rows), sums_dtype(len(sums.total)))
+        if len(sums.total) != len(self.sums_rows["total"][0]):
+            raise FormatError(f"{report.name}: expected as many channels as in the shards before")
+        captions = report.records * report.layout.num_captions
+        values = (captions, report.num_truncated, sums.count, sums.total, sums.squares)
+        self.sums_rows[index] = values
+        self.sums += sums
+
+
+def _merge_reports(
+    folder: Path, num_shards: int, quarantined: Mapping[str, str], merged: _Merged
+) -> Iterator[bytes]:
+    """Adds all reports to `merged` and yields the lines of the quarantine."""
+    merged.num_quarantined += len(quarantined)
+    for key, reason in quarantined.items():
+        yield Quarantined(key=key, reason=reason, shard=None).line()
+    for index in range(num_shards):
+        report = read_report(folder, index)
+        if report is None:
+            raise ValueError(f"{folder}: shard {index} of {num_shards} is not finished")
+        merged.add(index, report)
+        merged.num_quarantined += len(report.quarantined)
+        for key, reason in report.quarantined.items():
+            yield Quarantined(key=key, reason=reason, shard=index).line()
 
 
 def _read_provenance(folder: Path) -> Provenance:
@@ -440,10 +522,24 @@ def _write_text_scale(
     )
 
 
+def _write_field_scales(
+    folder: Path, specs: Sequence[FieldSpec], scales: Mapping[str, NDArray[np.float32]]
+) -> tuple[FieldSpec, ...]:
+    """Writes the scales of further fields; returns the fields with their files."""
+    expected = {spec.name: spec.shape[-1:] for spec in specs if spec.dtype == "int8"}
+    for name, scale in scales.items():
+        if scale.dtype != np.float32 or scale.shape != expected.get(name):
+            raise ValueError(
+                f"{folder}: field_scales: expected float32 for int8 fields only, with the last "
+                f"axes {expected}, found {scale.dtype} {scale.shape} for {name}"
+            )
+        if not (np.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(f"{folder}: field_scales: {name}: expected finite values above 0")
+    files = {name: _write_array(folder / f"{name}_scale.npy", s) for name, s in scales.items()}
+    return tuple(replace(spec, scale=files.get(spec.name)) for spec in specs)
+
+
 def _write_array(path: Path, array: NDArray[Any]) -> FileEntry:
-    stream = io.BytesIO()
+    stream = BytesIO()
     np.save(stream, array)
-    content = stream.getvalue()
-    write_file(path, content)
-    digest = hashlib.sha256(content).hexdigest()
-    return FileEntry(name=path.name, bytes=len(content), sha256=digest)
+    return write_listed(path, [stream.getvalue()])

@@ -43,7 +43,7 @@ def load_failing(
         while (folder / "wait").exists():
             time.sleep(0.05)
 
-    encoders.vae.get_submodule("encoder").register_forward_pre_hook(fail)
+    encoders.vae.network.get_submodule("encoder").register_forward_pre_hook(fail)
     return encoders
 
 

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from numpy.typing import NDArray
 
 from latent_t2i.shards.buckets import Buckets, finish_buckets
 from latent_t2i.shards.loader import Loader, batches
 from latent_t2i.shards.reader import RawBatch
 from latent_t2i.shards.schema import (
     Example,
+    FieldSpec,
     Identity,
     LatentKind,
     Layout,
@@ -30,6 +32,7 @@ from latent_t2i.shards.schema import (
     make_layout,
     round_up,
 )
+from latent_t2i.shards.shard_table import shard_number
 from latent_t2i.shards.writer import FoundScale, ShardWriter, begin_set, finish_set, keep_text_scale
 
 CHANNELS = 4
@@ -71,6 +74,7 @@ def make_examples(
     text_dtype: TextDtype = "float16",
     seed: int = 0,
     size: tuple[int, int] = (SIDE, SIDE),
+    fields: Sequence[FieldSpec] = (),
 ) -> list[Example]:
     """Returns examples of random numbers; keys differ by seed and number of captions."""
     rng = np.random.default_rng([seed, num_captions])
@@ -86,12 +90,30 @@ def make_examples(
             tokens=rng.integers(0, 99, (num_captions, MAX_TOKENS)).astype(np.int32),
             meta={"captions": [f"caption {n} of {index}" for n in range(num_captions)]}
             | {"truncated": [0] if index % 2 else []},
+            extra={
+                spec.name: rng.integers(
+                    0, 99, spec.stored_shape(num_views=views, num_captions=num_captions)
+                ).astype(spec.dtype)
+                for spec in fields
+            },
         )
         for index in range(num)
     ]
 
 
-def layout_of(examples: Sequence[Example]) -> Layout:
+def make_fields() -> tuple[FieldSpec, ...]:
+    """Returns a further field of each kind; the first name is as long as the format allows."""
+    made_by = make_identity("features")
+    return (
+        FieldSpec(name="a_" + 13 * "n", dtype="float32", shape=(3, 2), per="view", made_by=made_by),
+        FieldSpec(name="pooled", dtype="float16", shape=(5,), per="caption", made_by=made_by),
+        FieldSpec(name="clip", dtype="int8", shape=(2, 6), per="record", made_by=made_by),
+        FieldSpec(name="view_box", dtype="int32", shape=(6,), per="view", made_by=made_by),
+        FieldSpec(name="mask", dtype="uint8", shape=(1, 4, 4), per="record", made_by=made_by),
+    )
+
+
+def layout_of(examples: Sequence[Example], fields: Sequence[FieldSpec] = ()) -> Layout:
     """Returns the layout of examples that have the same shapes."""
     first = examples[0]
     json_bytes = max(len(encode_meta(example.meta)) for example in examples)
@@ -101,6 +123,7 @@ def layout_of(examples: Sequence[Example]) -> Layout:
         text=(captions, tokens, width),
         json_bytes=round_up(json_bytes, 512),
         text_dtype="int8" if first.text.dtype == np.int8 else "float16",
+        extra=fields,
     )
 
 
@@ -116,6 +139,7 @@ def write_set(
     provenance: Provenance | None = None,
     *,
     quarantined: Mapping[str, str] | None = None,
+    field_scales: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Manifest:
     """Writes a set with one shard per sequence of examples."""
     first = shards[0][0]
@@ -125,7 +149,8 @@ def write_set(
     if found:
         keep_text_scale(folder, found)
     for index, examples in enumerate(shards):
-        with ShardWriter(folder, index, layout_of(examples), provenance.latent_kind) as shard:
+        layout = layout_of(examples, provenance.fields)
+        with ShardWriter(folder, index, layout, provenance.latent_kind) as shard:
             for example in examples:
                 shard.write(example)
     return finish_set(
@@ -136,6 +161,7 @@ def write_set(
         empty_text=np.full(first.text.shape[1:], 0.5, np.float16),
         empty_tokens=np.arange(len(first.tokens[0]), dtype=np.int32),
         text_scale=found,
+        field_scales=field_scales,
     )
 
 
@@ -179,16 +205,34 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
+def edit_table(folder: Path, change: Callable[[NDArray[Any]], object]) -> None:
+    """Edits the rows of shards.npy and stores the matching hashes, like a faulty writer."""
+    rows = np.load(folder / "shards.npy")
+    changed = change(rows)
+    np.save(folder / "shards.npy", rows if changed is None else changed)
+    update_hash(folder, "shards.npy")
+
+
 def update_hash(folder: Path, name: str) -> None:
-    """Stores the hash of a changed file in the manifest, and in the list of a bucketed set."""
-    sha256 = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    """Stores size and hash of a changed file in the manifest, and in the list of a bucketed set."""
+    content = (folder / name).read_bytes()
+    digest = hashlib.sha256(content)
+    if name.endswith(".tar"):
+
+        def change_row(rows: NDArray[Any]) -> None:
+            rows["sha256"][rows["number"] == shard_number(name)] = digest.digest()
+
+        edit_table(folder, change_row)
+        return
 
     def change(document: dict[str, Any]) -> None:
-        scale = document["text_scale"]
-        entries = [*document["shards"], document["empty_text"], document["empty_tokens"]]
-        for entry in [*entries, *([scale["file"]] if scale else [])]:
+        names = ("shard_table", "quarantine", "shard_sums", "empty_text", "empty_tokens")
+        entries = [document[name] for name in names]
+        entries += [(document["text_scale"] or {}).get("file")]
+        entries += [spec["scale"] for spec in document["fields"]]
+        for entry in filter(None, entries):
             if entry["name"] == name:
-                entry["sha256"] = sha256
+                entry.update(bytes=len(content), sha256=digest.hexdigest())
 
     def change_list(document: dict[str, Any]) -> None:
         for bucket in document["buckets"]:

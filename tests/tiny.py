@@ -35,6 +35,12 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
 )
 
 from latent_t2i.model.encoders import (
@@ -87,6 +93,16 @@ def clip_with_projection() -> str:
         torch.manual_seed(2)
         config = CLIPTextConfig(**_text_settings(_make_tokenizer(folder, "re")))
         CLIPTextModelWithProjection(config).save_pretrained(folder)
+    return str(folder)
+
+
+@functools.cache
+def vision_folder(kind: str) -> str:
+    """Returns the folder of an image network of this test process; the first call makes it."""
+    folder = _root() / kind
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(3)
+        VISION_NETWORKS[kind]().save_pretrained(folder)
     return str(folder)
 
 
@@ -203,6 +219,17 @@ VAES: dict[str, Callable[[], Any]] = {
 }
 """One per class and per way to state scale and shift. The last three do not fit into a bundle, and
 `four_bands` is not supported at all."""
+
+
+VISION_NETWORKS: dict[str, Callable[[], Any]] = {
+    "clip_image": lambda: CLIPVisionModelWithProjection(
+        CLIPVisionConfig(**_TOWER, image_size=64, patch_size=16)
+    ),
+    "dino": lambda: Dinov2Model(Dinov2Config(**_TOWER, image_size=28, patch_size=7, mlp_ratio=2)),
+    "dino_registers": lambda: Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(**_TOWER, image_size=28, patch_size=7, mlp_ratio=2)
+    ),
+}
 
 
 def _make_clip(folder: Path) -> None:

@@ -151,7 +151,8 @@ def accumulate_gradients(run: Run, batch: Batch) -> Tensor:
             if number == len(pieces)
             else fsdp.no_gradient_sync(run.accelerator, run.state.unet, run.model)
         ):
-            loss = run.objective(run.model, piece).sum() / len(batch)  # pieces add up to the mean
+            losses = run.objective(run.model, piece, run.objective.draw(piece))
+            loss = losses.sum() / len(batch)  # pieces add up to the mean
             run.accelerator.backward(loss)
         total += loss.detach()
     return total

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from latent_t2i.model import diffusion
-from latent_t2i.model.diffusion import Prediction
+from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.train.batches import Batch
+from latent_t2i.train.draws import Draws, draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,27 +24,34 @@ class Objective:
     text_scale: Tensor | None  # (D,), for int8 text
     latent_shift: Tensor  # (C, 1, 1)
     latent_scale: Tensor  # (C, 1, 1)
-    prediction: Prediction
-    snr_gamma: float | None
+    config: ObjectiveConfig
+    seed: int
+    """Of the random numbers, 64 bits."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+    def draw(self, batch: Batch) -> Draws:
+        """Draws the random numbers of a batch, on its device."""
+        _, height, width = batch.latent.shape[1:]
+        shape = (len(self.latent_scale), height, width)
+        return draw(batch.positions, self.seed, shape, self.config)
+
+    def __call__(self, model: nn.Module, batch: Batch, draws: Draws) -> Tensor:
         """Returns losses (B,) float32."""
         # A new sample of the VAE's posterior at every visit (Kingma & Welling 2013, 1312.6114).
-        latents = diffusion.sample_posterior(batch.latent, batch.posterior_noise)
+        latents = diffusion.sample_posterior(batch.latent, draws.posterior_noise)
         # Shifted and scaled to about unit variance (2112.10752, appendix G).
         latents = (latents - self.latent_shift) * self.latent_scale
         text = batch.text.float()
         if self.text_scale is not None:
             text = text * self.text_scale
         # Caption dropout for classifier-free guidance (Ho & Salimans 2022, 2207.12598).
-        text = torch.where(batch.drop[:, None, None], self.empty_text, text)
+        text = torch.where(draws.drop[:, None, None], self.empty_text, text)
         return diffusion.loss(
             model,
             self.alpha_bar,
             latents,
             text,
-            batch.noise,
-            batch.timesteps,
-            prediction=self.prediction,
-            snr_gamma=self.snr_gamma,
+            draws.noise,
+            draws.timesteps,
+            prediction=self.config.prediction,
+            snr_gamma=self.config.snr_gamma,
         )

@@ -33,8 +33,8 @@ from latent_t2i.shards.reader import ShardSet, require_encoders
 from latent_t2i.shards.remote.transport import is_remote
 from latent_t2i.shards.schema import Identity
 from latent_t2i.train import checkpoint, initial
-from latent_t2i.train.batches import DRAWS_VERSION
 from latent_t2i.train.config import DataConfig, TrainConfig
+from latent_t2i.train.draws import DRAWS_VERSION
 from latent_t2i.train.initial import Initial
 from latent_t2i.train.on_main import on_main
 from latent_t2i.train.optim import check_bitsandbytes

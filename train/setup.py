@@ -22,6 +22,7 @@ from latent_t2i.model import denoiser, diffusion
 from latent_t2i.model.ema import EMA
 from latent_t2i.model.encoders import latent_affine
 from latent_t2i.shards.access import make_loader
+from latent_t2i.shards.order import mixed_seed
 from latent_t2i.train import checkpoint, fsdp, initial, prepare, trackers
 from latent_t2i.train.batches import BatchSource
 from latent_t2i.train.checkpoint import TrainState
@@ -299,10 +300,7 @@ def make_source(plan: Plan, accelerator: Accelerator) -> BatchSource:
         loader=make_loader(
             plan.shards, plan.order, plan.access, rank=rank, num_processes=num_processes
         ),
-        seed=plan.config.seed,
         batch_size=plan.config.batch_size,
-        latent_channels=plan.latent_shape[0],
-        objective=plan.config.objective,
         rank=rank,
         num_processes=num_processes,
         pin_memory=accelerator.device.type == "cuda",
@@ -319,6 +317,6 @@ def make_objective(plan: Plan, device: torch.device) -> Objective:
         text_scale=None if scale is None else scale.to(device),
         latent_shift=latent_shift.to(device),
         latent_scale=latent_scale.to(device),
-        prediction=config.prediction,
-        snr_gamma=config.snr_gamma,
+        config=config,
+        seed=mixed_seed(plan.config.seed, "draws"),
     )

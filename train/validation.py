@@ -6,7 +6,7 @@ the weights alone, for any number of processes. Captions are never dropped and d
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
@@ -22,20 +22,20 @@ from latent_t2i.model.diffusion import ObjectiveConfig, sample_timesteps
 from latent_t2i.model.ema import EMA
 from latent_t2i.shards.access import Access, open_set
 from latent_t2i.shards.buckets import BucketedShards
+from latent_t2i.shards.duplicates import read_image_hashes
 from latent_t2i.shards.order import mixed_seed
 from latent_t2i.shards.reader import ShardSet
 from latent_t2i.shards.remote.transport import is_remote
-from latent_t2i.train.batches import Batch
+from latent_t2i.train.batches import Batch, make_positions
 from latent_t2i.train.config import ValidationConfig
+from latent_t2i.train.draws import Draws, draw
 from latent_t2i.train.fsdp import is_fsdp
 from latent_t2i.train.on_main import on_main
 
 FLAG = "validation.shards"
 NUM_QUARTERS = 4
-# Reading a training record's key costs a page of its shard, so larger sets are sampled.
-MAX_KEYS_READ = 100_000
-# Latents whose relative difference is below this are of the same image.
-SAME_LATENT = 0.1
+# Reading the hash of a training record's image costs a page of its shard: larger sets are sampled.
+MAX_HASHES_READ = 100_000
 Shards = ShardSet | BucketedShards
 
 
@@ -49,7 +49,7 @@ class Validation:
     caption_u: NDArray[np.float64]  # (N,) in [0, 1)
     view_u: NDArray[np.float64]  # (N,) in [0, 1)
     timesteps: Tensor  # (N,) int64, of flow float32
-    num_timesteps: int
+    objective: ObjectiveConfig
     seed: int
 
     def batches(self) -> list[range]:
@@ -67,22 +67,14 @@ class Validation:
         """Returns the examples at some positions."""
         piece = slice(positions.start, positions.stop)
         raw = self.shards.gather(self.records[piece], self.caption_u[piece], self.view_u[piece])
-        shape = (2, self.shards.manifest.latent_channels, *raw.latent.shape[-2:])
-        noise = torch.stack([self._noise(position, shape) for position in positions], dim=1)
-        return Batch(
-            latent=raw.latent,
-            text=raw.text,
-            tokens=raw.tokens,
-            drop=torch.zeros(len(positions), dtype=torch.bool),
-            timesteps=self.timesteps[piece],
-            posterior_noise=noise[0],
-            noise=noise[1],
-        )
+        return Batch(**vars(raw), positions=make_positions(0, positions))
 
-    def _noise(self, position: int, shape: tuple[int, ...]) -> Tensor:
-        """Returns an example's noise, which is the same for any batch size."""
-        seed = mixed_seed(self.seed, "validation", 1 + position)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    def draw(self, positions: range, batch: Batch) -> Draws:
+        """Returns the random numbers of a batch, on its device."""
+        shape = (self.shards.manifest.latent_channels, *batch.latent.shape[-2:])
+        seed = mixed_seed(self.seed, "validation", 1)
+        timesteps = self.timesteps[positions.start : positions.stop].to(batch.latent.device)
+        return replace(draw(batch.positions, seed, shape, self.objective), timesteps=timesteps)
 
 
 def open_validation(
@@ -122,7 +114,7 @@ def open_validation(
         caption_u=caption_u,
         view_u=view_u,
         timesteps=sample_timesteps(torch.from_numpy(levels), objective),
-        num_timesteps=objective.num_timesteps,
+        objective=replace(objective, caption_dropout=0.0, offset_noise=0.0),
         seed=seed,
     )
     return validation, f"validation: {num} of {len(shards)} records of {location}; {overlap}"
@@ -166,27 +158,33 @@ def require_match(location: str, shards: Shards, training: Shards) -> None:
 def check_overlap(
     location: str, shards: Shards, records: NDArray[np.int64], training: Shards
 ) -> str:
-    """Raises ValueError if the training set holds one of `records`; returns what was checked.
+    """Raises ValueError if the training set has the image of one of `records`.
 
-    Records are the same if key and latent agree: folders may number their images alike.
+    Images are compared by the hash of their files. Returns what was compared.
     """
     sets = plain_sets(training)
     if any(type(part) is not ShardSet for part in sets):
         return "not compared with the training set, which is not local"
-    held_out: dict[str, Tensor] = {}
+    unknown = "not compared with the training set: a set of format 2 has no image hashes"
+    keys: dict[bytes, str] = {}
     for numbers, part in by_set(records, plain_sets(shards)):
-        held_out |= zip(part.keys(numbers), first_latents(part, numbers), strict=True)
-    every = -(-len(training) // MAX_KEYS_READ)
+        hashes = part.image_hashes(numbers)
+        if hashes is None:
+            return unknown
+        keys |= zip(hashes.tolist(), part.keys(numbers), strict=True)
+    every = -(-len(training) // MAX_HASHES_READ)
     for part in sets:
-        numbers = np.arange(0, len(part), every)
-        for index, key in enumerate(part.keys(numbers)):
-            one = numbers[index : index + 1]
-            if key in held_out and is_same(held_out[key], first_latents(part, one)[0]):
+        for numbers, hashes in read_image_hashes(part, every):
+            if hashes is None:
+                return unknown
+            (shared,) = np.nonzero(np.isin(hashes, [*keys]))
+            if len(shared):
+                (key,) = part.keys(numbers[shared[:1]])
                 raise ValueError(
-                    f"{FLAG}: {location}: expected held-out records, found record {key} of the "
-                    "training set"
+                    f"{FLAG}: {location}: expected images that are not in the training set, but "
+                    f"the image of record {keys[hashes[shared[0]]]} is that of its record {key}"
                 )
-    return f"no overlap with {'all' if every == 1 else f'every {every}th'} of the training records"
+    return f"no image is in {'all' if every == 1 else f'every {every}th'} of the training records"
 
 
 def by_set(
@@ -199,30 +197,13 @@ def by_set(
         first += len(part)
 
 
-def first_latents(part: ShardSet, numbers: NDArray[np.int64]) -> Tensor:
-    """Returns the latents (N, C, h, w) of the records' first views, the means of moments.
-
-    Log-variances are excluded, because they are large and nearly equal for all images.
-    """
-    zeros = np.zeros(len(numbers))
-    return part.gather(numbers, zeros, zeros).latent[:, : part.manifest.latent_channels]
-
-
-def is_same(one: Tensor, other: Tensor) -> bool:
-    """Returns whether two latents are of the same image, up to rounding."""
-    if one.shape != other.shape:
-        return False
-    difference = (one.float() - other.float()).norm()
-    return bool(difference <= SAME_LATENT * one.float().norm())
-
-
 @torch.no_grad()
 def measure(
     validation: Validation,
     accelerator: Accelerator,
     unet: nn.Module,
     ema: EMA,
-    objective: Callable[[nn.Module, Batch], Tensor],
+    objective: Callable[[nn.Module, Batch, Draws], Tensor],
 ) -> dict[str, Any]:
     """Returns the EMA weights' loss, in total and by quarter of the timesteps, low noise first.
 
@@ -233,13 +214,14 @@ def measure(
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     with ema.swapped_into(unet), accelerator.autocast():
         for positions, counts in deal(validation.batches(), rank, num_processes, is_fsdp(unet)):
-            found = objective(unet, validation.batch(positions).to(accelerator.device))
+            batch = validation.batch(positions).to(accelerator.device)
+            found = objective(unet, batch, validation.draw(positions, batch))
             if counts:
                 losses[positions.start : positions.stop] = found
     # Each loss was measured in one process and is 0 in the others.
     total: Tensor = accelerator.reduce(losses, reduction="sum")
     means = total.cpu().double()
-    quarter = validation.timesteps * NUM_QUARTERS // validation.num_timesteps
+    quarter = validation.timesteps * NUM_QUARTERS // validation.objective.num_timesteps
     return {
         "loss": finite_mean(means),
         "loss_by_quarter": {

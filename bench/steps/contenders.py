@@ -105,7 +105,8 @@ def resident_batch(run: Run) -> Resident:
     text = batch.text.float()
     if run.objective.text_scale is not None:
         text = text * run.objective.text_scale
-    return batch.noise.clone(), batch.timesteps.clone(), text, batch.posterior_noise.clone()
+    draws = run.objective.draw(batch)
+    return draws.noise, draws.timesteps, text, draws.posterior_noise
 
 
 def bare_step(

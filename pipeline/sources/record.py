@@ -22,7 +22,7 @@ MAX_KEY_CHARACTERS = 80
 MAX_NAME_BYTES = 255
 HASH_DIGITS = 12
 NOT_JSON = (TypeError, ValueError, RecursionError)
-RESERVED_FIELDS = ("captions", "truncated", "source_size_px", "crop_px")
+RESERVED_FIELDS = ("image_sha256", "captions", "truncated", "source_size_px", "crop_px")
 
 
 class SourceError(ValueError):
@@ -51,10 +51,11 @@ class Record:
 def make_meta(record: Record, *, truncated: Sequence[int], picture: Picture) -> dict[str, Any]:
     """Returns a record's JSON in the shard."""
     return {
+        "image_sha256": picture.sha256,  # first, so that it has the same place in every record
         "captions": list(record.captions),
         "truncated": list(truncated),
         "source_size_px": list(picture.source_size_px),
-        "crop_px": [round(side) for side in picture.crop_px],
+        "crop_px": [round(side) for side in picture.crops_px[0]],
         **record.extra,
     }
 

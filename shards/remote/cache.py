@@ -239,7 +239,7 @@ def _nearest_first(away: NDArray[np.int64], which: NDArray[np.bool_]) -> list[in
 
 def check_cache(order: Order, manifest: Manifest, cache_bytes: int) -> None:
     """Raises ValueError, with the arithmetic, if the cache is too small for an order."""
-    sizes = sorted((shard.bytes for shard in manifest.shards), reverse=True)
+    sizes = np.sort(manifest.shards.bytes)[::-1].tolist()
     small = sum(entry.bytes for entry in manifest.small_files) + len(manifest.dump().encode())
     window = {"full": len(sizes), "blocks": order.window_shards, "none": 1}[order.shuffle]
     least = min(sum(sizes[:window]) + sizes[0], sum(sizes)) + small

@@ -67,18 +67,19 @@ def open_store(
     Raises RemoteError and FormatError for a location without a finished set.
     """
     with tempfile.TemporaryDirectory(prefix="shards-") as temporary:
-        manifest = fetch_document(Manifest, location, Path(temporary), retry=retry)
-        content = (Path(temporary) / MANIFEST_NAME).read_bytes()
-    folder = cache_dir.expanduser() / manifest.sha256[:ID_LENGTH]
-    # The store marks the folder as in use, so that no other process deletes it from here on.
-    store = Store(location, folder, manifest, cache_bytes, retry or Retry())
-    with _locked(folder):
-        _remove_leftovers(folder)
-        fetch_small_files(location, folder, manifest, retry=retry)
-        partial = folder / f".{MANIFEST_NAME}.partial"
-        partial.write_bytes(content)
-        partial.rename(folder / MANIFEST_NAME)
-    whole = sum(entry.bytes for entry in manifest.files) + len(content)
+        tables = [*cache_dir.expanduser().glob("*/shards.npy")]  # of earlier runs
+        manifest = fetch_document(Manifest, location, Path(temporary), copies=tables, retry=retry)
+        folder = cache_dir.expanduser() / manifest.sha256[:ID_LENGTH]
+        # The store marks the folder as in use, so that no other process deletes it from here on.
+        store = Store(location, folder, manifest, cache_bytes, retry or Retry())
+        with _locked(folder):
+            _remove_leftovers(folder)
+            if manifest.shard_table is not None:
+                _copy(Path(temporary) / manifest.shard_table.name, folder)
+            fetch_small_files(location, folder, manifest, retry=retry)
+            _copy(Path(temporary) / MANIFEST_NAME, folder)
+    store.manifest = Manifest.load(folder)  # which maps the shard table from this folder
+    whole = manifest.num_bytes + (folder / MANIFEST_NAME).stat().st_size
     _make_room_among_sets(folder, cache_bytes - min(cache_bytes, whole))
     for shard in store.present() if verify else ():
         store.remove_damaged(shard)
@@ -123,8 +124,7 @@ class Store:
 
     def present(self) -> set[int]:
         """Returns the shards on disk."""
-        names = {path.name for path in self.folder.iterdir()}
-        return {i for i, entry in enumerate(self.manifest.shards) if entry.name in names}
+        return set(self.manifest.shards.find(path.name for path in self.folder.iterdir()))
 
     def get(self, shard: int, spare: Sequence[int], drop: Callable[[int], bool]) -> Outcome:
         """Downloads a shard, and evicts others if there is no room for it.
@@ -164,12 +164,10 @@ class Store:
 
     def used_bytes(self) -> int:
         """Returns the size of all shards on disk; unfinished ones count in full."""
-        names = {path.name for path in self.folder.iterdir()}
-        return sum(
-            entry.bytes
-            for entry in self.manifest.shards
-            if entry.name in names or _hidden(entry) in names
-        )
+        names = (path.name for path in self.folder.iterdir())
+        shards = self.manifest.shards
+        found = shards.find(name.removeprefix(".").removesuffix(".partial") for name in names)
+        return int(shards.bytes[sorted(set(found))].sum())
 
     def remove_damaged(self, shard: int) -> None:
         """Deletes a shard if its hash differs from the manifest's."""
@@ -193,7 +191,7 @@ class Store:
         if excess <= 0:
             return True
         candidates = [shard for shard in spare if self.has(shard)]
-        if excess > sum(self.manifest.shards[shard].bytes for shard in candidates):
+        if excess > self.manifest.shards.bytes[candidates].sum():
             return False
         for shard in candidates:
             if drop(shard):
@@ -230,6 +228,13 @@ class Store:
             file.write(chunk)
         except OSError as error:  # it does not name the file
             raise OSError(error.errno, error.strerror, str(self.folder / entry.name)) from error
+
+
+def _copy(path: Path, folder: Path) -> None:
+    """Copies a file to a folder so that it is complete or absent."""
+    partial = folder / f".{path.name}.partial"
+    shutil.copyfile(path, partial)
+    partial.rename(folder / path.name)
 
 
 def _hidden(entry: ShardEntry) -> str:

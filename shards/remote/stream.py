@@ -43,7 +43,7 @@ from latent_t2i.shards.remote.transport import (
     open_stream,
     without_query,
 )
-from latent_t2i.shards.schema import FormatError, Layout, Manifest, ShardEntry
+from latent_t2i.shards.schema import FormatError, Layout, Manifest, ShardTable
 
 KEPT_STEPS = 1000
 """Number of recent steps whose keys are kept for `nonfinite_keys`."""
@@ -93,7 +93,7 @@ class Reading:
     """The shards that a rank reads, and their order."""
 
     location: str
-    shards: tuple[ShardEntry, ...]
+    shards: ShardTable
     layouts: tuple[Layout, ...]
     order: Order
     rank: int
@@ -108,10 +108,10 @@ class Reading:
         epoch = 0
         while True:
             mine = self.shards_of(epoch, worker)
-            total = sum(self.shards[index].records for index in mine)
+            total = int(self.shards.records[mine].sum())
             if num_visited < total:
-                while num_visited >= self.shards[mine[0]].records:
-                    num_visited -= self.shards[mine.pop(0)].records
+                while num_visited >= self.shards.records[mine[0]]:
+                    num_visited -= int(self.shards.records[mine.pop(0)])
                 yield from self.epoch(epoch, worker, mine)
                 num_visited = total
             num_visited -= total

@@ -11,7 +11,7 @@ import hashlib
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -146,37 +146,72 @@ def read_file(url: str, *, size: int | None = None, retry: Retry | None = None) 
 
 
 def fetch_document(
-    kind: type[DocumentT], location: str, folder: Path, *, retry: Retry | None = None
+    kind: type[DocumentT],
+    location: str,
+    folder: Path,
+    *,
+    copies: Sequence[Path] = (),
+    retry: Retry | None = None,
 ) -> DocumentT:
-    """Downloads a manifest or list of buckets to a local folder and checks it.
+    """Downloads a manifest, with its shard table, or a list of buckets to a folder and checks it.
 
-    Raises FormatError like `Document.load`, with the location in place of the folder.
+    A file among `copies` is copied instead of downloaded, if it is the same. Raises FormatError
+    like `Document.load`, with the location in place of the folder.
     """
+
+    def fetch(entry: FileEntry) -> None:
+        if not copy_file(folder, entry, copies):
+            fetch_file(location, folder, entry, retry=retry)
+
     content = read_file(join(location, kind.FILE_NAME), retry=retry)
     (folder / kind.FILE_NAME).write_bytes(content)
     try:
-        return kind.load(folder)
+        return kind.load(folder, fetch)
     except FormatError as error:
         raise FormatError(str(error).replace(str(folder), without_query(location))) from error
+
+
+def copy_file(folder: Path, entry: FileEntry, copies: Iterable[Path]) -> bool:
+    """Copies a file of a set from the first equal one of `copies`; returns whether there is one."""
+    for path in copies:
+        try:
+            if path.name == entry.name and path.stat().st_size == entry.bytes:
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest() == entry.sha256:
+                    (folder / entry.name).write_bytes(content)
+                    return True
+        except FileNotFoundError:
+            continue  # another process has just deleted it
+    return False
 
 
 def fetch_small_files(
     location: str, folder: Path, manifest: Manifest, *, retry: Retry | None = None
 ) -> None:
-    """Downloads the files beside the shards to a local folder, unless they are there already.
+    """Downloads the files that are read when a set is opened to a local folder.
 
     Raises FormatError if the hash of a file differs from the manifest's.
     """
     for entry in manifest.small_files:
-        path = folder / entry.name
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256:
-            continue
-        url = join(location, entry.name)
-        content = read_file(url, size=entry.bytes, retry=retry)
-        check_sha256(url, entry, hashlib.sha256(content).hexdigest())
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(content)
-        partial.rename(path)
+        fetch_file(location, folder, entry, retry=retry)
+
+
+def fetch_file(
+    location: str, folder: Path, entry: FileEntry, *, retry: Retry | None = None
+) -> None:
+    """Downloads a small file of a set to a local folder, unless it is there already.
+
+    Raises FormatError if its hash differs from the manifest's.
+    """
+    path = folder / entry.name
+    if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == entry.sha256:
+        return
+    url = join(location, entry.name)
+    content = read_file(url, size=entry.bytes, retry=retry)
+    check_sha256(url, entry, hashlib.sha256(content).hexdigest())
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.rename(path)
 
 
 def check_sha256(url: str, entry: FileEntry, found: str, *, tries: int = 1) -> None:

@@ -15,10 +15,14 @@ import torch
 from accelerate.state import AcceleratorState
 
 from latent_t2i.model.denoiser import DenoiserConfig
+from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.train import checkpoint, loop
+from latent_t2i.train.batches import make_positions
 from latent_t2i.train.config import PreviewConfig
+from latent_t2i.train.draws import draw
 from latent_t2i.train.estimate import count_memory, measure
+from latent_t2i.train.philox import philox
 from latent_t2i.train.setup import make_source, start
 from tests.train import process_groups
 from tests.train.conftest import MakeConfig, assert_same_tensors, losses, metrics
@@ -30,6 +34,9 @@ pytestmark = [
     # Other drivers and versions warn about other things.
     pytest.mark.filterwarnings("default"),
 ]
+FLOW = ObjectiveConfig(
+    prediction="flow", timestep_sampling="logit_normal", flow_shift=2.0, offset_noise=0.1
+)
 WIDE = DenoiserConfig(channels=(128, 256), attention=(True, True), layers_per_block=1)
 
 
@@ -86,6 +93,24 @@ def test_batches_are_those_of_a_cpu_bit_by_bit(make_config: MakeConfig) -> None:
     on_cpu = replace(make_source(run.plan, run.accelerator), pin_memory=False)
     for step, batch in enumerate(on_gpu):
         assert_same_tensors(vars(batch), vars(on_cpu.batch(step)))
+
+
+def test_random_numbers_are_those_of_a_cpu() -> None:
+    """Words and uniform numbers bit by bit, noise up to the rounding of functions."""
+    positions = make_positions(2**40 + 3, range(300))
+    words = philox((positions[:, :1], torch.arange(5000), positions[:, 1:], positions[:, :1]), 7)
+    on_gpu = positions.cuda()
+    counter = (on_gpu[:, :1], torch.arange(5000).cuda(), on_gpu[:, 1:], on_gpu[:, :1])
+    for word, expected in zip(philox(counter, 7), words, strict=True):
+        assert torch.equal(word.cpu(), expected)
+    for config in (ObjectiveConfig(caption_dropout=0.5), FLOW):
+        expected, found = (draw(p, 7, (4, 64, 64), config) for p in (positions, on_gpu))
+        assert found.noise.is_cuda
+        assert torch.equal(found.drop.cpu(), expected.drop)
+        torch.testing.assert_close(found.timesteps.cpu(), expected.timesteps, rtol=1e-6, atol=0)
+        for name in ("noise", "posterior_noise"):
+            values = getattr(found, name).cpu()
+            torch.testing.assert_close(values, getattr(expected, name), rtol=1e-5, atol=1e-5)
 
 
 def test_saving_takes_no_memory_of_the_gpu(make_config: MakeConfig, tmp_path: Path) -> None:

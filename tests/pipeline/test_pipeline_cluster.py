@@ -3,6 +3,7 @@
 .ci/cluster runs the slow tests, in an environment with the extra `cluster`.
 """
 
+import itertools
 import re
 import sys
 import threading
@@ -13,17 +14,23 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from latent_t2i.pipeline import stage
-from latent_t2i.pipeline.cluster import Slots, connect, count_slots
+from latent_t2i.pipeline.cluster import Cluster, ShardActor, Slots, Task, connect, count_slots
 from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.pipeline.index import TokenizedRecord
+from latent_t2i.pipeline.sources.locators import FileLocator
+from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.pipeline.stage import build
 from tests.cluster_faults import load_failing
 from tests.coco_folders import CocoFolder, make_coco
+from tests.in_process_ray import Call, InProcessRay, RayError
 from tests.stage_one import contents, make_config, start
 
 NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
@@ -150,6 +157,133 @@ def test_the_driver_is_killed_and_started_again(
     assert not (tmp_path / "out/manifest.json").exists()
     build(config)
     assert contents(tmp_path / "out") == expected
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> InProcessRay:
+    """Stands for the module, so that actors are objects of this process."""
+    ray = InProcessRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    return ray
+
+
+def test_actors_write_the_bytes_of_a_local_run(
+    ray: InProcessRay,
+    config: PipelineConfig,
+    folder: CocoFolder,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also after a call whose actor died, and one whose answer was lost."""
+
+    def lose(call: Call) -> None:
+        name = f"{call.method} {len(seen)}"
+        seen.append(name)
+        if name in ("write 5", "write 7"):
+            if name == "write 7":
+                call.actor.write(*call.arguments)
+            raise RayError("lost")
+
+    seen: list[str] = []
+    ray.before = lose
+    (folder.images / "000000000002.png").write_text("no picture")
+    config = replace(config, max_quarantined=0.5, text_dtype="int8")
+    expected = build_locally(config)
+    capsys.readouterr()
+    manifests = build(config)
+    assert contents(Path(str(config.out))) == expected
+    output = capsys.readouterr()
+    assert "images      16 in = 15 written + 1 quarantined" in output.out
+    assert output.err.count(" of 3 failed: lost") == 2
+    assert build(config) == manifests  # nothing to do
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "num_restarted"),
+    [
+        (RuntimeError("no memory"), "3 attempts, the last time with RuntimeError: no memory", 2),
+        (OSError("no answer"), "3 attempts, the last time with OSError: no answer", 0),
+        (RayError("killed"), "3 attempts, the last time with its actor died", 0),
+        (ValueError("not finite: use --vae"), "b: not finite: use --vae", 0),
+    ],
+)
+def test_a_task_that_always_fails_ends_the_run_with_its_name(
+    ray: InProcessRay, error: Exception, message: str, num_restarted: int
+) -> None:
+    """It is repeated alone on its actor, and the others are finished."""
+
+    def fail(call: Call) -> None:
+        if call.method == "apply" and call.arguments[1] == "b":
+            shared.append(len(owner_of(call).running))
+            raise error
+
+    def owner_of(call: Call) -> Any:
+        return next(m for m in cluster._members if m.handle.actor is call.actor)
+
+    shared: list[int] = []
+    ray.before = fail
+    cluster = Cluster(ray, lambda device: FAKE_ENCODERS, "cpu", None)
+    cluster.find_device()
+    tasks = [Task(name, "apply", lambda name=name: (return_name, name)) for name in "abcdefgh"]
+    done = []
+    with pytest.raises(ValueError, match=message):
+        done += [task.name for task, _ in cluster.run(tasks)]
+    assert shared[1:] == [1] * (len(shared) - 1)
+    assert len(shared) == (1 if isinstance(error, ValueError) else 3)
+    assert ray.killed == [False] * num_restarted
+
+
+def return_name(encoders: Any, name: str) -> str:
+    return name
+
+
+FAKE_ENCODERS: Any = SimpleNamespace(device_name="cpu", tf32=False)
+
+
+def test_an_actor_without_encoders_is_not_used(
+    ray: InProcessRay, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(device: torch.device) -> Any:
+        if next(calls) < num_failing:
+            raise OSError("no such disk")
+        return FAKE_ENCODERS
+
+    num_failing, calls = 1, itertools.count()
+    cluster = Cluster(ray, load, "cpu", None)
+    assert cluster.apply(return_name, "a") == "a"
+    assert len(cluster._members) == 1
+    assert "cannot load the encoders and is not used: no such disk" in capsys.readouterr().err
+    num_failing, calls = 2, itertools.count()
+    with pytest.raises(ValueError, match="no actor could load the encoders"):
+        Cluster(ray, load, "cpu", None).apply(return_name, "a")
+
+
+def test_actors_with_different_devices_are_refused(ray: InProcessRay) -> None:
+    names = iter(["NVIDIA A100", "NVIDIA H100"])
+
+    def load(device: torch.device) -> Any:
+        return SimpleNamespace(device_name=next(names), tf32=True)
+
+    cluster = Cluster(ray, load, "cpu", None)
+    with pytest.raises(ValueError, match=r"different devices, .*A100.*H100.*one kind"):
+        list(cluster.run([Task(name, "apply", lambda: (return_name, "a")) for name in "abc"]))
+
+
+@pytest.mark.parametrize("missing", ["--out", "--source"])
+def test_a_path_that_a_node_does_not_see_is_named(tmp_path: Path, missing: str) -> None:
+    paths = {"--out": tmp_path / "progress/provenance.json", "--source": tmp_path / "a.png"}
+    for flag, path in paths.items():
+        path.parent.mkdir(exist_ok=True)
+        if flag != missing:
+            path.touch()
+    record = Record(key="a", locator=FileLocator(str(tmp_path / "a.png")), captions=(), extra={})
+    task: Any = SimpleNamespace(
+        shard=SimpleNamespace(folder=tmp_path),
+        records=[TokenizedRecord(record, [])],
+        has_first=True,
+    )
+    message = rf"{missing}: {paths[missing]} exists on the driver's node, but not on "
+    with pytest.raises(ValueError, match=message):
+        ShardActor(pytest.fail, 1, "/nowhere").write(task)
 
 
 def node(**resources: float) -> dict[str, Any]:

@@ -5,15 +5,16 @@ from typing import Any
 import pytest
 
 from latent_t2i.configs.cli import ConfigError, parse
-from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.pipeline.config import PipelineConfig, ViewsConfig
 
 COCO = ("--source.images", "i", "--source.captions", "c")
 BASE = ("--name", "n", "--vae", "v", "--text-encoder", "t")
 
 
 def test_flags_make_a_config() -> None:
-    config = parse(PipelineConfig, "pipeline", [*BASE, *COCO, "--views", "2"])
-    assert (config.source.images, config.views, config.source.num_images) == ("i", 2, None)
+    config = parse(PipelineConfig, "pipeline", [*BASE, *COCO, "--views.flip", "--views.crops", "3"])
+    assert (config.source.images, config.source.num_images) == ("i", None)
+    assert (config.views, config.views.num) == (ViewsConfig(flip=True, crops=3), 6)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_flags_make_a_config() -> None:
         ((*COCO, "--max-aspect", "nan"), "--max-aspect: expected at least 1, found nan"),
         ((*COCO, "--max-aspect", "inf"), "--max-aspect: expected at least 1, found inf"),
         ((*COCO, "--max-quarantined", "nan"), "--max-quarantined: expected a share from 0 to 1"),
-        ((*COCO, "--views", "3"), "invalid choice '3' for argument '--views'"),
+        ((*COCO, "--views.crops", "0"), "--views.crops: expected at least 1, found 0"),
     ],
 )
 def test_invalid_settings_are_refused(flags: tuple[Any, ...], message: str) -> None:

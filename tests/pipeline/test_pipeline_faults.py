@@ -18,6 +18,7 @@ from latent_t2i.pipeline.images import Preprocessing, load
 from latent_t2i.pipeline.sources.locators import read_image_bytes
 from latent_t2i.pipeline.sources.open import open_source
 from latent_t2i.pipeline.stage import build, load_encoders
+from latent_t2i.shards.buckets import Buckets
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.verify import verify
@@ -168,9 +169,9 @@ def test_hostile_files_are_each_accounted_for(
     manifests = build(config)
     quarantined: dict[str, str] = {}
     if buckets:
-        quarantined |= json.loads((tmp_path / "out/buckets.json").read_text())["quarantined"]
+        quarantined |= Buckets.load(tmp_path / "out").read_quarantined()
     for manifest in manifests.values():
-        quarantined |= manifest.quarantined
+        quarantined |= manifest.read_quarantined()
     reasons = list(quarantined.values())
     wanted = [reason for reason in expected.values() if reason is not None]
     for reason in sorted([*wanted, "missing file"], reverse=True):  # a prefix after whole reasons
@@ -312,11 +313,12 @@ def test_stored_values_equal_those_of_one_image_at_a_time(
     for number, key in enumerate(shards.keys(numbers)):
         record = records[key]
         picture = load(read_image_bytes(record.locator), preprocessing, key=key)
-        latent = encode_views(encoders, picture.pixels[None])[0, 0].astype(np.float64)
-        token_ids = encoders.text.tokenize(record.captions[:1])
-        text = encode_captions(encoders, token_ids)[0][0].astype(np.float64)
+        latent = encode_views(encoders, picture.pixels[:, None])["latent"][0, 0]
+        (token_ids,) = encoders.text.tokenize(record.captions[:1])
+        text = encode_captions(encoders, {record.captions[0]: token_ids})["text"][0]
         for found, expected in ((stored.latent[number], latent), (stored.text[number], text)):
-            error = np.linalg.norm(found.numpy() - expected) / np.linalg.norm(expected)
+            exact = expected.astype(np.float64)
+            error = np.linalg.norm(found.numpy() - exact) / np.linalg.norm(exact)
             worst = max(worst, float(error))
     assert len(numbers) == 20
     assert worst < 1e-3, worst

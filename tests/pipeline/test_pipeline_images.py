@@ -1,6 +1,7 @@
 """Image decoding, cropping and resizing, and the reasons for files that cannot be used."""
 
 import contextlib
+import hashlib
 import io
 import logging
 import math
@@ -25,11 +26,13 @@ from latent_t2i.pipeline.images import (
     Preprocessing,
     UnreadableImageError,
     crop_box,
+    crop_boxes,
     crop_position,
     describe,
     load,
     read_size,
     to_rgb,
+    zoomed_box,
 )
 from tests.hostile import (
     BROKEN,
@@ -88,12 +91,14 @@ def photographs(coco_mini: Path) -> list[bytes]:
 
 
 def test_centre_of_the_shorter_side() -> None:
-    picture = load_as(saved(halves(), "PNG"), to(8))
-    assert picture.source_size_px == (40, 20) and picture.crop_px == (10, 0, 30, 20)
-    assert picture.pixels.shape == (8, 8, 3) and picture.pixels.dtype == np.uint8
-    assert picture.pixels.flags.writeable
-    assert picture.pixels[4, 0].tolist() == [255, 0, 0]
-    assert picture.pixels[4, 7].tolist() == [0, 0, 255]
+    content = saved(halves(), "PNG")
+    picture = load_as(content, to(8))
+    assert picture.sha256 == hashlib.sha256(content).hexdigest()
+    assert picture.source_size_px == (40, 20) and picture.crops_px[0] == (10, 0, 30, 20)
+    assert picture.pixels[0].shape == (8, 8, 3) and picture.pixels[0].dtype == np.uint8
+    assert picture.pixels[0].flags.writeable
+    assert picture.pixels[0, 4, 0].tolist() == [255, 0, 0]
+    assert picture.pixels[0, 4, 7].tolist() == [0, 0, 255]
 
 
 @pytest.mark.parametrize("size", [(40, 20), (20, 40), (33, 47), (5, 7)])
@@ -102,20 +107,20 @@ def test_centre_crop_equals_imageops_fit(size: tuple[int, int], target: tuple[in
     noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3)).astype(np.uint8)
     source = Image.fromarray(noise)
     expected = np.asarray(ImageOps.fit(source, target, Image.Resampling.BICUBIC))
-    assert np.array_equal(load_as(saved(source, "PNG"), to(*target)).pixels, expected)
+    assert np.array_equal(load_as(saved(source, "PNG"), to(*target)).pixels[0], expected)
 
 
 def test_resize_does_not_alias() -> None:
     """Lines of one pixel become grey. Nearest or plain bilinear sampling would keep some."""
     lines = np.zeros((256, 256), np.uint8)
     lines[:, ::2] = 255
-    pixels = load_as(saved(Image.fromarray(lines), "PNG"), to(16)).pixels
+    pixels = load_as(saved(Image.fromarray(lines), "PNG"), to(16)).pixels[0]
     assert np.ptp(pixels[:, 2:-2]) <= 2
     assert abs(float(pixels.mean()) - 127.5) < 2
 
 
 def test_small_images_are_enlarged() -> None:
-    assert load_as(saved(halves(size=(4, 3)), "PNG"), to(16)).pixels.shape == (16, 16, 3)
+    assert load_as(saved(halves(size=(4, 3)), "PNG"), to(16)).pixels[0].shape == (16, 16, 3)
 
 
 @given(
@@ -131,6 +136,36 @@ def test_crop_boxes(size: tuple[int, int], target: tuple[int, int], position: fl
     assert (left, right) == (0, size[0]) or (top, bottom) == (0, size[1])
 
 
+@given(
+    st.tuples(st.integers(1, 90_000), st.integers(1, 90_000)),
+    st.tuples(st.integers(1, 2048), st.integers(1, 2048)),
+    st.tuples(*[st.floats(0, 1, exclude_max=True)] * 3),
+)
+def test_further_crops(
+    size: tuple[int, int], target: tuple[int, int], draws: tuple[float, float, float]
+) -> None:
+    """They lie in the image, have the target's aspect and 75 to 100 % of the largest box."""
+    left, top, right, bottom = zoomed_box(size, target, *draws)
+    assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+    assert (right - left) * target[1] == pytest.approx((bottom - top) * target[0], rel=1e-6)
+    _, _, width, height = crop_box(size, target, 0)
+    scale = max((right - left) / width, (bottom - top) / height)
+    assert 0.75 - 1e-9 <= scale <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+def test_the_first_of_several_crops_is_the_only_one_of_one(crop: Any) -> None:
+    for content in (saved(coordinates(200, 90), "PNG"), saved(photograph((400, 300)), "JPEG")):
+        one = load_as(content, to(32, 48, crop=crop))
+        three = load_as(content, to(32, 48, crop=crop, crops=3))
+        assert three.pixels.shape == (3, 48, 32, 3) and three.pixels.flags.c_contiguous
+        assert np.array_equal(three.pixels[0], one.pixels[0])
+        assert three.crops_px[0] == one.crops_px[0]
+        assert len({*three.crops_px}) == 3
+        two = load_as(content, to(32, 48, crop=crop, crops=2))
+        assert np.array_equal(two.pixels, three.pixels[:2])
+
+
 def test_random_crops_depend_on_seed_and_key_alone() -> None:
     source = saved(coordinates(200, 50), "PNG")
     preprocessing = to(50, crop="random", seed=3)
@@ -138,36 +173,45 @@ def test_random_crops_depend_on_seed_and_key_alone() -> None:
     with ThreadPoolExecutor(4) as pool:
         again = list(pool.map(lambda key: load_as(source, preprocessing, key), reversed(alone)))
     for picture, other in zip(alone.values(), reversed(again), strict=True):
-        assert picture.crop_px == other.crop_px
-        assert np.array_equal(picture.pixels, other.pixels)
-    lefts = sorted(picture.crop_px[0] for picture in alone.values())
+        assert picture.crops_px[0] == other.crops_px[0]
+        assert np.array_equal(picture.pixels[0], other.pixels[0])
+    lefts = sorted(picture.crops_px[0][0] for picture in alone.values())
     assert lefts[0] < 15 and lefts[-1] > 135 and abs(np.mean(lefts) - 75) < 20
     other_seed = load_as(source, to(50, crop="random", seed=4), "0")
-    assert other_seed.crop_px != alone["0"].crop_px
+    assert other_seed.crops_px[0] != alone["0"].crops_px[0]
 
 
 def test_random_crops_do_not_change_between_versions() -> None:
     """Else an interrupted set could not be resumed with another version."""
     assert crop_position(0, "000000000009") == 0.3886244898746165
     assert 0 <= crop_position(1, "é猫") < 1
+    boxes = crop_boxes((640, 480), to(64, crops=3), "000000000009")
+    assert np.round(boxes, 3).tolist() == [
+        [80, 0, 560, 480],
+        [63.557, 96.085, 439.357, 471.885],
+        [41.628, 78.178, 419.073, 455.623],
+    ]
 
 
 @pytest.mark.parametrize("crop", ["centre", "random"])
-def test_crop_px_is_the_part_that_pixels_show(crop: Any) -> None:
+def test_crops_px_are_the_parts_that_pixels_show(crop: Any) -> None:
     """The image's colours are coordinates, so its centre pixels say what they show."""
     source = saved(coordinates(200, 90), "PNG")
     for key in "abcdef":
-        picture = load_as(source, to(32, 48, crop=crop), key)
-        left, top, right, bottom = picture.crop_px
-        middle = picture.pixels[23:25, 15:17, :2].mean((0, 1))
-        assert middle == pytest.approx(((left + right - 1) / 2, (top + bottom - 1) / 2), abs=1)
+        picture = load_as(source, to(32, 48, crop=crop, crops=3), key)
+        for pixels, box in zip(picture.pixels, picture.crops_px, strict=True):
+            left, top, right, bottom = box
+            middle = pixels[23:25, 15:17, :2].mean((0, 1))
+            assert middle == pytest.approx(((left + right - 1) / 2, (top + bottom - 1) / 2), abs=1)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (4000, 2)])
 def test_no_side_becomes_zero(size: tuple[int, int]) -> None:
     for kind in ("PNG", "JPEG"):
         content = saved(Image.new("RGB", size, "navy"), kind)
-        assert load_as(content, to(24, 16)).pixels.mean((0, 1)) == pytest.approx((0, 0, 128), abs=2)
+        assert load_as(content, to(24, 16)).pixels[0].mean((0, 1)) == pytest.approx(
+            (0, 0, 128), abs=2
+        )
 
 
 def test_too_small() -> None:
@@ -207,8 +251,8 @@ def test_orientation(kind: str, orientation: int) -> None:
     picture = load_as(content, to(8, 12))
     assert picture.source_size_px == upright.size == read_size(content)
     assert upright.size == ((160, 120) if orientation < 5 else (120, 160))
-    assert psnr_db(picture.pixels, expected) > 38
-    assert picture.pixels.shape == (12, 8, 3)
+    assert psnr_db(picture.pixels[0], expected) > 38
+    assert picture.pixels[0].shape == (12, 8, 3)
 
 
 def test_orientation_of_a_png_behind_its_pixels() -> None:
@@ -233,7 +277,7 @@ def test_broken_metadata_is_ignored(
     assert not caught and picture.source_size_px == (96, 64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.array_equal(load_as(content, to(8)).pixels, picture.pixels)
+        assert np.array_equal(load_as(content, to(8)).pixels[0], picture.pixels[0])
     assert capfd.readouterr() == ("", "") and not caplog.records
 
 
@@ -257,7 +301,7 @@ def test_other_warnings_are_not_filtered() -> None:
 def test_cmyk_of_adobe_is_not_inverted(fast_jpeg: bool) -> None:
     content = saved(halves("CMYK", (320, 160)), "JPEG", quality=95)
     assert b"Adobe" in content
-    pixels = load_as(content, to(8, fast_jpeg=fast_jpeg)).pixels
+    pixels = load_as(content, to(8, fast_jpeg=fast_jpeg)).pixels[0]
     assert np.abs(pixels[4, 0].astype(int) - [255, 0, 0]).max() <= 4
     assert np.abs(pixels[4, 7].astype(int) - [0, 0, 255]).max() <= 4
 
@@ -282,7 +326,7 @@ def test_modes_become_rgb(mode: str, kind: str) -> None:
     value = 255 if mode == "1" else 102
     with Image.open(io.BytesIO(content := saved(of_mode(mode, value), kind))) as image:
         assert image.mode == mode
-    pixels = load_as(content, to(8)).pixels
+    pixels = load_as(content, to(8)).pixels[0]
     assert pixels.shape == (8, 8, 3)
     assert np.abs(pixels.astype(int) - value).max() <= 1
 
@@ -298,10 +342,10 @@ def test_premultiplied_alpha(mode: str) -> None:
 def test_transparency_becomes_white() -> None:
     for mode in ("RGBA", "LA"):
         clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0)).convert(mode)
-        assert load_as(saved(clear, "PNG"), to(8)).pixels.min() == 255
-        assert load_as(saved(clear, "TIFF"), to(8)).pixels.min() == 255
+        assert load_as(saved(clear, "PNG"), to(8)).pixels[0].min() == 255
+        assert load_as(saved(clear, "TIFF"), to(8)).pixels[0].min() == 255
     half_clear = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
-    assert load_as(saved(half_clear, "PNG"), to(8)).pixels[4, 4].tolist() == [255, 127, 127]
+    assert load_as(saved(half_clear, "PNG"), to(8)).pixels[0, 4, 4].tolist() == [255, 127, 127]
 
 
 def test_transparent_palettes() -> None:
@@ -309,21 +353,21 @@ def test_transparent_palettes() -> None:
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([0, 0, 255] * 4)
     for options in ({"transparency": 0}, {"transparency": bytes([0, 255])}):
-        assert load_as(saved(palette, "PNG", **options), to(8)).pixels.min() == 255
-    assert load_as(saved(palette, "GIF", transparency=0), to(8)).pixels.min() == 255
+        assert load_as(saved(palette, "PNG", **options), to(8)).pixels[0].min() == 255
+    assert load_as(saved(palette, "GIF", transparency=0), to(8)).pixels[0].min() == 255
     table = {"transparency": bytes([255, 0])}
-    assert load_as(saved(palette, "PNG", **table), to(8)).pixels[0, 0].tolist() == [0, 0, 255]
+    assert load_as(saved(palette, "PNG", **table), to(8)).pixels[0, 0, 0].tolist() == [0, 0, 255]
 
 
 def test_transparent_colour_without_a_palette() -> None:
     red = saved(Image.new("RGB", (8, 8), "red"), "PNG", transparency=(255, 0, 0))
-    assert load_as(red, to(8)).pixels.min() == 255
+    assert load_as(red, to(8)).pixels[0].min() == 255
 
 
 @pytest.mark.parametrize(("kind", "order"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
 def test_sixteen_bits(kind: str, order: str) -> None:
     grey = np.asarray(photograph().convert("L"))
-    pixels = load_as(deep(kind, order), to(96, 64)).pixels
+    pixels = load_as(deep(kind, order), to(96, 64)).pixels[0]
     assert np.array_equal(pixels, np.repeat(grey[..., None], 3, -1))
 
 
@@ -332,7 +376,7 @@ def test_sixteen_bits_of_colour() -> None:
     colours = np.array([[[255, 0, 0], [0, 128, 0]], [[0, 0, 255], [9, 99, 199]]], np.uint16)
     rows = b"".join(b"\0" + (row * 257).astype(">u2").tobytes() for row in colours)
     content = hand_made_png((2, 2), 16, rows)
-    assert np.array_equal(load_as(content, to(2)).pixels, colours)
+    assert np.array_equal(load_as(content, to(2)).pixels[0], colours)
 
 
 def hand_made_png(size: tuple[int, int], bits: int, rows: bytes) -> bytes:
@@ -363,12 +407,12 @@ def hand_made_tiff(bits: int, sample_format: int, content: bytes, size: tuple[in
 def test_twelve_bits_are_not_taken_for_sixteen() -> None:
     """Three bytes hold two values of twelve bits: black and white."""
     content = hand_made_tiff(12, 1, bytes([0x00, 0x0F, 0xFF]) * 2, (2, 2))
-    assert load_as(content, to(2)).pixels[0, :, 0].tolist() == [0, 255]
+    assert load_as(content, to(2)).pixels[0, 0, :, 0].tolist() == [0, 255]
 
 
 def test_sixteen_bits_of_netpbm() -> None:
     content = b"P5 2 1 65535\n" + struct.pack(">HH", 0, 65535)
-    assert load_as(content, to(2, 1)).pixels[0, :, 0].tolist() == [0, 255]
+    assert load_as(content, to(2, 1)).pixels[0, 0, :, 0].tolist() == [0, 255]
 
 
 @pytest.mark.parametrize(
@@ -386,13 +430,13 @@ def test_modes_without_a_known_range_are_refused(content: bytes, mode: str) -> N
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "MPO"])
 def test_first_frame_of_several(kind: str) -> None:
     first = np.asarray(photograph().resize((16, 16), Image.Resampling.BICUBIC, (16, 0, 80, 64)))
-    assert psnr_db(load_as(film(kind), to(16)).pixels, first) > 20
+    assert psnr_db(load_as(film(kind), to(16)).pixels[0], first) > 20
 
 
 def test_profiles_are_not_applied() -> None:
     plain = load_as(saved(halves(), "PNG"), to(8))
     profiled = load_as(saved(halves(), "PNG", icc_profile=b"not even a profile"), to(8))
-    assert np.array_equal(plain.pixels, profiled.pixels)
+    assert np.array_equal(plain.pixels[0], profiled.pixels[0])
 
 
 # JPEG decoded at a fraction of its size
@@ -402,9 +446,9 @@ def test_profiles_are_not_applied() -> None:
 def test_fast_jpeg_is_close_to_a_full_decode(options: dict[str, Any]) -> None:
     content = saved(photograph((811, 607)), "JPEG", quality=90, **options)
     fast, full = (load_as(content, to(32, fast_jpeg=fast)) for fast in (True, False))
-    assert not np.array_equal(fast.pixels, full.pixels)
-    assert psnr_db(fast.pixels, full.pixels) > MIN_PSNR_DB
-    assert (fast.source_size_px, fast.crop_px) == (full.source_size_px, full.crop_px)
+    assert not np.array_equal(fast.pixels[0], full.pixels[0])
+    assert psnr_db(fast.pixels[0], full.pixels[0]) > MIN_PSNR_DB
+    assert (fast.source_size_px, fast.crops_px[0]) == (full.source_size_px, full.crops_px[0])
     assert fast.source_size_px == (811, 607)
 
 
@@ -451,7 +495,7 @@ def test_the_chosen_jpeg_fraction(
 def test_fast_jpeg_of_mpo(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [photograph((640, 480)), photograph((640, 480)).rotate(180)]
     content = saved(frames[0], "MPO", save_all=True, append_images=frames[1:], quality=95)
-    fast, full = (load_as(content, to(32, fast_jpeg=fast)).pixels for fast in (True, False))
+    fast, full = (load_as(content, to(32, fast_jpeg=fast)).pixels[0] for fast in (True, False))
     assert not np.array_equal(fast, full) and psnr_db(fast, full) > MIN_PSNR_DB
 
 
@@ -460,8 +504,8 @@ def test_fast_jpeg_of_photographs(coco_mini: Path, size_px: int) -> None:
     compared = []
     for content in photographs(coco_mini):
         fast, full = (load_as(content, to(size_px, fast_jpeg=fast)) for fast in (True, False))
-        if not np.array_equal(fast.pixels, full.pixels):
-            compared.append(psnr_db(fast.pixels, full.pixels))
+        if not np.array_equal(fast.pixels[0], full.pixels[0]):
+            compared.append(psnr_db(fast.pixels[0], full.pixels[0]))
     assert len(compared) > (100 if size_px < 128 else 0)
     assert min(compared) > MIN_PSNR_DB
 
@@ -474,6 +518,9 @@ def test_description_has_all_that_changes_the_pixels() -> None:
         {"crop": "random", "seed": 1},
         {"fast_jpeg": False},
         {"min_size_px": 9},
+        {"crops": 2},
+        {"crops": 3},
+        {"crops": 3, "seed": 1},
     ]
     described = [describe(to(64, **change)) for change in changes]
     assert all(described.count(one) == 1 for one in described)
@@ -509,7 +556,7 @@ def test_each_hostile_file(
             assert begins or str(error) == reason, name
         else:
             assert reason is None, name
-            assert picture.pixels.shape == (24, 16, 3)
+            assert picture.pixels[0].shape == (24, 16, 3)
             assert picture.source_size_px == read_size(content)
     assert capfd.readouterr() == ("", "")
 
@@ -721,10 +768,10 @@ def test_size_of_unreadable_images(name: str) -> None:
 
 def test_threads_decode_equal_images() -> None:
     contents = [make() for make, _ in GOOD.values()] * 3
-    one_by_one = [load_as(content, to(32)).pixels for content in contents]
+    one_by_one = [load_as(content, to(32)).pixels[0] for content in contents]
     with ThreadPoolExecutor(8) as pool:
         together: list[NDArray[np.uint8]] = list(
-            pool.map(lambda content: load_as(content, to(32)).pixels, contents)
+            pool.map(lambda content: load_as(content, to(32)).pixels[0], contents)
         )
     assert all(map(np.array_equal, one_by_one, together))
 

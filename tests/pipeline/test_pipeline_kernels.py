@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from latent_t2i.pipeline import encode, stage, workers
-from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.pipeline import stage, workers
+from latent_t2i.pipeline.config import PipelineConfig, ViewsConfig
 from latent_t2i.pipeline.encode import (
     BYTES_PER_PIXEL,
     Encoders,
@@ -28,6 +28,7 @@ from latent_t2i.pipeline.encode import (
     supports_tf32,
 )
 from latent_t2i.pipeline.processes import ProcessInfo
+from latent_t2i.pipeline.producers import vae
 from latent_t2i.pipeline.stage import load_encoders, make_shards
 from tests import tiny
 from tests.coco_folders import CocoFolder, make_coco
@@ -43,11 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> CocoFolder:
 
 @pytest.fixture(scope="module")
 def encoders(folder: CocoFolder) -> Encoders:
-    return load_encoders(make_config(folder, Path("out"), views=2), CPU)
+    return load_encoders(make_config(folder, Path("out"), views=ViewsConfig(flip=True)), CPU)
 
 
 def noise(num: int, width: int) -> NDArray[np.uint8]:
-    return np.random.default_rng(num).integers(0, 256, (num, 64, width, 3), np.uint8)
+    return np.random.default_rng(num).integers(0, 256, (1, num, 64, width, 3), np.uint8)
 
 
 def compiled(config: PipelineConfig, backend: Any) -> Encoders:
@@ -68,19 +69,21 @@ def test_a_compiled_encoder_is_called_with_one_shape_per_size(
     """Also with a last batch of three images, and with one that contains a broken image."""
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: asked.append(how))
-    config = make_config(folder, tmp_path / "shards", views=2, compile=True)
+    config = make_config(folder, tmp_path / "shards", views=ViewsConfig(flip=True), compile=True)
     config = replace(config, records_per_shard=7, max_quarantined=0.5)
     made = load_encoders(config, CPU)
     assert [how["dynamic"] for how in asked] == [False]
     shapes = set()
-    made.vae.encoder.register_forward_pre_hook(lambda _, inputs: shapes.add(inputs[0].shape))
+    made.vae.network.encoder.register_forward_pre_hook(
+        lambda _, inputs: shapes.add(inputs[0].shape)
+    )
     shutil.copytree(folder.images, tmp_path / "images")
     (tmp_path / "images/000000000002.png").write_text("no picture")
     source = replace(config.source, images=str(tmp_path / "images"))
     (manifest,) = make_shards(replace(config, source=source), made, ProcessInfo()).values()
-    assert (manifest.num_records, len(manifest.quarantined)) == (6, 1)
+    assert (manifest.num_records, manifest.num_quarantined) == (6, 1)
     assert shapes == {(4, 3, 64, 64)}
-    found, expected = (encode_views(e, noise(3, 96)) for e in (made, encoders))
+    found, expected = (encode_views(e, noise(3, 96))["latent"] for e in (made, encoders))
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
     assert shapes == {(4, 3, 64, 64), (4, 3, 64, 96)}
 
@@ -107,8 +110,10 @@ def test_a_compiled_run_that_was_killed_ends_with_the_same_bytes(
     folder: CocoFolder, tmp_path: Path, forks: ForkServerContext
 ) -> None:
     """The resumed run begins with the batch of three images, which the other compiles last."""
-    vae = tiny.vae_folder("tiny")  # has the fewest kernels to build
-    config = make_config(folder, tmp_path / "killed", records_per_shard=4, compile=True, vae=vae)
+    folder_of_vae = tiny.vae_folder("tiny")  # has the fewest kernels to build
+    config = make_config(
+        folder, tmp_path / "killed", records_per_shard=4, compile=True, vae=folder_of_vae
+    )
     stage.build(replace(config, out=str(tmp_path / "whole")))
     assert run(forks, config, kill_at="shard-000001.tar") == -signal.SIGKILL
     torch.compiler.reset()
@@ -121,19 +126,19 @@ def test_kernels_are_fixed_while_shards_are_written(
     folder: CocoFolder, encoders: Encoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = set()
-    original = encode.encode_images
+    original = vae.encode_images
 
     def spy(*args: Any) -> torch.Tensor:
         cudnn = torch.backends.cudnn
         seen.add((cudnn.benchmark, cudnn.deterministic, torch.get_float32_matmul_precision()))
         return original(*args)
 
-    monkeypatch.setattr(encode, "encode_images", spy)
+    monkeypatch.setattr(vae, "encode_images", spy)
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
         for tf32, precision in ((False, "highest"), (True, "high")):
             seen.clear()
             config = make_config(folder, tmp_path / precision)
-            make_shards(config, replace(encoders, tf32=tf32, views=1), ProcessInfo())
+            make_shards(config, replace(encoders, tf32=tf32, views=ViewsConfig()), ProcessInfo())
             assert seen == {(False, True, precision)}
         assert torch.backends.cudnn.benchmark
 
@@ -153,7 +158,9 @@ def test_a_set_is_resumed_with_the_same_products(
     folder: CocoFolder, encoders: Encoders, tmp_path: Path, first: bool
 ) -> None:
     config = make_config(folder, tmp_path / "shards")
-    with_and_without = {tf32: replace(encoders, tf32=tf32, views=1) for tf32 in (True, False)}
+    with_and_without = {
+        tf32: replace(encoders, tf32=tf32, views=ViewsConfig()) for tf32 in (True, False)
+    }
     (manifest,) = make_shards(config, with_and_without[first], ProcessInfo()).values()
     assert manifest.preprocessing.get("float32_products") == ("tf32" if first else None)
     with pytest.raises(ValueError, match="float32_products"):
@@ -163,7 +170,7 @@ def test_a_set_is_resumed_with_the_same_products(
 def test_a_set_is_resumed_on_the_same_kind_of_device(
     folder: CocoFolder, encoders: Encoders, tmp_path: Path, forks: ForkServerContext
 ) -> None:
-    config = make_config(folder, tmp_path / "shards", views=2)
+    config = make_config(folder, tmp_path / "shards", views=ViewsConfig(flip=True))
     assert run(forks, config, kill_at="shard-000001.tar") == -signal.SIGKILL
     other = replace(encoders, device_name="NVIDIA H100")
     with pytest.raises(
@@ -171,19 +178,16 @@ def test_a_set_is_resumed_on_the_same_kind_of_device(
     ):
         make_shards(config, other, ProcessInfo())
     progress = tmp_path / "shards/progress/provenance.json"
-    document = json.loads(progress.read_text())
+    before = progress.read_text()
+    document = json.loads(before)
     assert document["preprocessing"].pop("device") == "cpu"
     progress.write_text(json.dumps(document))  # as older releases began it
     assert not make_shards(config, encoders, ProcessInfo(num_processes=2, rank=1))
-    progress.write_text(json.dumps(make_set_of("cpu", document)))
+    progress.write_text(before)
     (manifest,) = make_shards(config, encoders, ProcessInfo()).values()
     assert manifest.preprocessing["device"] == "cpu"
     # A finished set is the same set on any device: nothing is left to encode.
     assert make_shards(config, other, ProcessInfo()) == {"": manifest}
-
-
-def make_set_of(device: str, document: dict[str, Any]) -> dict[str, Any]:
-    return document | {"preprocessing": document["preprocessing"] | {"device": device}}
 
 
 def test_tf32_is_not_used_on_a_cpu(folder: CocoFolder) -> None:

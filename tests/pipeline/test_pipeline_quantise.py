@@ -32,7 +32,11 @@ def make_encoders(clip: str = "", max_tokens: int = 16) -> Encoders:
 
 
 def encode(encoders: Encoders, captions: Sequence[str]) -> NDArray[np.float16]:
-    return encode_captions(encoders, encoders.text.tokenize(captions))[0]
+    return encode_captions(encoders, tokenized(encoders, captions))["text"]
+
+
+def tokenized(encoders: Encoders, captions: Sequence[str]) -> dict[str, list[int]]:
+    return dict(zip(captions, encoders.text.tokenize(captions), strict=True))
 
 
 def scale_of(
@@ -40,7 +44,7 @@ def scale_of(
     captions: Sequence[str] = CAPTIONS,
     progress: Callable[[int], object] = lambda num: None,
 ) -> FoundScale:
-    return find_scale(encoders.text.tokenize(captions), encoders, progress=progress)
+    return find_scale(tokenized(encoders, captions), encoders, progress=progress)
 
 
 @pytest.fixture(scope="module")

@@ -332,9 +332,11 @@ def test_extra_fields_keep_what_is_json() -> None:
 def test_a_record_s_json() -> None:
     extra = {"file_name": "a.jpg", "image_id": 1}
     record = Record(key="a", locator=FileLocator("a.jpg"), captions=("c", "d"), extra=extra)
-    picture = Picture(np.zeros((8, 8, 3), np.uint8), (640, 480), (80, 0, 560, 480))
+    picture = Picture(np.zeros((1, 8, 8, 3), np.uint8), (640, 480), ((80, 0, 560, 480),), "5" * 64)
     meta = make_meta(record, truncated=[1], picture=picture)
+    assert encode_meta(meta).startswith(b'{"image_sha256":"5555')
     assert json.loads(encode_meta(meta)) == {
+        "image_sha256": "5" * 64,
         "captions": ["c", "d"],
         "truncated": [1],
         "source_size_px": [640, 480],

@@ -1,6 +1,7 @@
 """Stage one from end to end: photographs, broken images, reruns, and the command."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -84,6 +85,14 @@ def test_the_manifest_has_the_hashes_of_the_encoders(folder: CocoFolder, out: Pa
     assert shards.meta(0)["objects"][0]["category"] == "noise"
 
 
+def test_each_record_has_the_hash_of_its_file(folder: CocoFolder, out: Path) -> None:
+    build(make_config(folder, out))
+    shards = open_shards(out)
+    for meta in map(shards.meta, range(len(shards))):
+        content = (folder.images / meta["file_name"]).read_bytes()
+        assert meta["image_sha256"] == hashlib.sha256(content).hexdigest()
+
+
 def test_the_last_line_accounts_for_every_image(
     folder: CocoFolder, out: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,7 +102,7 @@ def test_the_last_line_accounts_for_every_image(
     annotations = [a for a in annotations if a["image_id"] != 5]
     folder.change("captions", annotations=annotations)
     manifest = build_one(make_config(folder, out, max_quarantined=0.5))
-    assert manifest.quarantined == {
+    assert manifest.read_quarantined() == {
         "000000000002": "not an image",
         "000000000003": "missing file",
         "000000000005": "no caption",
@@ -209,7 +218,7 @@ def test_networks_that_give_nan_stop_the_run_at_the_first_batch(
 ) -> None:
     def load(*args: Any) -> Any:
         encoders = load_encoders(*args)
-        network = encoders.vae.encoder if part == "vae" else encoders.text.network
+        network = encoders.vae.network.encoder if part == "vae" else encoders.text.network
         for weights in network.parameters():
             weights.fill_(torch.nan)
         return encoders

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from latent_t2i.model import encoders as networks
 from latent_t2i.pipeline import encode, workers
-from latent_t2i.pipeline.config import SourceConfig
+from latent_t2i.pipeline.config import SourceConfig, ViewsConfig
 from latent_t2i.pipeline.encode import Encoders, single_threaded
 from latent_t2i.pipeline.images import Preprocessing, load
 from latent_t2i.pipeline.index import TokenizedRecord
+from latent_t2i.pipeline.producers import vae
+from latent_t2i.pipeline.producers.producer import Captions
 from latent_t2i.pipeline.quantise import Quantiser
 from latent_t2i.pipeline.sources import coco
 from latent_t2i.pipeline.sources.locators import FileLocator, read_image_bytes
@@ -27,12 +29,13 @@ from tests import tiny
 from tests.coco_folders import make_coco
 from tests.stage_one import make_config
 
-PREPROCESSING = Preprocessing(size_px=(64, 64))
+PREPROCESSING = Preprocessing(size_px=(64, 64), crops=2)
+VIEWS = ViewsConfig(flip=True, crops=2)
 
 
 @pytest.fixture(scope="module")
 def encoders() -> Encoders:
-    config = make_config(SourceConfig(images="i", captions="c"), Path("out"), views=2)
+    config = make_config(SourceConfig(images="i", captions="c"), Path("out"), views=VIEWS)
     return load_encoders(config, torch.device("cpu"))
 
 
@@ -40,8 +43,9 @@ def test_the_hash_of_a_bfloat16_vae_is_that_of_its_float32_weights(encoders: Enc
     source = SourceConfig(images="i", captions="c")
     config = make_config(source, Path("out"), vae_dtype="bfloat16")
     rounded = load_encoders(config, torch.device("cpu"))
-    assert {p.dtype for p in rounded.vae.parameters()} == {torch.bfloat16}
-    assert rounded.vae_sha256 == encoders.vae_sha256 == networks.fingerprint(encoders.vae)
+    assert {p.dtype for p in rounded.vae.network.parameters()} == {torch.bfloat16}
+    assert rounded.vae.identity == encoders.vae.identity
+    assert encoders.vae.identity.sha256 == networks.fingerprint(encoders.vae.network)
 
 
 @pytest.fixture
@@ -75,21 +79,24 @@ def encode_all(
 
 
 def test_parity_with_one_at_a_time(records: list[Record], encoders: Encoders) -> None:
-    """The second view is the flipped image's latent, not the flipped latent."""
+    """Every second view is the flipped crop's latent, not the flipped latent."""
     found, skipped = encode_all(records, encoders)
     assert not skipped
     for record, example in zip(records, found, strict=True):
         pixels = load(read_image_bytes(record.locator), PREPROCESSING, key=record.key).pixels
-        image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-        for view, one in enumerate((image, image.flip(3))):
+        crops = torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, None].float() / 127.5 - 1
+        views = [view for crop in crops for view in (crop, crop.flip(3))]
+        assert len(example.latent) == len(views) == VIEWS.num
+        for view, one in enumerate(views):
             with torch.no_grad():
-                expected = networks.encode_images(encoders.vae, one)[0]
+                expected = networks.encode_images(encoders.vae.network, one)[0]
             torch.testing.assert_close(
                 torch.from_numpy(example.latent[view]).float(), expected, rtol=1e-3, atol=1e-3
             )
         for index, caption in enumerate(record.captions):
             with torch.no_grad():
-                hidden, ids, cut = encoders.text.encode(encoders.text.tokenize([caption]), 16)
+                token_ids = encoders.text.tokenize([caption])
+                hidden, ids, cut = encoders.text.encoder.encode(token_ids, 16)
             text = torch.from_numpy(example.text[index]).float()
             torch.testing.assert_close(text, hidden[0], rtol=1e-3, atol=1e-3)
             assert example.tokens[index].tolist() == ids[0].tolist()
@@ -144,9 +151,9 @@ def test_each_distinct_caption_of_a_shard_is_encoded_once_and_released(
     encoded: list[Sequence[int]] = []
     original = encode.encode_captions
 
-    def recording(encoders: Encoders, token_ids: Sequence[Sequence[int]]) -> Any:
-        encoded.extend(token_ids)
-        return original(encoders, token_ids)
+    def recording(encoders: Encoders, captions: Captions) -> Any:
+        encoded.extend(captions.values())
+        return original(encoders, captions)
 
     monkeypatch.setattr(workers, "encode_captions", recording)
     encode_all(records, encoders)
@@ -203,7 +210,7 @@ def test_a_latent_that_is_not_finite_is_skipped(
         latents[1] = 1e6  # more than float16 holds
         return latents
 
-    monkeypatch.setattr(encode, "encode_images", overflow)
+    monkeypatch.setattr(vae, "encode_images", overflow)
     found, skipped = encode_all(records[:3], encoders)
     assert [example.key for example in found] == [records[0].key, records[2].key]
     assert skipped == {records[1].key: "latent is not finite in float16"}
@@ -214,9 +221,9 @@ def test_text_that_is_not_finite_is_skipped(
 ) -> None:
     original = encode.encode_captions
 
-    def broken(encoders: Encoders, token_ids: Sequence[Sequence[int]]) -> Any:
-        text, tokens, cut = original(encoders, token_ids)
-        return np.full_like(text, np.nan), tokens, cut
+    def broken(encoders: Encoders, captions: Captions) -> Any:
+        fields = original(encoders, captions)
+        return fields | {"text": np.full_like(fields["text"], np.nan)}
 
     monkeypatch.setattr(workers, "encode_captions", broken)
     found, skipped = encode_all(records, encoders, quantise=no_call)

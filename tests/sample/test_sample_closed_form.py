@@ -20,8 +20,8 @@ from latent_t2i.model import diffusion
 from latent_t2i.model.bundle import sampling_scheduler
 from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
 from latent_t2i.sample import sampler
-from latent_t2i.train.batches import draw as draw_numbers
-from latent_t2i.train.batches import empty_draws
+from latent_t2i.train.batches import make_positions
+from latent_t2i.train.draws import draw as draw_numbers
 from tests.bundles import make_bundle
 
 MEAN, STD = 0.7, 0.4
@@ -172,9 +172,8 @@ def fitted_denoiser(config: ObjectiveConfig) -> Callable[..., tuple[Tensor]]:
     The targets are read from the loss alone: at a prediction of zero its gradient is -2 * target.
     """
     num = 40_000
-    out = empty_draws(num, (1, 4, 4), config)
     # A seed for which every timestep is drawn more than once.
-    numbers = draw_numbers(2, 0, num, slice(num), config, out)
+    numbers = draw_numbers(make_positions(0, range(num)), 2, (1, 4, 4), config)
     latents = MEAN + STD * numbers.posterior_noise
     seen: list[Tensor] = []
 

@@ -96,7 +96,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     write_slowly(folder)
     found = contents(folder)
-    assert len(found) == NUM_SHARDS + 4
+    assert len(found) == NUM_SHARDS + 7
     return found
 
 
@@ -230,12 +230,15 @@ def tiny(tmp_path: Path) -> Path:
         )
         for example in make_examples(2, num_captions=1, text_dtype="int8")
     ]
-    write_set(folder, [examples])
+    write_set(folder, [examples], quarantined={"bad": "not an image"})
     assert sorted(path.name for path in folder.iterdir()) == [
         "empty_text.npy",
         "empty_tokens.npy",
         "manifest.json",
+        "quarantine.jsonl",
         "shard-000000.tar",
+        "shard_sums.npy",
+        "shards.npy",
         "text_scale.npy",
     ]
     assert not list(verify(folder))
@@ -267,7 +270,16 @@ def part_at(layout: Layout, place: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["manifest.json", "empty_text.npy", "empty_tokens.npy", "text_scale.npy"]
+    "name",
+    [
+        "manifest.json",
+        "shards.npy",
+        "shard_sums.npy",
+        "quarantine.jsonl",
+        "empty_text.npy",
+        "empty_tokens.npy",
+        "text_scale.npy",
+    ],
 )
 def test_verify_finds_each_changed_byte_beside_the_shards(tiny: Path, name: str) -> None:
     path = tiny / name

@@ -127,7 +127,7 @@ def test_values_nested_near_the_recursion_limit_are_rejected(tmp_path: Path) -> 
     path.chmod(0o644)
     for depth in range(850, 1000, 3):
         nested = "[" * depth + "]" * depth
-        path.write_text(f'{{"schema_version": 2, "vae": {nested}}}')
+        path.write_text(f'{{"schema_version": 3, "vae": {nested}}}')
         with pytest.raises(FormatError):
             open_set(str(path.parent), Access(kind="map"))
 
@@ -143,14 +143,14 @@ def test_control_characters_are_escaped_in_messages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x;touch y", "$(id).npy", ".hidden", "a/b", "", "manifest.json"])
-@pytest.mark.parametrize("entry", ["shard", "array"])
+@pytest.mark.parametrize("entry", ["shard_table", "empty_text"])
 def test_bad_file_names_are_rejected_before_any_download(
     tmp_path: Path, name: str, entry: str
 ) -> None:
     write_set(tmp_path / "set", [make_examples(1)])
 
     def change(document: dict[str, Any]) -> None:
-        (document["shards"][0] if entry == "shard" else document["empty_text"])["name"] = name
+        document[entry]["name"] = name
 
     edit_json(tmp_path / "set" / "manifest.json", change)
     with serve(tmp_path / "set") as server, pytest.raises(FormatError, match="unique file names"):

@@ -15,7 +15,7 @@ from latent_t2i.shards import checks
 from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import BLOCK_BYTES, MEMBERS, FormatError, Manifest
-from tests.shard_sets import edit_json, make_examples, write_set
+from tests.shard_sets import edit_json, edit_table, make_examples, write_set
 
 
 @pytest.fixture
@@ -40,7 +40,9 @@ def use_shard_0(folder: Path) -> None:
 
 def test_other_schema_version(folder: Path) -> None:
     change_manifest(folder, lambda document: document.update(schema_version=9))
-    with pytest.raises(FormatError, match=r"manifest\.json: schema_version: expected 2, found 9"):
+    with pytest.raises(
+        FormatError, match=r"manifest\.json: schema_version: expected 3 or 2, found 9"
+    ):
         open_shards(folder)
 
 
@@ -81,20 +83,22 @@ def test_altered_manifest(folder: Path) -> None:
         (lambda d: d.update(num_records=4), "num_records: expected 3, found 4"),
         (lambda d: d.update(num_source=7), "num_source: expected 3, found 7"),
         (
-            lambda d: d["shards"][0].update(bytes=1),
-            r"shard 'shard-000000\.tar': bytes: expected \d+ for 3 records .*, found 1",
+            lambda d: d["shard_table"].update(name="../shards.npy"),
+            r"expected unique file names of the form .*, found '\.\./shards\.npy'",
         ),
         (
-            lambda d: d["shards"][0].update(records=0),
-            r"shard 'shard-000000\.tar': records: expected at least 1, found 0",
+            lambda d: d["quarantine"].update(name="shard-000000.tar"),
+            r"expected unique file names of the form .*, found 'shard-000000\.tar'",
+        ),
+        (lambda d: d.update(shard_sums=None), "shard_sums: expected files, found null"),
+        (lambda d: d.update(num_quarantined=-1), "num_quarantined: expected 0, found -1"),
+        (
+            lambda d: d["shard_table"].update(bytes=1),
+            r"shards\.npy: expected 1 bytes, found 240",
         ),
         (
-            lambda d: d["shards"][0].update(layout=1),
-            r"shard 'shard-000000\.tar': layout: expected 0 to 0, found 1",
-        ),
-        (
-            lambda d: d["shards"][0].update(name="../shard-000000.tar"),
-            r"expected unique file names of the form .*, found '\.\./shard-000000\.tar'",
+            lambda d: d["shard_table"].update(sha256="0" * 64),
+            r"shards\.npy: sha256: expected 0{64}, found .*: the file changed",
         ),
         (
             lambda d: d["empty_text"].update(name="empty_tokens.npy"),
@@ -116,7 +120,6 @@ def test_altered_manifest(folder: Path) -> None:
             lambda d: d["layouts"][0]["fields"]["latent"].update(shape=[8, 8, 8]),
             r"layout 0: expected latent \(views, channels, h, w\).*, found \(8, 8, 8\)",
         ),
-        (lambda d: d.update(shards=[], num_records=0, num_source=0), "shards: expected at least"),
     ],
 )
 def test_inconsistent_manifest(
@@ -127,10 +130,50 @@ def test_inconsistent_manifest(
         open_shards(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["records"].fill(0), "records: expected at least 1, found 0"),
+        (lambda t: t["layout"].fill(1), "layout: expected 0 to 0, found 1"),
+        (lambda t: np.repeat(t, 2), "number: expected ascending numbers, found 0"),
+        (lambda t: t["records"].fill(2**63), r"expected fewer than \d+ bytes, found more"),
+        (lambda t: t["records"].fill(4), "num_records: expected 4, found 3"),
+        (lambda t: t[:0], r"shards\.npy: expected array header .* at least one row"),
+        (lambda t: t["number"].copy(), r"shards\.npy: expected array header .*'shape': \(0,\)"),
+        (lambda t: t["sha256"].fill(b"x"), r"shard-000000\.tar: sha256: expected 78"),
+    ],
+)
+def test_inconsistent_table(folder: Path, change: Callable[[Any], object], message: str) -> None:
+    edit_table(folder, change)
+    with pytest.raises(FormatError, match=message):
+        open_shards(folder, verify="full")
+
+
+def test_missing_table(folder: Path) -> None:
+    (folder / "shards.npy").unlink()
+    with pytest.raises(FormatError, match=r"shards\.npy: missing, expected a file of 240 bytes"):
+        open_shards(folder)
+
+
+def test_quarantine_is_read_only_when_asked_for(folder: Path) -> None:
+    path = folder / "quarantine.jsonl"
+    path.write_bytes(b'{"key": "a", "reason": "b", "shard": null}\n')
+    manifest = open_shards(folder).manifest
+    with pytest.raises(FormatError, match=r"quarantine\.jsonl: sha256: expected \w{64}, found"):
+        manifest.read_quarantined()
+    path.write_bytes(b'{"key": "a", "reason": "b"}\n')
+    with pytest.raises(FormatError, match=r"quarantine\.jsonl: line 1: missing key 'shard'"):
+        manifest.read_quarantined()
+    path.unlink()
+    with pytest.raises(FormatError, match=r"quarantine\.jsonl: missing, expected a file of 0"):
+        manifest.read_quarantined()
+
+
 def test_missing_shard(folder: Path) -> None:
     shard_of(folder).unlink()
+    shards = open_shards(folder)
     with pytest.raises(FormatError, match=r"shard-000000\.tar: missing, expected a file of \d+"):
-        open_shards(folder)
+        shards.keys(np.array([0]))
 
 
 @pytest.mark.parametrize(("extra", "state"), [(-1, "truncated"), (1, "too long")])
@@ -139,8 +182,10 @@ def test_wrong_size(folder: Path, extra: int, state: str) -> None:
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[: size + min(extra, 0)] + bytes(max(extra, 0)))
     message = rf"shard-000000\.tar: {state}: expected {size} bytes, found {size + extra}"
-    with pytest.raises(FormatError, match=message):
-        open_shards(folder)
+    shards = open_shards(folder)
+    for use in (lambda: shards.keys(np.array([0])), lambda: open_shards(folder, verify="full")):
+        with pytest.raises(FormatError, match=message):
+            use()
 
 
 @pytest.mark.parametrize("name", ["empty_text.npy", "empty_tokens.npy"])
@@ -214,13 +259,17 @@ def test_unreadable_file_is_reported_by_lazy_verification(
 
 
 def test_manifest_of_another_set(tmp_path: Path, folder: Path) -> None:
-    """Other sizes are found on opening, otherwise equal sets by their hashes."""
+    """Other sizes are found on the first use, otherwise equal sets by their hashes."""
     write_set(tmp_path / "other", [make_examples(3, seed=1)])
     write_set(tmp_path / "longer", [make_examples(4)])
-    shutil.copy(tmp_path / "longer" / "manifest.json", folder / "manifest.json")
+    for name in ("manifest.json", "shards.npy"):
+        shutil.copy(tmp_path / "longer" / name, folder / name)
     with pytest.raises(FormatError, match=r"shard-000000\.tar: truncated: expected \d+ bytes"):
-        open_shards(folder)
+        use_shard_0(folder)
     shutil.copy(tmp_path / "other" / "manifest.json", folder / "manifest.json")
+    with pytest.raises(FormatError, match=r"shards\.npy: expected 240 bytes|shards\.npy: sha256"):
+        open_shards(folder)
+    shutil.copy(tmp_path / "other" / "shards.npy", folder / "shards.npy")
     open_shards(folder)
     with pytest.raises(FormatError, match=r"shard-000000\.tar: sha256: expected \w{64}, found"):
         open_shards(folder, verify="full")
@@ -254,28 +303,17 @@ def test_array_of_another_shape(folder: Path) -> None:
 
 
 def test_tar_without_fixed_layout(folder: Path) -> None:
-    """The manifest has the tar's number of records and size, but record sizes differ."""
+    """The table has the tar's number of records, but record sizes differ."""
     path = shard_of(folder)
+    size = path.stat().st_size
     with webdataset.TarWriter(str(path), mtime=0) as tar:
         for number in range(3):
             latent = np.zeros((1, 8, 8, 8 + number), np.float16)
             tar.write({"__key__": f"k{number}", "json": {}, "latent.npy": latent})
-    size = path.stat().st_size
-    change_manifest(folder, lambda document: document["shards"][0].update(bytes=size))
-    message = (
-        rf"'shard-000000\.tar': bytes: expected \d+ for 3 records of this layout, found {size}"
-    )
+    found = path.stat().st_size
+    message = rf"shard-000000\.tar: (truncated|too long): expected {size} bytes, found {found}"
     with pytest.raises(FormatError, match=message):
-        open_shards(folder)
-
-
-def test_truncated_tar_with_adapted_manifest(folder: Path) -> None:
-    path = shard_of(folder)
-    size = path.stat().st_size - 10240
-    path.write_bytes(path.read_bytes()[:size])
-    change_manifest(folder, lambda document: document["shards"][0].update(bytes=size))
-    with pytest.raises(FormatError, match=rf"bytes: expected {size + 10240} .*, found {size}"):
-        open_shards(folder)
+        use_shard_0(folder)
 
 
 @pytest.mark.parametrize("record", [0, 2])

@@ -99,8 +99,11 @@ def test_equal_examples_give_equal_bytes(tmp_path: Path, examples: list[Example]
         "empty_text.npy",
         "empty_tokens.npy",
         "manifest.json",
+        "quarantine.jsonl",
         "shard-000000.tar",
         "shard-000001.tar",
+        "shard_sums.npy",
+        "shards.npy",
     ]
 
 
@@ -116,10 +119,10 @@ def test_manifest_round_trips(folder: Path) -> None:
 def test_layout_gives_the_position_of_the_bytes(folder: Path, examples: list[Example]) -> None:
     """Reads a latent as README.md describes it: seek and read."""
     document = json.loads((folder / "manifest.json").read_text())
-    entry = document["shards"][1]
-    layout = document["layouts"][entry["layout"]]
+    row = np.load(folder / document["shard_table"]["name"])[1]
+    layout = document["layouts"][row["layout"]]
     field = layout["fields"]["latent"]
-    with (folder / entry["name"]).open("rb") as file:
+    with (folder / f"shard-{row['number']:06d}.tar").open("rb") as file:
         file.seek(field["offset_bytes"] + 2 * layout["record_bytes"])
         found = np.fromfile(file, "<f2", int(np.prod(field["shape"]))).reshape(field["shape"])
     np.testing.assert_array_equal(found, examples[7].latent)

@@ -44,12 +44,14 @@ def test_identity_shapes_and_counts(tmp_path: Path) -> None:
     lines = lines_of(tmp_path / "set")
     assert lines[0] == str(tmp_path / "set")
     assert max(len(line) for line in lines[1:]) <= 80
-    assert row(lines, "manifest") == ["version", "2,", manifest.sha256[:12]]
+    assert row(lines, "manifest") == ["version", "3,", manifest.sha256[:12]]
     assert row(lines, "vae") == ["some/vae", f"({'v' * 12})"]
     assert row(lines, "preprocessing") == ["image_size_px", "64,", "views", "1"]
     assert row(lines, "records") == ["7", "in", "2", "shards"]
     assert " ".join(row(lines, "captions")) == "19: 2 records of 2, 5 records of 3"
     assert " ".join(row(lines, "truncated")) == "3 captions (15.79%) at 7 tokens"
+    unknown = "the records have no hashes of their images"
+    assert " ".join(row(lines, "duplicates")) == unknown
     shapes = [line for line in lines if "float16 " in line]
     assert shapes[0].endswith("float16 2 x 8 x 8 x 8, moments")
     assert shapes[1].endswith("float16 captions x 7 x 32")

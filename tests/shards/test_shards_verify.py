@@ -214,10 +214,6 @@ def test_malformed_json(folder: Path, meta: str, fault: str) -> None:
             lambda d: d["latent_statistics"]["std"].pop(),
             "channels of latent_statistics: expected [4, 4], found [4, 3]",
         ),
-        (
-            lambda d: d.update(quarantined={"00-2-000001": "blank"}, num_source=6),
-            "key '00-2-000001': expected no record, because the manifest has it as quarantined",
-        ),
     ],
 )
 def test_wrong_totals_in_manifest(

@@ -1,6 +1,7 @@
 """The writer: errors, and the files on disk after an interruption."""
 
 import errno
+import json
 import os
 import re
 import string
@@ -134,7 +135,9 @@ def test_shard_without_records_keeps_its_reasons(tmp_path: Path) -> None:
         finish(tmp_path, *examples)
     write_shard(tmp_path, 1, examples, layout_of(examples))
     manifest = finish(tmp_path, *examples, num_shards=2, quarantined={"blank": "no caption"})
-    assert manifest.quarantined == {"blank": "no caption", "bad": "not an image"}
+    assert manifest.read_quarantined() == {"blank": "no caption", "bad": "not an image"}
+    lines = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    assert [json.loads(line)["shard"] for line in lines] == [None, 0]
     assert (manifest.num_source, manifest.num_records) == (3, 1)
     assert [shard.name for shard in manifest.shards] == ["shard-000001.tar"]
 
@@ -274,7 +277,7 @@ def test_int8_text_round_trips_with_its_scale(tmp_path: Path) -> None:
     np.testing.assert_array_equal(shards.text_scale, make_scale().scale)
     assert shards.empty_text.dtype.itemsize == 2  # the empty prompt is not quantized
     assert Manifest.load(tmp_path) == manifest
-    assert names(tmp_path)[-2:] == ["shard-000000.tar", "text_scale.npy"]
+    assert "text_scale.npy" in names(tmp_path)
 
 
 def test_stored_scale_is_bit_exact(tmp_path: Path) -> None:

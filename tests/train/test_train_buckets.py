@@ -17,7 +17,7 @@ from latent_t2i.train.batches import Batch, BatchSource
 from latent_t2i.train.config import DataConfig, TrainConfig
 from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import count_steps, validate
-from latent_t2i.train.setup import make_source
+from latent_t2i.train.setup import make_objective, make_source
 from tests import shard_sets, tiny
 from tests.servers import serve
 from tests.train import process_groups
@@ -66,16 +66,18 @@ def copies(source: BatchSource, start: int, stop: int) -> list[Batch]:
 def test_batches_and_noise_have_the_shape_of_their_bucket(
     make_config: MakeConfig, bucketed: Path
 ) -> None:
-    source = source_of(make_config(shards=str(bucketed)))
+    config = make_config(shards=str(bucketed))
+    source = source_of(config)
+    objective = make_objective(validate(config, 1), torch.device("cpu"))
     found = copies(source, 0, 14)
-    assert {batch.noise.shape[1:] for batch in found} == {(4, 8, 8), (4, 12, 4), (4, 4, 12)}
-    for step, batch in enumerate(found):
-        assert batch.noise.shape == batch.posterior_noise.shape
-        assert batch.latent.shape[-2:] == batch.noise.shape[-2:]
-        assert len(batch) == 4 and len(batch.timesteps) == 4
+    noises = [objective.draw(batch).noise for batch in found]
+    assert {noise.shape for noise in noises} == {(4, 4, 8, 8), (4, 4, 12, 4), (4, 4, 4, 12)}
+    for step, (batch, noise) in enumerate(zip(found, noises, strict=True)):
+        assert batch.latent.shape[-2:] == noise.shape[-2:]
+        assert batch.positions.tolist() == [[step, position] for position in range(4)]
         assert_same_batch(batch, source.batch(step))
-    for first, second in pairwise(found):
-        assert not torch.equal(first.noise.flatten()[:9], second.noise.flatten()[:9])
+    for first, second in pairwise(noises):
+        assert not torch.equal(first.flatten()[:9], second.flatten()[:9])
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
@@ -238,5 +240,5 @@ def test_pinned_batches_of_any_shape_reach_the_gpu(make_config: MakeConfig, buck
     plain = replace(source, pin_memory=False)
     stream = torch.cuda.current_stream()
     for step, batch in enumerate(source.batches(0, 200, stream=stream)):
-        assert batch.latent.is_pinned() and batch.noise.is_pinned()
+        assert batch.latent.is_pinned() and batch.positions.is_pinned()
         assert_same_batch(batch.to(device).map(torch.Tensor.cpu), plain.batch(step))

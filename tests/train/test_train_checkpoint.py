@@ -113,8 +113,8 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_a_version_with_other_noise_is_refused(tmp_path: Path) -> None:
-    now = SETTINGS | {"draws": "per example"}
-    message = r"draws: .* is of an older version .* expected 'per example'; finish it with"
+    now = SETTINGS | {"draws": "philox per example"}
+    message = r"draws: .* is of an older version .* expected 'philox per example'; finish it with"
     with pytest.raises(ValueError, match=message):
         checkpoint.compare_settings(SETTINGS, now, tmp_path)
 

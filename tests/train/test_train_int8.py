@@ -79,7 +79,8 @@ def test_the_denoiser_gets_scaled_text_and_the_empty_prompt_unscaled(
     config = make_config(shards=str(folders["int8"]), batch_size=NUM_IMAGES)
     plan = validate(config, num_processes=1)
     batch = setup.make_source(plan, Accelerator(cpu=True)).batch(0)
-    batch.drop[:] = torch.arange(NUM_IMAGES) < 4
+    objective = setup.make_objective(plan, torch.device("cpu"))
+    draws = replace(objective.draw(batch), drop=torch.arange(NUM_IMAGES) < 4)
     given: list[torch.Tensor] = []
 
     class Recorder(nn.Module):
@@ -87,7 +88,7 @@ def test_the_denoiser_gets_scaled_text_and_the_empty_prompt_unscaled(
             given.append(keywords["encoder_hidden_states"])
             return (noisy,)
 
-    setup.make_objective(plan, torch.device("cpu"))(Recorder(), batch)
+    objective(Recorder(), batch, draws)
     assert plan.shards.text_scale is not None
     assert given[0].dtype == torch.float32
     assert given[0][:4].equal(plan.shards.empty_text.float().expand(4, -1, -1))

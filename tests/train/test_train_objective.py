@@ -81,22 +81,23 @@ def test_offset_noise_is_in_input_and_target(make_config: MakeConfig, prediction
     plan = validate(config, num_processes=1)
     objective = make_objective(plan, accelerator.device)
     batch = make_source(plan, accelerator).batch(0)
+    draws = objective.draw(batch)
 
     def oracle(noisy: torch.Tensor, timesteps: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
-        t = batch.timesteps[:, None, None, None]
+        t = draws.timesteps[:, None, None, None]
         a = objective.alpha_bar[timesteps][:, None, None, None]
         flow = prediction == "flow"
         signal, spread = (1 - t / 1000, t / 1000) if flow else (a.sqrt(), (1 - a).sqrt())
-        clean = (noisy - spread * batch.noise) / signal
+        clean = (noisy - spread * draws.noise) / signal
         return (
             {
-                "epsilon": batch.noise,
-                "v": signal * batch.noise - spread * clean,
+                "epsilon": draws.noise,
+                "v": signal * draws.noise - spread * clean,
                 "sample": clean,
-                "flow": batch.noise - clean,
+                "flow": draws.noise - clean,
             }[prediction],
         )
 
-    assert objective(oracle, batch).max() < 1e-6  # type: ignore[arg-type]
-    plain = replace(batch, noise=batch.noise - batch.noise.mean(dim=(2, 3), keepdim=True))
-    assert objective(oracle, plain).max() > 1e-3  # type: ignore[arg-type]
+    assert objective(oracle, batch, draws).max() < 1e-6  # type: ignore[arg-type]
+    plain = replace(draws, noise=draws.noise - draws.noise.mean(dim=(2, 3), keepdim=True))
+    assert objective(oracle, batch, plain).max() > 1e-3  # type: ignore[arg-type]

@@ -62,12 +62,14 @@ def test_the_loss_gets_shifted_and_scaled_latents(
 
     monkeypatch.setattr(diffusion, "loss", loss)
     batch = make_source(plan, make_accelerator("no")).batch(0)
-    make_objective(plan, torch.device("cpu"))(nn.Identity(), batch)
+    objective = make_objective(plan, torch.device("cpu"))
+    draws = objective.draw(batch)
+    objective(nn.Identity(), batch, draws)
     shift, scale = latent_affine(plan.vae)
     stored, num = batch.latent.float(), latent_channels(plan.vae)
     unscaled = seen[0] / scale + shift
     if plan.shards.manifest.latent_kind == "moments":
-        unscaled = unscaled - torch.exp(0.5 * stored[:, num:]) * batch.posterior_noise
+        unscaled = unscaled - torch.exp(0.5 * stored[:, num:]) * draws.posterior_noise
     torch.testing.assert_close(unscaled, stored[:, :num], rtol=1e-4, atol=1e-4)
 
 

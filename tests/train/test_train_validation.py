@@ -1,5 +1,6 @@
 """The validation loss: fixed examples, any number of processes, no effect on training."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
@@ -12,12 +13,14 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.shards.order import USES, mixed_seed
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Manifest
-from latent_t2i.train import loop
+from latent_t2i.train import loop, validation
 from latent_t2i.train.batches import Batch
 from latent_t2i.train.config import PreviewConfig, TrainConfig, ValidationConfig
+from latent_t2i.train.draws import Draws
 from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import validate
 from latent_t2i.train.setup import Run, start
@@ -28,7 +31,7 @@ from tests.train.conftest import MakeConfig
 from tests.train.test_train_buckets import make_buckets
 from tests.train.test_train_loop import assert_same_weights, metrics
 
-Objective = Callable[[torch.nn.Module, Batch], torch.Tensor]
+Objective = Callable[[torch.nn.Module, Batch, Draws], torch.Tensor]
 
 
 @pytest.fixture(scope="session")
@@ -130,17 +133,27 @@ def test_the_examples_are_fixed_and_their_timesteps_stratified(validated: Any) -
     one, other = (
         validation_of(validated({"num_examples": 8, "batch_size": size})) for size in (3, 8)
     )
-    batches = [one.batch(positions) for positions in one.batches()]
-    (whole,) = (other.batch(positions) for positions in other.batches())
-    assert [len(batch) for batch in batches] == [3, 3, 2]
-    for name in ("latent", "text", "tokens", "timesteps", "posterior_noise", "noise", "drop"):
-        joined = torch.cat([getattr(batch, name) for batch in batches])
-        assert torch.equal(joined, getattr(whole, name)), name
-    assert (whole.timesteps * 8 // 1000).sort().values.tolist() == list(range(8))
-    assert not whole.drop.any()
-    assert not torch.equal(whole.noise, whole.posterior_noise)
+    parts = [examples(one, positions) for positions in one.batches()]
+    (whole,) = (examples(other, positions) for positions in other.batches())
+    assert [len(part["latent"]) for part in parts] == [3, 3, 2]
+    for name, expected in whole.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), expected), name
+    assert (whole["timesteps"] * 8 // 1000).sort().values.tolist() == list(range(8))
+    assert not whole["drop"].any()
+    assert not torch.equal(whole["noise"], whole["posterior_noise"])
     reseeded = validation_of(validated({"num_examples": 8}, seed=1))
-    assert not torch.equal(reseeded.batch(range(8)).noise, whole.noise)
+    assert not torch.equal(examples(reseeded, range(8))["noise"], whole["noise"])
+    # Offset noise is part of training only, and its first noise differs from the validation's.
+    config = validated({"num_examples": 8}, objective=ObjectiveConfig(offset_noise=0.5))
+    assert torch.equal(examples(validation_of(config), range(8))["noise"], whole["noise"])
+    training = start(config).objective.draw(other.batch(range(8)))
+    assert abs((training.noise * whole["noise"]).mean()) < 0.1
+
+
+def examples(validation: Validation, positions: range) -> dict[str, torch.Tensor]:
+    """The records and random numbers of a batch."""
+    batch = validation.batch(positions)
+    return vars(batch) | vars(validation.draw(positions, batch))
 
 
 def test_the_ema_weights_are_measured_and_the_live_ones_restored(validated: Any) -> None:
@@ -166,7 +179,7 @@ def test_the_live_weights_are_restored_after_an_error(validated: Any) -> None:
         run.state.unet.conv_in.weight.add_(1.0)
     kept = run.state.unet.conv_in.weight.detach().clone()
 
-    def objective(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def objective(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
         assert not model.training
         raise KeyError("broken")
 
@@ -180,7 +193,7 @@ def test_quarters_are_means_over_their_timesteps(validated: Any) -> None:
     run = start(validated({"num_examples": 3}))
     found = measure_now(
         run,
-        lambda model, batch: batch.timesteps.float() + 1,
+        lambda model, batch, draws: draws.timesteps.float() + 1,
         Accelerator(cpu=True),
         timesteps=torch.tensor([0, 249, 750]),
     )
@@ -206,9 +219,9 @@ def test_processes_share_the_examples(validated: Any) -> None:
             seen.append(losses)
             return sum(seen[1:], seen[0])
 
-    def objective(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    def objective(model: torch.nn.Module, batch: Batch, draws: Draws) -> torch.Tensor:
         counts.append(len(batch))
-        return run.objective(model, batch)
+        return run.objective(model, batch, draws)
 
     found = [measure_now(run, objective, Process(rank)) for rank in range(2)]
     assert found[1] == measure_now(run)
@@ -234,7 +247,7 @@ def test_a_bucketed_set_is_measured_bucket_by_bucket(
     val = make_buckets(tmp_path / "v", {"64x64": (6,), "32x96": (5,)}, shards)  # of other seeds
     config = validated({"shards": str(val)}, shards=str(training))
     found = validation_of(config)
-    shapes = [found.batch(positions).noise.shape[-2:] for positions in found.batches()]
+    shapes = [examples(found, positions)["noise"].shape[-2:] for positions in found.batches()]
     assert set(shapes) == {(12, 4), (8, 8)}
     assert sum(map(len, found.batches())) == 9
     assert np.isfinite(measure_now(start(config))["loss"])
@@ -267,33 +280,53 @@ def test_a_set_that_does_not_match_the_training_set_is_refused(
         validate(validated({"shards": str(folder)}), 1)
 
 
-def test_records_of_the_training_set_are_refused_by_key_and_latent(
-    validated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def make_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes ten records with the keys of the training set and the hashes of other images."""
     make = shard_sets.make_examples
 
-    def make_set(name: str, sign: int) -> Path:
-        """Makes ten records whose log-variances, as real ones, are large and nearly equal."""
+    def make_set(name: str, first_image: int | None) -> Path:
+        def hashed(*args: Any, **settings: Any) -> Any:
+            images = itertools.count(first_image)
+            return [
+                replace(example, meta={"image_sha256": f"{next(images):064x}", **example.meta})
+                for example in make(*args, **settings)
+            ]
 
-        def signed(*args: Any, **settings: Any) -> Any:
-            examples = make(*args, **settings)
-            for example in examples:
-                example.latent[:, : shard_sets.CHANNELS] *= sign
-                example.latent[:, shard_sets.CHANNELS :] = -60
-            return examples
-
-        monkeypatch.setattr(shard_sets, "make_examples", signed)
+        monkeypatch.setattr(shard_sets, "make_examples", make if first_image is None else hashed)
         return tiny.make_shards(tmp_path / name, sizes=(10,))
+
+    return make_set
+
+
+def test_images_of_the_training_set_are_refused(
+    validated: Any, make_set: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records are not compared by key, because folders may number their images alike."""
 
     def check(val: Path) -> str:
         return validate(validated({"shards": str(val)}, shards=str(training)), 1).notes[-1]
 
-    training, same_keys = make_set("train", 1), make_set("val", -1)
-    ours, theirs = (open_shards(folder).keys(np.arange(10)) for folder in (training, same_keys))
+    training, others, overlapping = (
+        make_set(name, first) for name, first in (("train", 0), ("val", 10), ("overlap", 9))
+    )
+    ours, theirs = (open_shards(folder).keys(np.arange(10)) for folder in (training, others))
     assert ours == theirs
-    assert check(same_keys).endswith("no overlap with all of the training records")
-    with pytest.raises(ValueError, match=r"found record 00-3-\d+ of the training set"):
-        check(make_set("copy", 1))
+    assert check(others).endswith("no image is in all of the training records")
+    message = rf"the image of record {ours[0]} is that of its record {ours[9]}$"
+    with pytest.raises(ValueError, match=message):
+        check(overlapping)
+    monkeypatch.setattr(validation, "MAX_HASHES_READ", 5)  # not record 9
+    assert check(overlapping).endswith("no image is in every 2th of the training records")
+
+
+def test_sets_without_hashes_of_images_are_not_compared(
+    validated: Any, make_set: Callable[..., Path]
+) -> None:
+    old, new = make_set("old", None), make_set("new", 0)
+    for training, val in ((old, new), (new, old), (old, old)):
+        (*_, note) = validate(validated({"shards": str(val)}, shards=str(training)), 1).notes
+        assert "not compared with the training set: a set of format 2 has no image hashes" in note
 
 
 def test_a_missing_set_is_reported_and_a_wrong_location_refused(
