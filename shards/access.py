@@ -18,9 +18,10 @@ from typing import Literal
 
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.buckets import BucketedShards, Buckets, holds_buckets, open_buckets
+from latent_t2i.shards.filesystems import choose_read
 from latent_t2i.shards.loader import BucketLoader, Loader, MapLoader
 from latent_t2i.shards.order import Order
-from latent_t2i.shards.reader import ShardSet, open_shards, require_encoders
+from latent_t2i.shards.reader import FIELDS, ShardSet, open_shards, require_encoders
 from latent_t2i.shards.remote.cache import CachedShards, CacheLoader, check_cache
 from latent_t2i.shards.remote.store import default_cache_dir, open_store
 from latent_t2i.shards.remote.stream import (
@@ -39,7 +40,7 @@ from latent_t2i.shards.remote.transport import (
     without_query,
 )
 from latent_t2i.shards.schema import BUCKETS_NAME
-from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, Verify
+from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, ReadMode, Verify
 
 Kind = Literal["map", "stream", "cache"]
 
@@ -57,6 +58,10 @@ class Access:
     """stream: reader processes per rank; 0 reads in the rank's own process."""
     window_records: int = WINDOW_RECORDS
     """stream: number of records that a worker shuffles together."""
+    read: ReadMode = "auto"
+    """map, cache: memory-map the files, or read from them, as `auto` does on a network."""
+    fields: tuple[str, ...] = FIELDS
+    """The fields of a batch."""
 
 
 def choose_kind(location: str, mode: AccessMode) -> Kind:
@@ -121,12 +126,17 @@ def _exists(url: str) -> bool:
 
 def _open_one(location: str, access: Access, *, verify: Verify, retry: Retry | None) -> ShardSet:
     if access.kind == "map":
-        return open_shards(location, verify=verify)
+        return open_shards(location, fields=access.fields, verify=verify, read=access.read)
     if access.kind == "stream":
-        return open_streamed(location, retry=retry)
+        return open_streamed(location, fields=access.fields, retry=retry)
     folder = access.cache_dir or default_cache_dir()
     store = open_store(location, folder, access.cache_bytes, verify=verify == "full", retry=retry)
-    return CachedShards(store, is_lazy=verify == "lazy")
+    return CachedShards(
+        store,
+        fields=access.fields,
+        is_lazy=verify == "lazy",
+        read=choose_read(access.read, store.folder),
+    )
 
 
 def _open_buckets(
@@ -137,7 +147,7 @@ def _open_buckets(
             f"data.access: {location} is a bucketed set, which cannot be streamed; use map or cache"
         )
     if access.kind == "map":
-        return open_buckets(location, verify=verify)
+        return open_buckets(location, fields=access.fields, verify=verify, read=access.read)
     with tempfile.TemporaryDirectory(prefix="shards-") as temporary:
         buckets = fetch_document(Buckets, location, Path(temporary), retry=retry)
     sets = [
@@ -193,7 +203,7 @@ def make_loader(
         assert isinstance(order, BucketOrder)
         pairs = zip(shards.sets, order.orders, strict=True)
         loaders = [_loader(*pair, access, rank, num_processes) for pair in pairs]
-        return BucketLoader(order=order, loaders=tuple(loaders), latent_shapes=shards.latent_shapes)
+        return BucketLoader(order=order, loaders=tuple(loaders), shapes=shards.shapes)
     assert isinstance(order, Order)
     return _loader(shards, order, access, rank, num_processes)
 

@@ -25,12 +25,12 @@ from latent_t2i.shards.order import Cursor, LastBatch, Order, Shuffle, mixed_see
 MASK = 2**64 - 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class BucketOrder:
     """The endless sequence of batches of a run, each from one bucket."""
 
-    sizes: tuple[tuple[int, ...], ...]
-    """Number of records of each shard, by bucket."""
+    sizes: tuple[NDArray[np.int64], ...]
+    """Number of records of each shard, by bucket; any sequences of integers are accepted."""
     batch_size: int
     """Size of the global batch."""
     seed: int
@@ -42,6 +42,8 @@ class BucketOrder:
     """Whether the last, partial batch of a bucket is filled from its next epoch, or dropped."""
 
     def __post_init__(self) -> None:
+        sizes = tuple(np.asarray(part, np.int64) for part in self.sizes)
+        object.__setattr__(self, "sizes", sizes)
         if not any(order.last_batch == self.last_batch for order in self.orders):
             largest = int(self.counts.max())
             raise ValueError(
@@ -52,7 +54,7 @@ class BucketOrder:
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """Number of records of each bucket (num_buckets,)."""
-        return np.array([sum(sizes) for sizes in self.sizes], np.int64)
+        return np.array([sizes.sum() for sizes in self.sizes], np.int64)
 
     @cached_property
     def orders(self) -> tuple[Order, ...]:
@@ -64,7 +66,7 @@ class BucketOrder:
                 seed=mixed_seed(self.seed, "buckets", bucket),
                 shuffle=self.shuffle,
                 window_shards=self.window_shards,
-                last_batch=self.last_batch if sum(sizes) >= self.batch_size else "fill",
+                last_batch=self.last_batch if sizes.sum() >= self.batch_size else "fill",
             )
             for bucket, sizes in enumerate(self.sizes)
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.files import write_file, write_listed
 from latent_t2i.shards.quarantine import QUARANTINE_NAME, Quarantined, read_reasons
-from latent_t2i.shards.reader import RawBatch, ShardSet, open_shards
+from latent_t2i.shards.reader import FIELDS, RawBatch, ShardSet, open_shards
 from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
     BUCKETS_NAME,
@@ -31,7 +31,7 @@ from latent_t2i.shards.schema import (
     Manifest,
     read_stored,
 )
-from latent_t2i.shards.settings import Verify
+from latent_t2i.shards.settings import ReadMode, Verify
 
 BUCKETS_VERSION = 2
 SAME = (
@@ -335,9 +335,24 @@ class BucketedShards:
         """Shape of one view of a stored latent, by bucket."""
         return tuple(part.manifest.latent_shape for part in self.sets)
 
+    @property
+    def shapes(self) -> tuple[dict[str, tuple[int, ...]], ...]:
+        """Shape of an item of each field of a batch, by bucket."""
+        return tuple(part.shapes for part in self.sets)
+
+    @property
+    def field_scales(self) -> dict[str, Tensor]:
+        """Scales of further int8 fields, the same for all buckets."""
+        return self.main.field_scales
+
+    @property
+    def read(self) -> str:
+        """How the shards are read: `map` or `pread`."""
+        return self.main.read
+
     def order(self, *, batch_size: int, seed: int, **settings: Any) -> BucketOrder:
         """Returns an order to visit the records in; `settings` are those of BucketOrder."""
-        sizes = tuple(tuple(part.manifest.shards.records.tolist()) for part in self.sets)
+        sizes = tuple(part.shard_sizes for part in self.sets)
         return BucketOrder(sizes=sizes, batch_size=batch_size, seed=seed, **settings)
 
     def gather(
@@ -382,9 +397,18 @@ def holds_buckets(folder: Path) -> bool:
     return (folder / BUCKETS_NAME).exists() or any(part.is_dir() for part in parts)
 
 
-def open_buckets(path: str | Path, *, verify: Verify = "lazy") -> BucketedShards:
+def open_buckets(
+    path: str | Path,
+    *,
+    fields: Sequence[str] = FIELDS,
+    verify: Verify = "lazy",
+    read: ReadMode = "auto",
+) -> BucketedShards:
     """Opens a bucketed set in a local folder. Raises FormatError like `open_shards`."""
     folder = Path(path)
     buckets = Buckets.load(folder)
-    sets = [open_shards(folder / bucket.name, verify=verify) for bucket in buckets.buckets]
+    sets = [
+        open_shards(folder / bucket.name, fields=fields, verify=verify, read=read)
+        for bucket in buckets.buckets
+    ]
     return BucketedShards(str(path), buckets, sets)

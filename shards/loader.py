@@ -5,14 +5,14 @@
     for batch in batches(loader, start=0, stop=1000):
         ...
 
-There are no worker processes: a batch is three indexed copies that release the GIL. A batch is
-valid until the next one is requested; clone what must live longer.
+There are no worker processes: a batch is an indexed copy per field, and those release the GIL. A
+batch is valid until the next one is requested; clone what must live longer.
 """
 
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Protocol, TypeVar
 
@@ -101,18 +101,27 @@ class BucketLoader:
     order: BucketOrder
     loaders: tuple[Loader, ...]
     """One per bucket, for this process."""
-    latent_shapes: tuple[tuple[int, ...], ...]
-    """One per bucket: (2C, h, w) or (C, h, w)."""
+    shapes: tuple[dict[str, tuple[int, ...]], ...]
+    """Shape of an item of each field, by bucket."""
 
     def buffer(self, *, pin_memory: bool = False) -> RawBatch:
-        sizes = [prod(shape) for shape in self.latent_shapes]
-        return self.loaders[sizes.index(max(sizes))].buffer(pin_memory=pin_memory)
+        buffer = self.loaders[0].buffer(pin_memory=pin_memory)
+        tensors = buffer.gathered
+        for name, tensor in tensors.items():
+            shape = max((shapes[name] for shapes in self.shapes), key=prod)
+            if shape != tensor.shape[1:]:
+                tensors[name] = torch.empty(
+                    (len(tensor), *shape), dtype=tensor.dtype, pin_memory=pin_memory
+                )
+        return buffer.with_gathered(tensors)
 
     def fill(self, step: int, out: BatchT) -> BatchT:
         bucket, local_step = self.order.locate(step)
-        shape = (len(out), *self.latent_shapes[bucket])
-        part = replace(out, latent=head(out.latent, shape))
-        return self.loaders[bucket].fill(local_step, part)
+        shapes = self.shapes[bucket]
+        tensors = {
+            name: head(tensor, (len(out), *shapes[name])) for name, tensor in out.gathered.items()
+        }
+        return self.loaders[bucket].fill(local_step, out.with_gathered(tensors))
 
     def nonfinite_keys(self, step: int) -> list[str]:
         bucket, local_step = self.order.locate(step)

@@ -1,66 +1,137 @@
 """Maps many files side by side into one range of addresses, so that one gather reaches them all.
 
-    region = Region([size of each file])
-    region.map(3, path)
-    region.bytes[region.starts[3] : region.starts[3] + size]
+    region = Region(num_files=3, file_bytes=largest)
+    region.open(2, path)
+    region.gather(np.array([2, 2]), parts)
 
-A batch from a thousand shards is then one indexed copy instead of a thousand. The cost: an mmap at
-a fixed address, which Python's `mmap` lacks; it is called through ctypes on Linux and macOS.
+A batch from a thousand shards is then one indexed copy per field instead of a thousand. The range
+consists of slots of equal size, one per mapped file. Their number is bounded, because the system
+bounds the mappings of a process, and because page tables take 0.2 % of what is mapped.
 
-A file that is truncated while it is mapped ends the process with SIGBUS, as with any mapping.
+The cost: an mmap at a fixed address, which Python's `mmap` lacks; it is called through ctypes on
+Linux and macOS. A file that is truncated while it is mapped ends the process with SIGBUS.
 """
 
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from latent_t2i.shards.source import Part, Slots
 
 MAP_FIXED = 0x10  # on Linux, macOS and the BSDs; not in Python's mmap module
 PROT_NONE = 0
+MAX_SLOTS = 16_384
+MAX_MAPPED_BYTES = 2**39
+"""Bound for all slots together, so that page tables stay below a GiB."""
+MAP_COUNT = Path("/proc/sys/vm/max_map_count")
+CARRIERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+"""Bytes are copied as the widest integers that divide them, because torch copies those fastest."""
+
+
+def default_slots(file_bytes: int) -> int:
+    """Returns how many files of a size a process may map at a time, at least 1."""
+    bounds = [MAX_SLOTS, MAX_MAPPED_BYTES // file_bytes]
+    if MAP_COUNT.exists():  # the rest is left to libraries and allocators
+        bounds.append(int(MAP_COUNT.read_text()) // 4)
+    return max(1, min(bounds))
 
 
 class Region:
-    """Address ranges for files of given sizes; reading an unmapped one ends the process."""
+    """A range of addresses with a slot per mapped file; reading an empty slot ends the process."""
 
-    def __init__(self, sizes: Sequence[int] | NDArray[np.int64]) -> None:
-        self.sizes = np.asarray(sizes, np.int64)
-        pages = -(-self.sizes // mmap.PAGESIZE)
-        ends = np.cumsum(pages) * mmap.PAGESIZE
-        self.starts: NDArray[np.int64] = ends - pages * mmap.PAGESIZE
-        self.is_mapped = np.zeros(len(self.sizes), np.bool_)
+    def __init__(self, num_files: int, file_bytes: int, num_slots: int | None = None) -> None:
+        """Reserves slots for files of up to `file_bytes`; `num_slots` is at most `num_files`."""
+        self._slot_bytes = -(-file_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.slots = Slots(num_files, num_slots or default_slots(self._slot_bytes))
+        self._lock = threading.Lock()
+        self._matrices: dict[tuple[int, int], Tensor] = {}
         # Reserving addresses takes no memory and reads nothing.
+        size = self.slots.num * self._slot_bytes
         self._reserved = mmap.mmap(
-            -1, int(ends[-1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=PROT_NONE
+            -1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=PROT_NONE
         )
         self._base = np.frombuffer(self._reserved, np.uint8).ctypes.data
-        whole = (ctypes.c_uint8 * int(ends[-1])).from_address(self._base)
+        whole = (ctypes.c_uint8 * size).from_address(self._base)
         whole._reserved = self._reserved  # type: ignore[attr-defined]  # keeps it alive
         self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(whole)
 
-    def map(self, index: int, path: Path) -> None:
-        """Maps a file read-only. Raises OSError if the system refuses."""
+    def open(self, file: int, path: Path, *, replace: bool = True) -> None:
+        """Maps a file read-only, in the place of another one if there is no room.
+
+        Without `replace`, nothing happens if there is no room. Raises OSError if the system
+        refuses.
+        """
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            self._place(index, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, path)
+            with self._lock:
+                slot = self.slots.take(file, replace=replace)
+                if slot is None:
+                    return
+                try:
+                    self._place(slot, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, path)
+                except OSError:
+                    self.slots.release(slot)
+                    raise
         finally:
-            os.close(descriptor)  # a set may have more shards than a process may have open files
-        self.is_mapped[index] = True
+            os.close(descriptor)  # more files may be mapped than a process may have open
 
-    def unmap(self, index: int) -> None:
-        """Unmaps a file; its addresses stay reserved."""
-        self.is_mapped[index] = False
-        # Not munmap: another mapping of the process could then be placed in the gap.
-        self._place(index, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, None)
+    def close(self, file: int) -> None:
+        """Unmaps a file, if it is mapped; the addresses of its slot stay reserved."""
+        with self._lock:
+            slot = int(self.slots.of[file])
+            if slot >= 0:
+                self.slots.release(slot)
+                # Not munmap: another mapping of the process could then be placed in the gap.
+                self._place(slot, PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, None)
+
+    def for_each(self, function: Callable[[int], None], files: Sequence[int]) -> None:
+        """Calls a function that opens a file for several files, one after the other."""
+        for file in files:
+            function(file)
+
+    def start(self, file: int) -> int:
+        """Returns where a mapped file starts in `bytes`."""
+        return int(self.slots.of[file]) * self._slot_bytes
+
+    def read(self, file: int, offset: int, size: int) -> bytes:
+        """Returns some bytes of a mapped file."""
+        return self.bytes[self.start(file) + offset :][:size].tobytes()
+
+    def gather(self, files: NDArray[np.int64], parts: Sequence[Part]) -> None:
+        """Copies an item per part from each of some mapped files (B,) to the parts' tensors."""
+        starts = self.slots.of[files] * self._slot_bytes
+        for part in parts:
+            matrix = self._matrix(part.item_bytes, part.unit)
+            target = part.out.view(len(part.out), -1).view(matrix.dtype)
+            rows = torch.from_numpy((starts + part.offsets) // part.unit)
+            torch.index_select(matrix, 0, rows, out=target)
+
+    def _matrix(self, item_bytes: int, unit: int) -> Tensor:
+        """Returns the region as a matrix with an item of `item_bytes` in each row.
+
+        A row starts at each multiple of `unit`, so rows overlap.
+        """
+        if (item_bytes, unit) not in self._matrices:
+            width = next(width for width in CARRIERS if unit % width == item_bytes % width == 0)
+            shape = ((len(self.bytes) - item_bytes) // unit + 1, item_bytes // width)
+            carrier = torch.from_numpy(self.bytes).view(CARRIERS[width])
+            self._matrices[item_bytes, unit] = carrier.as_strided(shape, (unit // width, 1))
+        return self._matrices[item_bytes, unit]
 
     def _place(
-        self, index: int, protection: int, flags: int, descriptor: int, path: Path | None
+        self, slot: int, protection: int, flags: int, descriptor: int, path: Path | None
     ) -> None:
-        start, size = self._base + int(self.starts[index]), int(self.sizes[index])
-        found = _libc_mmap(start, size, protection, flags | MAP_FIXED, descriptor, 0)
+        """Maps a whole slot; beyond the end of a file its addresses cannot be read."""
+        start = self._base + slot * self._slot_bytes
+        found = _libc_mmap(start, self._slot_bytes, protection, flags | MAP_FIXED, descriptor, 0)
         if found != start:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), str(path))

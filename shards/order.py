@@ -37,12 +37,12 @@ class Cursor:
     """Number of records of this epoch that were visited before."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
     """The endless sequence of records of a run, in steps of `batch_size`."""
 
-    sizes: tuple[int, ...]
-    """Number of records of each shard."""
+    sizes: NDArray[np.int64]  # (num_shards,)
+    """Number of records of each shard; any sequence of integers is accepted."""
     batch_size: int
     """Size of the global batch."""
     seed: int
@@ -53,6 +53,7 @@ class Order:
     """Whether the last, partial batch of an epoch is filled from the next epoch, or dropped."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int64))
         if self.batch_size < 1 or self.window_shards < 1:
             raise ValueError(
                 "batch_size, window_shards: expected 1 or more, found "
@@ -67,7 +68,7 @@ class Order:
     @cached_property
     def num_records(self) -> int:
         """Number of records in all shards."""
-        return sum(self.sizes)
+        return int(self.sizes.sum())
 
     @property
     def epoch_records(self) -> int:
@@ -136,10 +137,10 @@ class Order:
         """Returns the records at places within a window of `blocks`."""
         chosen = self._permutation(window.stop - window.start, epoch, window.number)(places)
         shards = self._windows(epoch).shards(window.number)
-        ends = np.cumsum(self._sizes[shards])
+        ends = np.cumsum(self.sizes[shards])
         which = np.searchsorted(ends, chosen, side="right")
         # A record's number within its shard, counted from the shard's first record.
-        within = chosen - (ends - self._sizes[shards])[which]
+        within = chosen - (ends - self.sizes[shards])[which]
         return self._starts[shards[which]] + within
 
     def window(self, epoch: int, position: int) -> "Window":
@@ -165,20 +166,16 @@ class Order:
         return bounds[:-1][where], bounds[1:][where]
 
     @cached_property
-    def _sizes(self) -> NDArray[np.int64]:
-        return np.array(self.sizes, np.int64)
-
-    @cached_property
     def _starts(self) -> NDArray[np.int64]:
         """The first record of each shard."""
-        return np.cumsum(self._sizes) - self._sizes
+        return np.cumsum(self.sizes) - self.sizes
 
     @cached_property
     def _irregular(self) -> tuple[int, NDArray[np.int64]]:
         """The most common number of records of a shard, and the shards that have another."""
-        counts, frequencies = np.unique(self._sizes, return_counts=True)
+        counts, frequencies = np.unique(self.sizes, return_counts=True)
         regular = int(counts[frequencies.argmax()])
-        return regular, np.flatnonzero(self._sizes != regular)
+        return regular, np.flatnonzero(self.sizes != regular)
 
     @cached_property
     def _windows(self) -> Callable[[int], "_Windows"]:
@@ -198,7 +195,7 @@ class Order:
             per_window=self.window_shards if is_shuffled else 1,
             regular=regular,
             slots=slots[sorting],
-            excess=np.cumsum((self._sizes - regular)[irregular][sorting]),
+            excess=np.cumsum((self.sizes - regular)[irregular][sorting]),
         )
 
     def _permutation(self, size: int, *numbers: int) -> Permutation:

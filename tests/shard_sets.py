@@ -5,7 +5,6 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -261,11 +260,13 @@ def assert_batches_equal(found: Sequence[RawBatch], expected: Sequence[RawBatch]
     """Compares batches bit by bit."""
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected, strict=True):
-        for field in fields(RawBatch):
-            assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+        assert one.gathered.keys() == other.gathered.keys()
+        for name, tensor in one.gathered.items():
+            assert torch.equal(tensor, other.gathered[name]), name
 
 
 def concatenate(parts: Sequence[RawBatch]) -> RawBatch:
     """Returns the batches of several ranks as one."""
-    names = [field.name for field in fields(RawBatch)]
-    return RawBatch(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    found = [part.gathered for part in parts]
+    joined = {name: torch.cat([tensors[name] for tensors in found]) for name in found[0]}
+    return RawBatch(latent=joined.pop("latent"), text=joined.pop("text"), extra=joined)

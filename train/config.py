@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from latent_t2i.model.checks import check_number
 from latent_t2i.model.config import DenoiserConfig, EMAConfig, ObjectiveConfig
 from latent_t2i.shards.order import LastBatch, Shuffle
-from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, Verify
+from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, ReadMode, Verify
 
 Precision = Literal["no", "fp16", "bf16"]
 TrackerName = Literal["auto", "none", "tensorboard", "wandb", "trackio"]
@@ -53,6 +53,10 @@ class DataConfig:
     """`map`: memory-map a local folder. `cache`: download shards ahead of use to a local folder and
     memory-map them. `stream`: read shards sequentially without storing them. `auto`: `map` for a
     folder, `cache` for a URL."""
+    read: ReadMode = "auto"
+    """How shards on a local path are read (access `map` and `cache`). `map`: through memory maps.
+    `pread`: by positioned reads in a thread pool, for network file systems, where a page fault is a
+    round trip. `auto`: `pread` on a network file system, else `map`. The batches are the same."""
     cache_dir: str | None = None
     """Folder of the shard cache (access `cache`). Default: latent-t2i/shards in the user's cache
     folder."""

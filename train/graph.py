@@ -7,7 +7,6 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Protocol
 
 import torch
@@ -62,8 +61,8 @@ class StepGraph:
         """Copies a batch into the graph's static memory, and returns that."""
         if self._batch is None:
             self._batch = batch.map(torch.empty_like)
-        for part in fields(Batch):
-            getattr(self._batch, part.name).copy_(getattr(batch, part.name))
+        for target, tensor in zip(self._batch.tensors(), batch.tensors(), strict=True):
+            target.copy_(tensor)
         return self._batch
 
 

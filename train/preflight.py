@@ -28,6 +28,7 @@ from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.shards.access import Access, check_order, choose_kind, open_set
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.buckets import BucketedShards
+from latent_t2i.shards.filesystems import file_system
 from latent_t2i.shards.order import Order, share
 from latent_t2i.shards.reader import ShardSet, require_encoders
 from latent_t2i.shards.remote.transport import is_remote
@@ -42,6 +43,7 @@ from latent_t2i.train.validation import Validation, no_validation, open_validati
 
 # The kinds of access that read a setting; settings that are not listed apply to all kinds.
 READ_BY = {
+    "read": ("map", "cache"),
     "cache_dir": ("cache",),
     "cache_bytes": ("cache",),
     "num_workers": ("stream",),
@@ -144,7 +146,12 @@ def validate(given: TrainConfig, num_processes: int) -> Plan:
             "draws": DRAWS_VERSION,
             ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",
         },
-        notes=(*notes, *describe_buckets(shards, order), validation_note),
+        notes=(
+            *notes,
+            *describe_read(shards, config.data),
+            *describe_buckets(shards, order),
+            validation_note,
+        ),
         validation=validation,
     )
 
@@ -285,6 +292,7 @@ def make_access(data: DataConfig, location: str) -> Access:
         cache_bytes=data.cache_bytes,
         num_workers=data.num_workers,
         window_records=data.window_records,
+        read=data.read,
     )
 
 
@@ -326,6 +334,16 @@ def check_sides(latent_size: tuple[int, ...], num_levels: int, downscale: int) -
             f"{multiple}; use fewer levels, or encode the shards from images whose sides are "
             f"multiples of {multiple * downscale} px (pipeline's --image-size-px and "
             "--bucket-multiple-px)"
+        )
+
+
+def describe_read(shards: ShardSet | BucketedShards, data: DataConfig) -> Iterator[str]:
+    """Yields a line if positioned reads were chosen for the shards."""
+    if shards.read == "pread" and data.read == "auto":
+        folder = shards.main.folder if isinstance(shards, BucketedShards) else shards.folder
+        yield (
+            f"data.read: {folder} is on a network file system ({file_system(folder)}), so shards "
+            "are read instead of mapped; to map them: --data.read map"
         )
 
 

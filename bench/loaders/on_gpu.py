@@ -91,7 +91,7 @@ def thread_counts() -> list[int]:
 
 def make_loader(folder: Path) -> MapLoader:
     """Opens the set for map access."""
-    shards = open_shards(folder, verify="none")
+    shards = open_shards(folder, fields=("latent", "text", "tokens"), verify="none")
     return MapLoader(shards=shards, order=shards.order(batch_size=BATCH_SIZE, seed=0))
 
 
@@ -168,7 +168,7 @@ def deliver(
 
 def copy_batch(batch: RawBatch, device: torch.device) -> Batch:
     """Copies a batch to a device; from pinned memory the copy is asynchronous."""
-    parts = (batch.latent, batch.text, batch.tokens)
+    parts = (batch.latent, batch.text, batch.extra["tokens"])
     return Batch(*(part.to(device, non_blocking=True, copy=True) for part in parts))
 
 

@@ -39,13 +39,14 @@ class Shards:
             kind=self.kind,
             cache_dir=folder.with_name(f"{folder.name}-cache"),
             num_workers=num_workers if self.kind == "stream" else 0,
+            fields=("latent", "text", "tokens"),  # those that the other loaders deliver
         )
         shards = open_set(
             str(folder) if self.kind == "map" else folder.as_uri(), access, verify="none"
         )
         order = shards.order(batch_size=BATCH_SIZE, seed=0)
         for batch in batches(make_loader(shards, order, access), start=0, stop=sys.maxsize):
-            yield Batch(batch.latent, batch.text, batch.tokens)
+            yield Batch(batch.latent, batch.text, batch.extra["tokens"])
 
 
 def write_shards(folder: Path, content: Content, records_per_shard: int) -> None:

@@ -1,4 +1,4 @@
-"""Cache access: downloads the shards of a remote set ahead of use, then maps them.
+"""Cache access: downloads the shards of a remote set ahead of use, and reads them from disk.
 
     shards = CachedShards(open_store("s3://bucket/train", cache_dir, cache_bytes=10**11))
     loader = CacheLoader(shards=shards, order=shards.order(batch_size=256, seed=0))
@@ -10,19 +10,19 @@ all shards must fit, and the first batch needs nearly all; `blocks` needs one wi
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.order import Cursor, Order, choices, share
-from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
+from latent_t2i.shards.reader import FIELDS, BatchT, RawBatch, ShardSet
 from latent_t2i.shards.remote.store import Store
 from latent_t2i.shards.schema import FormatError, Manifest
 
@@ -32,17 +32,37 @@ CACHED_EPOCHS = 128
 """Enough for two epochs of each bucket; each takes a few numbers per shard."""
 POLL_S = 0.1
 """Interval of checks for downloads by other processes, and for the end of use."""
+T = TypeVar("T")
 
 
 class CachedShards(ShardSet):
     """A set whose shards are downloaded while they are used."""
 
-    def __init__(self, store: Store, *, is_lazy: bool = False) -> None:
-        remedy = "; run with --data.verify full to download it again"
-        super().__init__(store.folder, store.manifest, is_lazy=is_lazy, remedy=remedy)
+    def __init__(
+        self,
+        store: Store,
+        *,
+        fields: Sequence[str] = FIELDS,
+        is_lazy: bool = False,
+        read: Literal["map", "pread"] = "map",
+        num_slots: int | None = None,
+    ) -> None:
+        super().__init__(
+            store.folder,
+            store.manifest,
+            fields=fields,
+            is_lazy=is_lazy,
+            remedy="; run with --data.verify full to download it again",
+            read=read,
+            num_slots=num_slots,
+        )
         self.store = store
         self._changed = threading.Condition()
-        self._uses = np.zeros(len(store.manifest.shards), np.int64)  # current gathers, by shard
+        self._bytes = store.manifest.shards.bytes
+        self._is_here = np.zeros(
+            len(self._bytes), np.bool_
+        )  # on disk, as far as this process knows
+        self._uses = np.zeros(len(self._bytes), np.int64)  # current gathers, by shard
         self._schedule: tuple[Order, Cursor] | None = None
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -56,7 +76,7 @@ class CachedShards(ShardSet):
             self._notify()
 
     def close(self) -> None:
-        """Stops the background thread; mapped shards stay mapped."""
+        """Stops the background thread; open shards stay open."""
         self.store.close()
         with self._changed:
             self._notify()
@@ -71,25 +91,47 @@ class CachedShards(ShardSet):
         out: RawBatch | None = None,
     ) -> RawBatch:
         """Like `ShardSet.gather`, after the shards are downloaded."""
-        with self._using(records):
-            return super().gather(records, caption_u, view_u, out)
+        return self._when_here(
+            records, lambda: super(CachedShards, self).gather(records, caption_u, view_u, out)
+        )
 
     def keys(self, records: NDArray[np.int64]) -> list[str]:
         """Like `ShardSet.keys`, after the shards are downloaded."""
-        with self._using(records):
-            return super().keys(records)
+        return self._when_here(records, lambda: super(CachedShards, self).keys(records))
+
+    def image_hashes(self, records: NDArray[np.int64]) -> NDArray[np.bytes_] | None:
+        """Like `ShardSet.image_hashes`, after the shards are downloaded."""
+        return self._when_here(records, lambda: super(CachedShards, self).image_hashes(records))
 
     def meta(self, record: int) -> dict[str, Any]:
         """Like `ShardSet.meta`, after the shard is downloaded."""
-        with self._using(np.array([record])):
-            return super().meta(record)
+        return self._when_here(np.array([record]), lambda: super(CachedShards, self).meta(record))
 
     def _is_hashed(self, shard: int) -> bool:
         return shard in self.store.hashed
 
+    def _open_one(self, shard: int, *, replace: bool = True) -> None:
+        """Opens a shard. Raises EvictedError if another process has deleted it."""
+        try:
+            super()._open_one(shard, replace=replace)
+        except (FormatError, FileNotFoundError) as error:
+            if self.store.has(shard):  # not evicted, so the file itself is wrong
+                raise
+            raise EvictedError(shard) from error
+
+    def _when_here(self, records: NDArray[np.int64], read: Callable[[], T]) -> T:
+        """Returns `read()`, called when the shards of some records are on disk."""
+        while True:
+            with self._using(records):
+                try:
+                    return read()
+                except EvictedError as error:
+                    with self._changed:
+                        self._is_here[error.shard] = False
+
     @contextmanager
     def _using(self, records: NDArray[np.int64]) -> Iterator[None]:
-        """Waits until the shards of some records are mapped, and keeps them mapped.
+        """Waits until the shards of some records are on disk, and keeps them there.
 
         Raises the error that ended the background thread, if it failed before.
         """
@@ -100,7 +142,7 @@ class CachedShards(ShardSet):
             self._notify()
         try:
             with self._changed:
-                while not self._region.is_mapped[shards].all():
+                while not self._is_here[shards].all():
                     self._check_thread()
                     self._changed.wait(POLL_S)
             yield
@@ -144,21 +186,20 @@ class CachedShards(ShardSet):
         return not self.store.stopped.is_set()
 
     def _get_next(self) -> bool:
-        """Downloads and maps the shard that is needed next; returns False if it cannot."""
-        mapped = self._region.is_mapped.copy()
-        if mapped.all():
-            return False
+        """Downloads the shard that is needed next; returns False if it cannot."""
         with self._changed:
-            schedule, uses = self._schedule, self._uses.copy()
+            schedule, uses, here = self._schedule, self._uses.copy(), self._is_here.copy()
+        if here.all():
+            return False
         away = np.full(len(uses), NEVER) if schedule is None else records_until(*schedule)
         away[uses > 0] = -1  # a gather waits for these
         self._tidy(away)
-        sizes = self._region.sizes
-        for shard in _nearest_first(away, ~mapped & (away < NEVER)):
+        used_bytes = self._bytes[here].sum()
+        for shard in _nearest_first(away, ~here & (away < NEVER)):
             later = away > away[shard]
-            full = sizes[mapped].sum() + sizes[shard] > self.store.room_bytes
+            full = used_bytes + self._bytes[shard] > self.store.room_bytes
             # Evicting a shard that is needed earlier would gain nothing.
-            if full and not (mapped & later).any():
+            if full and not (here & later).any():
                 return False
             outcome = self.store.get(shard, _nearest_first(away, later)[::-1], self._drop)
             if outcome == "no room":
@@ -168,11 +209,11 @@ class CachedShards(ShardSet):
         return False
 
     def _tidy(self, away: NDArray[np.int64]) -> None:
-        """Unmaps shards that other processes evicted, because mapped files still take disk space.
+        """Closes shards that other processes evicted, because open files still take disk space.
 
         The first call also evicts what an earlier run with a larger bound left behind.
         """
-        lost = self._region.is_mapped & (away > 0)
+        lost = self._is_here & (away > 0)
         for shard in set(np.flatnonzero(lost).tolist()) - self.store.present():
             self._drop(shard)
         if not self._is_trimmed:
@@ -180,25 +221,34 @@ class CachedShards(ShardSet):
             self._is_trimmed = True
 
     def _adopt(self, shard: int) -> bool:
-        """Maps a shard; returns False if another process has just evicted it."""
+        """Opens a shard if there is room; returns False if another process has just evicted it."""
         with self._changed:
             try:
-                self._map(shard)
-            except (FormatError, FileNotFoundError):
-                if self.store.has(shard):  # not evicted, so the file itself is wrong
-                    raise
+                # An open shard stays readable after an eviction by another process.
+                self._open_one(shard, replace=False)
+            except EvictedError:
                 return False
+            self._verify([shard])
+            self._is_here[shard] = True
             self._changed.notify_all()
         return True
 
     def _drop(self, shard: int) -> bool:
-        """Unmaps a shard before its eviction; returns False if it is in use."""
+        """Closes a shard before its eviction; returns False if it is in use."""
         with self._changed:
             if self._uses[shard]:
                 return False
-            if self._region.is_mapped[shard]:
-                self._region.unmap(shard)
+            self._is_here[shard] = False
+            self._source.close(shard)
             return True
+
+
+class EvictedError(Exception):
+    """Another process has deleted a shard from the cache."""
+
+    def __init__(self, shard: int) -> None:
+        super().__init__(shard)
+        self.shard = shard
 
 
 def _fetch_ahead(reference: "weakref.ref[CachedShards]") -> None:
@@ -239,10 +289,10 @@ def _nearest_first(away: NDArray[np.int64], which: NDArray[np.bool_]) -> list[in
 
 def check_cache(order: Order, manifest: Manifest, cache_bytes: int) -> None:
     """Raises ValueError, with the arithmetic, if the cache is too small for an order."""
-    sizes = np.sort(manifest.shards.bytes)[::-1].tolist()
+    sizes = np.sort(manifest.shards.bytes)[::-1]
     small = sum(entry.bytes for entry in manifest.small_files) + len(manifest.dump().encode())
     window = {"full": len(sizes), "blocks": order.window_shards, "none": 1}[order.shuffle]
-    least = min(sum(sizes[:window]) + sizes[0], sum(sizes)) + small
+    least = int(min(sizes[:window].sum() + sizes[0], sizes.sum())) + small
     if cache_bytes >= least:
         return
     needs = f"shuffle {order.shuffle} needs {min(window + 1, len(sizes))} of {len(sizes)} shards"
@@ -250,7 +300,7 @@ def check_cache(order: Order, manifest: Manifest, cache_bytes: int) -> None:
     if order.shuffle == "blocks":
         remedy = ", or a smaller --data.window-shards"
     elif order.shuffle == "full":
-        blocks = min(sum(sizes[: order.window_shards]) + sizes[0], sum(sizes)) + small
+        blocks = int(min(sizes[: order.window_shards].sum() + sizes[0], sizes.sum())) + small
         remedy = f", or --data.shuffle blocks, which needs {blocks} at {order.window_shards} shards"
     raise ValueError(
         f"data.cache_bytes: {needs} in the cache, {least} bytes with the small files, and the "

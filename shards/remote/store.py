@@ -190,7 +190,8 @@ class Store:
             excess = self.used_bytes() - self.room_bytes
         if excess <= 0:
             return True
-        candidates = [shard for shard in spare if self.has(shard)]
+        present = self.present()  # not a stat for each of a million shards
+        candidates = [shard for shard in spare if shard in present]
         if excess > self.manifest.shards.bytes[candidates].sum():
             return False
         for shard in candidates:

@@ -16,8 +16,9 @@ import hashlib
 import random
 import tempfile
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -26,13 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
 from latent_t2i.shards.checks import hash_fault
 from latent_t2i.shards.order import Order, mixed_seed
-from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet, check_record
+from latent_t2i.shards.reader import FIELDS, BatchT, Items, RawBatch, ShardSet, check_record
 from latent_t2i.shards.remote.transport import (
     RemoteError,
     Retry,
@@ -47,24 +47,31 @@ from latent_t2i.shards.schema import FormatError, Layout, Manifest, ShardTable
 
 KEPT_STEPS = 1000
 """Number of recent steps whose keys are kept for `nonfinite_keys`."""
-ARRAYS = tuple(part.name for part in fields(RawBatch))
 
 
 class StreamedShards(ShardSet):
     """A set that is read from start to end; only its manifest and small files are loaded."""
 
     def __init__(
-        self, location: str, folder: Path, manifest: Manifest, retry: Retry | None = None
+        self,
+        location: str,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        fields: Sequence[str] = FIELDS,
+        retry: Retry | None = None,
     ) -> None:
-        super().__init__(folder, manifest)
+        super().__init__(folder, manifest, fields=fields)
         self.location = location
         self.retry = retry or Retry()
 
-    def _map(self, shard: int) -> None:
+    def _open_one(self, shard: int, *, replace: bool = True) -> None:
         raise ValueError(f"{self.location}: stream access cannot read records by number")
 
 
-def open_streamed(location: str, *, retry: Retry | None = None) -> StreamedShards:
+def open_streamed(
+    location: str, *, fields: Sequence[str] = FIELDS, retry: Retry | None = None
+) -> StreamedShards:
     """Reads a set's manifest and small files.
 
     Raises RemoteError and FormatError for a location without a finished set.
@@ -73,7 +80,7 @@ def open_streamed(location: str, *, retry: Retry | None = None) -> StreamedShard
         folder = Path(temporary)
         manifest = fetch_document(Manifest, location, folder, retry=retry)
         fetch_small_files(location, folder, manifest, retry=retry)
-        return StreamedShards(location, folder, manifest, retry)
+        return StreamedShards(location, folder, manifest, fields=fields, retry=retry)
 
 
 def check_stream(order: Order, num_processes: int, num_workers: int) -> None:
@@ -95,6 +102,8 @@ class Reading:
     location: str
     shards: ShardTable
     layouts: tuple[Layout, ...]
+    items: dict[str, Items]
+    """The fields of a batch."""
     order: Order
     rank: int
     num_processes: int
@@ -150,13 +159,36 @@ class Reading:
             for _ in range(entry.records):
                 content = stream.read(layout.record_bytes)
                 digest.update(content)
-                key = check_record(without_query(url), np.frombuffer(content, np.uint8), layout)
-                yield choose(key, content, layout, choice, visit=(epoch, index))
+                key = check_record(without_query(url), partial(_bytes_at, content), layout)
+                yield self.choose(key, content, entry.layout, choice, visit=(epoch, index))
             for chunk in iterate(stream):  # the end of the tar, which has no records
                 digest.update(chunk)
         if digest.hexdigest() != entry.sha256:
             message = hash_fault(without_query(url), entry, digest.hexdigest())
             raise ShardHashError(message, visit=(epoch, index))
+
+    def choose(
+        self,
+        key: str,
+        content: bytes,
+        layout: int,
+        choice: np.random.Generator,
+        *,
+        visit: tuple[int, int],
+    ) -> "Record":
+        """Returns one caption and one view, copied so that the rest of the record can be freed."""
+        fields = self.layouts[layout].fields
+        drawn = {
+            "caption": int(choice.integers(fields["text"].shape[0])),
+            "view": int(choice.integers(fields["latent"].shape[0])),
+            "record": 0,
+        }
+        chosen = {}
+        for name, items in self.items.items():
+            start = int(items.offsets[layout]) + drawn[items.per] * items.item_bytes
+            array = np.frombuffer(content, fields[name].dtype, prod(items.shape), start)
+            chosen[name] = array.reshape(items.shape).copy()
+        return Record(key, chosen, visit)
 
     def generator(self, use: Any, *numbers: int) -> np.random.Generator:
         """Returns a random generator from the run's seed."""
@@ -176,35 +208,21 @@ class Record:
     """The chosen view and caption of a record."""
 
     key: str
-    latent: NDArray[np.float16]  # (2C, h, w) or (C, h, w)
-    text: NDArray[np.float16 | np.int8]  # (T, D)
-    tokens: NDArray[np.int32]  # (T,)
+    items: dict[str, NDArray[Any]]
+    """An item of each field."""
     visit: tuple[int, int]
     """Epoch and index of its shard."""
 
 
-def choose(
-    key: str, content: bytes, layout: Layout, choice: np.random.Generator, *, visit: tuple[int, int]
-) -> Record:
-    """Returns one caption and one view, copied so that the rest of the record can be freed."""
-    caption = int(choice.integers(layout.num_captions))
-    view = int(choice.integers(layout.fields["latent"].shape[0]))
-
-    def item(name: str, index: int) -> NDArray[Any]:
-        part = layout.fields[name]
-        shape = part.shape[1:]
-        size = prod(shape)
-        start = part.offset_bytes + index * size * np.dtype(part.dtype).itemsize
-        return np.frombuffer(content, part.dtype, size, start).reshape(shape).copy()
-
-    return Record(key, item("latent", view), item("text", caption), item("tokens", caption), visit)
+def _bytes_at(content: bytes, offset: int, size: int) -> bytes:
+    return content[offset : offset + size]
 
 
 class Batches(IterableDataset[Any]):
     """A rank's batches from a step on; each of DataLoader's n workers makes every n-th.
 
-    An item is (keys, latent, text, tokens), or an error: DataLoader would change the type of an
-    error raised in a worker, so the consumer raises it.
+    An item is (keys, tensors by field), or an error: DataLoader would change the type of an error
+    raised in a worker, so the consumer raises it.
     """
 
     def __init__(self, reading: Reading, batch_size: int, start: int) -> None:
@@ -229,8 +247,11 @@ class Batches(IterableDataset[Any]):
                     used[record.visit] = first, step
                 while len(used) > 2 * len(self.reading.shards):
                     del used[next(iter(used))]  # the oldest; its shard was read to the end
-                parts = [np.stack([getattr(record, name) for record in batch]) for name in ARRAYS]
-                yield [record.key for record in batch], *map(torch.from_numpy, parts)
+                tensors = {
+                    name: torch.from_numpy(np.stack([record.items[name] for record in batch]))
+                    for name in self.reading.items
+                }
+                yield [record.key for record in batch], tensors
                 step += number
         except RemoteError as error:
             yield RemoteError(str(error))
@@ -263,6 +284,7 @@ class StreamLoader:
             location=shards.location,
             shards=shards.manifest.shards,
             layouts=shards.manifest.layouts,
+            items=shards.items,
             order=order,
             rank=rank,
             num_processes=num_processes,
@@ -289,10 +311,9 @@ class StreamLoader:
         if isinstance(item, Exception):
             self.close()
             raise item
-        keys, *arrays = item
-        for name, array in zip(ARRAYS, arrays, strict=True):
-            tensor: Tensor = getattr(out, name)
-            tensor.copy_(array)
+        keys, tensors = item
+        for name, tensor in tensors.items():
+            out.gathered[name].copy_(tensor)
         self._keys.append((step, keys))
         self._next_step = step + 1
         return out

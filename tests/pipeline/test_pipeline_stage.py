@@ -276,7 +276,7 @@ def test_int8_text_is_the_float16_text_within_the_recorded_error(
     assert ((restored - text).norm() / text.norm()).item() == pytest.approx(error, rel=0.3)
     assert 0 < error < 0.01
     assert (restored - text).abs().amax((0, 1)).le(stored.text_scale * 0.51).all()
-    assert wanted.latent.equal(found.latent) and wanted.tokens.equal(found.tokens)
+    assert wanted.latent.equal(found.latent)
     assert exact.empty_text.equal(stored.empty_text)
 
 

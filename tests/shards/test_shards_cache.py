@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from latent_t2i.shards.access import Access, make_loader, open_set
 from latent_t2i.shards.loader import MapLoader, batches
@@ -127,6 +128,44 @@ def test_batches_equal_map_access_within_the_bound(
         stop.set()
         watcher.join()
     assert 0.3 * bound < max(most) <= bound
+
+
+@pytest.mark.parametrize("read", ["map", "pread"])
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_fewer_slots_than_shards_in_the_cache(
+    folder: Path, server: Server, tmp_path: Path, read: Any, num_slots: int
+) -> None:
+    mapped = open_shards(folder)
+    store = open_store(server.url, tmp_path / "cache", 10**9, retry=QUICK)
+    shards = CachedShards(store, read=read, num_slots=num_slots, is_lazy=True)
+    order = mapped.order(batch_size=8, seed=3)
+    assert_batches_equal(
+        collect(CacheLoader(shards=shards, order=order), 0, 12),
+        collect(MapLoader(shards=mapped, order=order), 0, 12),
+    )
+    assert (shards._source.slots.of >= 0).sum() == num_slots
+    assert {server.counts[entry.name] for entry in mapped.manifest.shards} == {1}
+    shards.finish_verification()
+    shards.close()
+
+
+def test_shard_evicted_by_another_process_is_downloaded_again(
+    folder: Path, server: Server, tmp_path: Path
+) -> None:
+    """It is on disk when it is downloaded, and gone when it gets a slot."""
+    mapped = open_shards(folder)
+    shards = CachedShards(
+        open_store(server.url, tmp_path / "cache", 10**9, retry=QUICK), num_slots=1
+    )
+    every = np.arange(len(shards))
+    assert shards.keys(every) == mapped.keys(every)
+    for entry in shards.manifest.shards[2:5]:
+        (shards.store.folder / entry.name).unlink()
+    assert shards.keys(every[::-1].copy()) == mapped.keys(every)[::-1]
+    assert shards.meta(13) == mapped.meta(13)
+    counts = [server.counts[entry.name] for entry in shards.manifest.shards]
+    assert counts == [1, 1, 2, 2, 2, 1, 1, 1]
+    shards.close()
 
 
 def test_shard_needed_last_is_evicted_first(
@@ -283,7 +322,7 @@ def test_background_errors_are_raised_by_the_batch(
     made = batches(CacheLoader(shards=shards, order=order), start=0, stop=20)
     seen: list[int] = []
     with pytest.raises(RemoteError, match=rf"^{server.url}/{name}: .*{message}"):
-        seen.extend(len(batch.tokens) for batch in made)
+        seen.extend(len(batch) for batch in made)
     assert len(seen) == (SIZES[0] + SIZES[1]) // 2
 
 
@@ -404,6 +443,7 @@ def test_unused_sets_are_deleted_for_room(
 
 SHARE = """
 import sys
+import torch
 from pathlib import Path
 from latent_t2i.shards.remote.cache import CachedShards, CacheLoader
 from latent_t2i.shards.loader import batches
@@ -414,7 +454,7 @@ order = shards.order(batch_size=8, seed=3, shuffle="blocks", window_shards=2)
 loader = CacheLoader(shards=shards, order=order, rank=rank, num_processes=2)
 total = 0
 for batch in batches(loader, start=0, stop=30):
-    total += batch.tokens.sum().item()
+    total += batch.text.view(torch.int16).long().sum().item()
 print(total)
 """
 
@@ -436,7 +476,9 @@ def test_processes_share_a_bounded_cache(folder: Path, server: Server, tmp_path:
     assert 0 < most <= bound
     for rank in range(2):
         loader = MapLoader(shards=mapped, order=order, rank=rank, num_processes=2)
-        assert found[rank] == sum(int(b.tokens.sum()) for b in collect(loader, 0, 30))
+        assert found[rank] == sum(
+            int(b.text.view(torch.int16).long().sum()) for b in collect(loader, 0, 30)
+        )
 
 
 def test_concurrent_readers_download_each_shard_once(

@@ -1,16 +1,20 @@
-"""Region maps files side by side, read-only, and unmaps them again."""
+"""Region maps files into slots, read-only, and replaces the least recently used ones."""
 
 import gc
 import mmap
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from latent_t2i.model.paths import ROOT
-from latent_t2i.shards.mapping import Region
+from latent_t2i.shards import mapping
+from latent_t2i.shards.mapping import Region, default_slots
+from latent_t2i.shards.source import Part, Slots
 
 
 def make_files(folder: Path, sizes: list[int]) -> list[Path]:
@@ -22,35 +26,83 @@ def make_files(folder: Path, sizes: list[int]) -> list[Path]:
     return paths
 
 
-def bytes_of(region: Region, index: int) -> bytes:
-    """Returns the bytes at a file's addresses."""
-    start = region.starts[index]
-    return region.bytes[start : start + region.sizes[index]].tobytes()
-
-
-def test_files_are_mapped_at_their_addresses(tmp_path: Path) -> None:
+def test_files_are_mapped_in_slots(tmp_path: Path) -> None:
     sizes = [1, mmap.PAGESIZE, mmap.PAGESIZE + 1, 10_240]
     paths = make_files(tmp_path, sizes)
-    region = Region(sizes)
-    assert not region.is_mapped.any()
+    region = Region(4, max(sizes))
+    assert (region.slots.of < 0).all()
     for index in (2, 0, 3, 1):
-        region.map(index, paths[index])
-    assert region.is_mapped.all()
+        region.open(index, paths[index])
+        assert region.start(index) % mmap.PAGESIZE == 0
     for index, path in enumerate(paths):
-        assert bytes_of(region, index) == path.read_bytes()
-    assert (region.starts % mmap.PAGESIZE == 0).all()
+        assert region.read(index, 0, sizes[index]) == path.read_bytes()
 
 
-def test_unmapped_addresses_can_be_reused(tmp_path: Path) -> None:
-    first, second = make_files(tmp_path, [5000, 5000])
-    region = Region([5000, 5000])
-    region.map(0, first)
-    region.map(1, second)
-    region.unmap(0)
-    assert region.is_mapped.tolist() == [False, True]
-    assert bytes_of(region, 1) == second.read_bytes()
-    region.map(0, second)
-    assert bytes_of(region, 0) == second.read_bytes()
+def test_least_recently_used_file_is_replaced(tmp_path: Path) -> None:
+    paths = make_files(tmp_path, [5000] * 4)
+    region = Region(4, 5000, num_slots=2)
+    region.open(0, paths[0])
+    region.open(1, paths[1])
+    region.slots.touch(np.array([0]))
+    region.open(2, paths[2])
+    assert [slot >= 0 for slot in region.slots.of] == [True, False, True, False]
+    region.open(3, paths[3], replace=False)
+    assert region.slots.of[3] < 0, "no room"
+    region.close(0)
+    region.open(3, paths[3], replace=False)
+    for index in (2, 3):
+        assert region.read(index, 0, 5000) == paths[index].read_bytes()
+
+
+def test_open_and_close_twice_change_nothing(tmp_path: Path) -> None:
+    (path,) = make_files(tmp_path, [5000])
+    region = Region(2, 5000)
+    region.open(1, path)
+    slots = region.slots.of.copy()
+    region.open(1, path)
+    region.close(0)
+    assert (region.slots.of == slots).all()
+
+
+def test_pieces_need_no_more_files_than_slots() -> None:
+    rng = np.random.default_rng(0)
+    for num_slots in (1, 2, 5, 30):
+        slots = Slots(30, num_slots)
+        for size in (0, 1, 40):
+            files = rng.integers(0, 30, size)
+            pieces = list(slots.pieces(files))
+            assert np.concatenate([files[:0], *(files[piece] for piece in pieces)]).tolist() == (
+                files.tolist()
+            )
+            assert all(0 < len(set(files[piece])) <= num_slots for piece in pieces)
+    assert list(Slots(3, 2).pieces(np.array([0, 1, 1, 0, 0]))) == [slice(0, 5)]
+
+
+def test_items_of_any_alignment_are_gathered(tmp_path: Path) -> None:
+    paths = make_files(tmp_path, [9000, 7000])
+    region = Region(2, 9000)
+    for file, path in enumerate(paths):
+        region.open(file, path)
+    contents = [path.read_bytes() for path in paths]
+    files, offsets = np.array([1, 0, 1]), np.array([512, 1024, 2048])
+    for item_bytes in (1, 6, 12, 100, 1000):
+        out = torch.empty((3, item_bytes), dtype=torch.uint8)
+        region.gather(files, [Part(offsets, item_bytes, 512, out)])
+        for row, (file, offset) in enumerate(zip(files, offsets, strict=True)):
+            assert out[row].numpy().tobytes() == contents[file][offset : offset + item_bytes]
+
+
+def test_number_of_slots_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    limit = tmp_path / "max_map_count"
+    limit.write_text("65530\n")
+    monkeypatch.setattr(mapping, "MAP_COUNT", limit)
+    assert default_slots(2**20) == 16_382
+    limit.write_text("1000000\n")
+    assert default_slots(2**20) == 16_384
+    assert default_slots(2**30) == 512
+    assert default_slots(2**50) == 1
+    monkeypatch.setattr(mapping, "MAP_COUNT", tmp_path / "none")
+    assert default_slots(2**20) == 16_384
 
 
 def test_no_file_stays_open(tmp_path: Path) -> None:
@@ -59,25 +111,25 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
         pytest.skip("open files are counted in /proc")
     (path,) = make_files(tmp_path, [100])
     before = len(list(opened.iterdir()))
-    regions = [Region([100]) for _ in range(50)]
+    regions = [Region(1, 100) for _ in range(50)]
     for region in regions:
-        region.map(0, path)
+        region.open(0, path)
     assert len(list(opened.iterdir())) == before
 
 
 def test_deleted_file_stays_readable(tmp_path: Path) -> None:
     (path,) = make_files(tmp_path, [9000])
     content = path.read_bytes()
-    region = Region([9000])
-    region.map(0, path)
+    region = Region(1, 9000)
+    region.open(0, path)
     path.unlink()
-    assert bytes_of(region, 0) == content
+    assert region.read(0, 0, 9000) == content
 
 
 def test_mapping_lives_as_long_as_its_bytes(tmp_path: Path) -> None:
     (path,) = make_files(tmp_path, [9000])
-    region = Region([9000])
-    region.map(0, path)
+    region = Region(1, 9000)
+    region.open(0, path)
     view = region.bytes[:9000]
     del region
     gc.collect()
@@ -85,13 +137,23 @@ def test_mapping_lives_as_long_as_its_bytes(tmp_path: Path) -> None:
 
 
 def test_reserving_needs_no_memory() -> None:
-    region = Region([2**30] * 1000)  # a terabyte
-    assert len(region.bytes) == 1000 * 2**30
+    region = Region(10**6, 2**30)  # a million files of a GiB
+    assert len(region.bytes) == mapping.MAX_MAPPED_BYTES
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        Region([10]).map(0, tmp_path / "nowhere")
+        Region(1, 10).open(0, tmp_path / "nowhere")
+
+
+def test_failed_mapping_frees_its_slot(tmp_path: Path) -> None:
+    (path,) = make_files(tmp_path, [100])
+    region = Region(2, 100, num_slots=1)
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+        region.open(0, tmp_path)  # a folder cannot be mapped
+    assert (region.slots.of < 0).all()
+    region.open(1, path, replace=False)
+    assert region.read(1, 0, 100) == path.read_bytes()
 
 
 @pytest.mark.parametrize("use", ["region.bytes[0]", "region.bytes.__setitem__(4096, 1)"])
@@ -101,8 +163,9 @@ def test_bad_memory_access_ends_the_process(tmp_path: Path, use: str) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from pathlib import Path\n"
-        "from shards.mapping import Region\n"
-        f"region = Region([10, 4096]); region.map(1, Path({str(tmp_path / '1')!r}))\n"
+        "from latent_t2i.shards.mapping import Region\n"
+        f"path = Path({str(tmp_path / '1')!r})\n"
+        "region = Region(2, 4096); region.open(0, path); region.open(1, path); region.close(0)\n"
         f"{use}\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)

@@ -75,7 +75,7 @@ def test_resumed_order_is_identical_on_any_number_of_ranks(
     step = resumed.step(order.cursor(cut))
     assert step == cut
     size = order.batch_size * num_processes  # divisible by the number of ranks
-    wide = Order(sizes=order.sizes * num_processes, batch_size=size, seed=order.seed)
+    wide = Order(sizes=np.tile(order.sizes, num_processes), batch_size=size, seed=order.seed)
     parts = [wide.records(step)[share(size, rank, num_processes)] for rank in range(num_processes)]
     assert [len(part) for part in parts] == [order.batch_size] * num_processes
     assert np.concatenate(parts).tolist() == wide.records(step).tolist()

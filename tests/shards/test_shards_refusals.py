@@ -15,6 +15,7 @@ from latent_t2i.shards import checks
 from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import BLOCK_BYTES, MEMBERS, FormatError, Manifest
+from latent_t2i.shards.settings import Verify
 from tests.shard_sets import edit_json, edit_table, make_examples, write_set
 
 
@@ -34,8 +35,8 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) ->
     edit_json(folder / "manifest.json", change)
 
 
-def use_shard_0(folder: Path) -> None:
-    open_shards(folder, verify="none").gather(np.array([0]), np.array([0.0]), np.array([0.0]))
+def use_shard_0(folder: Path, verify: Verify = "none") -> None:
+    open_shards(folder, verify=verify).gather(np.array([0]), np.array([0.0]), np.array([0.0]))
 
 
 def test_other_schema_version(folder: Path) -> None:
@@ -171,9 +172,10 @@ def test_quarantine_is_read_only_when_asked_for(folder: Path) -> None:
 
 def test_missing_shard(folder: Path) -> None:
     shard_of(folder).unlink()
-    shards = open_shards(folder)
-    with pytest.raises(FormatError, match=r"shard-000000\.tar: missing, expected a file of \d+"):
-        shards.keys(np.array([0]))
+    open_shards(folder)  # a shard is checked when it is first used
+    for verify in ("none", "full"):
+        with pytest.raises(FormatError, match=r"shard-000000\.tar: missing, expected a file of \d"):
+            use_shard_0(folder, verify)
 
 
 @pytest.mark.parametrize(("extra", "state"), [(-1, "truncated"), (1, "too long")])
@@ -182,10 +184,9 @@ def test_wrong_size(folder: Path, extra: int, state: str) -> None:
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[: size + min(extra, 0)] + bytes(max(extra, 0)))
     message = rf"shard-000000\.tar: {state}: expected {size} bytes, found {size + extra}"
-    shards = open_shards(folder)
-    for use in (lambda: shards.keys(np.array([0])), lambda: open_shards(folder, verify="full")):
+    for verify in ("none", "full"):
         with pytest.raises(FormatError, match=message):
-            use()
+            use_shard_0(folder, verify)
 
 
 @pytest.mark.parametrize("name", ["empty_text.npy", "empty_tokens.npy"])

@@ -31,7 +31,7 @@ def folder(tmp_path: Path, examples: list[Example]) -> Path:
 
 
 def test_gather_returns_chosen_captions_and_views(folder: Path, examples: list[Example]) -> None:
-    shards = open_shards(folder)
+    shards = open_shards(folder, fields=("latent", "text", "tokens"))
     rng = np.random.default_rng(0)
     records = rng.permutation(np.repeat(np.arange(len(shards)), 4))
     caption_u, view_u = rng.random((2, len(records)))
@@ -42,7 +42,7 @@ def test_gather_returns_chosen_captions_and_views(folder: Path, examples: list[E
         view = int(view_u[place] * 2)
         np.testing.assert_array_equal(batch.latent[place], example.latent[view])
         np.testing.assert_array_equal(batch.text[place], example.text[caption])
-        np.testing.assert_array_equal(batch.tokens[place], example.tokens[caption])
+        np.testing.assert_array_equal(batch.extra["tokens"][place], example.tokens[caption])
 
 
 def test_gather_accepts_draws_of_0_and_1(folder: Path) -> None:

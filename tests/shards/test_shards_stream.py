@@ -22,6 +22,7 @@ from latent_t2i.shards.schema import FormatError, Manifest
 from tests.servers import QUICK, Server, serve, serve_s3
 from tests.shard_sets import make_examples, write_set
 
+FIELDS = ("latent", "text", "tokens")
 SIZES = (6, 10, 4, 8, 2, 6)  # 36
 
 
@@ -48,7 +49,7 @@ def make(location: str | Path, *, batch_size: int = 4, **settings: Any) -> Strea
     """Returns a loader; `settings` are those of the order and of the loader."""
     names = ("shuffle", "last_batch", "seed")
     of_order = {"seed": 3} | {k: v for k, v in settings.items() if k in names}
-    shards = open_streamed(str(location), retry=QUICK)
+    shards = open_streamed(str(location), fields=FIELDS, retry=QUICK)
     order = shards.order(batch_size=batch_size, **of_order)
     others = {k: v for k, v in settings.items() if k not in names}
     return StreamLoader(shards=shards, order=order, **others)
@@ -113,14 +114,17 @@ def test_fields_equal_map_access(
 
 def assert_fields(folder: Path, loader: StreamLoader) -> None:
     """Compares 18 batches with map access to the same keys."""
-    mapped = open_shards(folder)
+    mapped = open_shards(folder, fields=FIELDS)
     numbers = {key: number for number, key in enumerate(all_keys(folder))}
     chosen: Counter[tuple[int, int]] = Counter()
     for step, batch in enumerate(batches(loader, start=0, stop=18)):
         records = np.array([numbers[key] for key in loader.nonfinite_keys(step)])
         for row, record in enumerate(records):
             view, caption = find_items(mapped, int(record), batch.latent[row], batch.text[row])
-            assert torch.equal(batch.tokens[row], gather(mapped, int(record), caption, 0).tokens[0])
+            assert torch.equal(
+                batch.extra["tokens"][row],
+                gather(mapped, int(record), caption, 0).extra["tokens"][0],
+            )
             chosen[view, caption] += 1
     assert len(chosen) == 2 * 4
     assert min(chosen[view, caption] for view in range(2) for caption in range(3)) > 2

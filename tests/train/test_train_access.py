@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from latent_t2i.configs import cli
+from latent_t2i.shards import filesystems
+from latent_t2i.shards.reader import ShardSet
 from latent_t2i.train.config import DataConfig, TrainConfig
 from latent_t2i.train.loop import train
 from latent_t2i.train.preflight import validate
@@ -98,6 +100,26 @@ def test_non_finite_streamed_records_are_named(
     assert "01-3-000003" in line
 
 
+def test_reading_on_a_network_file_system(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positioned reads give the same run, and the log says why they were chosen."""
+    train(make_config(out=str(tmp_path / "mapped"), num_steps=4))
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text("22 1 8:1 / / rw - nfs4 host:/data rw\n")
+    monkeypatch.setattr(filesystems, "MOUNTS", mounts)
+    config = make_config(num_steps=4)
+    plan = validate(config, num_processes=1)
+    assert isinstance(plan.shards, ShardSet)
+    assert (plan.shards.read, plan.access.read) == ("pread", "auto")
+    (note,) = [note for note in plan.notes if note.startswith("data.read")]
+    assert "on a network file system (nfs4), so shards are read instead of mapped" in note
+    train(config)
+    assert losses(tmp_path / "run") == losses(tmp_path / "mapped")
+    other = validate(make_config(data=DataConfig(read="map")), num_processes=1)
+    assert not [note for note in other.notes if note.startswith("data.read")]
+
+
 def test_preflight_reads_no_shard(make_config: MakeConfig, server: Server, cache_dir: str) -> None:
     for data in (DataConfig(cache_dir=cache_dir), DataConfig(access="stream")):
         plan = validate(make_config(shards=server.url, data=data), num_processes=1)
@@ -118,6 +140,7 @@ def test_preflight_reads_no_shard(make_config: MakeConfig, server: Server, cache
             True,
             r"data.verify: has no effect with s",
         ),
+        (DataConfig(access="stream", read="pread"), True, r"data.read: has no effect with stream"),
         (DataConfig(access="stream", last_batch="drop"), True, r"data.last_batch: has no effect"),
         (DataConfig(access="stream", shuffle="blocks"), True, r"data.shuffle: stream access mixes"),
         (DataConfig(access="stream", num_workers=4), True, r"1 processes x 4 workers = 4 readers"),

@@ -158,7 +158,7 @@ def test_copies_run_on_their_own_stream_and_steps_wait_for_them(
 
 def test_on_a_cpu_a_batch_is_not_copied() -> None:
     one = torch.zeros(1)
-    parts = ("latent", "text", "tokens", "positions")
+    parts = ("latent", "text", "positions")
     batch = Batch(**dict.fromkeys(parts, one))
     assert DevicePrefetcher(torch.device("cpu")).to_device(batch).latent is one
 
