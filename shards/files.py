@@ -118,7 +118,7 @@ def _open_attempt(final: Path) -> IO[bytes]:
 def remove_stale_attempts(folder: Path, *, is_finished: bool = False) -> None:
     """Deletes temporary files of killed processes, which hold no lock any more.
 
-    Those of other hosts are kept for STALE_S, except in a finished set: nobody needs them there.
+    Those of other hosts are kept for STALE_S, except shards once all shards are finished.
     """
     for path in folder.glob("*.part"):
         attempt = ATTEMPT_PATTERN.fullmatch(path.name)
@@ -128,7 +128,8 @@ def remove_stale_attempts(folder: Path, *, is_finished: bool = False) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The lock of another host may not be visible here.
             idle_s = time.time() - os.fstat(file.fileno()).st_mtime
-            if is_finished or attempt[1] == _host_digits() or idle_s > STALE_S:
+            is_unneeded = is_finished and path.suffixes[0] == ".tar"
+            if is_unneeded or attempt[1] == _host_digits() or idle_s > STALE_S:
                 path.unlink()
 
 
