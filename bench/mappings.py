@@ -17,6 +17,7 @@ import json
 import re
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def main() -> None:
     print(json.dumps({"benchmark": "mappings", **figures}))
 
 
-def measure(num_shards: int, shard_bytes: int = 2**26) -> dict[str, object]:
+def measure(num_shards: int, shard_bytes: int = 2**26) -> dict[str, Any]:
     """Maps shards in turn; returns the size of the page tables along the way, and the times.
 
     `page_table_mb` is their growth from before the first shard to after the last one.

@@ -195,7 +195,7 @@ def start_run(args: argparse.Namespace, batch_size: int, folder: Path) -> Run:
         name="bench",
         vae=args.vae,
         text_encoder=args.text_encoder,
-        shards=str(next((folder / "shards").rglob("manifest.json")).parent),
+        shards=(str(next((folder / "shards").rglob("manifest.json")).parent),),
         out=str(folder / "run"),
         batch_size=batch_size,
         num_steps=10**9,

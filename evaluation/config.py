@@ -99,8 +99,9 @@ class EvaluationConfig:
     file, a folder with captions as for stage one, or a folder of shards."""
     objects: str | None = None
     """COCO instances file of the captions' images, for semantic consistency."""
-    train_shards: str | None = None
-    """The training set, for memorisation and the check for contamination; default: the run's."""
+    train_shards: tuple[str, ...] | None = None
+    """Folders of the training set or sets, for memorisation and the check for contamination;
+    default: the run's."""
     num_train_images: int = 10_000
     """Most training images to decode for memorisation; of a larger set, a fixed random part."""
     allow_contamination: bool = False

@@ -41,7 +41,7 @@ class Found:
 
 
 def check(
-    items: Sequence[Item], train_shards: Path, files: Collection[Path] = ()
+    items: Sequence[Item], train_shards: Sequence[Path], files: Collection[Path] = ()
 ) -> dict[str, Any] | None:
     """Returns `count` and `examples` of the images that are in the training set; None if none is.
 
@@ -61,7 +61,7 @@ def check(
     if found.same_captions and not found.examples:
         texts = sorted(found.same_captions)
         print(
-            f"{len(texts)} of the prompts are also captions in {train_shards}, such as "
+            f"{len(texts)} of the prompts are also captions in the training set, such as "
             f"{texts[0]!r}: check that their images are not training images"
         )
     if not found.examples:

@@ -1,6 +1,7 @@
 """The report's data card: what the training shards contain."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,31 @@ MAX_BARS = 12
 MAX_REASONS = 10
 
 
-def data_card(location: str | None) -> dict[str, Any]:
-    """Returns what a set of shards contains, or `missing`: the reason why that is unknown.
+def locations_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the training sets that a run's settings name; older runs have one, as text."""
+    named = config.get("shards") or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def data_card(locations: Sequence[str]) -> dict[str, Any]:
+    """Returns what sets of shards contain, or `missing`: the reason why that is unknown.
 
     Caption lengths are of a sample of records, in tokens with the start and end tokens.
     """
-    if location is None:
+    if not locations:
         return {"missing": "no training shards are known for this run"}
-    if is_remote(location):
-        return {"missing": f"the training shards are remote: {location}"}
-    folder = Path(location)
-    if not folder.is_dir():
-        return {"missing": f"the training shards are not on this machine: {location}"}
+    for location in locations:
+        if is_remote(location):
+            return {"missing": f"the training shards are remote: {location}"}
+        if not Path(location).is_dir():
+            return {"missing": f"the training shards are not on this machine: {location}"}
     try:
-        sets, reasons = _open(folder)
-        return _describe(location, sets, reasons)
+        sets, reasons = [], Counter[str]()
+        for location in locations:
+            found, of_set = _open(Path(location))
+            sets += found
+            reasons += of_set
+        return _describe(", ".join(locations), sets, reasons)
     except (ValueError, OSError) as error:
         return {"missing": f"the training shards cannot be read: {error}"}
 

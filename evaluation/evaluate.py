@@ -96,7 +96,7 @@ def evaluate(config: EvaluationConfig) -> Path:
         dtype = str(run.pipeline.dtype).removeprefix("torch.")
         run.identity = describe_bundle(inputs.bundle) | {"dtype": dtype}
         sweep_points.check_points(run)
-    if inputs.train_shards is not None:
+    if inputs.train_shards:
         vae = None if run.pipeline is None else run.pipeline.vae
         panel.training = partial(
             TrainingSet, inputs.train_shards, vae, most=config.num_train_images

@@ -10,6 +10,7 @@ from latent_t2i.evaluation.captions import read_items
 from latent_t2i.evaluation.compare import read_results
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.curves import read_history
+from latent_t2i.evaluation.data_card import locations_of
 from latent_t2i.evaluation.images import Size, image_size, list_images
 from latent_t2i.evaluation.metrics.metric import Item, Need
 from latent_t2i.evaluation.objects import add_objects
@@ -42,7 +43,8 @@ class Inputs:
     reals: Reals | None = None
     statistics: Path | None = None
     """Statistics of the reference without its images."""
-    train_shards: Path | None = None
+    train_shards: tuple[Path, ...] = ()
+    """Folders of the training sets."""
     contamination: Mapping[str, Any] | None = None
     others: Sequence[tuple[str, Mapping[str, Any]]] = ()
     """Name and results of the evaluations to show beside this one."""
@@ -55,7 +57,7 @@ class Inputs:
             "captions": all(item.captions for item in self.items),
             "scenes": all(item.prompt and item.prompt.scene for item in self.items),
             "bundle": self.bundle is not None,
-            "shards": self.train_shards is not None,
+            "shards": bool(self.train_shards),
             "objects": any(item.objects for item in self.items),
         }
         return frozenset(need for need, present in found.items() if present)
@@ -165,24 +167,33 @@ def _open_reference(config: EvaluationConfig, inputs: Inputs) -> tuple[Reals | N
     return open_folder(path, known, None if same else inputs.size), None
 
 
-def train_shards_of(config: EvaluationConfig, info: Mapping[str, Any] | None) -> Path | None:
-    """Returns the training set: the one given, else the one that the bundle names, if present."""
+def train_shards_of(config: EvaluationConfig, info: Mapping[str, Any] | None) -> tuple[Path, ...]:
+    """Returns the training sets: those given, else those that the bundle names, if present."""
     if config.train_shards is not None:
-        found = find_path(config.train_shards)
-        if found is None:
-            raise ValueError(f"--train-shards: no folder {config.train_shards!r}")
-        return found
+        return tuple(_given_shards(name) for name in config.train_shards)
     if info is None:
-        return None
-    named = info["config"].get("shards") or f"shards/data/{info['name']}/train"
-    found = find_path(named) if "://" not in named else None
-    if found is None or _shards_sha256(found) != info.get("shards_sha256"):
-        fault = "is not a folder here" if found is None else "is another set by now"
-        print(
-            f"memorisation and contamination are not checked: the training set {named} {fault}; "
-            "give a copy of it with --train-shards"
-        )
-        return None
+        return ()
+    names = locations_of(info["config"]) or (f"shards/data/{info['name']}/train",)
+    hashes = info.get("shards_sha256")
+    hashes = hashes if isinstance(hashes, list) else [hashes] * len(names)  # one set: one hash
+    folders = []
+    for named, sha256 in zip(names, hashes, strict=True):
+        found = find_path(named) if "://" not in named else None
+        if found is None or _shards_sha256(found) != sha256:
+            fault = "is not a folder here" if found is None else "is another set by now"
+            print(
+                f"memorisation and contamination are not checked: the training set {named} "
+                f"{fault}; give a copy of it with --train-shards"
+            )
+            return ()
+        folders.append(found)
+    return tuple(folders)
+
+
+def _given_shards(name: str) -> Path:
+    found = find_path(name)
+    if found is None:
+        raise ValueError(f"--train-shards: no folder {name!r}")
     return found
 
 
@@ -198,17 +209,18 @@ def _shards_sha256(folder: Path) -> str | None:
 
 def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[str, Any] | None:
     """Returns what contamination.check found; raises ValueError unless it is allowed."""
-    if inputs.train_shards is None or inputs.available >= {"scenes"}:
+    if not inputs.train_shards or inputs.available >= {"scenes"}:
         return None  # scenes are drawn for this evaluation, from their own random streams
     reals = inputs.reals if isinstance(inputs.reals, FolderReals) else None
     items = [*inputs.items, *(reals.items if reals else ())]
     found = contamination.check(items, inputs.train_shards, reals.paths if reals else ())
     if found is not None and not config.allow_contamination:
         examples = ", ".join(found["examples"][:3])
+        folders = ", ".join(map(str, inputs.train_shards))
         raise ValueError(
             f"--captions or --reference: {found['count']} of the images are in the training set "
-            f"{inputs.train_shards}, such as {examples}; expected images that the model has not "
-            "seen: choose another split, or add --allow-contamination to continue with a mark in "
+            f"{folders}, such as {examples}; expected images that the model has not seen: choose "
+            "another split, or add --allow-contamination to continue with a mark in "
             "every result"
         )
     return found

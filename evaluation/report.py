@@ -23,7 +23,7 @@ from latent_t2i.evaluation.curves import (
     loss_chart,
     quarters_chart,
 )
-from latent_t2i.evaluation.data_card import data_card
+from latent_t2i.evaluation.data_card import data_card, locations_of
 from latent_t2i.evaluation.figures import (
     FEW_IMAGES,
     describe,
@@ -47,7 +47,7 @@ def render_report(
     history: Sequence[Mapping[str, Any]] | None,
     info: Mapping[str, Any] | None,
     others: Sequence[tuple[str, Mapping[str, Any]]] = (),
-    train_shards: str | None = None,
+    train_shards: Sequence[str] = (),
 ) -> str:
     """Returns the report's HTML.
 
@@ -57,7 +57,7 @@ def render_report(
         history: The lines of the training's metrics.jsonl; None if there is none.
         info: The bundle's bundle.json; None for a folder of images.
         others: Name (or output folder) and results of runs to show beside this one.
-        train_shards: Folder of the training shards, for the data card.
+        train_shards: Folders of the training shards, for the data card.
     """
     environment = Environment(
         loader=PackageLoader("latent_t2i.evaluation"), autoescape=True, undefined=StrictUndefined,
@@ -74,7 +74,7 @@ def _context(
     history: Sequence[Mapping[str, Any]] | None,
     info: Mapping[str, Any] | None,
     others: Sequence[tuple[str, Mapping[str, Any]]],
-    train_shards: str | None,
+    train_shards: Sequence[str],
 ) -> dict[str, Any]:
     """Returns what the template shows; the arguments are those of `render_report`."""
     images = gallery.entries(read_per_image(out), out)
@@ -335,9 +335,9 @@ def _ratio_chart(groups: Mapping[str, Any], edges: Sequence[float]) -> str | Non
     return line_chart(series, "ratio", "% of the images")
 
 
-def _data(info: Mapping[str, Any] | None, train_shards: str | None) -> dict[str, Any]:
+def _data(info: Mapping[str, Any] | None, train_shards: Sequence[str]) -> dict[str, Any]:
     config = (info or {}).get("config", {})
-    found = data_card(train_shards or config.get("shards"))
+    found = data_card(train_shards or locations_of(config))
     if "lengths" in found:
         chart = bar_chart(found["lengths"], "tokens per caption", "captions in the sample")
         found["chart"] = Markup(chart or "")

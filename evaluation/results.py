@@ -187,7 +187,7 @@ def write(run: Evaluation, found: dict[str, Any], timing: Mapping[str, float]) -
     _replace(out / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
     page = render_report(
         found, out, history=run.inputs.history, info=info, others=run.inputs.others,
-        train_shards=None if run.inputs.train_shards is None else str(run.inputs.train_shards),
+        train_shards=[str(folder) for folder in run.inputs.train_shards],
     )  # fmt: skip
     _replace(out / REPORT_FILE, page)
     print(summary(found, out))

@@ -15,41 +15,45 @@ from latent_t2i.evaluation.metrics.metric import MissingWeights
 from latent_t2i.model.encoders import Autoencoder, fingerprint, load_vae
 from latent_t2i.shards.buckets import holds_buckets, open_buckets
 from latent_t2i.shards.reader import ShardSet, open_shards
-from latent_t2i.shards.schema import Manifest
+from latent_t2i.shards.schema import Manifest, hash_json
 
 DECODE_BATCH = 16
 
 
-def open_sets(folder: Path) -> Sequence[ShardSet]:
-    """Returns the ordinary sets of a folder of shards, one per bucket if it has buckets.
+def open_sets(folders: Sequence[Path]) -> Sequence[ShardSet]:
+    """Returns the ordinary sets of folders of shards, one per bucket if a folder has buckets.
 
     Raises FormatError, a ValueError, for a folder that is not a finished set.
     """
-    if holds_buckets(folder):
-        return open_buckets(folder, verify="none").sets
-    return (open_shards(folder, verify="none"),)
+    opened = [
+        (open_buckets if holds_buckets(folder) else open_shards)(folder, verify="none")
+        for folder in folders
+    ]
+    return [part for one in opened for part in one.sets]
 
 
 class TrainingSet:
-    """A part of the images of a training set, numbered from 0."""
+    """A part of the images of one or several training sets, numbered from 0."""
 
-    def __init__(self, folder: Path, vae: Autoencoder | None = None, *, most: int = 10_000) -> None:
+    def __init__(
+        self, folders: Sequence[Path], vae: Autoencoder | None = None, *, most: int = 10_000
+    ) -> None:
         """Opens the shards, and chooses at most `most` images.
 
         `vae` is the bundle's, used if it is the one that encoded the shards.
 
-        Raises ValueError if the folder holds no shards, and MissingWeights if their VAE is
+        Raises ValueError if a folder holds no shards, and MissingWeights if their VAE is
         unavailable.
         """
-        self.folder = folder
-        self._sets = open_sets(folder)
+        self._sets = open_sets(folders)
         starts = np.cumsum([0, *map(len, self._sets)])
         self.num_records = int(starts[-1])
         chosen = choose(self.num_records, most)
         self._set_of = np.searchsorted(starts, chosen, side="right") - 1
         self._record = chosen - starts[self._set_of]
         self._vae = _find_vae(self._sets[0].manifest, vae)
-        self.sha256 = self._sets[0].sha256
+        hashes = [part.sha256 for part in self._sets]
+        self.sha256 = hashes[0] if len(hashes) == 1 else hash_json(hashes)
 
     def __len__(self) -> int:
         return len(self._record)

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from latent_t2i.pipeline import report
 from latent_t2i.pipeline.encode import Encoders, fixed_kernels
+from latent_t2i.pipeline.growth import records_of
 from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Index, TokenizedRecord
 from latent_t2i.pipeline.plan import SetPlan, ShardPlan
@@ -125,7 +126,7 @@ class ShardActor:
             num_skipped = 0
             self._check.num_good += task.num_done
             batches = cut_batches(task.shard, task.records, task.preprocessing, encoders.batch_size)
-            with WriterThread(encoders.vae.kind) as writing:
+            with WriterThread(encoders.vae.kind, lambda shard: None) as writing:
                 for batch, items in pool.encode(batches):
                     num_skipped += self._check.add(items)
                     writing.put(batch, items)
@@ -383,14 +384,14 @@ def write_missing(
     *,
     quantise: Quantiser | None,
     make_bar: report.Bar,
-) -> None:
+) -> int:
     """Does what `writing.write_missing` does, on the actors."""
     missing = find_missing(shards, index)
     total = sum(shard.num_records for _, shard in missing)
     num_before = len(shards) - len(missing)
     by_name = {str(shard_path(shard)): (part, shard) for part, shard in missing}
     counts: dict[tuple[str, int], tuple[int, int]] = {}
-    num_bytes = 0
+    num_bytes = num_encoded = 0
 
     def arguments(name: str) -> tuple[ShardTask]:
         return (make_task(*by_name[name], index, quantise, num_before),)
@@ -407,6 +408,7 @@ def write_missing(
                 num_bytes=num_bytes,
                 num_shards=num_shards,
             )
+            num_encoded += written.num_records - written.num_skipped
             counts[written.process] = written.counts
     deadline_s = time.monotonic() + VISIBLE_S
     for _, shard in missing:
@@ -415,13 +417,14 @@ def write_missing(
     if quantise is not None and counts:
         quantise.num_values, quantise.num_saturated = map(sum, zip(*counts.values(), strict=True))
     print_saturation(quantise)
+    return num_encoded
 
 
 def make_task(
     part: SetPlan, shard: ShardPlan, index: Index, quantise: Quantiser | None, num_done: int
 ) -> ShardTask:
     """Returns a shard's task, with its records."""
-    records = index.records(shard.bucket, shard.num_captions, shard.first, shard.last)
+    records = records_of(index, shard)
     return ShardTask(
         shard=replace(shard, folder=shard.folder.absolute()),
         preprocessing=part.preprocessing,

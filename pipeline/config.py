@@ -149,7 +149,11 @@ class PipelineConfig:
     max_tokens: int = 77
     """Tokens kept of a caption, start and end included."""
     out: str | None = None
-    """Folder for the shards, instead of shards/data/NAME/SPLIT."""
+    """Folder for the shards, instead of shards/data/NAME/SPLIT; or a URL of fsspec, such as
+    s3://BUCKET/FOLDER or hf://datasets/USER/NAME/FOLDER."""
+    work_dir: str | None = None
+    """out is a URL: local folder with room for two shards per process, which are put at the URL and
+    deleted; default: in the user's cache folder."""
     records_per_shard: int = 1000
     """Maximum number of images per shard; a killed run repeats at most one shard."""
     max_shard_bytes: int = 1_000_000_000
@@ -178,6 +182,12 @@ class PipelineConfig:
     """Compile the VAE's encoder: takes minutes at the start, then runs faster."""
     max_quarantined: float = 0.01
     """Largest share of images that may be quarantined before the run counts as failed."""
+    append: bool = False
+    """Add records that are new in the source to a finished set, as further shards; shards that
+    exist stay as they are."""
+    retry: bool = False
+    """Bring the shards of a finished set up to date: those with quarantined images that can be read
+    now, or with images or captions that have changed since, are encoded again."""
     dry_run: bool = False
     """Print the plan (what will be written, and its size) and stop."""
     force: bool = False
@@ -209,6 +219,23 @@ class PipelineConfig:
             raise ValueError(
                 f"--ray-address: {self.ray_address!r} has no effect without --executor ray"
             )
+        if self.executor == "ray" and "://" in (self.out or ""):
+            raise ValueError(
+                f"--executor ray: expected a shared folder for --out, found {self.out!r}"
+            )
+        if self.work_dir is not None and "://" not in (self.out or ""):
+            raise ValueError(f"--work-dir: needs a URL for --out, found {self.out!r}")
+        for flag, is_set in (("--append", self.append), ("--retry", self.retry)):
+            for other, unfit in (
+                ("--buckets", self.buckets),
+                ("a URL for --out", "://" in (self.out or "")),
+                ("--executor ray", self.executor == "ray"),
+            ):
+                if is_set and unfit:
+                    raise ValueError(
+                        f"{flag}: not available with {other}: encode the images as another set, "
+                        "with their own --source and --out"
+                    )
         if self.source.kind == "scenes" and self.split not in SPLITS:
             raise ValueError(
                 f"--split: expected {', '.join(SPLITS)} for scenes, found {self.split!r}"

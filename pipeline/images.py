@@ -218,7 +218,11 @@ def describe(preprocessing: Preprocessing) -> dict[str, Any]:
         "size_px": list(preprocessing.size_px),
         "resize": RESIZE,
         "crop": preprocessing.crop,
-        **({"crops": preprocessing.crops, "further": further} if preprocessing.crops > 1 else {}),
+        **(
+            {"crops": preprocessing.crops, "further_crops": further}
+            if preprocessing.crops > 1
+            else {}
+        ),
         **({"seed": preprocessing.seed} if is_random else {}),
         "min_size_px": preprocessing.min_size_px,
         "jpeg": scale if preprocessing.fast_jpeg else "whole",

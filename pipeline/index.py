@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,8 @@ import numpy as np
 from latent_t2i.pipeline.images import Picture
 from latent_t2i.pipeline.sources.locators import (
     FileLocator,
+    ImageLocator,
+    changed_ns,
     locator_from_json,
     locator_name,
     locator_to_json,
@@ -37,6 +38,8 @@ LARGEST_PICTURE = Picture(
 """An image whose sizes have the most characters in a record's JSON."""
 CHUNK_RECORDS = 1024
 """Records are checked and inserted in chunks of this size."""
+NO_SHARD = -1
+"""The shard of records that this run does not write."""
 # No journal and no sync: nothing reads the file after a crash.
 TABLES = """
     PRAGMA journal_mode = OFF;
@@ -45,9 +48,9 @@ TABLES = """
     CREATE TABLE keys (key TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID;
     CREATE TABLE records (
         number INTEGER PRIMARY KEY, bucket TEXT, num_captions INTEGER, meta_bytes INTEGER,
-        key TEXT, locator TEXT, captions TEXT, extra TEXT, token_ids TEXT
+        key TEXT, locator TEXT, captions TEXT, extra TEXT, token_ids TEXT, shard INTEGER
     );
-    CREATE INDEX groups ON records (bucket, num_captions, number);
+    CREATE INDEX groups ON records (bucket, num_captions, shard, number);
 """
 
 
@@ -87,10 +90,13 @@ class Index:
         self.num_cut = 0
         self.quarantined: dict[str, str] = {}
         """Records that are in no group, by key, with the reason."""
+        self.newest_ns = 0
+        """Time of the latest change of a local file with images."""
         self.missing: dict[str, str] = {}
         """Records whose file is missing. Each stays in its group: the file may be restored."""
         self._names: dict[str, str] = {}
         """File names of quarantined records."""
+        self._archives: dict[str, int | None] = {}
 
     def close(self) -> None:
         """Deletes the file."""
@@ -109,27 +115,72 @@ class Index:
         self._db.execute("COMMIT")
 
     def groups(self) -> list[tuple[str, int]]:
-        """Returns each combination of bucket and number of captions, sorted."""
-        query = "SELECT DISTINCT bucket, num_captions FROM records ORDER BY bucket, num_captions"
+        """Returns each combination of bucket and number of captions, sorted.
+
+        Records that are assigned to a shard are ignored.
+        """
+        query = (
+            "SELECT DISTINCT bucket, num_captions FROM records WHERE shard IS NULL "
+            "ORDER BY bucket, num_captions"
+        )
         return list(self._db.execute(query))
 
-    def sizes(self, bucket: str, num_captions: int) -> Iterator[tuple[int, int]]:
-        """Yields the number and the maximum JSON bytes of each record of a group, in order."""
+    def sizes(
+        self, bucket: str, num_captions: int, shard: int | None = None
+    ) -> Iterator[tuple[int, int]]:
+        """Yields the number and the maximum JSON bytes of each record of a group, in order.
+
+        `shard` is that to which the records are assigned; None: to no shard yet.
+        """
         query = (
             "SELECT number, meta_bytes FROM records "
-            "WHERE bucket = ? AND num_captions = ? ORDER BY number"
+            "WHERE bucket = ? AND num_captions = ? AND shard IS ? ORDER BY number"
         )
-        yield from self._db.execute(query, (bucket, num_captions))
+        yield from self._db.execute(query, (bucket, num_captions, shard))
 
     def records(
-        self, bucket: str, num_captions: int, first: int, last: int
+        self, bucket: str, num_captions: int, first: int, last: int, shard: int | None = None
     ) -> list[TokenizedRecord]:
-        """Returns a group's records with numbers from `first` to `last` inclusive, in order."""
+        """Returns a group's records with numbers from `first` to `last` inclusive, in order.
+
+        `shard` is as for `sizes`.
+        """
         query = (
             "SELECT key, locator, captions, extra, token_ids FROM records "
-            "WHERE bucket = ? AND num_captions = ? AND number BETWEEN ? AND ? ORDER BY number"
+            "WHERE bucket = ? AND num_captions = ? AND shard IS ? AND number BETWEEN ? AND ? "
+            "ORDER BY number"
         )
-        return list(map(_record, self._db.execute(query, (bucket, num_captions, first, last))))
+        found = self._db.execute(query, (bucket, num_captions, shard, first, last))
+        return list(map(_record, found))
+
+    def find(self, keys: Iterable[str]) -> Iterator[Record | None]:
+        """Yields the usable record with each key; None where the source has none."""
+        query = (
+            "SELECT key, locator, captions, extra, token_ids FROM keys JOIN records "
+            "USING (number, key) WHERE key = ?"
+        )
+        for key in keys:
+            row = self._db.execute(query, (key,)).fetchone()
+            yield row and _record(row).record
+
+    def assign(self, keys: Iterable[str], shard: int | None) -> None:
+        """Assigns records to a shard of a finished set, to NO_SHARD, or to none yet."""
+        query = (
+            "UPDATE records SET shard = ? WHERE number = (SELECT number FROM keys WHERE key = ?)"
+        )
+        self._db.execute("BEGIN")
+        self._db.executemany(query, ((shard, key) for key in keys))
+        self._db.execute("COMMIT")
+
+    def unassigned(self, num: int) -> tuple[int, list[str]]:
+        """Returns the number of records that are assigned to no shard, and the first keys."""
+        (total,) = self._db.execute("SELECT count(*) FROM records WHERE shard IS NULL").fetchone()
+        query = "SELECT key FROM records WHERE shard IS NULL ORDER BY number LIMIT ?"
+        return total, [key for (key,) in self._db.execute(query, (num,))]
+
+    def close_unassigned(self) -> None:
+        """Assigns all records without a shard to NO_SHARD."""
+        self._db.execute("UPDATE records SET shard = ? WHERE shard IS NULL", (NO_SHARD,))
 
     def sample_captions(self, num: int) -> dict[str, list[int]]:
         """Returns the token ids of up to `num` distinct captions, evenly spaced in the order."""
@@ -173,7 +224,9 @@ class Index:
             self.quarantined[key] = problem
             self._names[key] = _file_name(record.extra, locator_to_json(record.locator))
             return
-        if isinstance(record.locator, FileLocator) and not Path(record.locator.path).exists():
+        changed_ns = self._changed_ns(record.locator)
+        self.newest_ns = max(self.newest_ns, changed_ns or 0)
+        if isinstance(record.locator, FileLocator) and changed_ns is None:
             self.missing[record.key] = "missing file"
         self.num_captions += len(record.captions)
         self.num_cut += check.num_cut
@@ -187,8 +240,17 @@ class Index:
             captions,
             extra,
             _dump(check.token_ids),
+            None,
         )
         self._db.execute(f"INSERT INTO records VALUES ({', '.join('?' * len(row))})", row)
+
+    def _changed_ns(self, locator: ImageLocator) -> int | None:
+        """Returns `changed_ns`, from one look-up per archive."""
+        if isinstance(locator, FileLocator):
+            return changed_ns(locator)
+        if locator.url not in self._archives:
+            self._archives[locator.url] = changed_ns(locator)
+        return self._archives[locator.url]
 
     def _hash(self, record: Record, captions: str, check: RecordCheck) -> None:
         """Updates the hash with what determines the record's content in the shard."""

@@ -17,6 +17,17 @@ from latent_t2i.shards.schema import BLOCK_BYTES, Layout, Provenance, make_layou
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplacedShard:
+    """A finished shard that is encoded again, and those of its records that are copied."""
+
+    path: Path
+    layout: Layout
+    num_records: int
+    kept: tuple[int, ...]
+    """Positions of the records that cannot be encoded again from the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ShardPlan:
     """The records of one shard: a range of numbers within a bucket and number of captions."""
 
@@ -28,6 +39,15 @@ class ShardPlan:
     last: int
     num_records: int
     layout: Layout
+    owner: int | None = None
+    """The shard of a finished set to which the index has assigned the records."""
+    replaces: ReplacedShard | None = None
+    """The finished shard that is encoded again."""
+
+    @property
+    def num_kept(self) -> int:
+        """Number of records that are copied from the finished shard."""
+        return len(self.replaces.kept) if self.replaces else 0
 
     @property
     def num_bytes(self) -> int:
@@ -60,22 +80,14 @@ def plan_shards(
     latent_shape: tuple[int, int, int, int],
     text_shape: tuple[int, int],
     provenance: Provenance,
+    first_index: int = 0,
 ) -> tuple[ShardPlan, ...]:
     """Divides a bucket's records into shards of latents (views, C, h, w) and text (T, D) each.
 
     A shard ends at the provenance's `records_per_shard` or `max_shard_bytes`, whichever comes
-    first, but holds at least one record.
+    first, but holds at least one record. The first shard has the number `first_index`.
     """
-
-    def lay_out(num_captions: int, json_bytes: int) -> Layout:
-        return make_layout(
-            latent=latent_shape,
-            text=(num_captions, *text_shape),
-            json_bytes=json_bytes,
-            text_dtype=provenance.text_dtype,
-            extra=provenance.fields,
-        )
-
+    lay_out = make_lay_out(latent_shape, text_shape, provenance)
     shards: list[ShardPlan] = []
     for num_captions in [number for name, number in index.groups() if name == bucket]:
         for first, last, num_records, layout in cut(
@@ -86,7 +98,7 @@ def plan_shards(
         ):
             shard = ShardPlan(
                 folder=folder,
-                index=len(shards),
+                index=first_index + len(shards),
                 bucket=bucket,
                 num_captions=num_captions,
                 first=first,
@@ -96,6 +108,58 @@ def plan_shards(
             )
             shards.append(shard)
     return tuple(shards)
+
+
+def plan_replaced(
+    index: Index,
+    number: int,
+    folder: Path,
+    *,
+    latent_shape: tuple[int, int, int, int],
+    text_shape: tuple[int, int],
+    provenance: Provenance,
+    num_captions: int,
+    old: ReplacedShard | None,
+) -> ShardPlan:
+    """Plans a shard of a finished set again, of the records that the index has assigned to it.
+
+    `old` is None if none of its images could be read. Without copied records, the plan is that of
+    the set's first run.
+    """
+    lay_out = make_lay_out(latent_shape, text_shape, provenance)
+    sizes = list(index.sizes("", num_captions, number))
+    json_bytes = max(round_up(size, BLOCK_BYTES) for _, size in sizes)
+    if old and old.kept:
+        json_bytes = max(json_bytes, *old.layout.fields["json"].shape)
+    return ShardPlan(
+        folder=folder,
+        index=number,
+        bucket="",
+        num_captions=num_captions,
+        first=sizes[0][0],
+        last=sizes[-1][0],
+        num_records=len(sizes) + (len(old.kept) if old else 0),
+        layout=lay_out(num_captions, json_bytes),
+        replaces=old,
+        owner=number,
+    )
+
+
+def make_lay_out(
+    latent_shape: tuple[int, int, int, int], text_shape: tuple[int, int], provenance: Provenance
+) -> Callable[[int, int], Layout]:
+    """Returns a function that makes the layout for a number of captions and of JSON bytes."""
+
+    def lay_out(num_captions: int, json_bytes: int) -> Layout:
+        return make_layout(
+            latent=latent_shape,
+            text=(num_captions, *text_shape),
+            json_bytes=json_bytes,
+            text_dtype=provenance.text_dtype,
+            extra=provenance.fields,
+        )
+
+    return lay_out
 
 
 def cut(

@@ -58,8 +58,8 @@ class Meter:
                 self._bar.write(f"{text}{duration(remaining_s)} remaining", file=sys.stderr)
 
 
-def plan_lines(index: Index, sets: Sequence[SetPlan], out: Path, free_bytes: int) -> str:
-    """Returns the plan: what will be written, and its size."""
+def plan_lines(index: Index, sets: Sequence[SetPlan], out: str, room: str) -> str:
+    """Returns the plan: what will be written, where, its size, and the `room` for it."""
     sizes = bytes_by_member(sets)
     num_shards = sum(len(part.shards) for part in sets)
     unusable = {"missing files": len(index.missing), "cannot be used": len(index.quarantined)}
@@ -67,17 +67,24 @@ def plan_lines(index: Index, sets: Sequence[SetPlan], out: Path, free_bytes: int
     lines = {
         "images": ", ".join([f"{index.num_source} in", *notes]),
         "captions": f"{index.num_captions}, {index.num_cut} of them will be truncated",
-        "shards": f"{num_shards} in {show(out)}",
+        "shards": f"{num_shards} in {out}",
         **({"buckets": _buckets(sets)} if sets[0].bucket else {}),
         "bytes": ", ".join(f"{name} {format_bytes(num)}" for name, num in sizes.items()),
-        "total": f"{format_bytes(sum(sizes.values()))}, "
-        f"free on this disk {format_bytes(free_bytes)}",
+        "total": f"{format_bytes(sum(sizes.values()))}, {room}",
     }
     return _lines(lines)
 
 
-def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], out: Path) -> str:
-    """Returns a summary of the finished sets, by bucket; its last line accounts for each image.
+def growth_lines(work: SetPlan, changes: Sequence[str]) -> str:
+    """Returns the plan of an extension: how the source has changed, and what will be written."""
+    num_again = sum(shard.owner is not None for shard in work.shards)
+    num_bytes = sum(shard.num_bytes for shard in work.shards)
+    shards = f"{len(work.shards) - num_again} more, {num_again} again, {format_bytes(num_bytes)}"
+    return "\n".join([*changes, _lines({"shards": shards})])
+
+
+def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], out: str) -> str:
+    """Returns a summary of the finished sets in `out`; its last line accounts for each image.
 
     `quarantined` are the reasons of all sets, by file name.
     """
@@ -88,7 +95,7 @@ def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], o
     num_shards = sum(len(manifest.shards) for manifest in manifests.values())
     num_bytes = sum(int(manifest.shards.bytes.sum()) for manifest in manifests.values())
     lines = {
-        "shards": f"{num_shards}, {format_bytes(num_bytes)}, in {show(out)}",
+        "shards": f"{num_shards}, {format_bytes(num_bytes)}, in {out}",
         "captions": f"{num_captions}, {num_cut} truncated at {first.max_tokens} tokens",
         "text": _describe_text(first),
         "latents": _describe_latents(manifests),
@@ -97,7 +104,10 @@ def summary(manifests: Mapping[str, Manifest], quarantined: Mapping[str, str], o
     }
     skipped = [f"quarantined {line}" for line in first_of(quarantined)]
     if skipped:
-        skipped.append("to retry    restore the images and encode them again with another --out")
+        how = "run the same command with --retry"
+        if "" not in manifests:
+            how = "encode them again with another --out"
+        skipped.append(f"to retry    restore the images and {how}")
     return "\n".join([*skipped, _lines(lines)])
 
 

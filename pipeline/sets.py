@@ -18,6 +18,7 @@ from latent_t2i.pipeline.index import Index, RecordCheck
 from latent_t2i.pipeline.plan import SetPlan, ShardPlan, plan_shards
 from latent_t2i.pipeline.sources.locators import LocatorError, read_image_bytes
 from latent_t2i.pipeline.sources.record import Record
+from latent_t2i.pipeline.upload import NUM_LOCAL_SHARDS, Mirror
 from latent_t2i.shards.buckets import Buckets, parse_size
 from latent_t2i.shards.schema import (
     BUCKET_PATTERN,
@@ -155,13 +156,22 @@ def require_own_folder(sets: Sequence[SetPlan], out: Path) -> None:
         )
 
 
-def require_room(sets: Sequence[SetPlan], out: Path) -> None:
-    """Raises ValueError if the unfinished shards do not fit on the disk."""
-    needed = sum(shard.num_bytes for _, shard in all_shards(sets) if not is_done(shard))
-    free = free_bytes(out)
-    if needed > free:
-        raise ValueError(
-            f"{report.show(out)}: the shards need {format_bytes(needed)}, but the disk has "
-            f"{format_bytes(free)} free: choose another --out, fewer --max-tokens or "
-            "--text-dtype int8, or pass --force to start anyway"
-        )
+def require_room(sets: Sequence[SetPlan], out: Path, mirror: Mirror | None = None) -> None:
+    """Raises ValueError if the unfinished shards do not fit on the disk.
+
+    With a mirror, only a few are on the disk at the same time.
+    """
+    sizes = [shard.num_bytes for _, shard in all_shards(sets) if not is_done(shard)]
+    if mirror is not None:
+        sizes = sorted(sizes)[-NUM_LOCAL_SHARDS:]
+    needed, free = sum(sizes), free_bytes(out)
+    if needed <= free:
+        return
+    what, remedy = "the shards need", "choose another --out, fewer --max-tokens or"
+    if mirror is not None:
+        what = f"before they are uploaded, {len(sizes)} shards need"
+        remedy = "choose another --work-dir, a smaller --max-shard-bytes or"
+    raise ValueError(
+        f"{report.show(out)}: {what} {format_bytes(needed)}, but the disk has "
+        f"{format_bytes(free)} free: {remedy} --text-dtype int8, or pass --force to start anyway"
+    )

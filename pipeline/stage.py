@@ -8,9 +8,10 @@ quarantined with a reason.
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any
 
 import torch
 
-from latent_t2i.model.paths import free_bytes, output_root
-from latent_t2i.pipeline import cluster, report
+from latent_t2i.model.paths import format_bytes, free_bytes, output_root
+from latent_t2i.pipeline import cluster, growth, report
 from latent_t2i.pipeline.buckets import make_buckets
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.encode import (
@@ -35,12 +36,12 @@ from latent_t2i.pipeline.encode import (
 )
 from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Index, build_index
-from latent_t2i.pipeline.plan import SetPlan
+from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.processes import Owner, ProcessInfo, find_processes, folder_lock, own_rank
 from latent_t2i.pipeline.producers.registry import load_further
 from latent_t2i.pipeline.producers.text import load_text_producer
 from latent_t2i.pipeline.producers.vae import load_vae_producer
-from latent_t2i.pipeline.quantise import decide_scale
+from latent_t2i.pipeline.quantise import Quantiser, decide_scale
 from latent_t2i.pipeline.sets import (
     all_shards,
     check_records,
@@ -50,9 +51,19 @@ from latent_t2i.pipeline.sets import (
     require_room,
 )
 from latent_t2i.pipeline.sources.open import SceneSettings, open_source
+from latent_t2i.pipeline.upload import (
+    NUM_LOCAL_SHARDS,
+    Mirror,
+    is_url,
+    naming_url,
+    open_mirror,
+    remove_if_empty,
+    work_folder,
+)
 from latent_t2i.pipeline.writing import write_missing
 from latent_t2i.shards.buckets import finish_buckets
 from latent_t2i.shards.duplicates import find_duplicates
+from latent_t2i.shards.extend import commit, finish_staging
 from latent_t2i.shards.schema import MANIFEST_NAME, Manifest, Provenance
 from latent_t2i.shards.writer import (
     begin_set,
@@ -80,25 +91,44 @@ def build(config: PipelineConfig) -> dict[str, Manifest]:
     is_driver = config.executor == "ray"  # its machine need not have the device
     device = find_device("cpu" if is_driver else config.device, processes.local_rank)
     if config.dry_run:
-        print_plan(config, load_encoders(config, device))
+        print_plan(config, load_encoders(config, device), processes)
         return {}
     # Owned before the encoders are loaded, so that a second run is refused at once.
-    with own_rank(output_folder(config), processes.rank) as owner:
+    with own_output(config, processes) as (owner, mirror):
         if config.executor == "local":
-            return write_shards(config, load_encoders(config, device), processes, owner)
+            return write_shards(config, load_encoders(config, device), processes, owner, mirror)
         load = partial(load_encoders, config)
         with cluster.connect(config.ray_address, load, config.device, config.num_threads) as actors:
             # The actors encode; the driver needs the tokenizer and the networks' shapes only.
-            encoders = replace(load(torch.device("cpu")), **actors.find_device()._asdict())
-            return write_shards(config, encoders, processes, owner, actors)
+            encoders = replace(load(device), **actors.find_device()._asdict())
+            return write_shards(config, encoders, processes, owner, actors=actors)
 
 
 def make_shards(
     config: PipelineConfig, encoders: Encoders, processes: ProcessInfo
 ) -> dict[str, Manifest]:
     """Does what `build` does, with loaded encoders and without a dry run."""
-    with own_rank(output_folder(config), processes.rank) as owner:
-        return write_shards(config, encoders, processes, owner)
+    with own_output(config, processes) as (owner, mirror):
+        return write_shards(config, encoders, processes, owner, mirror)
+
+
+@contextmanager
+def own_output(
+    config: PipelineConfig, processes: ProcessInfo
+) -> Iterator[tuple[Owner, Mirror | None]]:
+    """Makes this process the owner of its rank; if `out` is a URL, also yields its mirror."""
+    out = output_folder(config, processes.rank)
+    if config.out is None or not is_url(config.out):
+        with own_rank(out, processes.rank) as owner:
+            yield owner, None
+        return
+    with (
+        naming_url(out, config.out),
+        own_rank(out, processes.rank) as owner,
+        open_mirror(config.out, out, processes) as mirror,
+    ):
+        yield owner, mirror
+    remove_if_empty(out)
 
 
 def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
@@ -143,69 +173,261 @@ def write_shards(
     encoders: Encoders,
     processes: ProcessInfo,
     owner: Owner,
+    mirror: Mirror | None = None,
     actors: cluster.Cluster | None = None,
 ) -> dict[str, Manifest]:
     """Lists the source and writes this process's unfinished shards; the last process merges.
 
     With `actors`, these encode and write.
     """
-    out = output_folder(config)
-    apply: Apply = actors.apply if actors else lambda function, *rest: function(encoders, *rest)
+    out = output_folder(config, processes.rank)
+    shown = mirror.url if mirror else report.show(out)
     with (
         closing(list_source(config, encoders, out, is_first=processes.is_first)) as index,
         fixed_kernels(tf32=encoders.tf32),
     ):
         sets = plan_sets(config, encoders, index, out)
+        if mirror is None:
+            grown = grow_set(config, encoders, index, sets[0], processes, owner)
+            if grown is not None:
+                return grown
         require_enough(config, index, out, index.quarantined | index.missing)
         if not config.force:
-            require_room(sets, out)
+            require_room(sets, out, mirror)
         # One lock for both steps, or two commands could both find the folder free.
         with folder_lock(out):
             require_own_folder(sets, out)
             in_use = not owner.is_alone()
             manifests = [begin_set(part.folder, part.provenance, in_use=in_use) for part in sets]
+            if mirror:
+                mirror.begin(sets)
         if all(manifests):
-            print(f"{report.show(out)} is finished already: nothing to do")
+            print(f"{shown} is finished already: nothing to do")
         else:
             if processes.is_first:
-                print(report.plan_lines(index, sets, out, free_bytes(out)))
-            quantise = None
-            if config.text_dtype == "int8":
-                with folder_lock(out):
-                    quantise = decide_scale(apply, index, [part.folder for part in sets])
-            make_bar = report.bar if processes.is_first else report.no_bar
-            own = [pair for n, pair in enumerate(all_shards(sets)) if processes.owns(n)]
-            if actors:
-                cluster.write_missing(own, index, actors, quantise=quantise, make_bar=make_bar)
-            else:
-                write_missing(
-                    own,
-                    index,
-                    encoders,
-                    quantise=quantise,
-                    num_threads=config.num_threads or max(num_cores() // processes.num_local, 1),
-                    make_bar=make_bar,
-                )
-        return finish(config, apply, index, sets, processes)
+                print(report.plan_lines(index, sets, shown, room_line(out, mirror)))
+            encode_sets(config, encoders, index, sets, processes, mirror, actors)
+        apply = actors.apply if actors else partial(apply_here, encoders)
+        return finish(config, apply, index, sets, processes, mirror)
 
 
-def print_plan(config: PipelineConfig, encoders: Encoders) -> None:
+def apply_here(encoders: Encoders, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns `function(encoders, *arguments)`, as the actors of a cluster do."""
+    return function(encoders, *arguments)
+
+
+def find_quantiser(
+    apply: Apply, index: Index, sets: Sequence[SetPlan], mirror: Mirror | None
+) -> Quantiser:
+    """Returns the conversion to int8, which is the same for all sets and processes."""
+    if mirror:
+        mirror.wait_for_scale(sets)
+    quantise = decide_scale(apply, index, [part.folder for part in sets])
+    if mirror:
+        mirror.put_scale(sets)
+    return quantise
+
+
+def room_line(out: Path, mirror: Mirror | None) -> str:
+    """Returns the free space, for the plan."""
+    disk = f"the disk of {out}, for {NUM_LOCAL_SHARDS} shards" if mirror else "this disk"
+    return f"free on {disk} {format_bytes(free_bytes(out))}"
+
+
+def encode_sets(
+    config: PipelineConfig,
+    encoders: Encoders,
+    index: Index,
+    sets: Sequence[SetPlan],
+    processes: ProcessInfo,
+    mirror: Mirror | None = None,
+    actors: cluster.Cluster | None = None,
+) -> None:
+    """Writes this process's unfinished shards, and prints how many images were encoded."""
+    quantise = None
+    if config.text_dtype == "int8":
+        apply = actors.apply if actors else partial(apply_here, encoders)
+        with folder_lock(output_folder(config, processes.rank)):
+            quantise = find_quantiser(apply, index, sets, mirror)
+    own = [pair for n, pair in enumerate(all_shards(sets)) if processes.owns(n)]
+    make_bar = report.bar if processes.is_first else report.no_bar
+    if actors:
+        num_encoded = cluster.write_missing(
+            own, index, actors, quantise=quantise, make_bar=make_bar
+        )
+    else:
+        num_encoded = write_missing(
+            own,
+            index,
+            encoders,
+            quantise=quantise,
+            num_threads=num_threads(config, processes),
+            make_bar=make_bar,
+            mirror=mirror,
+        )
+    print(f"encoded     {num_encoded} images in this run")
+
+
+def num_threads(config: PipelineConfig, processes: ProcessInfo) -> int:
+    """Returns the number of threads of this process."""
+    return config.num_threads or max(num_cores() // processes.num_local, 1)
+
+
+def grow_set(
+    config: PipelineConfig,
+    encoders: Encoders,
+    index: Index,
+    part: SetPlan,
+    processes: ProcessInfo,
+    owner: Owner,
+) -> dict[str, Manifest] | None:
+    """Adds to a finished set what `--append` and `--retry` ask for; `part` is its plan.
+
+    Returns None if the set is unfinished, or finished and equal to the source. Raises ValueError if
+    it differs from the source and the command does not say what to do.
+    """
+    out, flags = output_folder(config, processes.rank), (config.append, config.retry)
+    with folder_lock(out):
+        commit(out)  # of a run that was killed during it
+    manifest = growth.find_finished(part, extend=any(flags))
+    if manifest is None or not (any(flags) or growth.may_differ(index, part.folder, manifest)):
+        return None
+    make_bar = report.bar if processes.is_first else report.no_bar
+    with (
+        ThreadPoolExecutor(num_threads(config, processes)) as pool,
+        make_bar(manifest.num_records, "image", "compare") as bar,
+    ):
+        grown = growth.compare(index, part, manifest, pool=pool, progress=bar.update)
+        if not any(flags):
+            growth.require_unchanged(index, grown)
+            return show_set(index, manifest, f"{report.show(out)} is finished already")
+        with folder_lock(out):
+            work = growth.begin_growth(
+                index,
+                grown,
+                *flags,
+                latent_shape=encoders.latent_shape(part.preprocessing.size_px),
+                text_shape=encoders.text_shape,
+                pool=pool,
+                in_use=not owner.is_alone(),
+            )
+    if work is None:
+        return show_set(index, manifest, growth.describe_nothing(grown, *flags))
+    if not config.force:
+        require_room([work], out)
+    if processes.is_first:
+        print(report.growth_lines(work, growth.describe(grown, *flags)))
+    encode_sets(config, encoders, index, [work], processes)
+    return finish_growth(config, index, grown, work, processes)
+
+
+def finish_growth(
+    config: PipelineConfig,
+    index: Index,
+    grown: growth.Growth,
+    work: SetPlan,
+    processes: ProcessInfo,
+) -> dict[str, Manifest]:
+    """Moves the new shards into the set once all of them exist, and prints the summary.
+
+    Returns and raises like `finish`.
+    """
+    out = output_folder(config, processes.rank)
+    with folder_lock(out):
+        if not work.folder.exists():  # another process was the last
+            manifest = Manifest.load(out)
+        elif not all_done(work.shards, out, processes):
+            return {}
+        else:
+            manifest = growth.stage_growth(index, grown, work, config.append, config.retry)
+            require_enough(config, index, out, manifest.read_quarantined())
+            finish_staging(out, manifest)
+            commit(out)
+            remove_progress(out)
+            manifest = Manifest.load(out)
+    return show_set(index, manifest)
+
+
+def show_set(index: Index, manifest: Manifest, text: str = "") -> dict[str, Manifest]:
+    """Prints a finished set's summary, after a text, and returns its manifest."""
+    if text:
+        print(f"{text}: nothing to do")
+    print_summary(index, {"": manifest}, manifest.read_quarantined(), manifest.folder, None)
+    return {"": manifest}
+
+
+def all_done(shards: Sequence[ShardPlan], out: Path, processes: ProcessInfo) -> bool:
+    """Returns whether all shards are finished; if not, says what is missing.
+
+    Raises ValueError if a shard of this process is missing.
+    """
+    unfinished = [n for n, shard in enumerate(shards) if not is_done(shard)]
+    if any(map(processes.owns, unfinished)):
+        raise ValueError(
+            f"{out}: shards that this process wrote have been deleted or changed since: start "
+            "the same command again"
+        )
+    if unfinished:
+        print(
+            f"{len(unfinished)} of {len(shards)} shards, of other processes, are unfinished: "
+            "the last process to finish writes the manifest; if one has stopped, start it again"
+        )
+    return not unfinished
+
+
+def print_plan(config: PipelineConfig, encoders: Encoders, processes: ProcessInfo) -> None:
     """Prints the plan and, if the run would be refused, the reasons."""
-    out = output_folder(config)
+    out = output_folder(config, processes.rank)
+    if config.out is None or not is_url(config.out):
+        print_plan_of(config, encoders, out, None)
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="shards-") as temporary,
+        naming_url(Path(temporary) / "set", config.out),
+        open_mirror(config.out, Path(temporary) / "set", processes) as mirror,
+    ):
+        print_plan_of(config, encoders, Path(temporary) / "set", mirror)
+
+
+def print_plan_of(
+    config: PipelineConfig, encoders: Encoders, out: Path, mirror: Mirror | None
+) -> None:
+    """Does what `print_plan` does, for the output folder or that of a mirror."""
+    shown = mirror.url if mirror else report.show(out)
     with closing(list_source(config, encoders, out, is_first=True)) as index:
         sets = plan_sets(config, encoders, index, out)
-        print(report.plan_lines(index, sets, out, free_bytes(out)))
+        if mirror is None:
+            is_grown = config.append or config.retry
+            manifest = growth.find_finished(sets[0], extend=is_grown)
+            if manifest is not None:
+                print_changes(config, index, sets[0], manifest)
+                return
+        print(report.plan_lines(index, sets, shown, room_line(out, mirror)))
         checks: list[Callable[[], None]] = [
             lambda: require_enough(config, index, None, index.quarantined | index.missing),
             lambda: require_own_folder(sets, out),
         ]
         if not config.force:
-            checks.append(lambda: require_room(sets, out))
+            checks.append(lambda: require_room(sets, out, mirror))
+        if mirror:
+            checks += [partial(mirror.require_few_shards, part) for part in sets]
         for check in checks:
             try:
                 check()
             except ValueError as error:
                 print(f"this run would be refused: {error}")
+
+
+def print_changes(config: PipelineConfig, index: Index, part: SetPlan, manifest: Manifest) -> None:
+    """Prints how the source differs from a finished set, and what this run would do about it."""
+    print(f"{report.show(part.folder)} is finished: {manifest.num_records} images")
+    with (
+        ThreadPoolExecutor(num_cores()) as pool,
+        report.bar(manifest.num_records, "image", "compare") as bar,
+    ):
+        grown = growth.compare(index, part, manifest, pool=pool, progress=bar.update)
+    for line in growth.describe(grown, config.append, config.retry):
+        print(line)
 
 
 def plan_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Path) -> list[SetPlan]:
@@ -230,10 +452,12 @@ def plan_sets(config: PipelineConfig, encoders: Encoders, index: Index, out: Pat
     )
 
 
-def output_folder(config: PipelineConfig) -> Path:
-    """Returns the folder of the shards."""
+def output_folder(config: PipelineConfig, rank: int) -> Path:
+    """Returns the folder of the shards; if `out` is a URL, the working folder of this rank."""
+    if config.out is not None and is_url(config.out):
+        return work_folder(config.out, config.work_dir, rank)
     if config.out is not None:
-        return Path(config.out).expanduser()
+        return Path(config.out.removeprefix("file://")).expanduser()
     return output_root() / "shards" / "data" / config.name / config.split
 
 
@@ -308,26 +532,18 @@ def finish(
     index: Index,
     sets: Sequence[SetPlan],
     processes: ProcessInfo,
+    mirror: Mirror | None,
 ) -> dict[str, Manifest]:
     """Merges the shard reports into the manifests once all shards exist, and prints the summary.
 
     Returns the manifests by bucket. Raises ValueError if too many images are quarantined, or if a
     shard of this process is missing.
     """
-    out = output_folder(config)
+    out = output_folder(config, processes.rank)
     with folder_lock(out):
-        shards = all_shards(sets)
-        unfinished = [n for n, (_, shard) in enumerate(shards) if not is_done(shard)]
-        if any(map(processes.owns, unfinished)):
-            raise ValueError(
-                f"{out}: shards that this process wrote have been deleted or changed since: start "
-                "the same command again"
-            )
-        if unfinished:
-            print(
-                f"{len(unfinished)} of {len(shards)} shards, of other processes, are unfinished: "
-                "the last process to finish writes the manifest; if one has stopped, start it again"
-            )
+        if mirror:
+            mirror.refresh(sets)
+        if not all_done([shard for _, shard in all_shards(sets)], out, processes):
             return {}
         quarantined = {part.bucket: read_quarantined(part) for part in sets}
         no_bucket = dict(index.quarantined)
@@ -341,19 +557,37 @@ def finish(
             if part.bucket and len(quarantined[part.bucket]) == part.num_records:
                 no_bucket |= quarantined[part.bucket]
                 shutil.rmtree(part.folder)
+                if mirror:
+                    mirror.delete_set(part.folder)
             else:
                 manifests[part.bucket] = finish_one(apply, part, index.quarantined)
+                if mirror:
+                    mirror.put_set(part.folder)
         manifests = dict(sorted(manifests.items()))
         if sets[0].bucket:
             finish_buckets(out, list(manifests), quarantined=no_bucket)
+            if mirror:
+                mirror.put_buckets()
             remove_progress(out)
-    duplicates = find_duplicates(out)
+    print_summary(index, manifests, merged, out, mirror)
+    return manifests
+
+
+def print_summary(
+    index: Index,
+    manifests: Mapping[str, Manifest],
+    quarantined: Mapping[str, str],
+    out: Path,
+    mirror: Mirror | None,
+) -> None:
+    """Prints images that occur twice, and the summary; `quarantined` has all reasons by key."""
+    duplicates = None if mirror else find_duplicates(out)  # which reads the shards
     if duplicates is not None and duplicates.num:
         for copy, original in duplicates.examples:
             print(f"duplicate   {copy} = {original}")
         print(f"duplicates  {duplicates.count()}")
-    print(report.summary(manifests, index.by_file_name(merged), out))
-    return manifests
+    shown = mirror.url if mirror else report.show(out)
+    print(report.summary(manifests, index.by_file_name(quarantined), shown))
 
 
 def finish_one(apply: Apply, part: SetPlan, quarantined: Mapping[str, str]) -> Manifest:

@@ -8,6 +8,7 @@ that occurs in two shards is encoded twice.
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,6 +58,8 @@ class Batch:
     """Captions that no later batch of the shard needs."""
     preprocessing: Preprocessing
     is_last: bool
+    begun_ns: int
+    """When the shard's first image began to be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +211,7 @@ def cut_batches(
         token_ids |= zip(record.captions, ids, strict=True)
         last_use |= dict.fromkeys(record.captions, position // batch_size)
     remaining, batched = iter(token_ids.items()), set[str]()
+    begun_ns = time.time_ns()
     for start in range(0, len(records), batch_size):
         part = [record for record, _ in records[start : start + batch_size]]
         own = dict.fromkeys(caption for record in part for caption in record.captions)
@@ -223,6 +227,7 @@ def cut_batches(
             last_uses=[caption for caption in own if last_use[caption] == start // batch_size],
             preprocessing=preprocessing,
             is_last=start + batch_size >= len(records),
+            begun_ns=begun_ns,
         )
 
 

@@ -5,19 +5,23 @@ Encoding does not wait for the disk; `MAX_PENDING_BATCHES` bounds the memory.
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from latent_t2i.pipeline import report
 from latent_t2i.pipeline.encode import Encoders, single_threaded
-from latent_t2i.pipeline.images import Picture
+from latent_t2i.pipeline.growth import is_edited, may_be_edited, records_of
+from latent_t2i.pipeline.images import Picture, Preprocessing
 from latent_t2i.pipeline.index import Index
 from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.quantise import Quantiser
 from latent_t2i.pipeline.sets import is_done
+from latent_t2i.pipeline.sources.record import Record
+from latent_t2i.pipeline.upload import Mirror
 from latent_t2i.pipeline.workers import (
     NOT_FINITE,
     Batch,
@@ -26,8 +30,9 @@ from latent_t2i.pipeline.workers import (
     cut_batches,
     load_record,
 )
+from latent_t2i.shards.extend import read_rows, row_example, row_json, row_key
 from latent_t2i.shards.schema import Example, LatentKind
-from latent_t2i.shards.writer import ShardWriter, discard_shard, read_report
+from latent_t2i.shards.writer import ShardReport, ShardWriter, discard_shard, read_report
 
 MAX_PENDING_BATCHES = 4
 """`put` blocks while more than this many batches are unwritten."""
@@ -67,8 +72,10 @@ class WriterThread:
     unfinished shard.
     """
 
-    def __init__(self, kind: LatentKind) -> None:
+    def __init__(self, kind: LatentKind, on_shard: Callable[[ShardPlan], None]) -> None:
+        """`on_shard` is called with each finished shard, in the thread."""
         self._kind: LatentKind = kind
+        self._on_shard = on_shard
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="writing")  # one: keeps the order
         self._pending: deque[Future[None]] = deque()
         self._open = ExitStack()
@@ -108,7 +115,9 @@ class WriterThread:
         shard = batch.shard
         try:
             if self._writer is None:
-                writer = ShardWriter(shard.folder, shard.index, shard.layout, self._kind)
+                writer = ShardWriter(
+                    shard.folder, shard.index, shard.layout, self._kind, begun_ns=batch.begun_ns
+                )
                 self._writer = self._open.enter_context(writer)
             for item in items:
                 if isinstance(item, Skipped):
@@ -116,8 +125,11 @@ class WriterThread:
                 else:
                     self._writer.write(item)
             if batch.is_last:
+                for example in kept_examples(shard):
+                    self._writer.write(example)
                 self._writer = None
                 self._open.close()
+                self._on_shard(shard)
                 self.num_bytes += shard.num_bytes
                 self.num_shards += 1
         except BaseException:
@@ -133,23 +145,27 @@ def write_missing(
     quantise: Quantiser | None,
     num_threads: int,
     make_bar: report.Bar,
-) -> None:
-    """Encodes and writes the shards that are unfinished or lack a restored image.
+    mirror: Mirror | None = None,
+) -> int:
+    """Encodes and writes the shards that are unfinished or have a restored or edited image.
 
-    Raises ValueError if the networks' outputs are all not finite.
+    With a `mirror`, finished shards are put at its URL, in the background. Returns the number of
+    images that were encoded. Raises ValueError if the networks' outputs are all not finite.
     """
-    missing = find_missing(shards, index)
-    total = sum(shard.num_records for _, shard in missing)
+    missing = find_missing(shards, index, mirror)
+    total = sum(shard.num_records - shard.num_kept for _, shard in missing)
+    num_encoded = 0
     with (
         single_threaded(),
         EncoderPool(encoders, num_threads=num_threads, quantise=quantise) as pool,
-        WriterThread(encoders.vae.kind) as writing,
+        WriterThread(encoders.vae.kind, mirror.put if mirror else lambda shard: None) as writing,
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
         check = OutputCheck(len(shards) - len(missing))
         for batch, items in pool.encode(read_batches(missing, index, encoders.batch_size)):
             num_skipped = check.add(items)
+            num_encoded += len(items) - num_skipped
             writing.put(batch, items)
             meter.add(
                 len(items),
@@ -158,14 +174,15 @@ def write_missing(
                 num_shards=writing.num_shards,
             )
     print_saturation(quantise)
+    return num_encoded
 
 
 def find_missing(
-    shards: Sequence[tuple[SetPlan, ShardPlan]], index: Index
+    shards: Sequence[tuple[SetPlan, ShardPlan]], index: Index, mirror: Mirror | None = None
 ) -> list[tuple[SetPlan, ShardPlan]]:
-    """Returns the shards to write: the unfinished ones, and those that lack a restored image."""
+    """Returns the shards that are unfinished or have a restored or edited image."""
     for part, shard in shards:
-        discard_if_restored(index, part, shard)
+        discard_if_outdated(index, part, shard, mirror)
     return [(part, shard) for part, shard in shards if not is_done(shard)]
 
 
@@ -178,19 +195,57 @@ def print_saturation(quantise: Quantiser | None) -> None:
         )
 
 
-def discard_if_restored(index: Index, part: SetPlan, shard: ShardPlan) -> None:
-    """Discards a shard of an unfinished set if one of its quarantined images can be read now."""
+def discard_if_outdated(
+    index: Index, part: SetPlan, shard: ShardPlan, mirror: Mirror | None
+) -> None:
+    """Discards a shard of an unfinished set if one of its images was restored or edited since."""
     found = read_report(part.folder, shard.index)
-    if found is None or not found.quarantined:
+    if found is None:
         return
-    for record, _ in index.records(shard.bucket, shard.num_captions, shard.first, shard.last):
-        reason = found.quarantined.get(record.key)
-        # Images whose values are not finite are readable, and would be encoded on every restart.
-        if reason is None or NOT_FINITE in reason:
-            continue
-        if isinstance(load_record(record, part.preprocessing), Picture):
-            discard_shard(part.folder, found)
+    records = [record for record, _ in records_of(index, shard)]
+    if not any(is_restored(record, found.quarantined, part.preprocessing) for record in records):
+        key = find_edited(part.folder, found, records, mirror) if found.records else None
+        if key is None:
             return
+        print(f"{found.name} is encoded again: the image of {key} has changed since")
+    discard_shard(part.folder, found)
+    if mirror is not None:
+        mirror.discard(shard)
+
+
+def is_restored(
+    record: Record, quarantined: Mapping[str, str], preprocessing: Preprocessing
+) -> bool:
+    """Returns whether an image can be read now that could not."""
+    reason = quarantined.get(record.key)
+    # Images whose values are not finite are readable, and would be encoded on every restart.
+    if reason is None or NOT_FINITE in reason:
+        return False
+    return isinstance(load_record(record, preprocessing), Picture)
+
+
+def find_edited(
+    folder: Path, found: ShardReport, records: Sequence[Record], mirror: Mirror | None
+) -> str | None:
+    """Returns the key of an image that has changed since a shard was encoded."""
+    path = folder / found.name
+    since_ns = found.begun_ns if mirror else path.stat().st_mtime_ns
+    suspects = {record.key: record for record in records if may_be_edited(record, since_ns)}
+    if not suspects:
+        return None
+    with mirror.fetched(path) if mirror else nullcontext():
+        for row in read_rows(path, found.layout, found.records):
+            record = suspects.get(row_key(row))
+            if record is not None and is_edited(record, row_json(row, found.layout)):
+                return record.key
+    return None
+
+
+def kept_examples(shard: ShardPlan) -> Iterator[Example]:
+    """Yields the records of a replaced shard that are copied."""
+    if old := shard.replaces:
+        for row in read_rows(old.path, old.layout, old.num_records)[list(old.kept)]:
+            yield row_example(row, old.layout)
 
 
 def read_batches(
@@ -198,5 +253,5 @@ def read_batches(
 ) -> Iterator[Batch]:
     """Yields the batches of some shards, reading the records of one shard at a time."""
     for part, shard in shards:
-        records = index.records(shard.bucket, shard.num_captions, shard.first, shard.last)
+        records = records_of(index, shard)
         yield from cut_batches(shard, records, part.preprocessing, batch_size)

@@ -12,18 +12,38 @@ readers could not agree on the bucket of a step.
 """
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from latent_t2i.shards.bucket_order import BucketOrder
-from latent_t2i.shards.buckets import BucketedShards, Buckets, holds_buckets, open_buckets
+from latent_t2i.shards.buckets import (
+    BucketedShards,
+    Buckets,
+    bucketed,
+    holds_buckets,
+    open_buckets,
+)
 from latent_t2i.shards.filesystems import choose_read
+from latent_t2i.shards.joining import Shards, join_sets
 from latent_t2i.shards.loader import BucketLoader, Loader, MapLoader
-from latent_t2i.shards.order import Order
+from latent_t2i.shards.mixed_order import MixedOrder
+from latent_t2i.shards.order import Epochs, Order
 from latent_t2i.shards.reader import FIELDS, ShardSet, open_shards, require_encoders
-from latent_t2i.shards.remote.cache import CachedShards, CacheLoader, check_cache
-from latent_t2i.shards.remote.store import default_cache_dir, open_store
+from latent_t2i.shards.remote.cache import (
+    CachedShards,
+    CacheLoader,
+    MixedCacheLoader,
+    check_cache,
+    divide_cache,
+)
+from latent_t2i.shards.remote.store import (
+    Store,
+    default_cache_dir,
+    make_room_among_sets,
+    open_store,
+)
 from latent_t2i.shards.remote.stream import (
     StreamedShards,
     StreamLoader,
@@ -41,6 +61,7 @@ from latent_t2i.shards.remote.transport import (
 )
 from latent_t2i.shards.schema import BUCKETS_NAME
 from latent_t2i.shards.settings import CACHE_BYTES, WINDOW_RECORDS, AccessMode, ReadMode, Verify
+from latent_t2i.shards.union import PlainShards, UnionShards
 
 Kind = Literal["map", "stream", "cache"]
 
@@ -102,6 +123,33 @@ def open_set(
     return shards
 
 
+def open_sets(
+    locations: Sequence[str],
+    access: Access,
+    mode: AccessMode,
+    *,
+    verify: Verify = "lazy",
+) -> tuple[Shards, list[ShardSet | BucketedShards]]:
+    """Opens one or several sets; returns them as one, and each.
+
+    With the mode `auto`, some may be folders and others URLs. Raises like `open_set`, and like
+    `join_sets` for sets that cannot be one.
+    """
+    opened = [
+        open_set(location, replace(access, kind=choose_kind(location, mode)), verify=verify)
+        for location in locations
+    ]
+    shards = join_sets(locations, opened)
+    if stores := stores_of(shards):
+        make_room_among_sets(stores)
+    return shards, opened
+
+
+def stores_of(shards: Shards) -> list[Store]:
+    """Returns the cache's stores of all sets that have one."""
+    return [part.store for part in shards.sets if isinstance(part, CachedShards)]
+
+
 def _open(
     location: str, access: Access, *, verify: Verify, retry: Retry | None
 ) -> ShardSet | BucketedShards:
@@ -154,12 +202,12 @@ def _open_buckets(
         _open_one(join(location, bucket.name), access, verify=verify, retry=retry)
         for bucket in buckets.buckets
     ]
-    return BucketedShards(location, buckets, sets)
+    return bucketed(location, buckets, sets)
 
 
 def check_order(
-    shards: ShardSet | BucketedShards,
-    order: Order | BucketOrder,
+    shards: Shards,
+    order: Epochs | BucketOrder,
     access: Access,
     num_processes: int,
 ) -> None:
@@ -167,10 +215,13 @@ def check_order(
     if isinstance(shards, BucketedShards):
         check_room(shards, access)
         return
-    assert isinstance(order, Order)
-    if isinstance(shards, CachedShards):
+    assert isinstance(order, Epochs)
+    if isinstance(shards, UnionShards):
+        divide_cache(order, stores_of(shards), access.cache_bytes)
+    elif isinstance(shards, CachedShards):
         check_cache(order, shards.manifest, access.cache_bytes)
     elif isinstance(shards, StreamedShards):
+        assert isinstance(order, Order)
         check_stream(order, num_processes, access.num_workers)
 
 
@@ -178,20 +229,18 @@ def check_room(shards: BucketedShards, access: Access) -> None:
     """Raises ValueError, with the arithmetic, if the cache is too small for all buckets."""
     if access.kind != "cache":
         return
-    needed = sum(
-        part.manifest.num_bytes + len(part.manifest.dump().encode()) for part in shards.sets
-    )
+    needed = sum(store.whole_bytes for store in stores_of(shards))
     if access.cache_bytes < needed:
         raise ValueError(
-            f"data.cache_bytes: the cache must hold all {len(shards.sets)} buckets of "
+            f"data.cache_bytes: the cache must hold all {len(shards.parts)} buckets of "
             f"{shards.location}, {needed} bytes, and is limited to {access.cache_bytes}; use "
             f"--data.cache-bytes {needed}"
         )
 
 
 def make_loader(
-    shards: ShardSet | BucketedShards,
-    order: Order | BucketOrder,
+    shards: Shards,
+    order: Epochs | BucketOrder,
     access: Access,
     *,
     rank: int = 0,
@@ -201,17 +250,26 @@ def make_loader(
     check_order(shards, order, access, num_processes)
     if isinstance(shards, BucketedShards):
         assert isinstance(order, BucketOrder)
-        pairs = zip(shards.sets, order.orders, strict=True)
+        pairs = zip(shards.parts, order.orders, strict=True)
         loaders = [_loader(*pair, access, rank, num_processes) for pair in pairs]
         return BucketLoader(order=order, loaders=tuple(loaders), shapes=shards.shapes)
-    assert isinstance(order, Order)
+    assert isinstance(order, Epochs)
+    if isinstance(shards, UnionShards) and (stores := stores_of(shards)):
+        bounds = divide_cache(order, stores, access.cache_bytes)
+        for store, bound in zip(stores, bounds, strict=True):
+            store.cache_bytes = bound
     return _loader(shards, order, access, rank, num_processes)
 
 
 def _loader(
-    shards: ShardSet, order: Order, access: Access, rank: int, num_processes: int
+    shards: PlainShards, order: Epochs, access: Access, rank: int, num_processes: int
 ) -> Loader:
-    if isinstance(shards, CachedShards):
+    if isinstance(order, MixedOrder):
+        assert isinstance(shards, UnionShards)
+        kind = MixedCacheLoader if stores_of(shards) else MapLoader
+        return kind(shards=shards, order=order, rank=rank, num_processes=num_processes)
+    assert isinstance(order, Order)
+    if stores_of(shards):
         return CacheLoader(shards=shards, order=order, rank=rank, num_processes=num_processes)
     if isinstance(shards, StreamedShards):
         return StreamLoader(

@@ -154,12 +154,8 @@ def interleave(num_batches: tuple[int, ...], key: int, position: int) -> tuple[i
     the buckets in proportion, a bucket's batches keep their order, and the batch at a position is
     found by bisection, without laying out the epoch.
     """
-    times = _Times(num_batches=num_batches, key=key)
-    # In a share of the epoch, every bucket has its share of batches to within one.
-    reach = (len(num_batches) + 1) * TICKS
-    low, high = max(0, position * TICKS - reach), position * TICKS + reach
-    time = low + bisect_right(range(low, high), position, key=times.count)
-    rest = position - (times.count(time - 1) if time else 0)
+    times = Times(num_batches=num_batches, key=key)
+    time, rest = times.find(position)
     # Batches at the same time come in the order of the buckets.
     return [batch for batch in times.last_batches(time) if times.of(*batch) == time][rest]
 
@@ -169,7 +165,7 @@ TICKS = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Times:
+class Times:
     """The times of all batches of an epoch, in whole ticks."""
 
     num_batches: tuple[int, ...]
@@ -196,6 +192,14 @@ class _Times:
     def count(self, time: int) -> int:
         """Returns the number of batches up to a time, inclusively."""
         return sum(i + (self.of(b, i) <= time) for b, i in self.last_batches(time))
+
+    def find(self, position: int) -> tuple[int, int]:
+        """Returns the time of the batch at a position, and the earlier batches at that time."""
+        # In a share of the epoch, every bucket has its share of batches to within one.
+        reach = (len(self.num_batches) + 1) * TICKS
+        low, high = max(0, position * TICKS - reach), position * TICKS + reach
+        time = low + bisect_right(range(low, high), position, key=self.count)
+        return time, position - (self.count(time - 1) if time else 0)
 
 
 def _mix(word: int) -> int:

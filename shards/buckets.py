@@ -32,23 +32,9 @@ from latent_t2i.shards.schema import (
     read_stored,
 )
 from latent_t2i.shards.settings import ReadMode, Verify
+from latent_t2i.shards.union import SAME, PlainShards, differences
 
 BUCKETS_VERSION = 2
-SAME = (
-    "vae",
-    "text_encoder",
-    "tokenizer",
-    "latent_kind",
-    "latent_channels",
-    "num_views",
-    "text_dtype",
-    "max_tokens",
-    "text_width",
-    "text_scale",
-    "fields",
-)
-"""Manifest keys that must be equal in all buckets. Encoders and scales are compared by hash, and
-further fields without their shapes, which may depend on the image's size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,14 +217,11 @@ def disagreements(location: str, parts: Sequence[tuple[str, Manifest]]) -> Itera
     The first set is the reference, also for how many pixels a latent cell spans.
     """
     (first_name, first), *_ = parts
-    for name, manifest in parts:
-        for what in SAME:
-            expected, found = (_comparable(getattr(part, what)) for part in (first, manifest))
-            if found != expected:
-                yield (
-                    f"{location}: bucket {name}: {what}: expected {expected} as in {first_name}, "
-                    f"found {found}"
-                )
+    for name, what, expected, found in differences(parts, (*SAME, "fields")):
+        yield (
+            f"{location}: bucket {name}: {what}: expected {expected} as in {first_name}, "
+            f"found {found}"
+        )
     scale = downscale(location, first_name, first)
     for name, manifest in parts:
         expected_shape = tuple(side / scale for side in reversed(parse_size(location, name)))
@@ -254,17 +237,6 @@ def downscale(location: str, name: str, manifest: Manifest) -> float:
     """Returns the number of pixels that a latent cell of a bucket spans, horizontally."""
     width_px, _ = parse_size(location, name)
     return width_px / manifest.latent_shape[2]
-
-
-def _comparable(value: Any) -> Any:
-    """Returns what identifies a value of a manifest: the hash, where it has one."""
-    if hasattr(value, "file"):
-        return value.file.sha256
-    if isinstance(value, tuple):  # of further fields
-        return [
-            (s.name, s.dtype, s.per, s.made_by.sha256, s.scale and s.scale.sha256) for s in value
-        ]
-    return getattr(value, "sha256", value)
 
 
 def check_bucket(location: str, bucket: Bucket, manifest: Manifest, sha256: str) -> Iterator[str]:
@@ -284,31 +256,28 @@ def check_bucket(location: str, bucket: Bucket, manifest: Manifest, sha256: str)
 class BucketedShards:
     """The records of all buckets, numbered from 0 in the order of the buckets."""
 
-    def __init__(self, location: str, buckets: Buckets, sets: Sequence[ShardSet]) -> None:
-        """Raises FormatError if the sets are not those that `buckets` lists."""
+    def __init__(self, location: str, buckets: Buckets, parts: Sequence[PlainShards]) -> None:
         self.location = location
         self.buckets = buckets
-        self.sets = tuple(sets)
-        for bucket, part in zip(buckets.buckets, sets, strict=True):
-            sha256 = hash_file(part.folder / MANIFEST_NAME)
-            for fault in check_bucket(location, bucket, part.manifest, sha256):
-                raise FormatError(fault)
-        names = (bucket.name for bucket in buckets.buckets)
-        parts = list(zip(names, (part.manifest for part in sets), strict=True))
-        for fault in disagreements(location, parts):
-            raise FormatError(fault)
-        self._starts = np.concatenate([[0], np.cumsum([len(part) for part in sets])])
+        self.parts = tuple(parts)
+        """One per bucket; a bucket of several joined sets is a union."""
+        self._starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
 
     def __len__(self) -> int:
         return self.buckets.num_records
 
     @property
-    def main(self) -> ShardSet:
+    def sets(self) -> tuple[ShardSet, ...]:
+        """The ordinary sets of all buckets."""
+        return tuple(one for part in self.parts for one in part.sets)
+
+    @property
+    def main(self) -> PlainShards:
         """The set of the square bucket, else of the bucket with the most records."""
         listed = self.buckets.buckets
         numbers = range(len(listed))
         square = [n for n in numbers if listed[n].width_px == listed[n].height_px]
-        return self.sets[max(square or numbers, key=lambda number: listed[number].records)]
+        return self.parts[max(square or numbers, key=lambda number: listed[number].records)]
 
     @property
     def manifest(self) -> Manifest:
@@ -333,26 +302,21 @@ class BucketedShards:
     @property
     def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of one view of a stored latent, by bucket."""
-        return tuple(part.manifest.latent_shape for part in self.sets)
+        return tuple(part.manifest.latent_shape for part in self.parts)
 
     @property
     def shapes(self) -> tuple[dict[str, tuple[int, ...]], ...]:
         """Shape of an item of each field of a batch, by bucket."""
-        return tuple(part.shapes for part in self.sets)
+        return tuple(part.shapes for part in self.parts)
 
     @property
     def field_scales(self) -> dict[str, Tensor]:
         """Scales of further int8 fields, the same for all buckets."""
         return self.main.field_scales
 
-    @property
-    def read(self) -> str:
-        """How the shards are read: `map` or `pread`."""
-        return self.main.read
-
     def order(self, *, batch_size: int, seed: int, **settings: Any) -> BucketOrder:
         """Returns an order to visit the records in; `settings` are those of BucketOrder."""
-        sizes = tuple(part.shard_sizes for part in self.sets)
+        sizes = tuple(part.shard_sizes for part in self.parts)
         return BucketOrder(sizes=sizes, batch_size=batch_size, seed=seed, **settings)
 
     def gather(
@@ -373,10 +337,10 @@ class BucketedShards:
 
     def finish_verification(self) -> None:
         """Like `ShardSet.finish_verification`, for all buckets."""
-        for part in self.sets:
+        for part in self.parts:
             part.finish_verification()
 
-    def _locate(self, records: NDArray[np.int64]) -> tuple[ShardSet, NDArray[np.int64]]:
+    def _locate(self, records: NDArray[np.int64]) -> tuple[PlainShards, NDArray[np.int64]]:
         """Returns the set of some records and their numbers in it."""
         records = np.asarray(records, np.int64)
         if records.size and not 0 <= records.min() <= records.max() < len(self):
@@ -386,7 +350,7 @@ class BucketedShards:
             raise ValueError(
                 f"{self.location}: expected records of one bucket, found {len(found)} buckets"
             )
-        return self.sets[found[0]], records - self._starts[found[0]]
+        return self.parts[found[0]], records - self._starts[found[0]]
 
 
 def holds_buckets(folder: Path) -> bool:
@@ -411,4 +375,17 @@ def open_buckets(
         open_shards(folder / bucket.name, fields=fields, verify=verify, read=read)
         for bucket in buckets.buckets
     ]
-    return BucketedShards(str(path), buckets, sets)
+    return bucketed(str(path), buckets, sets)
+
+
+def bucketed(location: str, buckets: Buckets, sets: Sequence[ShardSet]) -> BucketedShards:
+    """Returns a bucketed set. Raises FormatError if the sets are not those that `buckets` lists."""
+    for bucket, part in zip(buckets.buckets, sets, strict=True):
+        sha256 = hash_file(part.folder / MANIFEST_NAME)
+        for fault in check_bucket(location, bucket, part.manifest, sha256):
+            raise FormatError(fault)
+    names = (bucket.name for bucket in buckets.buckets)
+    parts = list(zip(names, (part.manifest for part in sets), strict=True))
+    for fault in disagreements(location, parts):
+        raise FormatError(fault)
+    return BucketedShards(location, buckets, sets)

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from latent_t2i.shards.bucket_order import BucketOrder
-from latent_t2i.shards.order import Order, choices, share
-from latent_t2i.shards.reader import BatchT, RawBatch, ShardSet
+from latent_t2i.shards.order import Epochs, choices, share
+from latent_t2i.shards.reader import BatchT, RawBatch
+from latent_t2i.shards.union import PlainShards
 
 NUM_BUFFERS = 2
 # A GPU reads a buffer long after the host has queued the copy, so more of them are in use.
@@ -56,8 +57,8 @@ class Loader(Protocol):
 class MapLoader:
     """Fills batches from mapped shards, for any step in any order."""
 
-    shards: ShardSet
-    order: Order
+    shards: PlainShards
+    order: Epochs
     rank: int = 0
     num_processes: int = 1
 

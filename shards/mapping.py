@@ -109,10 +109,21 @@ class Region:
         """Copies an item per part from each of some mapped files (B,) to the parts' tensors."""
         starts = self.slots.of[files] * self._slot_bytes
         for part in parts:
+            if part.rows is not None:
+                self._copy_rows(starts + part.offsets, part)
+                continue
             matrix = self._matrix(part.item_bytes, part.unit)
             target = part.out.view(len(part.out), -1).view(matrix.dtype)
             rows = torch.from_numpy((starts + part.offsets) // part.unit)
             torch.index_select(matrix, 0, rows, out=target)
+
+    def _copy_rows(self, places: NDArray[np.int64], part: Part) -> None:
+        """Copies the items at some places (B,) to the part's rows, one by one."""
+        # torch's indexed copy writes to consecutive rows only, so it would need a second copy.
+        assert part.rows is not None
+        target = part.out.view(len(part.out), -1).view(torch.uint8).numpy()
+        for row, place in zip(part.rows.tolist(), places.tolist(), strict=True):
+            target[row] = self.bytes[place : place + part.item_bytes]
 
     def _matrix(self, item_bytes: int, unit: int) -> Tensor:
         """Returns the region as a matrix with an item of `item_bytes` in each row.

@@ -11,8 +11,9 @@ of a step does not depend on the size of the set.
 """
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
@@ -24,7 +25,7 @@ from latent_t2i.shards.permutation import Permutation
 
 Shuffle = Literal["full", "blocks", "none"]
 LastBatch = Literal["fill", "drop"]
-Use = Literal["order", "draws", "dropout", "choice", "buckets", "validation"]
+Use = Literal["order", "draws", "dropout", "choice", "buckets", "validation", "sets"]
 USES = get_args(Use)
 
 
@@ -38,11 +39,9 @@ class Cursor:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Order:
-    """The endless sequence of records of a run, in steps of `batch_size`."""
+class Epochs(ABC):
+    """An endless sequence of epochs of records, visited in steps of `batch_size`."""
 
-    sizes: NDArray[np.int64]  # (num_shards,)
-    """Number of records of each shard; any sequence of integers is accepted."""
     batch_size: int
     """Size of the global batch."""
     seed: int
@@ -53,29 +52,32 @@ class Order:
     """Whether the last, partial batch of an epoch is filled from the next epoch, or dropped."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int64))
         if self.batch_size < 1 or self.window_shards < 1:
             raise ValueError(
                 "batch_size, window_shards: expected 1 or more, found "
                 f"{self.batch_size}, {self.window_shards}"
             )
-        if self.last_batch == "drop" and self.num_records < self.batch_size:
+        if self.last_batch == "drop" and self.num_visits < self.batch_size:
             raise ValueError(
-                f"last_batch: drop leaves no batch of {self.num_records} records at a batch_size "
-                f"of {self.batch_size}; use fill, or a batch_size of at most {self.num_records}"
+                f"last_batch: drop leaves no batch of {self.num_visits} records at a batch_size "
+                f"of {self.batch_size}; use fill, or a batch_size of at most {self.num_visits}"
             )
 
-    @cached_property
-    def num_records(self) -> int:
-        """Number of records in all shards."""
-        return int(self.sizes.sum())
+    @property
+    @abstractmethod
+    def num_visits(self) -> int:
+        """Number of visits of an epoch, including those that `drop` skips."""
+
+    @abstractmethod
+    def visits(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Returns the record numbers at positions `start` to `stop` of an epoch."""
 
     @property
     def epoch_records(self) -> int:
         """Number of records that an epoch visits."""
         if self.last_batch == "drop":
-            return self.num_records // self.batch_size * self.batch_size
-        return self.num_records
+            return self.num_visits // self.batch_size * self.batch_size
+        return self.num_visits
 
     def num_steps(self, num_epochs: int) -> int:
         """Returns the number of steps in `num_epochs` epochs, rounded up."""
@@ -87,7 +89,7 @@ class Order:
 
     def cursor(self, step: int) -> Cursor:
         """Returns the epoch and position where a step begins."""
-        epoch, position = self._place(step)
+        epoch, position = divmod(step * self.batch_size, self.epoch_records)
         return Cursor(epoch=epoch, position=position)
 
     def step(self, cursor: Cursor) -> int:
@@ -107,15 +109,46 @@ class Order:
 
     def records(self, step: int) -> NDArray[np.int64]:
         """Returns the record numbers (batch_size,) of a step's global batch."""
-        epoch, position = self._place(step)
-        parts: list[NDArray[np.int64]] = []
-        missing = self.batch_size
-        while missing:  # a batch may be larger than an epoch
-            stop = min(position + missing, self.epoch_records)
-            parts.append(self.visits(epoch, position, stop))
-            missing -= stop - position
-            epoch, position = epoch + 1, 0
-        return np.concatenate(parts)
+        start = step * self.batch_size
+        return self.run_visits(start, start + self.batch_size)
+
+    def run_visits(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Returns the record numbers of visits `start` to `stop` of the run, over all epochs."""
+        return np.concatenate([self.visits(*part) for part in self.by_epoch(start, stop)])
+
+    def by_epoch(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Splits visits `start` to `stop` of the run; yields epoch, first position and last + 1."""
+        while start < stop:  # a batch may be larger than an epoch
+            epoch, position = divmod(start, self.epoch_records)
+            end = min(position + stop - start, self.epoch_records)
+            yield epoch, position, end
+            start += end - position
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Only the fields are sent to other processes.
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Order(Epochs):
+    """The endless sequence of records of a run: each record once per epoch."""
+
+    sizes: NDArray[np.int64]  # (num_shards,)
+    """Number of records of each shard; any sequence of integers is accepted."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", np.asarray(self.sizes, np.int64))
+        super().__post_init__()
+
+    @cached_property
+    def num_records(self) -> int:
+        """Number of records in all shards."""
+        return int(self.sizes.sum())
+
+    @property
+    def num_visits(self) -> int:
+        """Number of visits of an epoch: one per record."""
+        return self.num_records
 
     def visits(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Returns the record numbers at positions `start` to `stop` of an epoch."""
@@ -200,13 +233,6 @@ class Order:
 
     def _permutation(self, size: int, *numbers: int) -> Permutation:
         return Permutation(size, mixed_seed(self.seed, "order", *(n + 1 for n in numbers)))
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Only the fields are sent to other processes.
-        return {part.name: getattr(self, part.name) for part in fields(self)}
-
-    def _place(self, step: int) -> tuple[int, int]:
-        return divmod(step * self.batch_size, self.epoch_records)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,9 @@ class FileReader:
                 pieces = []
                 for number in order[row].tolist():
                     size = parts[number].item_bytes
-                    target = targets[number][row * size : (row + 1) * size]
+                    to = parts[number].rows
+                    at = row if to is None else int(to[row])
+                    target = targets[number][at * size : (at + 1) * size]
                     pieces.append((int(places[row, number]), target))
                 for offset, buffers in merged(pieces, gap):
                     self._read(int(files[row]), buffers, offset)
@@ -160,7 +162,7 @@ def merged(
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Returns the memory of a contiguous tensor (B, ...)."""
-    return memoryview(tensor.view(-1).view(uint8).numpy()).cast("B")
+    return tensor.view(-1).view(uint8).numpy().data.cast("B")
 
 
 def _after(buffers: list[memoryview], num_bytes: int) -> list[memoryview]:

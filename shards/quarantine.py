@@ -35,7 +35,8 @@ class Quarantined:
 def read_quarantine(path: Path, entry: FileEntry) -> Iterator[Quarantined]:
     """Yields the images of a list, in the order of the file.
 
-    Raises FormatError if the file is missing, altered or malformed; altered only at its end.
+    Raises FormatError if the file is missing or malformed and, after the last line, if its hash
+    differs from the manifest's.
     """
     if not path.is_file():
         raise FormatError(f"{path}: missing, expected a file of {entry.bytes} bytes")

@@ -28,7 +28,7 @@ from torch import Tensor
 from latent_t2i.shards.checks import BackgroundVerifier, check_hash, check_size
 from latent_t2i.shards.filesystems import choose_read
 from latent_t2i.shards.mapping import Region
-from latent_t2i.shards.order import Order
+from latent_t2i.shards.order import Cursor, Order
 from latent_t2i.shards.parsing import load_json, show
 from latent_t2i.shards.pread import FileReader
 from latent_t2i.shards.schema import (
@@ -199,6 +199,11 @@ class ShardSet:
         return self.manifest.sha256
 
     @property
+    def sets(self) -> "tuple[ShardSet, ...]":
+        """This set; a bucketed set and a union have several."""
+        return (self,)
+
+    @property
     def shard_sizes(self) -> NDArray[np.int64]:
         """Number of records of each shard (num_shards,)."""
         return self.manifest.shards.records
@@ -233,22 +238,25 @@ class ShardSet:
         caption_u: NDArray[np.float64],
         view_u: NDArray[np.float64],
         out: RawBatch | None = None,
+        rows: NDArray[np.int64] | None = None,
     ) -> RawBatch:
         """Returns a batch of the records (B,), given by number, in `out` if given.
 
-        `caption_u` and `view_u` (B,) in [0, 1) choose a caption and a view of each record.
+        `caption_u` and `view_u` (B,) in [0, 1) choose a caption and a view of each record. With
+        `rows` (B,), the records go to these rows of `out`.
         """
         shards, first = self._locate(records)
         layouts = self._layout[shards]
         out = self.buffer(len(first)) if out is None else out
         tensors = out.gathered
-        # Fields per caption share a draw, so they belong to the same caption.
-        draws = {"view": view_u, "caption": caption_u, "record": np.zeros(len(first))}
         parts = []
         for name, items in self.items.items():
-            item = _choose(draws[items.per], items.num_items[layouts])
-            offsets = first + items.offsets[layouts] + item * items.item_bytes
-            parts.append(Part(offsets, items.item_bytes, items.unit, tensors[name]))
+            offsets = first + items.offsets[layouts]
+            if items.per != "record":
+                # Fields per caption share a draw, so they belong to the same caption.
+                u = view_u if items.per == "view" else caption_u
+                offsets += _choose(u, items.num_items[layouts]) * items.item_bytes
+            parts.append(Part(offsets, items.item_bytes, items.unit, tensors[name], rows))
         self._gather(shards, parts)
         return out
 
@@ -292,6 +300,9 @@ class ShardSet:
     def shards_of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the index of the shard of each record."""
         return np.searchsorted(self._starts, records, side="right") - 1
+
+    def advance(self, order: Order, cursor: Cursor, shards: slice = slice(None)) -> None:
+        """Announces the upcoming order and cursor; only sets that download shards use them."""
 
     def finish_verification(self) -> None:
         """Waits until all shards used so far are hashed. Raises FormatError for a mismatch."""

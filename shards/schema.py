@@ -124,6 +124,19 @@ class TextScale:
     """Size of that sample."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The shards that one run of stage one added to a set, and the source that it saw."""
+
+    kind: str
+    num_records: int
+    """Records of the whole source, also those that were in the set before."""
+    sha256: str
+    first_shard: int
+    num_shards: int
+    """Shards planned, also those of which all images were quarantined."""
+
+
 class Document:
     """A JSON file that contains the hash of its content."""
 
@@ -216,6 +229,8 @@ class Version3(Provenance):
     empty_tokens: FileEntry  # .npy (T,) int32
     text_scale: TextScale | None = None
     """None for float16 text."""
+    parts: tuple[Part, ...] = ()
+    """The runs that made the set, if there are several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +282,7 @@ class Manifest(Version3, Document):
                 f"numbers of records, and hashes in hexadecimal, found {error}"
             ) from None
         shared = {k: v for k, v in _values(stored).items() if k not in ("shards", "quarantined")}
-        absent = dict.fromkeys(("shard_table", "quarantine", "shard_sums"))
+        absent: dict[str, Any] = dict.fromkeys(("shard_table", "quarantine", "shard_sums"))
         return cls(
             **shared | absent,
             num_quarantined=len(stored.quarantined),
@@ -357,6 +372,10 @@ class Manifest(Version3, Document):
             "channels of latent_statistics": (
                 [self.latent_channels] * 2,
                 [len(self.latent_statistics.mean), len(self.latent_statistics.std)],
+            ),
+            "first_shard of parts": (
+                [sum(p.num_shards for p in self.parts[:n]) for n in range(len(self.parts))],
+                [part.first_shard for part in self.parts],
             ),
         }
         for name, (expected, found) in pairs.items():

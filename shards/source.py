@@ -22,9 +22,15 @@ class Part(NamedTuple):
     unit: int
     """All offsets in all files are multiples of it."""
     out: Tensor  # (B, ...) contiguous
+    rows: NDArray[np.int64] | None = None  # (B,)
+    """The rows of `out` to copy to, which then may have more; None: all."""
 
     def piece(self, rows: slice) -> "Part":
         """Returns the part for some of its records."""
+        if rows == slice(0, len(self.offsets)):
+            return self
+        if self.rows is not None:
+            return self._replace(offsets=self.offsets[rows], rows=self.rows[rows])
         return self._replace(offsets=self.offsets[rows], out=self.out[rows])
 
 

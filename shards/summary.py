@@ -1,17 +1,19 @@
 """Prints what a set of shards contains, in 80 columns.
 
     python -m shards.summary shards/data/demo/train
+    python -m shards.summary FOLDER FOLDER ...
 
 Sizes come from the manifest. Caption lengths and latent statistics come from the tokens and latents
 of a sample of records, spread evenly over the set. For a bucketed set a table of the buckets comes
-first, then the summary of each. The exit code is 2 if the set cannot be opened.
+first, then the summary of each; for several folders, a table of their records. The exit code is 2
+if a set cannot be opened.
 """
 
 import argparse
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_t2i.shards.buckets import BucketedShards, holds_buckets, open_buckets
+from latent_t2i.shards.buckets import BucketedShards, Buckets, holds_buckets, open_buckets
 from latent_t2i.shards.duplicates import compare_images
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import printable
@@ -310,12 +312,32 @@ def _summarise(folder: Path, num_sample: int, num_captions: int) -> Iterator[str
         )
 
 
+def summarise_all(folders: Sequence[Path], *, num_sample: int, num_captions: int) -> Iterator[str]:
+    """Yields the lines that describe one or several folders."""
+    if len(folders) > 1:
+        sizes = {folder: count_records(folder) for folder in folders}
+        total = sum(sizes.values())
+        yield f"{len(folders)} sets, {total:,} records"
+        for folder, num in sizes.items():
+            yield printable(f"  {num:>{INDENT - 2},}{num / total:>9.2%}  {folder}")
+        yield ""
+    for number, folder in enumerate(folders):
+        yield from [""] if number else []
+        yield from summarise(folder, num_sample=num_sample, num_captions=num_captions)
+
+
+def count_records(folder: Path) -> int:
+    """Returns the number of records of a set or bucketed set."""
+    kind = Buckets if holds_buckets(folder) else Manifest
+    return kind.load(folder).num_records
+
+
 def main(prog: str | None = None) -> int:
     """Runs the command; returns the exit code."""
     arguments = _parse_arguments(prog)
     settings = {"num_sample": arguments.sample, "num_captions": arguments.captions}
     try:
-        for line in summarise(arguments.folder, **settings):
+        for line in summarise_all(arguments.folders, **settings):
             print(line)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -329,7 +351,13 @@ def _parse_arguments(prog: str | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="folder with manifest.json or buckets.json")
+    parser.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="folder with manifest.json or buckets.json",
+    )
     for name, default, about in (
         ("--sample", 1000, "records to read caption lengths and latents from"),
         ("--captions", 3, "records to print the captions of"),

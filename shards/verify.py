@@ -1,11 +1,14 @@
 """Checks every byte of a set of shards and prints every fault.
 
     python -m shards.verify shards/data/demo/train --jobs 8
+    python -m shards.verify FOLDER FOLDER ...
 
 Checks the manifest's hash and form, the size and sha256 of each file, all tar and array headers and
 padding, tokens, JSON, keys and scales, that values are finite, the quarantine, and the sums, totals
-and latent statistics in the manifest. For a bucketed set, the list and each set are checked. The
-exit code is 0 without faults, 1 with faults, and 2 for a missing folder or a wrong flag.
+and latent statistics in the manifest. For a bucketed set, the list and each set are checked. Of
+several sets, notes say which keys and images they share and whether they can be trained on as one;
+that is no fault. The exit code is 0 without faults, 1 with faults, and 2 for a missing folder or a
+wrong flag.
 """
 
 import argparse
@@ -15,8 +18,9 @@ import os
 import sys
 import tarfile
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -26,18 +30,27 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from latent_t2i.shards.buckets import Buckets, check_bucket, disagreements, hash_file, holds_buckets
+from latent_t2i.shards.buckets import (
+    Buckets,
+    check_bucket,
+    disagreements,
+    hash_file,
+    holds_buckets,
+    open_buckets,
+)
 from latent_t2i.shards.checks import check_hash, check_size, hash_fault
-from latent_t2i.shards.duplicates import find_duplicates
+from latent_t2i.shards.duplicates import compare_images, find_duplicates
+from latent_t2i.shards.joining import join_sets
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.parsing import load_json, printable, show
 from latent_t2i.shards.quarantine import read_quarantine
-from latent_t2i.shards.reader import NAME_BYTES, key_of, load_array, small_arrays
+from latent_t2i.shards.reader import NAME_BYTES, key_of, load_array, open_shards, small_arrays
 from latent_t2i.shards.schema import (
     BLOCK_BYTES,
     BUCKETS_NAME,
     KEY_PATTERN,
     MANIFEST_NAME,
+    PROGRESS_DIR,
     Field,
     FileEntry,
     FormatError,
@@ -90,20 +103,28 @@ Advance = Callable[[int], object]
 
 
 def verify(
-    folder: Path, *, jobs: int = 1, advance: Advance = lambda num_bytes: None
+    folder: Path,
+    *,
+    jobs: int = 1,
+    advance: Advance = lambda num_bytes: None,
+    place_of_key: dict[str, Path] | None = None,
 ) -> Iterator[str]:
     """Yields one line per fault of a set or bucketed set: place, expected, found.
 
     `jobs` threads check the shards; the order of the faults does not depend on their number.
     `advance` is called, from any thread, with the number of bytes read since its last call.
+    `place_of_key` receives the shard of each key.
     """
+    place_of_key = {} if place_of_key is None else place_of_key
     if holds_buckets(folder):
-        yield from _verify_buckets(folder, jobs, advance)
+        yield from _verify_buckets(folder, place_of_key, jobs, advance)
     else:
-        yield from _verify_set(folder, {}, jobs, advance)
+        yield from _verify_set(folder, place_of_key, jobs, advance)
 
 
-def _verify_buckets(folder: Path, jobs: int, advance: Advance) -> Iterator[str]:
+def _verify_buckets(
+    folder: Path, place_of_key: dict[str, Path], jobs: int, advance: Advance
+) -> Iterator[str]:
     path = folder / BUCKETS_NAME
     try:
         listed = Buckets.load(folder)
@@ -113,7 +134,6 @@ def _verify_buckets(folder: Path, jobs: int, advance: Advance) -> Iterator[str]:
     names = {bucket.name for bucket in listed.buckets} | {BUCKETS_NAME}
     names |= {listed.quarantine.name} if listed.quarantine else set()
     yield from _check_form(path, listed.dump(), names)
-    place_of_key: dict[str, Path] = {}
     manifests = []
     for bucket in listed.buckets:
         manifest = yield from _verify_set(folder / bucket.name, place_of_key, jobs, advance)
@@ -134,6 +154,8 @@ def _check_form(path: Path, expected: str, names: set[str]) -> Iterator[str]:
     """Checks a file's exact formatting, and that its folder contains only `names`."""
     if path.read_bytes() != expected.encode():
         yield f"{path}: expected the writer's formatting, found other spacing or order"
+    if (path.parent / PROGRESS_DIR).is_dir():
+        return  # the set is complete, but stage one is extending it, or was killed
     for stray in sorted({other.name for other in path.parent.iterdir()} - names):
         yield f"{path.parent / stray}: not listed in {path.name}; expected only files that are"
 
@@ -271,8 +293,13 @@ def _check_shards(
     if jobs == 1:
         yield from map(check, manifest.shards)
         return
+    pending: deque[Future[_Shard]] = deque()  # few, because a set may have a million shards
     with ThreadPoolExecutor(jobs) as pool:  # threads suffice: hashing and numpy release the GIL
-        yield from pool.map(check, manifest.shards)
+        for entry in manifest.shards:
+            pending.append(pool.submit(check, entry))
+            if len(pending) > 2 * jobs:
+                yield pending.popleft().result()
+        yield from (future.result() for future in pending)
 
 
 def _check_shard(folder: Path, entry: ShardEntry, manifest: Manifest, advance: Advance) -> _Shard:
@@ -471,14 +498,14 @@ def _rows(wrong: NDArray[np.bool_]) -> list[int]:
 def main(prog: str | None = None) -> int:
     """Runs the command; returns the exit code."""
     arguments = _parse_arguments(prog)
-    folder: Path = arguments.folder
-    if not folder.is_dir():
-        print(f"error: {folder}: no such folder", file=sys.stderr)
-        return 2
-    num_faults = 0
+    folders: list[Path] = arguments.folders
+    for folder in folders:
+        if not folder.is_dir():
+            print(f"error: {folder}: no such folder", file=sys.stderr)
+            return 2
     lock = threading.Lock()
     with tqdm(
-        total=sum(path.stat().st_size for path in folder.rglob("*.tar")),
+        total=sum(path.stat().st_size for folder in folders for path in folder.rglob("*.tar")),
         desc="verify",
         unit="B",
         unit_scale=True,
@@ -490,17 +517,63 @@ def main(prog: str | None = None) -> int:
             with lock:
                 bar.update(num_bytes)
 
-        for fault in verify(folder, jobs=arguments.jobs, advance=advance):
+        lines, num_faults = _verify_all(folders, arguments.jobs, advance, bar.write)
+    print("\n".join(lines))
+    return 1 if num_faults else 0
+
+
+def _verify_all(
+    folders: Sequence[Path], jobs: int, advance: Advance, write: Callable[[str], object]
+) -> tuple[list[str], int]:
+    """Writes the faults of all sets; returns lines of results and notes, and the faults' number."""
+    results, notes, total = [], list[str](), 0
+    set_of_key: dict[str, Path] = {}
+    for folder in folders:
+        num_faults, place_of_key = 0, dict[str, Path]()
+        for fault in verify(folder, jobs=jobs, advance=advance, place_of_key=place_of_key):
             num_faults += 1
-            bar.write(printable(f"fault: {fault}"))
-    if num_faults:
-        print(f"{folder}: {num_faults} faults")
-        return 1
-    duplicates = find_duplicates(folder)
-    if duplicates is not None and duplicates.num:
-        print(printable(f"note: {duplicates}"))
-    print(f"{folder}: {_count(folder)}, no faults")
-    return 0
+            write(printable(f"fault: {fault}"))
+        what = f"{num_faults} faults" if num_faults else f"{_count(folder)}, no faults"
+        results.append(f"{folder}: {what}")
+        total += num_faults
+        duplicates = None if num_faults else find_duplicates(folder)
+        if duplicates is not None and duplicates.num:
+            notes.append(f"{duplicates}")
+        if len(folders) > 1:  # else nobody needs a second table of all keys
+            notes += _shared_keys(folder, place_of_key, set_of_key)
+    if len(folders) > 1 and not total:
+        notes += _compare_sets(folders)
+    return [*(printable(f"note: {note}") for note in notes), *results], total
+
+
+def _shared_keys(
+    folder: Path, place_of_key: Mapping[str, Path], set_of_key: dict[str, Path]
+) -> Iterator[str]:
+    """Yields a note for each earlier set that has keys of this one, and adds this one's keys."""
+    shared: dict[Path, list[str]] = {}
+    for key in place_of_key:
+        if set_of_key.setdefault(key, folder) != folder:
+            shared.setdefault(set_of_key[key], []).append(key)
+    for other, keys in shared.items():
+        yield (
+            f"{folder}: {len(keys)} keys are in {other} too, such as {keys[0]!r}; trained on as "
+            "one, these sets have a record for each"
+        )
+
+
+def _compare_sets(folders: Sequence[Path]) -> Iterator[str]:
+    """Yields the reason why some sets cannot be trained on as one, or the images they share."""
+    try:
+        opened = [
+            (open_buckets if holds_buckets(folder) else open_shards)(folder, verify="none")
+            for folder in folders
+        ]
+        join_sets([str(folder) for folder in folders], opened)
+        found = compare_images([part for one in opened for part in one.sets])
+        if found is not None and found.num:
+            yield f"of all sets, {found}"
+    except ValueError as error:
+        yield f"these sets cannot be trained on as one: {error}"
 
 
 def _count(folder: Path) -> str:
@@ -518,7 +591,13 @@ def _parse_arguments(prog: str | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="folder with manifest.json or buckets.json")
+    parser.add_argument(
+        "folders",
+        type=Path,
+        nargs="+",
+        metavar="FOLDER",
+        help="folder with manifest.json or buckets.json",
+    )
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="threads (default: one per CPU)"
     )

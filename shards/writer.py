@@ -13,10 +13,11 @@ disk: several processes may each write their own shards, and any of them may fin
 import contextlib
 import errno
 import json
+import os
 import re
 import shutil
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -43,6 +44,7 @@ from latent_t2i.shards.schema import (
     LatentKind,
     Layout,
     Manifest,
+    Part,
     Provenance,
     TextScale,
     differences,
@@ -69,6 +71,8 @@ class ShardReport:
     num_truncated: int
     quarantined: dict[str, str]
     sums: LatentSums
+    begun_ns: int
+    """When its first image was read; later changes of an image show in its own time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,8 @@ def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> 
         manifest = Manifest.load(folder)
         # Nothing is encoded any more, so this run's device does not matter.
         settings = {name: v for name, v in provenance.preprocessing.items() if name != "device"}
-        _require_same(folder, manifest, replace(provenance, preprocessing=settings))
+        if differences(manifest, replace(provenance, preprocessing=settings)):
+            _require_same(folder, manifest, provenance)
         remove_progress(folder)  # of a process killed after it wrote the manifest
         return manifest
     progress = folder / PROGRESS_DIR
@@ -159,7 +164,7 @@ def read_text_scale(folder: Path) -> FoundScale | None:
 
 
 def read_report(folder: Path, index: int) -> ShardReport | None:
-    """Returns the report of a shard that is finished and still on disk, else None."""
+    """Returns the report of a shard that is finished and still on disk or at a URL, else None."""
     path = _report_path(folder, index)
     if not path.exists():
         return None
@@ -167,9 +172,15 @@ def read_report(folder: Path, index: int) -> ShardReport | None:
     if report.name != f"{path.stem}.tar" or not _is_complete(report):
         raise FormatError(f"{path}: damaged report: delete it and run the command again")
     shard = folder / report.name
-    if report.records and (not shard.is_file() or shard.stat().st_size != report.bytes):
-        return None
-    return report
+    if not report.records or _put_path(folder, report).exists():
+        return report
+    return report if shard.is_file() and shard.stat().st_size == report.bytes else None
+
+
+def mark_put(folder: Path, report: ShardReport) -> None:
+    """Deletes a finished shard that was put at a URL; `read_report` still counts it as finished."""
+    _put_path(folder, report).touch()
+    (folder / report.name).unlink(missing_ok=True)
 
 
 def _is_complete(report: ShardReport) -> bool:
@@ -218,36 +229,20 @@ def finish_set(
             written, or the fields in the shards or the scales do not match `provenance`.
     """
     _require_same(folder, _read_provenance(folder), provenance)
-    merged = _Merged(num_shards)
-    quarantine = write_listed(
-        folder / QUARANTINE_NAME, _merge_reports(folder, num_shards, quarantined, merged)
+    manifest = merge_reports(
+        folder,
+        provenance,
+        _read_reports(folder, num_shards),
+        num_shards=num_shards,
+        quarantined=quarantined,
+        small_files={
+            "fields": _write_field_scales(folder, provenance.fields, field_scales or {}),
+            "empty_text": _write_array(folder / "empty_text.npy", empty_text),
+            "empty_tokens": _write_array(folder / "empty_tokens.npy", empty_tokens),
+            "text_scale": text_scale and _write_text_scale(folder, *text_scale),
+        },
     )
-    if merged.sums_rows is None:
-        raise ValueError(f"{folder}: no image was written, all of them were quarantined")
-    _require_text(folder, provenance, merged.layouts, text_scale)
-    rows = merged.rows[merged.rows["records"] > 0]
-    shards = ShardTable(rows, [layout.record_bytes for layout in merged.layouts])
-    num_records = int(shards.records.sum())
-    specs = _write_field_scales(folder, provenance.fields, field_scales or {})
-    manifest = Manifest(
-        **{name: getattr(provenance, name) for name in Provenance.__dataclass_fields__}
-        | {"fields": specs},
-        layouts=tuple(merged.layouts),
-        shard_table=_write_array(folder / TABLE_NAME, rows),
-        quarantine=quarantine,
-        shard_sums=_write_array(folder / SUMS_NAME, merged.sums_rows),
-        num_source=num_records + merged.num_quarantined,
-        num_records=num_records,
-        num_quarantined=merged.num_quarantined,
-        num_captions=int(merged.sums_rows["captions"].sum()),
-        num_truncated=int(merged.sums_rows["truncated"].sum()),
-        latent_statistics=latent_statistics(merged.sums),
-        empty_text=_write_array(folder / "empty_text.npy", empty_text),
-        empty_tokens=_write_array(folder / "empty_tokens.npy", empty_tokens),
-        text_scale=text_scale and _write_text_scale(folder, *text_scale),
-        shards=shards,
-        folder=folder,
-    )
+    _require_text(folder, provenance, manifest.layouts, text_scale)
     manifest.check(folder / MANIFEST_NAME)
     remove_stale_attempts(folder, is_finished=True)
     write_file(folder / MANIFEST_NAME, manifest.dump().encode())
@@ -255,9 +250,66 @@ def finish_set(
     return manifest
 
 
+def merge_reports(
+    folder: Path,
+    provenance: Provenance,
+    reports: Iterable[ShardReport],
+    *,
+    num_shards: int,
+    quarantined: Mapping[str, str],
+    small_files: Mapping[str, Any],
+    parts: Sequence[Part] = (),
+) -> Manifest:
+    """Writes the tables of a set; returns its manifest, neither checked nor written yet.
+
+    Args:
+        folder: Where the tables are written.
+        provenance: What determines the content of the set.
+        reports: One per shard, in order.
+        num_shards: Number of shards.
+        quarantined: The reason for each image that is in no shard, by key.
+        small_files: Values for the manifest: `fields` and the files beside the shards.
+        parts: The runs that made the set, if there are several.
+
+    Raises:
+        ValueError: No image was written, or a report differs from the others.
+    """
+    merged = _Merged(num_shards)
+    # Other names than those of the set before, which stays readable until the manifest is replaced.
+    ending = f"-{len(parts)}" if parts else ""
+    quarantine, table, sums = (
+        folder / f"{Path(name).stem}{ending}{Path(name).suffix}"
+        for name in (QUARANTINE_NAME, TABLE_NAME, SUMS_NAME)
+    )
+    quarantine_entry = write_listed(quarantine, _merge(reports, quarantined, merged))
+    if merged.sums_rows is None:
+        raise ValueError(f"{folder}: no image was written, all of them were quarantined")
+    rows = merged.rows[merged.rows["records"] > 0]
+    shards = ShardTable(rows, [layout.record_bytes for layout in merged.layouts])
+    num_records = int(shards.records.sum())
+    return Manifest(
+        **{name: getattr(provenance, name) for name in Provenance.__dataclass_fields__}
+        | dict(small_files),
+        layouts=tuple(merged.layouts),
+        shard_table=_write_array(table, rows),
+        quarantine=quarantine_entry,
+        shard_sums=_write_array(sums, merged.sums_rows),
+        num_source=num_records + merged.num_quarantined,
+        num_records=num_records,
+        num_quarantined=merged.num_quarantined,
+        num_captions=int(merged.sums_rows["captions"].sum()),
+        num_truncated=int(merged.sums_rows["truncated"].sum()),
+        latent_statistics=latent_statistics(merged.sums),
+        parts=tuple(parts),
+        shards=shards,
+        folder=folder,
+    )
+
+
 def discard_shard(folder: Path, report: ShardReport) -> None:
     """Deletes a finished shard of an unfinished set, so that it is written again."""
     (folder / report.name).unlink(missing_ok=True)  # first: a report without it is not finished
+    _put_path(folder, report).unlink(missing_ok=True)
     (folder / PROGRESS_DIR / f"{Path(report.name).stem}.json").unlink()
 
 
@@ -276,7 +328,17 @@ def remove_progress(folder: Path) -> None:
 class ShardWriter:
     """Writes one shard. Leaving its `with` block publishes it, or discards it after an error."""
 
-    def __init__(self, folder: Path, index: int, layout: Layout, kind: LatentKind) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        index: int,
+        layout: Layout,
+        kind: LatentKind,
+        *,
+        begun_ns: int | None = None,
+    ) -> None:
+        """`begun_ns` becomes the file's time; later changes of an image show in its own."""
+        self._begun_ns = begun_ns
         self._folder = folder
         self._index = index
         self._layout = layout
@@ -304,6 +366,8 @@ class ShardWriter:
             if error is None:
                 self._tar.close()
                 self._file.sync()
+                if self._begun_ns is not None:
+                    os.utime(self._file.path, ns=(self._begun_ns, self._begun_ns))
                 self._publish()
         except BaseException:
             self._discard()
@@ -403,6 +467,7 @@ class ShardWriter:
             num_truncated=self._num_truncated,
             quarantined=self._quarantined,
             sums=self._sums,
+            begun_ns=self._begun_ns or 0,
         )
         content = json.dumps(asdict(report)).encode()
         try:
@@ -486,21 +551,27 @@ class _Merged:
         self.sums += sums
 
 
-def _merge_reports(
-    folder: Path, num_shards: int, quarantined: Mapping[str, str], merged: _Merged
+def _merge(
+    reports: Iterable[ShardReport], quarantined: Mapping[str, str], merged: _Merged
 ) -> Iterator[bytes]:
     """Adds all reports to `merged` and yields the lines of the quarantine."""
     merged.num_quarantined += len(quarantined)
     for key, reason in quarantined.items():
         yield Quarantined(key=key, reason=reason, shard=None).line()
-    for index in range(num_shards):
-        report = read_report(folder, index)
-        if report is None:
-            raise ValueError(f"{folder}: shard {index} of {num_shards} is not finished")
+    for index, report in enumerate(reports):
         merged.add(index, report)
         merged.num_quarantined += len(report.quarantined)
         for key, reason in report.quarantined.items():
             yield Quarantined(key=key, reason=reason, shard=index).line()
+
+
+def _read_reports(folder: Path, num_shards: int) -> Iterator[ShardReport]:
+    """Yields the reports of a set. Raises ValueError for a shard without one."""
+    for index in range(num_shards):
+        report = read_report(folder, index)
+        if report is None:
+            raise ValueError(f"{folder}: shard {index} of {num_shards} is not finished")
+        yield report
 
 
 def _read_provenance(folder: Path) -> Provenance:
@@ -510,6 +581,10 @@ def _read_provenance(folder: Path) -> Provenance:
 
 def _report_path(folder: Path, index: int) -> Path:
     return folder / PROGRESS_DIR / f"shard-{index:06d}.json"
+
+
+def _put_path(folder: Path, report: ShardReport) -> Path:
+    return folder / PROGRESS_DIR / f"{Path(report.name).stem}.put"
 
 
 def _write_text_scale(

@@ -120,7 +120,7 @@ def serve(folder: Path, *, ranges: bool = True) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def serve_s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def serve_s3(folder: Path | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Serves a copy of a folder from an S3 bucket of moto, and yields its URL."""
     from moto.server import ThreadedMotoServer  # absent where only tests/gpu runs
 
@@ -133,7 +133,7 @@ def serve_s3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     try:
         system = fsspec.filesystem("s3")
         system.mkdir(bucket)
-        for path in folder.iterdir():
+        for path in folder.iterdir() if folder else ():
             system.pipe(f"{bucket}/train/{path.name}", path.read_bytes())
         yield f"s3://{bucket}/train"
     finally:

@@ -14,11 +14,11 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
-from latent_t2i.pipeline import stage, writing
+from latent_t2i.pipeline import stage, upload, writing
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.writer import ShardWriter
-from tests import tiny
+from tests import object_stores, tiny
 from tests.coco_folders import CocoFolder
 
 Moment = str | tuple[str, int]
@@ -126,6 +126,7 @@ def _run(
             return original(shard, *rest)
 
         writing.cut_batches = logging
+        upload.POLL_S = 0.02
         try:
             stage.build(config)
         except ValueError as error:
@@ -136,6 +137,7 @@ def _run(
 def _signal_at(moment: Moment, signal_number: int) -> None:
     """Makes this process send itself a signal."""
     owners = {"write": ShardWriter, "fsync": os, "rmtree": shutil, "link": os, "replace": Path}
+    owners |= dict.fromkeys(("put_file", "pipe_file", "mv", "rm"), object_stores.Store)
     calls = itertools.count(1)
 
     def patch(name: str, is_now: Callable[..., bool]) -> None:

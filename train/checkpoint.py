@@ -49,11 +49,14 @@ MUST_MATCH = (
     # The data order.
     "order of data.access",
     "data.shuffle",
+    "data.weights",
     "data.window_shards",
     "data.last_batch",
     "data.num_workers",
     "data.window_records",
 )
+# Of these, the error names the sets.
+DATA = ("shards_sha256", "data.weights")
 MAY_DIFFER = ("model.attention_kernel",)
 # A checkpoint without one of these is of a version with other random numbers.
 MUST_BE_PRESENT = ("draws",)
@@ -357,7 +360,7 @@ def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: 
 
     Raises ValueError, naming both values, for a setting that must match.
     """
-    old, new = flatten(before), flatten(now)
+    old, new = flatten(_with_sets(before)), flatten(now)
     changes = []
     for name in sorted(old.keys() | new.keys()):
         was, is_now = old.get(name), new.get(name)
@@ -371,6 +374,13 @@ def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: 
             )
         if name not in old:  # the checkpoint is from an older version of this project
             changes.append(f"{name} is new since the checkpoint was written: {is_now!r}")
+        elif name in DATA:
+            raise ValueError(
+                f"{name}: the run in {folder} has {was!r}, of shards {old.get('shards')}, found "
+                f"{is_now!r}, of shards {new.get('shards')}; use the old sets and weights to "
+                "resume it, or start another run from its weights: another --name or --out, with "
+                "--init-from and its bundle"
+            )
         elif name.startswith(MUST_MATCH) and name not in MAY_DIFFER:
             raise ValueError(
                 f"{name}: the run in {folder} has {was!r}, found {is_now!r}; use the old value to "
@@ -379,3 +389,13 @@ def compare_settings(before: Mapping[str, Any], now: Mapping[str, Any], folder: 
         else:
             changes.append(f"{name} changed from {was!r} to {is_now!r}")
     return changes
+
+
+def _with_sets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint's settings, with those of older ones with one set in today's form."""
+    found = dict(settings)
+    if isinstance(found.get("shards"), str):
+        found["shards"] = [found["shards"]]
+    if isinstance(found.get("data"), Mapping):
+        found["data"] = {"weights": []} | found["data"]
+    return found

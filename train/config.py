@@ -72,6 +72,9 @@ class DataConfig:
     records within each `window_shards` of them. `none`: the order of the shards."""
     window_shards: int = 16
     """Number of shards whose records are shuffled together (shuffle `blocks`)."""
+    weights: tuple[float, ...] = ()
+    """One number per set of `shards`: how often an epoch visits each of its records, on average.
+    1: once; 2: twice; 0.5: every second record. Default: all records once, in one order."""
     last_batch: LastBatch = "fill"
     """The last, partial batch of an epoch is filled from the next epoch or dropped."""
     verify: Verify = "lazy"
@@ -84,6 +87,8 @@ class DataConfig:
         check_number("data.num_workers", self.num_workers, least=0, whole=True)
         for name in ("cache_bytes", "window_records", "window_shards"):
             check_number(f"data.{name}", getattr(self, name), least=1, whole=True)
+        for weight in self.weights:
+            check_number("data.weights", weight, above=0)
         default = type(self).window_shards
         if self.window_shards != default and self.shuffle != "blocks":
             raise ValueError(
@@ -152,8 +157,9 @@ class TrainConfig:
     """VAE for the bundle, a folder or Hub name. Default: the one named in the shards."""
     text_encoder: str | None = None
     """Text encoder for the bundle, a folder or Hub name. Default: the one named in the shards."""
-    shards: str | None = None
-    """Folder or URL of the shards. Default: shards/data/NAME/train."""
+    shards: tuple[str, ...] | None = None
+    """Folder or URL of the shards, or several, which are trained on as one set. Default:
+    shards/data/NAME/train."""
     out: str | None = None
     """Output folder of the run. Default: runs/NAME."""
     init_from: str | None = None
@@ -227,8 +233,9 @@ class TrainConfig:
     """Preview images."""
 
     def __post_init__(self) -> None:
-        for name in ("name", "vae", "text_encoder", "shards", "out", "init_from"):
+        for name in ("name", "vae", "text_encoder", "out", "init_from"):
             _check_text(name, getattr(self, name))
+        _check_locations(self.shards, self.data.weights)
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError(
                 "num_steps, num_epochs: expected exactly one of them, found "
@@ -276,6 +283,20 @@ def _check_text(name: str, value: str | None) -> None:
     """Raises ValueError for an empty text, such as the value of an unset shell variable."""
     if value is not None and not value.strip():
         raise ValueError(f"{name}: expected a name or path, found {value!r}")
+
+
+def _check_locations(shards: tuple[str, ...] | None, weights: tuple[float, ...]) -> None:
+    """Raises ValueError for locations or weights that cannot be those of sets."""
+    if shards is not None and (isinstance(shards, str) or not shards):
+        raise ValueError(f"shards: expected one or more folders or URLs, found {shards!r}")
+    for location in shards or ():
+        _check_text("shards", location)
+    num_sets = len(shards or (None,))
+    if weights and (num_sets == 1 or len(weights) != num_sets):
+        raise ValueError(
+            f"data.weights: expected a weight for each of several --shards, found {len(weights)} "
+            f"weights for {num_sets} sets"
+        )
 
 
 def _check_trackers(names: tuple[TrackerName, ...]) -> None:

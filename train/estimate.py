@@ -33,7 +33,6 @@ from latent_t2i.model.paths import format_bytes, free_bytes
 from latent_t2i.shards.reader import ShardSet
 from latent_t2i.train.config import Precision, TrainConfig
 from latent_t2i.train.preflight import Plan
-from latent_t2i.train.validation import plain_sets
 
 FLOAT_BYTES = 4
 # Both of AdamW's moments of one parameter, by `optim.kind`.
@@ -312,7 +311,7 @@ def measure_run(plan: Plan, accelerator: Accelerator, *, keeps_gradients: bool) 
             **settings,
         )
 
-    sets = sorted(plain_sets(plan.shards), key=_latent_area)
+    sets = sorted(plan.shards.sets, key=_latent_area)
     small, large = (
         measure_set(part, micro_batch_size=plan.micro_batch_size) for part in (sets[0], sets[-1])
     )

@@ -1,7 +1,7 @@
 """Checks a run before its first step: settings, shards, encoders and the batch arithmetic."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,14 +25,17 @@ from latent_t2i.model.encoders import (
 )
 from latent_t2i.model.generate import check_num_steps
 from latent_t2i.model.paths import find_path, output_root
-from latent_t2i.shards.access import Access, check_order, choose_kind, open_set
+from latent_t2i.shards.access import Access, Kind, check_order, choose_kind, open_sets
 from latent_t2i.shards.bucket_order import BucketOrder
 from latent_t2i.shards.buckets import BucketedShards
 from latent_t2i.shards.filesystems import file_system
-from latent_t2i.shards.order import Order, share
+from latent_t2i.shards.joining import Shards
+from latent_t2i.shards.mixed_order import MixedOrder
+from latent_t2i.shards.order import Epochs, share
 from latent_t2i.shards.reader import ShardSet, require_encoders
 from latent_t2i.shards.remote.transport import is_remote
 from latent_t2i.shards.schema import Identity
+from latent_t2i.shards.union import UnionShards
 from latent_t2i.train import checkpoint, initial
 from latent_t2i.train.config import DataConfig, TrainConfig
 from latent_t2i.train.draws import DRAWS_VERSION
@@ -65,12 +68,12 @@ class Plan:
     folder: Path
     initial: Initial | None
     """The network of `init_from`; None if the weights are random or in a checkpoint."""
-    shards: ShardSet | BucketedShards
+    shards: Shards
     access: Access
     vae: Autoencoder
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
-    order: Order | BucketOrder
+    order: Epochs | BucketOrder
     latent_shape: tuple[int, int, int]
     """(C, h, w); for a bucketed set, of the square bucket or else the most frequent one."""
     micro_batch_size: int
@@ -92,23 +95,16 @@ def validate(given: TrainConfig, num_processes: int) -> Plan:
     if config.optim.kind == "adamw8bit":
         check_bitsandbytes()
     micro_batch_size = split_batch(config.batch_size, config.micro_batch_size, num_processes)
-    default = output_root() / "shards" / "data" / config.name / "train"
-    location = find_shards(config.shards or str(default))
-    access = make_access(config.data, location)
-    shards = open_set(location, access, verify=config.data.verify)
-    order = shards.order(
-        batch_size=config.batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-        window_shards=config.data.window_shards,
-        last_batch=config.data.last_batch,
-    )
+    locations = find_locations(config)
+    access = make_access(config.data, locations)
+    shards, opened = open_sets(locations, access, config.data.access, verify=config.data.verify)
+    order = make_order(config, shards)
     check_order(shards, order, access, num_processes)
     if config.preview.every_steps is not None:
         sampler = sampling_scheduler(make_scheduler(config.objective))
         check_num_steps(sampler, config.preview.num_steps, "preview.num_steps")
     check_graph(config.cuda_graph, num_processes, shards)
-    vae, tokenizer, text_encoder = load_encoders(config, location, shards)
+    vae, tokenizer, text_encoder = load_encoders(config, locations[0], shards)
     if first is not None:
         notes += initial.require_fit(
             first,
@@ -141,13 +137,14 @@ def validate(given: TrainConfig, num_processes: int) -> Plan:
         | {
             "latent_shape": list(latent_shape),
             **describe_constants(vae, shards),
-            "shards_sha256": shards.sha256,
+            "shards_sha256": describe_digests(opened),
             "init_sha256": first_sha256,
             "draws": DRAWS_VERSION,
             ORDER_OF_ACCESS: "stream" if access.kind == "stream" else "map and cache",
         },
         notes=(
             *notes,
+            *describe_sets(locations, opened, order),
             *describe_read(shards, config.data),
             *describe_buckets(shards, order),
             validation_note,
@@ -186,7 +183,7 @@ def resolve_initial(
 
 
 def load_encoders(
-    config: TrainConfig, location: str, shards: ShardSet | BucketedShards
+    config: TrainConfig, location: str, shards: Shards
 ) -> tuple[Autoencoder, CLIPTokenizer, CLIPTextModel]:
     """Loads VAE, tokenizer and text encoder; raises ValueError if the shards are of others.
 
@@ -219,7 +216,7 @@ def load_encoders(
     return vae, tokenizer, text_encoder
 
 
-def describe_constants(vae: Autoencoder, shards: ShardSet | BucketedShards) -> dict[str, Any]:
+def describe_constants(vae: Autoencoder, shards: Shards) -> dict[str, Any]:
     """Returns the constants of the loss that come from files and not from settings.
 
     The hashes that the shards name cover the VAE's weights, but not the scaling in its config.json.
@@ -243,9 +240,7 @@ def run_folder(config: TrainConfig) -> Path:
     return Path(config.out).expanduser() if config.out else output_root() / "runs" / config.name
 
 
-def find_validation(
-    config: TrainConfig, shards: ShardSet | BucketedShards
-) -> tuple[Validation | None, str]:
+def find_validation(config: TrainConfig, shards: Shards) -> tuple[Validation | None, str]:
     """Opens the validation set, if one is configured; returns it and a line for the log."""
     given = config.validation.shards
     if given is None:
@@ -271,9 +266,53 @@ def find_shards(given: str, flag: str = "shards") -> str:
     return str(path)
 
 
-def make_access(data: DataConfig, location: str) -> Access:
-    """Returns how the shards are read; raises ValueError for settings that have no effect."""
-    kind = choose_kind(location, data.access)
+def find_locations(config: TrainConfig) -> list[str]:
+    """Returns the locations of the sets. Raises ValueError for one that is given twice."""
+    default = output_root() / "shards" / "data" / config.name / "train"
+    found = [find_shards(given) for given in config.shards or (str(default),)]
+    names = [one.rstrip("/") if is_remote(one) else str(Path(one).resolve()) for one in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"shards: expected each set once, found {name} twice; use --data.weights to visit "
+                "a set more often"
+            )
+    return found
+
+
+def make_order(config: TrainConfig, shards: Shards) -> Epochs | BucketOrder:
+    """Returns the order of a run. Raises ValueError for weights of bucketed sets."""
+    data = config.data
+    settings: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "shuffle": data.shuffle,
+        "window_shards": data.window_shards,
+        "last_batch": data.last_batch,
+    }
+    if not data.weights:
+        return shards.order(**settings)
+    if not isinstance(shards, UnionShards):
+        raise ValueError(
+            "data.weights: sets with buckets cannot be weighted; expected none, found "
+            f"{' '.join(map(str, data.weights))}"
+        )
+    return shards.mixed_order(data.weights, **settings)
+
+
+def make_access(data: DataConfig, locations: Sequence[str]) -> Access:
+    """Returns how the shards are read; raises ValueError for settings that have no effect.
+
+    With `auto` and both folders and URLs, it is the access to the URLs.
+    """
+    kinds = {choose_kind(location, data.access) for location in locations}
+    kind: Kind = "cache" if "cache" in kinds else kinds.pop()
+    location = ", ".join(locations)
+    if kind == "stream" and len(locations) > 1:
+        raise ValueError(
+            f"data.access: stream reads one set, found {len(locations)}; use map for folders, or "
+            "cache for URLs"
+        )
     for part in fields(DataConfig):
         found = getattr(data, part.name)
         if found != part.default and kind not in READ_BY.get(part.name, (kind,)):
@@ -315,7 +354,7 @@ def split_batch(batch_size: int, micro_batch_size: int | None, num_processes: in
     return micro_batch_size
 
 
-def count_steps(config: TrainConfig, order: Order | BucketOrder) -> int:
+def count_steps(config: TrainConfig, order: Epochs | BucketOrder) -> int:
     """Returns the number of steps of the run; a last epoch that ends within a step completes it."""
     if config.num_steps is not None:
         return config.num_steps
@@ -337,25 +376,49 @@ def check_sides(latent_size: tuple[int, ...], num_levels: int, downscale: int) -
         )
 
 
-def describe_read(shards: ShardSet | BucketedShards, data: DataConfig) -> Iterator[str]:
-    """Yields a line if positioned reads were chosen for the shards."""
-    if shards.read == "pread" and data.read == "auto":
-        folder = shards.main.folder if isinstance(shards, BucketedShards) else shards.folder
+def describe_read(shards: Shards, data: DataConfig) -> Iterator[str]:
+    """Yields a line for each set for which positioned reads were chosen."""
+    for part in shards.sets:
+        if part.read == "pread" and data.read == "auto":
+            yield (
+                f"data.read: {part.folder} is on a network file system "
+                f"({file_system(part.folder)}), so shards are read instead of mapped; to map "
+                "them: --data.read map"
+            )
+
+
+def describe_digests(opened: Sequence[ShardSet | BucketedShards]) -> str | list[str]:
+    """Returns the hash of the only set, or those of several."""
+    digests = [one.sha256 for one in opened]
+    return digests[0] if len(digests) == 1 else digests
+
+
+def describe_sets(
+    locations: Sequence[str],
+    opened: Sequence[ShardSet | BucketedShards],
+    order: Epochs | BucketOrder,
+) -> Iterator[str]:
+    """Yields a line for each of several sets: its records and its share of an epoch."""
+    if len(locations) == 1:
+        return
+    mixed = order if isinstance(order, MixedOrder) else None
+    weights = mixed.weights if mixed else (1.0,) * len(opened)
+    visits = mixed.counts if mixed else tuple(map(len, opened))
+    for number, (location, one) in enumerate(zip(locations, opened, strict=True)):
         yield (
-            f"data.read: {folder} is on a network file system ({file_system(folder)}), so shards "
-            "are read instead of mapped; to map them: --data.read map"
+            f"set {number + 1} of {len(opened)}: {location}: {len(one)} records, weight "
+            f"{weights[number]:g}, {visits[number]} visits per epoch "
+            f"({visits[number] / sum(visits):.1%})"
         )
 
 
-def describe_buckets(
-    shards: ShardSet | BucketedShards, order: Order | BucketOrder
-) -> Iterator[str]:
+def describe_buckets(shards: Shards, order: Epochs | BucketOrder) -> Iterator[str]:
     """Yields a line for each bucket: how often an epoch visits it."""
     if not (isinstance(shards, BucketedShards) and isinstance(order, BucketOrder)):
         return
     size = order.batch_size
     yield (
-        f"{len(shards.sets)} buckets of {len(shards)} records: {order.num_steps(1)} batches of "
+        f"{len(shards.parts)} buckets of {len(shards)} records: {order.num_steps(1)} batches of "
         f"{size} in the first epoch, each from one bucket"
     )
     for bucket in shards.buckets.buckets:
@@ -371,7 +434,7 @@ def describe_buckets(
         yield f"bucket {bucket.name}: {num} records, {use}"
 
 
-def check_graph(cuda_graph: bool, num_processes: int, shards: ShardSet | BucketedShards) -> None:
+def check_graph(cuda_graph: bool, num_processes: int, shards: Shards) -> None:
     """Raises ValueError for steps that one CUDA graph cannot replay."""
     if cuda_graph and num_processes > 1:
         raise ValueError(f"cuda_graph: expected one process, found {num_processes}")

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from latent_t2i.model.diffusion import ObjectiveConfig, sample_timesteps
 from latent_t2i.model.ema import EMA
 from latent_t2i.shards.access import Access, open_set
-from latent_t2i.shards.buckets import BucketedShards
 from latent_t2i.shards.duplicates import read_image_hashes
+from latent_t2i.shards.joining import Shards
 from latent_t2i.shards.order import mixed_seed
 from latent_t2i.shards.reader import ShardSet
 from latent_t2i.shards.remote.transport import is_remote
@@ -36,7 +36,6 @@ FLAG = "validation.shards"
 NUM_QUARTERS = 4
 # Reading the hash of a training record's image costs a page of its shard: larger sets are sampled.
 MAX_HASHES_READ = 100_000
-Shards = ShardSet | BucketedShards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,7 @@ class Validation:
 
     def batches(self) -> list[range]:
         """Returns the positions of the examples of each batch; a batch is of one bucket."""
-        ends = np.cumsum([len(part) for part in plain_sets(self.shards)])
+        ends = np.cumsum([len(part) for part in self.shards.sets])
         edges = [0, *np.searchsorted(self.records, ends).tolist()]
         size = self.config.batch_size
         return [
@@ -126,11 +125,6 @@ def no_validation(default: Path) -> str:
     return f"no validation set ({FLAG}): only the training loss is measured{hint}"
 
 
-def plain_sets(shards: Shards) -> tuple[ShardSet, ...]:
-    """Returns the sets of the buckets, or the only set."""
-    return shards.sets if isinstance(shards, BucketedShards) else (shards,)
-
-
 def require_match(location: str, shards: Shards, training: Shards) -> None:
     """Raises ValueError if the denoiser of the training set cannot read the validation set."""
     same = ("latent_kind", "latent_channels", "text_dtype", "max_tokens", "text_width")
@@ -162,17 +156,17 @@ def check_overlap(
 
     Images are compared by the hash of their files. Returns what was compared.
     """
-    sets = plain_sets(training)
-    if any(type(part) is not ShardSet for part in sets):
+    sets = [part for part in training.sets if type(part) is ShardSet]
+    if not sets:
         return "not compared with the training set, which is not local"
     unknown = "not compared with the training set: a set of format 2 has no image hashes"
     keys: dict[bytes, str] = {}
-    for numbers, part in by_set(records, plain_sets(shards)):
+    for numbers, part in by_set(records, shards.sets):
         hashes = part.image_hashes(numbers)
         if hashes is None:
             return unknown
         keys |= zip(hashes.tolist(), part.keys(numbers), strict=True)
-    every = -(-len(training) // MAX_HASHES_READ)
+    every = -(-sum(map(len, sets)) // MAX_HASHES_READ)
     for part in sets:
         for numbers, hashes in read_image_hashes(part, every):
             if hashes is None:
@@ -184,7 +178,9 @@ def check_overlap(
                     f"{FLAG}: {location}: expected images that are not in the training set, but "
                     f"the image of record {keys[hashes[shared[0]]]} is that of its record {key}"
                 )
-    return f"no image is in {'all' if every == 1 else f'every {every}th'} of the training records"
+    compared = "all" if every == 1 else f"every {every}th"
+    where = "" if len(sets) == len(training.sets) else " that are local"
+    return f"no image is in {compared} of the training records{where}"
 
 
 def by_set(

@@ -27,9 +27,10 @@ class Entry:
 
 ENTRIES = {
     "copy": Entry("plain_copy", "Copy", store="none", has_workers=False),
-    "map": Entry("with_shards", "Shards", ("map",), store="shards", has_workers=False),
-    "cache": Entry("with_shards", "Shards", ("cache",), store="shards", has_workers=False),
-    "stream": Entry("with_shards", "Shards", ("stream",), store="shards"),
+    "map": Entry("with_shards", "OneSet", ("map",), store="shards", has_workers=False),
+    "two-sets": Entry("with_shards", "TwoSets", ("map",), store="two-sets", has_workers=False),
+    "cache": Entry("with_shards", "OneSet", ("cache",), store="shards", has_workers=False),
+    "stream": Entry("with_shards", "OneSet", ("stream",), store="shards"),
     "webdataset": Entry(
         "with_webdataset",
         "Tars",

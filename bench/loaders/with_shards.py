@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.loaders.contents import BATCH_SIZE, NUM_CAPTIONS, TEXT_WIDTH, Batch, Content, record
-from latent_t2i.shards.access import Access, Kind, make_loader, open_set
+from latent_t2i.shards.access import Access, Kind, make_loader, open_set, open_sets
+from latent_t2i.shards.joining import Shards
 from latent_t2i.shards.loader import batches
 from latent_t2i.shards.schema import (
     Example,
@@ -23,7 +24,7 @@ META = {"captions": ["a photograph of something"] * NUM_CAPTIONS, "truncated": [
 RECORDS_PER_SHARD = 128
 
 
-class Shards:
+class OneSet:
     """This project's loader with one kind of access."""
 
     def __init__(self, kind: Kind) -> None:
@@ -41,16 +42,37 @@ class Shards:
             num_workers=num_workers if self.kind == "stream" else 0,
             fields=("latent", "text", "tokens"),  # those that the other loaders deliver
         )
-        shards = open_set(
-            str(folder) if self.kind == "map" else folder.as_uri(), access, verify="none"
-        )
+        shards = self.open(folder, access)
         order = shards.order(batch_size=BATCH_SIZE, seed=0)
         for batch in batches(make_loader(shards, order, access), start=0, stop=sys.maxsize):
             yield Batch(batch.latent, batch.text, batch.extra["tokens"])
 
+    def open(self, folder: Path, access: Access) -> Shards:
+        """Opens the set."""
+        location = str(folder) if self.kind == "map" else folder.as_uri()
+        return open_set(location, access, verify="none")
 
-def write_shards(folder: Path, content: Content, records_per_shard: int) -> None:
-    """Writes the records as a set of shards of `records_per_shard` each."""
+
+class TwoSets(OneSet):
+    """This project's loader on two sets with half of the records each, as one."""
+
+    def write(self, folder: Path, content: Content) -> None:
+        """Writes each half as a set."""
+        half = content.num_records // 2
+        for name, numbers in (("a", range(half)), ("b", range(half, content.num_records))):
+            write_shards(folder / name, content, RECORDS_PER_SHARD, numbers)
+
+    def open(self, folder: Path, access: Access) -> Shards:
+        """Opens both sets as one."""
+        shards, _ = open_sets([f"{folder}/a", f"{folder}/b"], access, self.kind, verify="none")
+        return shards
+
+
+def write_shards(
+    folder: Path, content: Content, records_per_shard: int, numbers: range | None = None
+) -> None:
+    """Writes the records, or those with some numbers, as shards of `records_per_shard` each."""
+    numbers = range(content.num_records) if numbers is None else numbers
     provenance = _provenance(content, records_per_shard)
     layout = make_layout(
         latent=content.shapes["latent"],
@@ -59,10 +81,10 @@ def write_shards(folder: Path, content: Content, records_per_shard: int) -> None
         text_dtype=content.text_dtype,
     )
     begin_set(folder, provenance)
-    starts = range(0, content.num_records, records_per_shard)
+    starts = range(0, len(numbers), records_per_shard)
     for index, start in enumerate(starts):
         with ShardWriter(folder, index, layout, "moments") as shard:
-            for number in range(start, min(start + records_per_shard, content.num_records)):
+            for number in numbers[start : start + records_per_shard]:
                 shard.write(Example(key=f"{number:08d}", meta=META, **record(content, number)))
     int8 = content.text_dtype == "int8"
     finish_set(

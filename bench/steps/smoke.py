@@ -125,7 +125,7 @@ def train(folder: Path, name: str, *, num_steps: int = NUM_STEPS, **settings: An
 
     config = TrainConfig(
         name=name,
-        shards=str(folder / "shards"),
+        shards=(str(folder / "shards"),),
         out=str(folder / name),
         batch_size=8,
         num_steps=num_steps,

@@ -180,6 +180,21 @@ def open_regular(path: str | Path, max_bytes: int | None = None) -> BinaryIO:
     raise LocatorError(f"{found}, expected a regular file")
 
 
+def changed_ns(locator: ImageLocator) -> int | None:
+    """Returns when the file that holds an image last changed; None if it is remote or missing.
+
+    It is the time of the last change of the inode, which no program can set: unlike the time of
+    the last modification, it also shows a file that was replaced by an older one.
+    """
+    path = locator.path if isinstance(locator, FileLocator) else locator.url
+    if not isinstance(locator, FileLocator) and is_remote(path):
+        return None
+    try:
+        return Path(path).stat().st_ctime_ns
+    except (OSError, ValueError):  # a name with a NUL byte, for example
+        return None
+
+
 def locator_name(locator: ImageLocator) -> str:
     """Returns a name that does not depend on the folder or host, for hashes and messages."""
     if isinstance(locator, FileLocator):

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Literal, TypeVar
@@ -21,10 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from latent_t2i.shards.loader import MapLoader
-from latent_t2i.shards.order import Cursor, Order, choices, share
+from latent_t2i.shards.mixed_order import MixedOrder
+from latent_t2i.shards.order import Cursor, Epochs, Order, choices, share
 from latent_t2i.shards.reader import FIELDS, BatchT, RawBatch, ShardSet
 from latent_t2i.shards.remote.store import Store
 from latent_t2i.shards.schema import FormatError, Manifest
+from latent_t2i.shards.union import UnionShards
 
 NEVER = np.iinfo(np.int64).max
 """Distance of a shard that this epoch and the next do not use."""
@@ -63,16 +65,16 @@ class CachedShards(ShardSet):
             len(self._bytes), np.bool_
         )  # on disk, as far as this process knows
         self._uses = np.zeros(len(self._bytes), np.int64)  # current gathers, by shard
-        self._schedule: tuple[Order, Cursor] | None = None
+        self._schedule: tuple[Order, Cursor, slice] | None = None
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
         self._is_trimmed = False
         self._num_events = 0  # changes that the thread has to react to
 
-    def advance(self, order: Order, cursor: Cursor) -> None:
-        """Sets the upcoming order and cursor."""
+    def advance(self, order: Order, cursor: Cursor, shards: slice = slice(None)) -> None:
+        """Sets the upcoming order and cursor; `shards` are this set's in an order of several."""
         with self._changed:
-            self._schedule = order, cursor
+            self._schedule = order, cursor, shards
             self._notify()
 
     def close(self) -> None:
@@ -89,10 +91,11 @@ class CachedShards(ShardSet):
         caption_u: NDArray[np.float64],
         view_u: NDArray[np.float64],
         out: RawBatch | None = None,
+        rows: NDArray[np.int64] | None = None,
     ) -> RawBatch:
         """Like `ShardSet.gather`, after the shards are downloaded."""
         return self._when_here(
-            records, lambda: super(CachedShards, self).gather(records, caption_u, view_u, out)
+            records, lambda: super(CachedShards, self).gather(records, caption_u, view_u, out, rows)
         )
 
     def keys(self, records: NDArray[np.int64]) -> list[str]:
@@ -191,7 +194,10 @@ class CachedShards(ShardSet):
             schedule, uses, here = self._schedule, self._uses.copy(), self._is_here.copy()
         if here.all():
             return False
-        away = np.full(len(uses), NEVER) if schedule is None else records_until(*schedule)
+        away = np.full(len(uses), NEVER)
+        if schedule is not None:
+            order, cursor, mine = schedule
+            away = records_until(order, cursor)[mine].copy()
         away[uses > 0] = -1  # a gather waits for these
         self._tidy(away)
         used_bytes = self._bytes[here].sum()
@@ -265,7 +271,7 @@ def _fetch_ahead(reference: "weakref.ref[CachedShards]") -> None:
 class CacheLoader(MapLoader):
     """Fills batches like MapLoader, and reports its position to the cache."""
 
-    shards: CachedShards
+    order: Order
 
     def fill(self, step: int, out: BatchT) -> BatchT:
         """Writes this process's share of a step's global batch into `out`, part by part."""
@@ -281,26 +287,82 @@ class CacheLoader(MapLoader):
         return out
 
 
+@dataclass(frozen=True, kw_only=True)
+class MixedCacheLoader(MapLoader):
+    """Fills batches of weighted sets, and reports the position in each set to its cache."""
+
+    shards: UnionShards
+    order: MixedOrder
+
+    def fill(self, step: int, out: BatchT) -> BatchT:
+        """Writes this process's share of a step's global batch into `out`, part by part."""
+        self.finish_epoch(step)
+        mine = share(self.order.batch_size, self.rank, self.num_processes)
+        caption_u, view_u = (u[mine] for u in choices(self.order.seed, step, self.order.batch_size))
+        first = start = step * self.order.batch_size + mine.start
+        for epoch, *bounds in self.order.by_epoch(start, start + len(out)):
+            for number, places, visit in self.order.split(epoch, *bounds):
+                rows = places + start - first
+                order, shards = self.order.orders[number], self.shards.sets[number]
+                for cursor, part in parts(order, visit, len(rows)):
+                    shards.advance(order, cursor)
+                    end = cursor.position + part.stop - part.start
+                    records = order.visits(cursor.epoch, cursor.position, end)
+                    self.shards.gather_rows(number, records, caption_u, view_u, rows[part], out)
+            start += bounds[1] - bounds[0]
+        return out
+
+
 def _nearest_first(away: NDArray[np.int64], which: NDArray[np.bool_]) -> list[int]:
     shards = np.flatnonzero(which)
     nearest: list[int] = shards[np.argsort(away[shards], kind="stable")].tolist()
     return nearest
 
 
-def check_cache(order: Order, manifest: Manifest, cache_bytes: int) -> None:
-    """Raises ValueError, with the arithmetic, if the cache is too small for an order."""
-    sizes = np.sort(manifest.shards.bytes)[::-1]
+def bytes_needed(order: Epochs, manifest: Manifest) -> int:
+    """Returns the bytes of a set that the cache must hold to visit it in an order."""
+    sizes = np.sort(manifest.shards.bytes)[::-1].tolist()
     small = sum(entry.bytes for entry in manifest.small_files) + len(manifest.dump().encode())
     window = {"full": len(sizes), "blocks": order.window_shards, "none": 1}[order.shuffle]
-    least = int(min(sizes[:window].sum() + sizes[0], sizes.sum())) + small
+    return min(sum(sizes[:window]) + sizes[0], sum(sizes)) + small
+
+
+def divide_cache(order: Epochs, stores: Sequence[Store], cache_bytes: int) -> list[int]:
+    """Returns the part of the cache of each set of several: what it needs, and of the rest a share.
+
+    The rest is divided by the bytes that do not fit yet. Raises ValueError, with the arithmetic, if
+    the cache is too small for all sets.
+    """
+    needed = [bytes_needed(order, store.manifest) for store in stores]
+    if cache_bytes < sum(needed):
+        listed = " + ".join(map(str, needed))
+        raise ValueError(
+            f"data.cache_bytes: shuffle {order.shuffle} needs {listed} = {sum(needed)} bytes of "
+            f"{len(stores)} sets in the cache, and the limit is {cache_bytes}; use "
+            f"--data.cache-bytes {sum(needed)}, or --data.shuffle blocks with a small "
+            "--data.window-shards"
+        )
+    missing = [store.whole_bytes - least for store, least in zip(stores, needed, strict=True)]
+    rest = cache_bytes - sum(needed)
+    return [
+        least + rest * more // max(1, sum(missing))
+        for least, more in zip(needed, missing, strict=True)
+    ]
+
+
+def check_cache(order: Epochs, manifest: Manifest, cache_bytes: int) -> None:
+    """Raises ValueError, with the arithmetic, if the cache is too small for an order."""
+    least = bytes_needed(order, manifest)
     if cache_bytes >= least:
         return
-    needs = f"shuffle {order.shuffle} needs {min(window + 1, len(sizes))} of {len(sizes)} shards"
+    num = len(manifest.shards)
+    window = {"full": num, "blocks": order.window_shards, "none": 1}[order.shuffle]
+    needs = f"shuffle {order.shuffle} needs {min(window + 1, num)} of {num} shards"
     remedy = ""
     if order.shuffle == "blocks":
         remedy = ", or a smaller --data.window-shards"
     elif order.shuffle == "full":
-        blocks = int(min(sizes[: order.window_shards].sum() + sizes[0], sizes.sum())) + small
+        blocks = bytes_needed(replace(order, shuffle="blocks"), manifest)
         remedy = f", or --data.shuffle blocks, which needs {blocks} at {order.window_shards} shards"
     raise ValueError(
         f"data.cache_bytes: {needs} in the cache, {least} bytes with the small files, and the "

@@ -79,8 +79,7 @@ def open_store(
             fetch_small_files(location, folder, manifest, retry=retry)
             _copy(Path(temporary) / MANIFEST_NAME, folder)
     store.manifest = Manifest.load(folder)  # which maps the shard table from this folder
-    whole = manifest.num_bytes + (folder / MANIFEST_NAME).stat().st_size
-    _make_room_among_sets(folder, cache_bytes - min(cache_bytes, whole))
+    make_room_among_sets([store])
     for shard in store.present() if verify else ():
         store.remove_damaged(shard)
     return store
@@ -107,6 +106,12 @@ class Store:
         """Stops the current download, and allows other processes to delete the set."""
         self.stopped.set()
         self._release()
+
+    @property
+    def whole_bytes(self) -> int:
+        """The size of the whole set with its manifest."""
+        manifest = (self.folder / MANIFEST_NAME).stat().st_size
+        return self.manifest.num_bytes + manifest
 
     @property
     def room_bytes(self) -> int:
@@ -296,9 +301,19 @@ def _remove_leftovers(folder: Path) -> None:
             file.close()
 
 
-def _make_room_among_sets(mine: Path, room_bytes: int) -> None:
-    """Deletes unused other sets, the least recently used first, down to `room_bytes`."""
-    marks = [path for path in mine.parent.glob(f"*/{IN_USE_LOCK}") if path.parent != mine]
+def make_room_among_sets(mine: Sequence[Store]) -> None:
+    """Deletes unused other sets, the least recently used first, to make room for these stores.
+
+    Together, all files stay within the largest bound of these stores.
+    """
+    folders = {store.folder for store in mine}
+    cache_bytes = max(store.cache_bytes for store in mine)
+    room_bytes = max(0, cache_bytes - sum(store.whole_bytes for store in mine))
+    marks = [
+        path
+        for path in mine[0].folder.parent.glob(f"*/{IN_USE_LOCK}")
+        if path.parent not in folders
+    ]
     sizes = {mark: _folder_bytes(mark.parent) for mark in marks}
     for mark in sorted(marks, key=_used_at):
         if sum(sizes.values()) <= room_bytes:

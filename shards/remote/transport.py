@@ -64,10 +64,10 @@ class ShortReadError(OSError):
 
 @dataclass(frozen=True, kw_only=True)
 class Retry:
-    """Number of attempts of a failed read, and the waits between them."""
+    """Number of attempts of a failed read or write, and the waits between them."""
 
     attempts: int = 8
-    """Number of attempts without progress before the read fails."""
+    """Number of attempts without progress before the read or write fails."""
     first_wait_s: float = 0.5
     """Doubled after each failure. Half of each wait is random, to spread out many processes."""
     longest_wait_s: float = 30.0
@@ -337,18 +337,35 @@ def refusal(error: Exception) -> str:
     """Returns the reason if an error is final; an empty string if a retry may change it."""
     if isinstance(error, FileNotFoundError):
         return "not found: there is no such file at this address"
-    status = _status(error)
+    status = error_status(error)
     is_denied = status is not None and 400 <= status < 500 and status not in BUSY_STATUS
-    is_refused = isinstance(error, _loaded(REFUSED)) and not isinstance(error, _loaded(LOST))
-    return describe(error) if is_denied or is_refused or isinstance(error, NOT_LOST) else ""
+    return describe(error) if is_denied or is_refused(error) or isinstance(error, NOT_LOST) else ""
+
+
+def is_refused(error: BaseException | None) -> bool:
+    """Returns whether an error says that credentials or settings are missing or wrong."""
+    return isinstance(error, _loaded(REFUSED)) and not isinstance(error, _loaded(LOST))
 
 
 def describe(error: Exception) -> str:
     """Returns a short description of an error: its HTTP status, or its type and text."""
-    status, message = _status(error), getattr(error, "message", "")
+    status, message = error_status(error), getattr(error, "message", "")
     if status is not None:
         return f"HTTP status {status}" + (f" ({message})" if message else "")
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def error_status(error: BaseException | None) -> int | None:
+    """Returns the HTTP status of an error of aiohttp, gcsfs or httpx."""
+    for owner, name in (
+        (error, "status"),
+        (getattr(error, "response", None), "status_code"),
+        (error, "code"),
+    ):
+        status = getattr(owner, name, None)
+        if isinstance(status, int):
+            return status
+    return None
 
 
 def _open_http(url: str, offset: int) -> tuple[BinaryIO, int]:
@@ -378,16 +395,3 @@ def _errors() -> tuple[type[Exception], ...]:
 def _loaded(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:
     modules = ((sys.modules.get(module), name) for module, name in names)
     return tuple(getattr(module, name) for module, name in modules if hasattr(module, name))
-
-
-def _status(error: Exception) -> int | None:
-    """Returns the HTTP status of an error of aiohttp, gcsfs or httpx."""
-    for owner, name in (
-        (error, "status"),
-        (getattr(error, "response", None), "status_code"),
-        (error, "code"),
-    ):
-        status = getattr(owner, name, None)
-        if isinstance(status, int):
-            return status
-    return None

@@ -24,13 +24,14 @@ PEERS = [name for name, entry in ENTRIES.items() if entry.package]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny content as shards."""
     path = tmp_path_factory.mktemp("bench")
-    store(["copy", "map", "stream"], TINY, path)
+    store(["copy", "map", "stream", "two-sets"], TINY, path)
     return path
 
 
-@pytest.mark.parametrize("name", ["map", "cache", "stream"])
+@pytest.mark.parametrize("name", ["map", "two-sets", "cache", "stream"])
 def test_own_loaders_deliver_the_records(folder: Path, name: str) -> None:
-    batches, figures = start(name, TINY, folder / "shards", 0)  # start() checks three batches
+    path = folder / ENTRIES[name].store
+    batches, figures = start(name, TINY, path, 0)  # start() checks three batches
     assert figures["first_batch_s"] > 0
     delivered = deliver(batches, 0.0, 2)
     batches.close()

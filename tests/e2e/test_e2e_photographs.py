@@ -42,7 +42,7 @@ def test_photographs_to_samples(coco_mini: Path, tmp_path: Path, size_px: int) -
     bundle = train(
         TrainConfig(
             name="photographs",
-            shards=str(shards),
+            shards=(str(shards),),
             out=str(tmp_path / "run"),
             batch_size=8,
             num_steps=3,

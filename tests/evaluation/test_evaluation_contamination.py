@@ -52,7 +52,7 @@ def test_ids_are_found_in_either_layout(
     common = {item.key.rpartition("/")[2] for item, (i, _) in zip(items, chosen, strict=True)
               if i in IDS[:5]}  # fmt: skip
     for folder in (train, train_2014):
-        found = check(items, folder)
+        found = check(items, [folder])
         if not common:
             assert found is None
         else:
@@ -64,14 +64,14 @@ def test_equal_ids_of_other_images_are_not_the_same(train: Path) -> None:
     key = f"{IDS[0]:012d}"
     same = Item(position=0, key=key, captions=("something else", f"about {key}"))
     other = Item(position=0, key=key, captions=("a red circle",))
-    found = check([same], train)
+    found = check([same], [train])
     assert found == {"count": 1, "examples": [key], "train_keys": [key], "num_same_captions": 0}
-    assert check([other], train) is None
+    assert check([other], [train]) is None
 
 
 def test_equal_captions_are_a_hint_only(train: Path, capsys: pytest.CaptureFixture[str]) -> None:
     item = Item(position=0, key="mine.jpg", captions=(f"ABOUT {IDS[1]:012d}.",))
-    assert check([item], train) is None
+    assert check([item], [train]) is None
     assert "1 of the prompts are also captions in" in capsys.readouterr().out
 
 
@@ -80,11 +80,11 @@ def test_equal_files_are_found_where_records_have_a_hash(tmp_path: Path) -> None
     image.write_bytes(b"an image")
     digest = hashlib.sha256(image.read_bytes()).hexdigest()
     folder = write_shards(tmp_path / "set", ["00000-1", "00000-2"], sha256=digest)
-    found = check([Item(position=0, key="mine.jpg")], folder, files=[image])
+    found = check([Item(position=0, key="mine.jpg")], [folder], files=[image])
     assert found is not None
     assert (found["count"], found["examples"]) == (1, ["mine.jpg"])
     image.write_bytes(b"another image")
-    assert check([Item(position=0, key="mine.jpg")], folder, files=[image]) is None
+    assert check([Item(position=0, key="mine.jpg")], [folder], files=[image]) is None
 
 
 def test_all_buckets_are_compared(tmp_path: Path) -> None:
@@ -95,10 +95,10 @@ def test_all_buckets_are_compared(tmp_path: Path) -> None:
         shard_sets.write_set(tmp_path / name, [examples])
     finish_buckets(tmp_path, ["64x64", "48x80"], quarantined={})
     items = [Item(position=n, key=f"{number:012d}.jpg") for n, number in enumerate(IDS)]
-    found = check(items, tmp_path)
+    found = check(items, [tmp_path])
     assert found is not None and found["count"] == 2
 
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="manifest"):
-        check([], tmp_path)
+        check([], [tmp_path])

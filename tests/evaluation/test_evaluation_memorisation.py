@@ -259,22 +259,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_images_are_decoded_from_the_shards(shards: Path) -> None:
     vae = load_vae(tiny.encoders().vae)
-    training = TrainingSet(shards, vae)
+    training = TrainingSet([shards], vae)
     assert (len(training), training.num_records) == (9, 9)
     numbers, images = zip(*training.batches(), strict=True)
     assert np.concatenate(numbers).tolist() == list(range(9))
     assert images[0].shape == (9, 64, 64, 3) and images[0].dtype == np.uint8
     # Batches of another size may differ in rounding.
     np.testing.assert_allclose(training.image(7), images[0][7].astype(float), atol=1)
-    part = TrainingSet(shards, vae, most=4)
+    part = TrainingSet([shards], vae, most=4)
     chosen = choose(9, 4)
     assert [part.key(n) for n in range(4)] == [training.key(n) for n in chosen.tolist()]
     np.testing.assert_array_equal(part.image(2), training.image(int(chosen[2])))
     assert training.caption(1) == "caption 0 of 1"
+    assert len(TrainingSet([shards, shards], vae)) == 18
     # Another VAE, as a bundle with half of the digits has, is not used.
     other = load_vae(tiny.encoders().vae)
     torch.nn.init.zeros_(other.post_quant_conv.weight)
-    np.testing.assert_array_equal(TrainingSet(shards, other).image(7), training.image(7))
+    np.testing.assert_array_equal(TrainingSet([shards], other).image(7), training.image(7))
 
 
 def test_an_unavailable_vae_is_reported_before_anything_is_drawn(
@@ -288,18 +289,18 @@ def test_an_unavailable_vae_is_reported_before_anything_is_drawn(
     (moved / "manifest.json").unlink()
     gone = replace(manifest, vae=replace(manifest.vae, name=str(tmp_path / "gone")))
     (moved / "manifest.json").write_text(gone.dump())
-    here = replace(context(noise(2, 0)), training=lambda: TrainingSet(moved))
+    here = replace(context(noise(2, 0)), training=lambda: TrainingSet([moved]))
     with pytest.raises(MissingWeights, match="the VAE that encoded them is not available: --vae"):
         Memorisation(here)
     assert metric_class("memorisation") is Memorisation
     with pytest.raises(ValueError, match=r"manifest\.json"):
-        TrainingSet(tmp_path)
+        TrainingSet([tmp_path])
 
 
 def test_the_command_compares_with_the_shards(shards: Path, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
     evaluate(EvaluationConfig(
-        name="x", bundle=str(bundle), out=str(tmp_path / "out"), train_shards=str(shards),
+        name="x", bundle=str(bundle), out=str(tmp_path / "out"), train_shards=(str(shards),),
         metrics=("memorisation",), num_prompts=2, num_steps=1, guidance_scales=(4.0,),
     ))  # fmt: skip
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())

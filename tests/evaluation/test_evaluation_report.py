@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     others = [(str(folder / "other"), other)]
     page = render_report(
         results, folder / "run", history=history(), info=INFO, others=others,
-        train_shards=str(folder / "shards"),
+        train_shards=[str(folder / "shards")],
     )  # fmt: skip
     (folder / "report.html").write_text(page)
     return folder
@@ -225,7 +225,7 @@ def test_large_pictures_are_reduced(tmp_path: Path) -> None:
 
 
 def test_the_data_card_counts_captions_and_reasons(folder: Path, text: str) -> None:
-    card = data_card(str(folder / "shards"))
+    card = data_card([str(folder / "shards")])
     assert card["rows"]["records"].startswith("4 in 1 shards")
     assert card["rows"]["captions"].startswith("12, of which 2 are truncated at 7 tokens")
     assert card["reasons"] == [("no caption", 2)]
@@ -237,13 +237,13 @@ def test_the_data_card_counts_captions_and_reasons(folder: Path, text: str) -> N
 
 def test_the_data_card_of_buckets_and_of_missing_shards(tmp_path: Path) -> None:
     write_buckets(tmp_path / "set", {"64x64": [2], "128x32": [3]}, quarantined={"k": "too narrow"})
-    card = data_card(str(tmp_path / "set"))
+    card = data_card([str(tmp_path / "set")])
     assert card["rows"]["records"].startswith("5 in 2 shards")
     assert card["reasons"] == [("too narrow", 1)]
-    assert "not on this machine" in data_card(str(tmp_path / "none"))["missing"]
-    assert "remote" in data_card("s3://bucket/set")["missing"]
+    assert "not on this machine" in data_card([str(tmp_path / "none")])["missing"]
+    assert "remote" in data_card(["s3://bucket/set"])["missing"]
     (tmp_path / "empty").mkdir()
-    assert "cannot be read" in data_card(str(tmp_path / "empty"))["missing"]
+    assert "cannot be read" in data_card([str(tmp_path / "empty")])["missing"]
 
 
 def between(text: str, start: str, end: str) -> str:

@@ -235,7 +235,7 @@ def test_images_of_the_training_set_are_refused(folders: tuple[Path, Path], tmp_
     write_set(tmp_path / "shards", [train])
     settings = of_folders(
         folders, tmp_path / "out", captions=None, metrics=("cmmd",),
-        train_shards=str(tmp_path / "shards"),
+        train_shards=(str(tmp_path / "shards"),),
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"2 of the images are in the training set .*such as 0*7"):
         evaluate(settings)
@@ -266,15 +266,19 @@ def test_the_training_set_of_a_run_is_found_by_its_hash(
     sha256 = write_set(folder, [make_examples(3)]).sha256
     info = {"name": "tiny", "config": {"shards": None}, "shards_sha256": sha256}
     settings = EvaluationConfig(name="tiny")
-    assert inputs.train_shards_of(settings, info) == folder
+    assert inputs.train_shards_of(settings, info) == (folder,)
     assert capsys.readouterr().out == ""
     for changes, fault in (
         ({"shards_sha256": "0"}, "is another set by now"),
         ({"config": {"shards": "s3://bucket/train"}}, "is not a folder here"),
     ):
-        assert inputs.train_shards_of(settings, info | changes) is None
+        assert inputs.train_shards_of(settings, info | changes) == ()
         assert fault in capsys.readouterr().out
-    assert inputs.train_shards_of(settings, None) is None
+    assert inputs.train_shards_of(settings, None) == ()
+    more = write_set(Path("more"), [make_examples(2, seed=5)]).sha256
+    several = {"config": {"shards": [str(folder), "more"]}, "shards_sha256": [sha256, more]}
+    assert inputs.train_shards_of(settings, info | several) == (folder, Path("more"))
+    assert inputs.train_shards_of(settings, info | {"config": {"shards": str(folder)}}) == (folder,)
 
 
 def test_a_bundle_or_images_but_not_both() -> None:

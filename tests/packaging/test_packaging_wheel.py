@@ -54,6 +54,7 @@ def test_wheel_has_the_command(wheel: Path) -> None:
     assert "latent-t2i = latent_t2i.cli:main" in text
 
 
+@pytest.mark.slow
 def test_sdist_builds_the_same_wheel(checkout: Path, wheel: Path, tmp_path: Path) -> None:
     with tarfile.open(build(checkout, "sdist", tmp_path / "sdist")) as archive:
         archive.extractall(tmp_path / "source", filter="data")

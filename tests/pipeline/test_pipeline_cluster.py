@@ -325,6 +325,10 @@ def test_settings_that_exclude_each_other(
 ) -> None:
     with pytest.raises(ValueError, match="--ray-address: 'auto' has no effect without --executor"):
         replace(config, executor="local", ray_address="auto")
+    with pytest.raises(ValueError, match="expected a shared folder for --out, found 's3"):
+        replace(config, out="s3://b/set")
+    with pytest.raises(ValueError, match="--append: not available with --executor ray"):
+        replace(config, append=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="expected one process, found WORLD_SIZE 2: Ray"):
         build(config)

@@ -158,6 +158,7 @@ def test_space_is_reserved_for_any_outcome(extra: dict[str, str]) -> None:
     assert found.record == record
 
 
+@pytest.mark.slow
 def test_memory_stays_flat() -> None:
     """This many records would take 100 MB as a list."""
 

@@ -20,6 +20,7 @@ from latent_t2i.shards.access import Access, make_loader, open_set
 from latent_t2i.shards.layout import Per
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Example, FieldSpec, Identity, Manifest
+from latent_t2i.shards.settings import ReadMode
 from latent_t2i.shards.verify import verify
 from latent_t2i.shards.writer import ShardWriter
 from tests import tiny
@@ -98,15 +99,24 @@ def test_the_first_crop_is_that_of_a_set_with_one(
         assert three["json"] == one["json"] and "view_box.npy" not in one
 
 
-def test_each_access_delivers_all_views(built: Path) -> None:
-    stored = {sample["__key__"]: sample["latent.npy"] for sample in read_stock(built)}
-    shards = open_shards(built)
+@pytest.mark.parametrize("read", ["map", "pread"])
+def test_fields_of_a_batch_belong_to_the_same_view(built: Path, read: ReadMode) -> None:
+    stored = {sample["__key__"]: sample for sample in read_stock(built)}
+    names = ("latent", "text", "view_box", "clip_image")
+    shards = open_shards(built, fields=names, read=read)
     records = np.arange(len(shards))
     for view in range(NUM_VIEWS):
         u = np.full(len(records), view / NUM_VIEWS + 0.01)
-        latents = shards.gather(records, u * 0, u).latent.numpy()
-        for key, latent in zip(shards.keys(records), latents, strict=True):
-            assert np.array_equal(latent, stored[key][view])
+        batch = shards.gather(records, u * 0, u)
+        assert [*batch.extra] == ["view_box", "clip_image"]
+        for position, key in enumerate(shards.keys(records)):
+            for name in ("latent", "view_box", "clip_image"):
+                item = batch.gathered[name][position].numpy()
+                assert np.array_equal(item, stored[key][f"{name}.npy"][view])
+
+
+def test_stream_access_delivers_all_views(built: Path) -> None:
+    stored = {sample["__key__"]: sample["latent.npy"] for sample in read_stock(built)}
     access = Access(kind="stream")
     streamed = open_set(str(built), access)
     order = streamed.order(batch_size=5, seed=0)

@@ -41,6 +41,7 @@ def draw(bundle: Path, **settings: object) -> list[np.ndarray]:
     return [pixels(image) for image in images]
 
 
+@pytest.mark.slow
 def test_a_program_with_diffusers_alone_gives_the_same_image(bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "stock.png"
     arguments = [str(bundle), PROMPTS[1], "6", str(out)]

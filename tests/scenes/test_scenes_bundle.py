@@ -24,6 +24,7 @@ def test_the_bundle_names_no_local_path() -> None:
     assert config["out"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "attribute", "at_least"),
     [("single", "shape_and_colour", 15), ("pair", "shapes_colours_relation", 13)],

@@ -19,6 +19,7 @@ from latent_t2i.scenes.world import WORLDS, stream
 ENCODERS = ROOT / "scenes" / "encoders"
 
 
+@pytest.mark.slow
 def test_the_shipped_weights_meet_their_limits() -> None:
     metrics = train_encoders.measure(ENCODERS, num=300)
     train_encoders.check_limits(metrics)

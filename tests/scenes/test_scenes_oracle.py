@@ -40,6 +40,7 @@ def test_images_without_a_shape_get_none(kind: str) -> None:
     assert np.mean(named) <= 0.05
 
 
+@pytest.mark.slow
 def test_objects_survive_the_embedded_vae() -> None:
     vae = AutoencoderKL.from_pretrained(ROOT / "scenes" / "encoders" / "vae")
     scenes = some_scenes("full", 300)

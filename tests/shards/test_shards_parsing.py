@@ -33,8 +33,10 @@ from tests.shard_sets import (
     edit_json,
     layout_of,
     make_examples,
+    make_fields,
     make_provenance,
     make_scale,
+    update_hash,
     write_buckets,
     write_set,
 )
@@ -299,10 +301,13 @@ def assert_format_errors_only(
 
 
 def test_mutated_manifests(tmp_path: Path) -> None:
+    fields = make_fields()
     write_set(
         tmp_path / "set",
-        [make_examples(2, text_dtype="int8"), make_examples(1, text_dtype="int8", seed=1)],
+        [make_examples(n, text_dtype="int8", seed=n, fields=fields) for n in (2, 1)],
+        make_provenance(text_dtype="int8", fields=fields),
         quarantined={"bad": "not an image"},
+        field_scales={"clip": np.ones(6, np.float32)},
     )
     assert_format_errors_only(tmp_path, "set/manifest.json", lambda: use(tmp_path / "set"))
     use(tmp_path / "set")
@@ -344,3 +349,22 @@ def test_mutated_progress(tmp_path: Path) -> None:
     for name in ("shard-000000.json", "provenance.json", "text_scale.json"):
         assert_format_errors_only(tmp_path, f"set/progress/{name}", finish, is_hashed=False)
     finish()
+
+
+@pytest.mark.parametrize("name", ["shards.npy", "shard_sums.npy", "quarantine.jsonl"])
+def test_mutated_files_that_the_manifest_hashes(tmp_path: Path, name: str) -> None:
+    """Both random bytes and extreme values; the hashes match."""
+    folder = tmp_path / "set"
+    shards = [make_examples(2), make_examples(1, seed=1)]
+    write_set(folder, shards, quarantined={"a": "not an image", "b": "truncated file"})
+    content = (folder / name).read_bytes()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        changed = bytearray(spoil(content, rng))
+        if seed % 2:
+            changed = bytearray(content)
+            place = int(rng.integers(len(content) - 8))
+            changed[place : place + 8] = rng.choice([b"\xff", b"\0", b"\x80"]) * 8
+        (folder / name).write_bytes(changed)
+        update_hash(folder, name)
+        use(folder)

@@ -226,7 +226,7 @@ def test_buckets_are_read(tmp_path: Path, access: Any) -> None:
     def batches(read: Any) -> Any:
         settings = Access(kind=access, cache_dir=tmp_path / "cache", read=read)
         shards = open_set(location, settings)
-        assert shards.read == read
+        assert all(part.read == read for part in shards.sets)
         loader = make_loader(shards, shards.order(batch_size=4, seed=1), settings)
         return collect(loader, 0, 8)
 

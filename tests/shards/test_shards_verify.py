@@ -225,6 +225,50 @@ def test_wrong_totals_in_manifest(
 
 
 @pytest.mark.parametrize(
+    ("lines", "fault"),
+    [
+        ('{"key": "00-2-000001", "reason": "x", "shard": null}', "expected no record of a quarant"),
+        ('{"key": "a", "reason": "x","shard": null}', "expected the writer's formatting"),
+        (
+            '{"key": "a", "reason": "x", "shard": null}\n' * 2,
+            "expected 1 different keys, found 1 in 2",
+        ),
+        ('{"key": "a", "reason": 1, "shard": null}', "line 1: reason: expected text, found 1"),
+        ('{"key": "a", "reason": "x", "shard": 1.5}', "line 1: shard: expected an integer"),
+        ("{", "line 1: not JSON"),
+    ],
+)
+def test_quarantine(folder: Path, lines: str, fault: str) -> None:
+    edit_json(folder / "manifest.json", lambda d: d.update(num_quarantined=1, num_source=6))
+    rewrite(folder, "quarantine.jsonl", f"{lines.strip()}\n".encode())
+    (found,) = verify.verify(folder)
+    assert fault in found and found.startswith(f"{folder / 'quarantine.jsonl'}: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (
+            lambda rows: rows["captions"].fill(9),
+            "row 1: expected the counts (4, 1, 128), found (9,",
+        ),
+        (lambda rows: rows["total"].fill(9), "row 0: total: expected ("),
+        (lambda rows: rows["squares"].fill(0), "row 0: squares: expected ("),
+    ],
+)
+def test_sums(folder: Path, change: Callable[[Any], object], fault: str) -> None:
+    rows = np.load(folder / "shard_sums.npy")
+    change(rows)
+    np.save(folder / "shard_sums.npy", rows)
+    update_hash(folder, "shard_sums.npy")
+    faults = list(verify.verify(folder))
+    assert any(f"shard_sums.npy: {fault}" in found for found in faults)
+    np.save(folder / "shard_sums.npy", rows[:1])
+    update_hash(folder, "shard_sums.npy")
+    assert any("a row for each planned shard, found 1" in f for f in verify.verify(folder))
+
+
+@pytest.mark.parametrize(
     ("name", "array", "fault"),
     [
         ("text_scale.npy", np.zeros(32, np.float32), "expected scales above 0, found 0.0"),

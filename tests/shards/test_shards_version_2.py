@@ -9,13 +9,24 @@ import numpy as np
 import pytest
 
 from latent_t2i.shards.buckets import Buckets
+from latent_t2i.shards.loader import MapLoader
 from latent_t2i.shards.reader import open_shards
+from latent_t2i.shards.remote.cache import CachedShards, CacheLoader
+from latent_t2i.shards.remote.store import open_store
 from latent_t2i.shards.remote.stream import StreamLoader, open_streamed
 from latent_t2i.shards.schema import FormatError, Manifest
 from latent_t2i.shards.summary import summarise
 from latent_t2i.shards.verify import verify
 from latent_t2i.shards.writer import begin_set
-from tests.shard_sets import edit_json, make_examples, make_provenance
+from tests import shard_sets
+from tests.shard_sets import (
+    assert_batches_equal,
+    collect,
+    edit_json,
+    make_examples,
+    make_provenance,
+    write_set,
+)
 
 DATA = Path(__file__).parent / "data" / "v2"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
@@ -54,11 +65,45 @@ def test_version_2_gathers_the_same_values(folder: Path) -> None:
         assert hashlib.sha256(content).hexdigest() == EXPECTED["float16"][name], name
 
 
+def test_version_2_is_cached(folder: Path, tmp_path: Path) -> None:
+    shards = CachedShards(open_store(str(folder), tmp_path / "cache", 10**9))
+    order = shards.order(batch_size=3, seed=0)
+    mapped = MapLoader(shards=open_shards(folder), order=order)
+    assert_batches_equal(
+        collect(CacheLoader(shards=shards, order=order), 0, 4), collect(mapped, 0, 4)
+    )
+    assert shards.sha256 == EXPECTED["float16"]["sha256"]
+    shards.close()
+
+
 def test_version_2_streams(folder: Path) -> None:
     shards = open_streamed(str(folder))
     loader = StreamLoader(shards=shards, order=shards.order(batch_size=3, seed=0))
     out = loader.fill(0, loader.buffer())
     assert len(out.latent) == 3
+
+
+def test_shards_of_version_3_have_the_same_bytes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_sets, "TEXT_WIDTH", 8)
+    monkeypatch.setattr(shard_sets, "MAX_TOKENS", 5)
+    settings = {"views": 2, "size": (4, 4)}
+    shards = [
+        make_examples(2, num_captions=2, seed=0, **settings),
+        make_examples(1, num_captions=3, seed=1, **settings),
+    ]
+    new = write_set(
+        tmp_path / "new",
+        shards,
+        make_provenance(max_tokens=5),
+        quarantined={"lost": "OSError: truncated"},
+    )
+    old = Manifest.load(folder)
+    assert (new.shards, new.layouts) == (old.shards, old.layouts)
+    assert new.latent_statistics == old.latent_statistics
+    for shard in new.shards:
+        assert (tmp_path / "new" / shard.name).read_bytes() == (folder / shard.name).read_bytes()
 
 
 def test_stage_one_does_not_mistake_version_2_for_another_set(folder: Path) -> None:

@@ -25,6 +25,8 @@ from latent_t2i.shards.schema import (
     Manifest,
     make_layout,
 )
+from latent_t2i.shards.shard_sums import read_sums, sums_of
+from latent_t2i.shards.verify import verify
 from latent_t2i.shards.writer import (
     FoundScale,
     ShardWriter,
@@ -140,6 +142,42 @@ def test_shard_without_records_keeps_its_reasons(tmp_path: Path) -> None:
     assert [json.loads(line)["shard"] for line in lines] == [None, 0]
     assert (manifest.num_source, manifest.num_records) == (3, 1)
     assert [shard.name for shard in manifest.shards] == ["shard-000001.tar"]
+
+
+def test_files_of_a_killed_finish_are_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the files that the manifest hashes and the manifest."""
+    examples = make_examples(2)
+    begin_set(tmp_path, make_provenance())
+    write_shard(tmp_path, 0, examples, layout_of(examples))
+    with monkeypatch.context() as patch:
+        patch.setattr(Manifest, "dump", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finish(tmp_path, *examples, quarantined={"a": "first"})
+    assert {"quarantine.jsonl", "shards.npy", "shard_sums.npy"} < {*names(tmp_path)}
+    assert "manifest.json" not in names(tmp_path)
+    begin_set(tmp_path, make_provenance())
+    manifest = finish(tmp_path, *examples, quarantined={"b": "second", "c": "third"})
+    assert manifest.read_quarantined() == {"b": "second", "c": "third"}
+    assert not list(verify(tmp_path))
+
+
+def test_sums_are_kept_by_planned_shard(tmp_path: Path) -> None:
+    """Also for a planned shard without records, whose images were all quarantined."""
+    examples = make_examples(3)
+    begin_set(tmp_path, make_provenance())
+    for index, part in ((0, examples[:1]), (2, examples[1:])):
+        write_shard(tmp_path, index, part, layout_of(examples))
+    with ShardWriter(tmp_path, 1, layout_of(examples), "moments") as shard:
+        shard.quarantine("bad", "not an image")
+    reports = [read_report(tmp_path, index) for index in range(3)]
+    manifest = finish(tmp_path, *examples, num_shards=3)
+    rows = read_sums(tmp_path, manifest)
+    assert [sums_of(row) for row in rows] == [report.sums for report in reports if report]
+    assert rows["captions"].tolist() == [3, 0, 6]
+    assert rows["truncated"].sum() == manifest.num_truncated
+    assert not list(verify(tmp_path))
 
 
 def test_finish_rejects_missing_shard(tmp_path: Path) -> None:

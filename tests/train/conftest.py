@@ -59,7 +59,10 @@ def make_config(tmp_path: Path, shards: Path) -> MakeConfig:
             "ema": EMAConfig(decay=0.9),
             "model": MODEL,
         }
-        return TrainConfig(**(values | changes))
+        values |= changes
+        if isinstance(values["shards"], str):
+            values["shards"] = (values["shards"],)
+        return TrainConfig(**values)
 
     return make
 

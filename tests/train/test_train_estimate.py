@@ -86,6 +86,7 @@ def test_flop_is_per_image_and_the_same_for_every_attention_kernel() -> None:
     assert measure_small(plain, micro_batch_size=1).forward_flop == one
 
 
+@pytest.mark.slow
 def test_flop_of_stable_diffusion_is_the_published_one() -> None:
     passes = measure(
         DenoiserConfig(), latent_shape=(4, 64, 64), text_shape=(77, 768), micro_batch_size=1

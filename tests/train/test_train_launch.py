@@ -22,7 +22,7 @@ def flags(config: TrainConfig) -> list[str]:
     model = config.model
     given: dict[str, object] = {
         "name": config.name,
-        "shards": config.shards,
+        "shards": " ".join(config.shards or ()),
         "out": config.out,
         "batch-size": config.batch_size,
         "num-steps": config.num_steps,

@@ -1,0 +1,164 @@
+"""Writes a set to a repository on the Hugging Face Hub: hf://datasets/USER/NAME/FOLDER.
+
+On the Hub each put of fsspec would be a commit, and commits are limited. So a shard's bytes are
+uploaded at once, and one commit makes many shards with their reports visible together. The cost:
+a process that is killed encodes the shards again that were not committed yet.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+from latent_t2i.shards.remote.transport import (
+    RemoteError,
+    Retry,
+    error_status,
+    find_filesystem,
+    join,
+)
+from latent_t2i.shards.remote.upload import RemoteFolder, ShortWriteError
+
+T = TypeVar("T")
+
+MAX_FILES_PER_FOLDER = 10_000
+MAX_FILES_PER_COMMIT = 100
+"""The Hub recommends 50 to 100."""
+MAX_COMMITS_PER_HOUR = 100
+"""Of all processes together; the Hub allows 128 per repository."""
+COMMIT_INTERVAL_S = 300.0
+"""After it, fewer files are committed too, because a killed process loses what is not."""
+CONFLICTS = (409, 412, 423)
+"""Statuses of a commit that another one has overtaken: it can be repeated."""
+
+
+def in_repository(url: str) -> bool:
+    """Returns whether a URL is a folder of a repository, which is changed by commits.
+
+    hf://buckets/... is not: it is an object store.
+    """
+    return url.startswith("hf://") and not url.startswith("hf://buckets/")
+
+
+class HubFolder(RemoteFolder):
+    """A folder of a repository. Files are visible after a commit, several in one."""
+
+    max_files = MAX_FILES_PER_FOLDER
+
+    def __init__(self, url: str, retry: Retry | None = None, *, num_processes: int = 1) -> None:
+        """Raises ValueError for a URL without a repository, RemoteError if it does not exist."""
+        super().__init__(url, retry)
+        system, path = find_filesystem(url)
+        try:
+            resolved = self._try("", lambda: system.resolve_path(path))
+        except ValueError as error:
+            raise ValueError(f"{url}: {error}") from error
+        except (FileNotFoundError, NotImplementedError) as error:
+            raise RemoteError(
+                f"{url}: there is no such repository or branch, or the token may not see it: "
+                "create it (hf repos create USER/NAME --repo-type dataset), or correct --out"
+            ) from error
+        self._repository = {
+            "repo_id": resolved.repo_id,
+            "repo_type": resolved.repo_type,
+            "revision": resolved.revision,
+        }
+        self._folder = resolved.path_in_repo
+        self._api = HfApi(endpoint=system.endpoint, token=system.token)
+        self._shortest_s = 3600 * num_processes / MAX_COMMITS_PER_HOUR
+        self._added: dict[str, CommitOperationAdd] = {}
+        self._sizes: dict[str, int] = {}
+        self._deleted: dict[str, CommitOperationDelete] = {}
+        self._committed_s = time.monotonic()
+
+    def put(self, name: str, path: Path) -> None:
+        """Uploads a file, which may be deleted afterwards; `commit` makes it visible."""
+        addition = CommitOperationAdd(self._in_repository(name), str(path))
+
+        def upload() -> None:
+            self._api.preupload_lfs_files(additions=[addition], **self._repository)
+
+        self._change(name, upload)
+        if addition.path_or_fileobj:  # small enough for git itself: sent with the commit
+            addition = CommitOperationAdd(self._in_repository(name), path.read_bytes())
+        self._add(name, addition, path.stat().st_size)
+
+    def put_bytes(self, name: str, content: bytes) -> None:
+        """Adds a small file to the next commit."""
+        self._add(name, CommitOperationAdd(self._in_repository(name), content), len(content))
+
+    def delete(self, name: str) -> None:
+        """Deletes a file with the next commit, if it is there."""
+        if self._added.pop(name, None) is None and self.find(name) is not None:
+            self._deleted[name] = CommitOperationDelete(self._in_repository(name))
+
+    def delete_folder(self, name: str) -> None:
+        """Deletes a folder with the next commit, if it is there."""
+        if self.list(name):
+            path = f"{self._in_repository(name)}/"
+            self._deleted[name] = CommitOperationDelete(path, is_folder=True)
+
+    def commit(self, *, now: bool = True) -> None:
+        """Commits all changes; with `now` false, if they are many or the last commit is old.
+
+        Raises RemoteError if a file has another size afterwards.
+        """
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *self._deleted.values(),
+            *self._added.values(),
+        ]
+        age_s = time.monotonic() - self._committed_s
+        are_many = len(operations) >= MAX_FILES_PER_COMMIT
+        wait_s = self._shortest_s if are_many else max(self._shortest_s, COMMIT_INTERVAL_S)
+        if not operations or (not now and age_s < wait_s):
+            return
+        names = [*self._deleted, *self._added]
+        message = f"Stage one: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
+
+        def send() -> None:
+            try:
+                self._api.create_commit(
+                    operations=operations, commit_message=message, **self._repository
+                )
+            except HfHubHTTPError as error:
+                if error_status(error) not in CONFLICTS:
+                    raise
+                raise OSError(f"another commit was first: {error}") from error
+
+        self._change("", send)
+        self._check_sizes()
+        self._added, self._deleted, self._sizes = {}, {}, {}
+        self._committed_s = time.monotonic()
+
+    def _in_repository(self, name: str) -> str:
+        return f"{self._folder}/{name}" if self._folder else name
+
+    def _add(self, name: str, addition: CommitOperationAdd, size: int) -> None:
+        self._deleted.pop(name, None)
+        self._added[name] = addition
+        self._sizes[addition.path_in_repo] = size
+
+    def _check_sizes(self) -> None:
+        paths = [addition.path_in_repo for addition in self._added.values()]
+        if not paths:
+            return
+        infos = self._try("", lambda: self._api.get_paths_info(paths=paths, **self._repository))
+        found = {info.path: getattr(info, "size", None) for info in infos}
+        for path in paths:
+            if found.get(path) != self._sizes[path]:
+                raise ShortWriteError(
+                    f"{self.url}: {path} in the repository: expected {self._sizes[path]} bytes, "
+                    f"found {found.get(path, 'no file')}: look for it in .gitignore"
+                )
+
+    def _change(self, name: str, action: Callable[[], T]) -> T:
+        try:
+            return self._try(name, action)
+        except FileNotFoundError as error:
+            raise RemoteError(
+                f"{join(self.url, name) if name else self.url}: there is no such repository or "
+                "branch: create it, or correct --out"
+            ) from error
