@@ -167,10 +167,12 @@ def check_overlap(
             return unknown
         keys |= zip(hashes.tolist(), part.keys(numbers), strict=True)
     every = -(-sum(map(len, sets)) // MAX_HASHES_READ)
+    num_skipped = len(training.sets) - len(sets)
     for part in sets:
         for numbers, hashes in read_image_hashes(part, every):
             if hashes is None:
-                return unknown
+                num_skipped += 1
+                break
             (shared,) = np.nonzero(np.isin(hashes, [*keys]))
             if len(shared):
                 (key,) = part.keys(numbers[shared[:1]])
@@ -178,9 +180,13 @@ def check_overlap(
                     f"{FLAG}: {location}: expected images that are not in the training set, but "
                     f"the image of record {keys[hashes[shared[0]]]} is that of its record {key}"
                 )
-    compared = "all" if every == 1 else f"every {every}th"
-    where = "" if len(sets) == len(training.sets) else " that are local"
-    return f"no image is in {compared} of the training records{where}"
+    if num_skipped == len(training.sets):
+        return unknown
+    found = f"no image is in {'all' if every == 1 else f'every {every}th'} of the training records"
+    if num_skipped:
+        found += f" of {len(training.sets) - num_skipped} sets; {num_skipped} sets, which are "
+        found += "remote or have no image hashes, were not compared"
+    return found
 
 
 def by_set(

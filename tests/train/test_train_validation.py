@@ -356,3 +356,22 @@ def test_a_loss_that_is_not_finite_is_none(validated: Any) -> None:
     found = measure_now(run)
     assert found["loss"] is None
     assert set(found["loss_by_quarter"].values()) == {None}
+
+
+def test_images_of_all_training_sets_are_compared(
+    validated: Any, make_set: Callable[..., Path]
+) -> None:
+    """Of several sets, those without hashes are left out."""
+    names = {"first": 0, "second": 20, "old": None, "val": 40, "overlap": 25}
+    first, second, old, val, overlap = (make_set(name, image) for name, image in names.items())
+
+    def check(val: Path, *training: Path) -> str:
+        locations = tuple(map(str, training))
+        return validate(validated({"shards": str(val)}, shards=locations), 1).notes[-1]
+
+    assert check(val, first, second).endswith("no image is in all of the training records")
+    left_out = "of 1 sets; 1 sets, which are remote or have no image hashes, were not compared"
+    assert check(val, old, second).endswith(left_out)
+    for training in ((first, second), (old, second)):
+        with pytest.raises(ValueError, match=r"the image of record .* is that of its record"):
+            check(overlap, *training)
