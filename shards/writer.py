@@ -367,7 +367,8 @@ class ShardWriter:
                 self._tar.close()
                 self._file.sync()
                 if self._begun_ns is not None:
-                    os.utime(self._file.path, ns=(self._begun_ns, self._begun_ns))
+                    with contextlib.suppress(FileNotFoundError):  # `publish` handles this
+                        os.utime(self._file.path, ns=(self._begun_ns, self._begun_ns))
                 self._publish()
         except BaseException:
             self._discard()
