@@ -1,7 +1,7 @@
 """Runs the producers on their device: pixels and token ids in, arrays of the shards out."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ MAX_GPU_BATCH_SIZE = 256
 BYTES_PER_PIXEL = 2048
 """Most memory of a Stable Diffusion VAE's encoder: four float32 activations of 128 channels."""
 TF32_CAPABILITY = (8, 0)
+Apply = Callable[..., Any]
+"""Calls a function with the encoders, here or on another machine, and with further arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Encoders:
     device: torch.device
     views: ViewsConfig
     batch_size: int
+    device_name: str = "cpu"
+    """The kind of device: the provenance records it."""
     tf32: bool = False
     """Whether a GPU may round the factors of float32 products to TF32."""
 
@@ -90,6 +94,14 @@ def encode_captions(encoders: Encoders, captions: Captions) -> dict[str, NDArray
         found = produce(producer, captions)
         fields |= {name: items.cpu().numpy() for name, items in found.items()}
     return fields
+
+
+def encode_empty_prompt(encoders: Encoders) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
+    """Returns text (T, D) and tokens (T,) of the empty prompt."""
+    (token_ids,) = encoders.text.tokenize([""])
+    with single_threaded():
+        empty = encode_captions(encoders, {"": token_ids})
+    return empty["text"][0], empty["tokens"][0]
 
 
 def supports_tf32(device: torch.device) -> bool:
@@ -168,6 +180,11 @@ def find_device(name: str, local_rank: int) -> torch.device:
         count = torch.cuda.device_count()
         raise ValueError(f"--device: {name!r} does not exist: this machine has {count} GPUs")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the kind of a device: a GPU's model, or `cpu`. Its bits may differ from others'."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def num_cores() -> int:
