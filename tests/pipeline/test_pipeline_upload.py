@@ -26,6 +26,8 @@ from tests.object_stores import HubApi, Store, install_hub
 from tests.servers import QUICK, serve_s3
 from tests.stage_one import Moment, begun, contents, make_config, run, start, stopped
 
+SLOW = pytest.mark.slow
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> CocoFolder:
@@ -181,10 +183,13 @@ KILLS: list[Moment] = [
     ("mv", 3),  # the manifest
     ("rm", 1),  # the reports
 ]
+SOME_KILLS: list[Moment] = [("pipe_file", 2), ("mv", 2), ("rm", 1)]
+"""The first shard has no report; the second has another name; the set is finished."""
 
 
+@pytest.mark.parametrize("kills", [SOME_KILLS, pytest.param(KILLS, marks=SLOW)])
 def test_killed_anywhere_and_started_again(
-    folder: CocoFolder, tmp_path: Path, store: str, forks: ForkServerContext
+    folder: CocoFolder, tmp_path: Path, store: str, forks: ForkServerContext, kills: list[Moment]
 ) -> None:
     """Complete or absent, each time; no shard with a report is begun again, on any machine."""
     local = make_config(folder, tmp_path / "local")
@@ -192,7 +197,7 @@ def test_killed_anywhere_and_started_again(
     expected = contents(tmp_path / "local")
     config = at_url(local, store, tmp_path)
     finished: set[str] = set()
-    for number, kill in enumerate(KILLS):
+    for number, kill in enumerate(kills):
         if number % 2:  # another machine
             config = replace(config, work_dir=str(tmp_path / f"work-{number}"))
         log = tmp_path / f"{number}.log"
@@ -201,7 +206,7 @@ def test_killed_anywhere_and_started_again(
         found = objects(store) if (tmp_path / "store").exists() else {}
         whole = {name for name in found if "progress" not in name and ".put" not in name}
         assert all(found[name] == expected[name] for name in whole)
-        assert ("manifest.json" in found) == (number == len(KILLS) - 1)
+        assert ("manifest.json" in found) == (number == len(kills) - 1)
         finished |= {Path(name).stem for name in found if name.startswith("progress/shard-")}
     assert run(forks, config) == 0
     assert objects(store) == expected
@@ -226,7 +231,7 @@ def test_the_working_folder_holds_two_shards_at_most(
     assert max(found) == NUM_LOCAL_SHARDS
 
 
-@pytest.mark.parametrize("text_dtype", ["float16", "int8"])
+@pytest.mark.parametrize("text_dtype", [pytest.param("float16", marks=SLOW), "int8"])
 def test_two_processes_at_once(
     folder: CocoFolder, tmp_path: Path, store: str, forks: ForkServerContext, text_dtype: str
 ) -> None:
@@ -253,7 +258,7 @@ def test_two_processes_at_once(
     )
 
 
-@pytest.mark.parametrize("twin_kill", [("put_file", 2), None])
+@pytest.mark.parametrize("twin_kill", [pytest.param(("put_file", 2), marks=SLOW), None])
 def test_a_rank_that_is_started_twice_on_two_machines_does_no_harm(
     folder: CocoFolder,
     tmp_path: Path,
