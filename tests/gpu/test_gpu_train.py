@@ -25,7 +25,7 @@ from latent_t2i.train.estimate import count_memory, measure
 from latent_t2i.train.philox import philox
 from latent_t2i.train.setup import make_source, start
 from tests.train import process_groups
-from tests.train.conftest import MakeConfig, assert_same_tensors, losses, metrics
+from tests.train.conftest import MakeConfig, assert_same_batch, losses, metrics
 from tests.train.test_train_checkpoint import SETTINGS
 from tests.train.test_train_estimate import CAST_ON_CUDA, denoiser_operations
 
@@ -92,7 +92,7 @@ def test_batches_are_those_of_a_cpu_bit_by_bit(make_config: MakeConfig) -> None:
     ]
     on_cpu = replace(make_source(run.plan, run.accelerator), pin_memory=False)
     for step, batch in enumerate(on_gpu):
-        assert_same_tensors(vars(batch), vars(on_cpu.batch(step)))
+        assert_same_batch(batch, on_cpu.batch(step))
 
 
 def test_random_numbers_are_those_of_a_cpu() -> None:

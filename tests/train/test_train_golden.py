@@ -32,7 +32,7 @@ def make_curve(folder: Path, variant: str) -> list[dict[str, float]]:
     """Loss and gradient norm of twenty steps on shards of noise."""
     config = TrainConfig(
         name="golden",
-        shards=str(tiny.make_shards(folder / "shards")),
+        shards=(str(tiny.make_shards(folder / "shards")),),
         out=str(folder / "run"),
         batch_size=4,
         num_steps=20,

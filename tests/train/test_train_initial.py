@@ -45,7 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """The bundle of a short run."""
     config = TrainConfig(
         name="first",
-        shards=str(shards),
+        shards=(str(shards),),
         out=str(tmp_path_factory.mktemp("first") / "run"),
         batch_size=4,
         num_steps=30,
