@@ -153,7 +153,7 @@ def test_the_examples_are_fixed_and_their_timesteps_stratified(validated: Any) -
 def examples(validation: Validation, positions: range) -> dict[str, torch.Tensor]:
     """The records and random numbers of a batch."""
     batch = validation.batch(positions)
-    return {**batch.gathered, **vars(validation.draw(positions, batch))}
+    return batch.gathered | {"positions": batch.positions} | vars(validation.draw(positions, batch))
 
 
 def test_the_ema_weights_are_measured_and_the_live_ones_restored(validated: Any) -> None:
