@@ -167,8 +167,14 @@ class PipelineConfig:
     """Seed of the drawn scenes and of random crops."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1 ..."""
+    executor: Literal["local", "ray"] = "local"
+    """ray: encode on a Ray cluster, with one actor per GPU, or per core if there are no GPUs."""
+    ray_address: str | None = None
+    """ray: the cluster's address; default: RAY_ADDRESS, a cluster that runs on this machine, or a
+    new one of this machine's cores and GPUs."""
     num_threads: int | None = None
-    """Threads that decode, and on a CPU encode; default: this process's share of the cores."""
+    """Threads that decode, and on a CPU encode; default: this process's share of the cores. ray:
+    threads of each actor; default: the cores per GPU, or one."""
     tf32: bool = True
     """Faster float32 products with 10 bits of precision, on a GPU that has them; the manifest
     records their use, which must be the same when a run is resumed."""
@@ -209,12 +215,21 @@ class PipelineConfig:
             raise ValueError(
                 f"--max-quarantined: expected a share from 0 to 1, found {self.max_quarantined}"
             )
+        if self.ray_address is not None and self.executor != "ray":
+            raise ValueError(
+                f"--ray-address: {self.ray_address!r} has no effect without --executor ray"
+            )
+        if self.executor == "ray" and "://" in (self.out or ""):
+            raise ValueError(
+                f"--executor ray: expected a shared folder for --out, found {self.out!r}"
+            )
         if self.work_dir is not None and "://" not in (self.out or ""):
             raise ValueError(f"--work-dir: needs a URL for --out, found {self.out!r}")
         for flag, is_set in (("--append", self.append), ("--retry", self.retry)):
             for other, unfit in (
                 ("--buckets", self.buckets),
                 ("a URL for --out", "://" in (self.out or "")),
+                ("--executor ray", self.executor == "ray"),
             ):
                 if is_set and unfit:
                     raise ValueError(

@@ -24,7 +24,7 @@ from latent_t2i.shards.summary import spread
 DECODE_BATCH = 8
 
 
-def draw_sheet(shards: ShardSet, num: int, *, view: int, vae: str | None, out: Path) -> str:
+def draw_sheet(shards: ShardSet, num: int, *, view: int = 0, vae: str | None, out: Path) -> str:
     """Decodes a view of up to `num` records, spread over the set, and saves the sheet.
 
     `vae` is a folder or Hub repository; None stands for the manifest's VAE. Returns one line that
@@ -57,7 +57,9 @@ def draw_sheet(shards: ShardSet, num: int, *, view: int, vae: str | None, out: P
     return f"{out}: {len(records)} images, decoded with {name}{warning}"
 
 
-def draw_sheets(folder: Path, num: int, *, view: int, vae: str | None, out: Path) -> Iterator[str]:
+def draw_sheets(
+    folder: Path, num: int, *, view: int = 0, vae: str | None, out: Path
+) -> Iterator[str]:
     """Draws the sheet of a set, or one sheet per bucket, and yields a line for each."""
     if not holds_buckets(folder):
         yield draw_sheet(open_shards(folder, verify="none"), num, view=view, vae=vae, out=out)

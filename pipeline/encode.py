@@ -1,7 +1,7 @@
 """Runs the producers on their device: pixels and token ids in, arrays of the shards out."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ MAX_GPU_BATCH_SIZE = 256
 BYTES_PER_PIXEL = 2048
 """Most memory of a Stable Diffusion VAE's encoder: four float32 activations of 128 channels."""
 TF32_CAPABILITY = (8, 0)
+Apply = Callable[..., Any]
+"""Calls a function with the encoders, here or on another machine, and with further arguments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +39,15 @@ class Encoders:
     device: torch.device
     views: ViewsConfig
     batch_size: int
+    device_name: str = "cpu"
+    """The kind of device: the provenance records it."""
     tf32: bool = False
     """Whether a GPU may round the factors of float32 products to TF32."""
 
     def producers(self, per: Per) -> list[Producer]:
         """Returns the producers of views, or of captions."""
-        return [part for part in (self.vae, self.text, *self.further) if part.per == per]
+        producers: tuple[Producer, ...] = (self.vae, self.text, *self.further)
+        return [producer for producer in producers if producer.per == per]
 
     def further_fields(self, size_px: Size) -> tuple[FieldSpec, ...]:
         """Returns the fields besides latent, text and tokens, for images of a (width, height)."""
@@ -73,7 +78,7 @@ def encode_views(encoders: Encoders, pixels: NDArray[np.uint8]) -> dict[str, NDA
         images = crop.permute(0, 3, 1, 2).float().div(127.5).sub(1)  # (B, 3, H, W) in [-1, 1]
         views.append(images)
         views += [images.flip(3)] if encoders.views.flip else []
-    fields = {}
+    fields: dict[str, NDArray[Any]] = {}
     for producer in encoders.producers("view"):
         parts = [produce(producer, view, (width, height)) for view in views]
         for name in parts[0]:
@@ -84,11 +89,19 @@ def encode_views(encoders: Encoders, pixels: NDArray[np.uint8]) -> dict[str, NDA
 @torch.inference_mode()
 def encode_captions(encoders: Encoders, captions: Captions) -> dict[str, NDArray[Any]]:
     """Encodes captions to fields (B, ...) by name."""
-    fields = {}
+    fields: dict[str, NDArray[Any]] = {}
     for producer in encoders.producers("caption"):
         found = produce(producer, captions)
         fields |= {name: items.cpu().numpy() for name, items in found.items()}
     return fields
+
+
+def encode_empty_prompt(encoders: Encoders) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
+    """Returns text (T, D) and tokens (T,) of the empty prompt."""
+    (token_ids,) = encoders.text.tokenize([""])
+    with single_threaded():
+        empty = encode_captions(encoders, {"": token_ids})
+    return empty["text"][0], empty["tokens"][0]
 
 
 def supports_tf32(device: torch.device) -> bool:
@@ -167,6 +180,11 @@ def find_device(name: str, local_rank: int) -> torch.device:
         count = torch.cuda.device_count()
         raise ValueError(f"--device: {name!r} does not exist: this machine has {count} GPUs")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the kind of a device: a GPU's model, or `cpu`. Its bits may differ from others'."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def num_cores() -> int:

@@ -10,8 +10,10 @@ import errno
 import fcntl
 import itertools
 import os
+import re
 import socket
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +30,14 @@ MAX_ATTEMPTS = 100
 """A folder that cannot be created this often is not being deleted by another process."""
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of `flock` on file systems without locks."""
+MOUNTS = Path("/proc/self/mountinfo")
+LOCAL_LOCKS = {
+    "lustre": ("localflock",),
+    "nfs": ("nolock", "local_lock=all", "local_lock=flock"),
+    "nfs4": ("local_lock=all", "local_lock=flock"),
+}
+"""Mount options with which a file system's locks are not visible to other machines."""
+REMEDY = "mount it with locks (Lustre: -o flock; NFS: version 4, without nolock and local_lock)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +98,16 @@ class Owner:
 def own_rank(folder: Path, rank: int) -> Iterator[Owner]:
     """Makes this process the owner of one rank of a set, until it ends.
 
-    Raises ValueError, naming process and host, if another process owns this rank.
+    Raises ValueError, naming process and host, if another process owns this rank. Prints a warning
+    if a process on another machine would not be noticed.
     """
+    if (mount := find_local_locks(folder)) is not None:
+        print(
+            f"warning: {folder}: {mount} locks files on this machine only, so a second run of this "
+            "set on another machine is not refused; one of the same command does no harm: start "
+            f"the set once only, or {REMEDY}",
+            file=sys.stderr,
+        )
     with _lock(folder, f"rank-{rank}.lock", fcntl.LOCK_EX | fcntl.LOCK_NB) as own:
         own.truncate(0)
         own.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -151,8 +169,27 @@ def _flock(file: IO[str], mode: int, folder: Path) -> None:
         raise ValueError(
             f"{folder}: the file system does not support file locks ({error.strerror}), without "
             "which two runs could write one set at once: choose an --out on another file system, "
-            "or mount this one with locks (Lustre: -o flock; NFS: version 4)"
+            f"or {REMEDY}"
         ) from None
+
+
+def find_local_locks(folder: Path, mounts: Path = MOUNTS) -> str | None:
+    """Returns type and option of a folder's mount if other machines do not see its locks.
+
+    `mounts` is in the format of Linux's /proc/PID/mountinfo, and the last line that fits counts.
+    """
+    if not mounts.exists():  # not Linux
+        return None
+    found, longest = None, 0
+    for line in mounts.read_text(errors="replace").splitlines():
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda digits: chr(int(digits[1], 8)), before.split()[4])
+        kind, _, options = after.split(" ", 2)
+        if folder.absolute().is_relative_to(point) and len(point) >= longest:
+            longest = len(point)
+            named = {*options.split(",")} & {*LOCAL_LOCKS.get(kind, ())}
+            found = f"{kind} with {min(named)}" if named else None
+    return found
 
 
 def _remove_if_unused(progress: Path, *, existed: bool) -> None:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from latent_t2i.pipeline import report
 from latent_t2i.pipeline.encode import (
     CAPTIONS_PER_IMAGE,
+    Apply,
     Encoders,
     encode_captions,
     single_threaded,
@@ -33,14 +34,14 @@ class Quantiser:
     """Converts text to int8, in any thread, and counts the values beyond the scale's range."""
 
     def __init__(self, scale: NDArray[np.float32]) -> None:
-        self._scale = scale  # (D,)
+        self.scale = scale  # (D,)
         self._lock = threading.Lock()
         self.num_values = 0
         self.num_saturated = 0
 
     def __call__(self, text: NDArray[np.float16]) -> NDArray[np.int8]:
         """Returns finite text (..., D) in units of the scale, rounded and clipped to ±127."""
-        steps = np.rint(text / self._scale)  # float32
+        steps = np.rint(text / self.scale)  # float32
         num_saturated = int(np.count_nonzero(np.abs(steps) > LARGEST))
         with self._lock:
             self.num_values += steps.size
@@ -53,19 +54,23 @@ class Quantiser:
         return self.num_saturated / max(self.num_values, 1)
 
 
-def decide_scale(encoders: Encoders, index: Index, folders: Sequence[Path]) -> Quantiser:
+def decide_scale(apply: Apply, index: Index, folders: Sequence[Path]) -> Quantiser:
     """Returns the conversion to int8, with the scale of an interrupted run or a new one.
 
-    All sets share one scale, which each folder stores.
+    All sets share one scale, which each folder stores. `apply` calls a function with the encoders.
     """
     found = next(filter(None, map(read_text_scale, folders)), None)
     if found is None:
-        captions = index.sample_captions(NUM_SAMPLE)
-        with report.bar(NUM_PASSES * len(captions), "caption", "scale") as bar, single_threaded():
-            found = find_scale(captions, encoders, progress=bar.update)
+        found = apply(measure_scale, index.sample_captions(NUM_SAMPLE))
     for folder in folders:
         keep_text_scale(folder, found)
     return Quantiser(found.scale)
+
+
+def measure_scale(encoders: Encoders, captions: Captions) -> FoundScale:
+    """Does what `find_scale` does, with a progress bar."""
+    with report.bar(NUM_PASSES * len(captions), "caption", "scale") as bar, single_threaded():
+        return find_scale(captions, encoders, progress=bar.update)
 
 
 def find_scale(

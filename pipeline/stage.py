@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from typing import Any
 import torch
 
 from latent_t2i.model.paths import format_bytes, free_bytes, output_root
-from latent_t2i.pipeline import growth, report
+from latent_t2i.pipeline import cluster, growth, report
 from latent_t2i.pipeline.buckets import make_buckets
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.encode import (
+    Apply,
     Encoders,
     default_batch_size,
-    encode_captions,
+    device_name,
+    encode_empty_prompt,
     find_device,
     fixed_kernels,
     num_cores,
@@ -80,13 +83,25 @@ def build(config: PipelineConfig) -> dict[str, Manifest]:
     quarantined than `max_quarantined` allows.
     """
     processes = find_processes()
-    device = find_device(config.device, processes.local_rank)
+    if config.executor == "ray" and processes.num_processes > 1:
+        raise ValueError(
+            f"--executor ray: expected one process, found WORLD_SIZE {processes.num_processes}: "
+            "Ray divides the work"
+        )
+    is_driver = config.executor == "ray"  # its machine need not have the device
+    device = find_device("cpu" if is_driver else config.device, processes.local_rank)
     if config.dry_run:
         print_plan(config, load_encoders(config, device), processes)
         return {}
     # Owned before the encoders are loaded, so that a second run is refused at once.
     with own_output(config, processes) as (owner, mirror):
-        return write_shards(config, load_encoders(config, device), processes, owner, mirror)
+        if config.executor == "local":
+            return write_shards(config, load_encoders(config, device), processes, owner, mirror)
+        load = partial(load_encoders, config)
+        with cluster.connect(config.ray_address, load, config.device, config.num_threads) as actors:
+            # The actors encode; the driver needs the tokenizer and the networks' shapes only.
+            encoders = replace(load(device), **actors.find_device()._asdict())
+            return write_shards(config, encoders, processes, owner, actors=actors)
 
 
 def make_shards(
@@ -143,6 +158,7 @@ def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
         device=device,
         views=config.views,
         batch_size=batch_size,
+        device_name=device_name(device),
         tf32=config.tf32 and supports_tf32(device),
     )
     for producer in (*encoders.producers("view"), *encoders.producers("caption")):
@@ -158,8 +174,12 @@ def write_shards(
     processes: ProcessInfo,
     owner: Owner,
     mirror: Mirror | None = None,
+    actors: cluster.Cluster | None = None,
 ) -> dict[str, Manifest]:
-    """Lists the source and writes this process's unfinished shards; the last process merges."""
+    """Lists the source and writes this process's unfinished shards; the last process merges.
+
+    With `actors`, these encode and write.
+    """
     out = output_folder(config, processes.rank)
     shown = mirror.url if mirror else report.show(out)
     with (
@@ -186,17 +206,23 @@ def write_shards(
         else:
             if processes.is_first:
                 print(report.plan_lines(index, sets, shown, room_line(out, mirror)))
-            encode_sets(config, encoders, index, sets, processes, mirror)
-        return finish(config, encoders, index, sets, processes, mirror)
+            encode_sets(config, encoders, index, sets, processes, mirror, actors)
+        apply = actors.apply if actors else partial(apply_here, encoders)
+        return finish(config, apply, index, sets, processes, mirror)
+
+
+def apply_here(encoders: Encoders, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns `function(encoders, *arguments)`, as the actors of a cluster do."""
+    return function(encoders, *arguments)
 
 
 def find_quantiser(
-    encoders: Encoders, index: Index, sets: Sequence[SetPlan], mirror: Mirror | None
+    apply: Apply, index: Index, sets: Sequence[SetPlan], mirror: Mirror | None
 ) -> Quantiser:
     """Returns the conversion to int8, which is the same for all sets and processes."""
     if mirror:
         mirror.wait_for_scale(sets)
-    quantise = decide_scale(encoders, index, [part.folder for part in sets])
+    quantise = decide_scale(apply, index, [part.folder for part in sets])
     if mirror:
         mirror.put_scale(sets)
     return quantise
@@ -215,21 +241,30 @@ def encode_sets(
     sets: Sequence[SetPlan],
     processes: ProcessInfo,
     mirror: Mirror | None = None,
+    actors: cluster.Cluster | None = None,
 ) -> None:
     """Writes this process's unfinished shards, and prints how many images were encoded."""
     quantise = None
     if config.text_dtype == "int8":
+        apply = actors.apply if actors else partial(apply_here, encoders)
         with folder_lock(output_folder(config, processes.rank)):
-            quantise = find_quantiser(encoders, index, sets, mirror)
-    num_encoded = write_missing(
-        [pair for n, pair in enumerate(all_shards(sets)) if processes.owns(n)],
-        index,
-        encoders,
-        quantise=quantise,
-        num_threads=num_threads(config, processes),
-        make_bar=report.bar if processes.is_first else report.no_bar,
-        mirror=mirror,
-    )
+            quantise = find_quantiser(apply, index, sets, mirror)
+    own = [pair for n, pair in enumerate(all_shards(sets)) if processes.owns(n)]
+    make_bar = report.bar if processes.is_first else report.no_bar
+    if actors:
+        num_encoded = cluster.write_missing(
+            own, index, actors, quantise=quantise, make_bar=make_bar
+        )
+    else:
+        num_encoded = write_missing(
+            own,
+            index,
+            encoders,
+            quantise=quantise,
+            num_threads=num_threads(config, processes),
+            make_bar=make_bar,
+            mirror=mirror,
+        )
     print(f"encoded     {num_encoded} images in this run")
 
 
@@ -457,7 +492,8 @@ def list_source(config: PipelineConfig, encoders: Encoders, out: Path, *, is_fir
 
 def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) -> Provenance:
     """Returns what determines the content of the shards, except the bucket and its size."""
-    # Batch size, device and processes are not included: they change at most the last float16 bit.
+    # Batch size and processes are not included: they change at most the last float16 bit. So does
+    # the device, but a set of two kinds of devices could not be written again with the same bytes.
     tf32 = {"float32_products": "tf32"} if encoders.tf32 else {}  # more than the last bit
     bucket_settings: dict[str, Any] = {}
     if config.buckets:
@@ -473,7 +509,11 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
         latent_kind=encoders.vae.kind,
         text_dtype=config.text_dtype,
         max_tokens=config.max_tokens,
-        preprocessing={"views": config.views.num, "vae_dtype": config.vae_dtype}
+        preprocessing={
+            "views": config.views.num,
+            "vae_dtype": config.vae_dtype,
+            "device": encoders.device_name,
+        }
         | tf32
         | bucket_settings,
         source={
@@ -488,7 +528,7 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
 
 def finish(
     config: PipelineConfig,
-    encoders: Encoders,
+    apply: Apply,
     index: Index,
     sets: Sequence[SetPlan],
     processes: ProcessInfo,
@@ -520,7 +560,7 @@ def finish(
                 if mirror:
                     mirror.delete_set(part.folder)
             else:
-                manifests[part.bucket] = finish_one(encoders, part, index.quarantined)
+                manifests[part.bucket] = finish_one(apply, part, index.quarantined)
                 if mirror:
                     mirror.put_set(part.folder)
         manifests = dict(sorted(manifests.items()))
@@ -550,21 +590,20 @@ def print_summary(
     print(report.summary(manifests, index.by_file_name(quarantined), shown))
 
 
-def finish_one(encoders: Encoders, part: SetPlan, quarantined: Mapping[str, str]) -> Manifest:
+def finish_one(apply: Apply, part: SetPlan, quarantined: Mapping[str, str]) -> Manifest:
     """Writes the manifest of a set, unless it exists."""
     # Checks once more that the shards are of these settings: some file systems do not lock.
     if manifest := begin_set(part.folder, part.provenance, in_use=True):
         return manifest
-    (token_ids,) = encoders.text.tokenize([""])
-    empty = encode_captions(encoders, {"": token_ids})
+    empty_text, empty_tokens = apply(encode_empty_prompt)
     is_int8 = part.provenance.text_dtype == "int8"
     return finish_set(
         part.folder,
         part.provenance,
         num_shards=len(part.shards),
         quarantined={} if part.bucket else quarantined,
-        empty_text=empty["text"][0],
-        empty_tokens=empty["tokens"][0],
+        empty_text=empty_text,
+        empty_tokens=empty_tokens,
         text_scale=read_text_scale(part.folder) if is_int8 else None,
     )
 

@@ -40,6 +40,31 @@ MAX_FAILURES = 4
 """A run stops if the outputs of its first images, at least this many, are all not finite."""
 
 
+class OutputCheck:
+    """Stops a run whose first outputs are all not finite.
+
+    Otherwise broken weights would be noticed after hours, as too many quarantined images.
+    """
+
+    def __init__(self, num_good: int) -> None:
+        self.num_good = num_good
+        """Images, or finished shards, that show that the networks work."""
+        self._failures: list[str] = []
+
+    def add(self, items: Sequence[Example | Skipped]) -> int:
+        """Returns how many of a batch's results are quarantined. Raises ValueError to stop."""
+        reasons = [item.reason for item in items if isinstance(item, Skipped)]
+        self.num_good += len(items) - len(reasons)
+        if not self.num_good:
+            self._failures += [reason for reason in reasons if NOT_FINITE in reason]
+            if len(self._failures) >= MAX_FAILURES:
+                raise ValueError(
+                    f"{self._failures[0]} for each of the first {len(self._failures)} images: use "
+                    "--vae-dtype float32, or another --vae or --text-encoder"
+                )
+        return len(reasons)
+
+
 class WriterThread:
     """Writes batches in the order of `put`; a shard gets its name after its last batch.
 
@@ -127,9 +152,7 @@ def write_missing(
     With a `mirror`, finished shards are put at its URL, in the background. Returns the number of
     images that were encoded. Raises ValueError if the networks' outputs are all not finite.
     """
-    for part, shard in shards:
-        discard_if_outdated(index, part, shard, mirror)
-    missing = [(part, shard) for part, shard in shards if not is_done(shard)]
+    missing = find_missing(shards, index, mirror)
     total = sum(shard.num_records - shard.num_kept for _, shard in missing)
     num_encoded = 0
     with (
@@ -139,32 +162,37 @@ def write_missing(
         make_bar(total, "image", "encode") as bar,
     ):
         meter = report.Meter(bar, total)
-        num_good = len(shards) - len(missing)  # a finished shard shows that the networks work
-        failures: list[str] = []
+        check = OutputCheck(len(shards) - len(missing))
         for batch, items in pool.encode(read_batches(missing, index, encoders.batch_size)):
-            reasons = [item.reason for item in items if isinstance(item, Skipped)]
-            num_good += len(items) - len(reasons)
-            num_encoded += len(items) - len(reasons)
-            failures += [reason for reason in reasons if NOT_FINITE in reason]
-            # Otherwise broken weights would be noticed after hours, as too many quarantined images.
-            if not num_good and len(failures) >= MAX_FAILURES:
-                raise ValueError(
-                    f"{failures[0]} for each of the first {len(failures)} images: use --vae-dtype "
-                    "float32, or another --vae or --text-encoder"
-                )
+            num_skipped = check.add(items)
+            num_encoded += len(items) - num_skipped
             writing.put(batch, items)
             meter.add(
                 len(items),
-                len(reasons),
+                num_skipped,
                 num_bytes=writing.num_bytes,
                 num_shards=writing.num_shards,
             )
+    print_saturation(quantise)
+    return num_encoded
+
+
+def find_missing(
+    shards: Sequence[tuple[SetPlan, ShardPlan]], index: Index, mirror: Mirror | None = None
+) -> list[tuple[SetPlan, ShardPlan]]:
+    """Returns the shards that are unfinished or have a restored or edited image."""
+    for part, shard in shards:
+        discard_if_outdated(index, part, shard, mirror)
+    return [(part, shard) for part, shard in shards if not is_done(shard)]
+
+
+def print_saturation(quantise: Quantiser | None) -> None:
+    """Prints which share of the text's values was clipped in int8, if any was."""
     if quantise and quantise.num_saturated:
         print(
             f"text: {quantise.share_saturated:.1e} of the values encoded in this run were outside "
             "the sample's range and were clipped"
         )
-    return num_encoded
 
 
 def discard_if_outdated(

@@ -1,7 +1,8 @@
 """Writes files that are complete or absent, also if several processes write the same file.
 
 A file is written under a temporary name that is unique to the attempt, flushed to disk, and then
-given its final name. The temporary file is locked while its process lives.
+given its final name. The temporary file is locked while its process lives. Nothing here relies on a
+lock that other machines see: some network file systems lock files on one machine only.
 """
 
 import contextlib
@@ -11,6 +12,8 @@ import hashlib
 import os
 import re
 import secrets
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -18,10 +21,18 @@ from typing import IO
 from latent_t2i.shards.layout import FileEntry
 from latent_t2i.shards.parsing import FormatError
 
-ATTEMPT_PATTERN = re.compile(r".+\.[0-9]+-[0-9a-f]{8}\.part")
-"""The temporary name of a file: final name, process id and random digits."""
-LINK_FAILURES = (errno.EEXIST, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""Errors of hard links: the name is taken, or the file system has no hard links."""
+ATTEMPT_PATTERN = re.compile(r".+\.[0-9]+-([0-9a-f]{8})-[0-9a-f]{8}\.part")
+"""The temporary name of a file: final name, process id, digits of its host, and random digits."""
+STALE_S = 3600
+"""An unlocked temporary file of another host is stale if nothing was written to it for so long."""
+LINK_FAILURES = (
+    errno.EEXIST,  # the name is taken
+    errno.ENOENT,  # another process finished the set and deleted this file as stale
+    errno.EPERM,  # the file system has no hard links: this and the rest
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+)
 
 
 class HashingFile:
@@ -64,10 +75,11 @@ class HashingFile:
         If another process was first with the same bytes, its file stays. Raises FormatError if that
         file has other bytes, and OSError if the disk returns other bytes than were written.
         """
-        sha256 = _hash_on_disk(self.path)
-        if sha256 != self._hash.hexdigest():
-            raise OSError(errno.EIO, "the disk returns other bytes than were written", str(final))
+        sha256 = self._hash.hexdigest()
         try:
+            if _hash_on_disk(self.path) != sha256:
+                text = "the disk returns other bytes than were written"
+                raise OSError(errno.EIO, text, str(final))
             os.link(self.path, final)  # unlike a rename, fails if another process was first
         except OSError as error:
             if error.errno not in LINK_FAILURES:
@@ -95,7 +107,7 @@ def _hash_on_disk(path: Path) -> str:
 def _open_attempt(final: Path) -> IO[bytes]:
     """Creates a file under a unique temporary name; it is locked for as long as it is open."""
     while True:
-        name = f"{final.name}.{os.getpid()}-{secrets.token_hex(4)}.part"
+        name = f"{final.name}.{os.getpid()}-{_host_digits()}-{secrets.token_hex(4)}.part"
         file = final.with_name(name).open("xb")
         fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:  # 0 if it was deleted as stale before it was locked
@@ -103,14 +115,27 @@ def _open_attempt(final: Path) -> IO[bytes]:
         file.close()
 
 
-def remove_stale_attempts(folder: Path) -> None:
-    """Deletes temporary files of killed processes, which hold no lock any more."""
+def remove_stale_attempts(folder: Path, *, is_finished: bool = False) -> None:
+    """Deletes temporary files of killed processes, which hold no lock any more.
+
+    Those of other hosts are kept for STALE_S, except shards once all shards are finished.
+    """
     for path in folder.glob("*.part"):
-        if not ATTEMPT_PATTERN.fullmatch(path.name):
+        attempt = ATTEMPT_PATTERN.fullmatch(path.name)
+        if attempt is None:
             continue
         with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            # The lock of another host may not be visible here.
+            idle_s = time.time() - os.fstat(file.fileno()).st_mtime
+            is_unneeded = is_finished and path.suffixes[0] == ".tar"
+            if is_unneeded or attempt[1] == _host_digits() or idle_s > STALE_S:
+                path.unlink()
+
+
+def _host_digits() -> str:
+    """Returns eight hexadecimal digits that identify this host."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:

@@ -16,6 +16,7 @@ import ctypes
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,18 +30,23 @@ from latent_t2i.shards.source import Part, Slots
 MAP_FIXED = 0x10  # on Linux, macOS and the BSDs; not in Python's mmap module
 PROT_NONE = 0
 MAX_SLOTS = 16_384
-MAX_MAPPED_BYTES = 2**39
-"""Bound for all slots together, so that page tables stay below a GiB."""
+MAX_MAPPED_BYTES = 2**40
+"""Bound for all slots of a process, so that its page tables stay below two GiB."""
 MAP_COUNT = Path("/proc/sys/vm/max_map_count")
 CARRIERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 """Bytes are copied as the widest integers that divide them, because torch copies those fastest."""
 
 
 def default_slots(file_bytes: int) -> int:
-    """Returns how many files of a size a process may map at a time, at least 1."""
-    bounds = [MAX_SLOTS, MAX_MAPPED_BYTES // file_bytes]
-    if MAP_COUNT.exists():  # the rest is left to libraries and allocators
-        bounds.append(int(MAP_COUNT.read_text()) // 4)
+    """Returns how many files of a size a new region may map at a time, at least 1.
+
+    It is half of what the regions in use leave: a process may open several sets.
+    """
+    used_bytes = sum(len(region.bytes) for region in _LIVE)
+    bounds = [MAX_SLOTS, (MAX_MAPPED_BYTES - used_bytes) // 2 // file_bytes]
+    if MAP_COUNT.exists():
+        limit = int(MAP_COUNT.read_text()) * 3 // 4  # the rest is for libraries and allocators
+        bounds.append((limit - sum(region.slots.num for region in _LIVE)) // 2)
     return max(1, min(bounds))
 
 
@@ -62,6 +68,7 @@ class Region:
         whole = (ctypes.c_uint8 * size).from_address(self._base)
         whole._reserved = self._reserved  # type: ignore[attr-defined]  # keeps it alive
         self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(whole)
+        _LIVE.add(self)
 
     def open(self, file: int, path: Path, *, replace: bool = True) -> None:
         """Maps a file read-only, in the place of another one if there is no room.
@@ -146,6 +153,9 @@ class Region:
         if found != start:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), str(path))
+
+
+_LIVE: "weakref.WeakSet[Region]" = weakref.WeakSet()
 
 
 def _load_mmap() -> "ctypes._NamedFuncPointer":

@@ -36,9 +36,15 @@ T = TypeVar("T")
 
 
 def default_open() -> int:
-    """Returns how many files to keep open."""
+    """Returns how many files a new reader may keep open, at least 1.
+
+    It is half of what the readers in use leave: a process may open several sets.
+    """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MAX_OPEN if limit == resource.RLIM_INFINITY else max(1, min(MAX_OPEN, limit // 4))
+    if limit == resource.RLIM_INFINITY:
+        return MAX_OPEN
+    left = limit // 2 - sum(reader.slots.num for reader in _LIVE)
+    return max(1, min(MAX_OPEN, left // 2))
 
 
 class FileReader:
@@ -50,6 +56,7 @@ class FileReader:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="reads")
         weakref.finalize(self, _close_all, self._files)
+        _LIVE.add(self)
 
     def open(self, file: int, path: Path, *, replace: bool = True) -> None:
         """Opens a file, in the place of another one if too many are open.
@@ -135,6 +142,9 @@ class FileReader:
                 )
             offset += num_read
             buffers = _after(buffers, num_read)
+
+
+_LIVE: "weakref.WeakSet[FileReader]" = weakref.WeakSet()
 
 
 def merged(

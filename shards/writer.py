@@ -103,7 +103,10 @@ def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> 
     remove_stale_attempts(folder / PROGRESS_DIR)
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
-        _require_same(folder, manifest, provenance)
+        # Nothing is encoded any more, so this run's device does not matter.
+        settings = {name: v for name, v in provenance.preprocessing.items() if name != "device"}
+        if differences(manifest, replace(provenance, preprocessing=settings)):
+            _require_same(folder, manifest, provenance)
         remove_progress(folder)  # of a process killed after it wrote the manifest
         return manifest
     progress = folder / PROGRESS_DIR
@@ -241,7 +244,7 @@ def finish_set(
     )
     _require_text(folder, provenance, manifest.layouts, text_scale)
     manifest.check(folder / MANIFEST_NAME)
-    remove_stale_attempts(folder)
+    remove_stale_attempts(folder, is_finished=True)
     write_file(folder / MANIFEST_NAME, manifest.dump().encode())
     remove_progress(folder)
     return manifest
@@ -364,7 +367,8 @@ class ShardWriter:
                 self._tar.close()
                 self._file.sync()
                 if self._begun_ns is not None:
-                    os.utime(self._file.path, ns=(self._begun_ns, self._begun_ns))
+                    with contextlib.suppress(FileNotFoundError):  # `publish` handles this
+                        os.utime(self._file.path, ns=(self._begun_ns, self._begun_ns))
                 self._publish()
         except BaseException:
             self._discard()
@@ -467,7 +471,13 @@ class ShardWriter:
             begun_ns=self._begun_ns or 0,
         )
         content = json.dumps(asdict(report)).encode()
-        write_file(_report_path(self._folder, self._index), content)
+        try:
+            write_file(_report_path(self._folder, self._index), content)
+        except FileNotFoundError:
+            # Another process of this rank, on another host, has just finished the set and deleted
+            # the reports: it found the shard that this one has compared its own with.
+            if not (self._folder / MANIFEST_NAME).exists():
+                raise
 
 
 def _require_same(folder: Path, found: Provenance, expected: Provenance) -> None:

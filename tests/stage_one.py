@@ -1,9 +1,11 @@
 """Settings of stage one with tiny encoders, and its runs in processes of their own, for tests."""
 
+import fcntl
 import itertools
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -58,15 +60,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 def start(
     forks: ForkServerContext, config: PipelineConfig, *, rank: int = 0, num_processes: int = 1,
     kill_at: Moment | None = None, stop_at: Moment | None = None,
-    log: Path | None = None,
+    log: Path | None = None, host: str | None = None,
 ) -> ForkServerProcess:  # fmt: skip
     """Starts the stage in a process; it ends with exit code 2 for an error of the user.
 
     At `kill_at` or `stop_at` it sends itself SIGKILL or SIGSTOP. `log` receives the output,
-    and a line for each shard begun.
+    and a line for each shard begun. With `host`, the process takes itself to be on that host, where
+    the locks of others are not visible.
     """
     at = (kill_at, signal.SIGKILL) if kill_at else (stop_at, signal.SIGSTOP)
-    process = forks.Process(target=_run, args=(config, rank, num_processes, *at, log))
+    process = forks.Process(target=_run, args=(config, rank, num_processes, *at, log, host))
     process.start()
     return process
 
@@ -107,7 +110,11 @@ def _run(
     moment: Moment | None,
     signal_number: int,
     log: Path | None,
+    host: str | None,
 ) -> None:
+    if host is not None:
+        socket.gethostname = lambda: host
+        fcntl.flock = lambda file, mode: None  # type: ignore[assignment]
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(num_processes)})
     if moment is not None:
         _signal_at(moment, signal_number)

@@ -1,12 +1,12 @@
 """CLIP's embedding of each view, for conditioning on images, filtering and retrieval."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from latent_t2i.model.encoders import fingerprint
 from latent_t2i.pipeline.producers.producer import Size, load_network, normalise
@@ -39,7 +39,8 @@ class ClipImageProducer:
 
     def encode(self, batch: Tensor) -> tuple[Tensor]:
         """Embeds images (B, 3, H, W) as (B, D)."""
-        side = self.network.config.image_size
+        config: Any = self.network.config
+        side = int(config.image_size)
         height, width = batch.shape[2:]
         scale = side / min(height, width)
         size = [round(height * scale), round(width * scale)]

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModel
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from latent_t2i.model.encoders import fingerprint
 from latent_t2i.pipeline.producers.producer import Size, load_network, normalise

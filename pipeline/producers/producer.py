@@ -5,7 +5,7 @@ class of this protocol and a `load(name, revision)`, and add its line to `FURTHE
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ Captions = Mapping[str, Sequence[int]]
 """Captions with the text encoder's token ids, not truncated and not padded."""
 Size = tuple[int, int]
 """(width, height) in pixels."""
-NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 class Producer(Protocol):
@@ -63,12 +62,7 @@ def produce(producer: Producer, batch: Any, size_px: Size = (0, 0)) -> dict[str,
     return {spec.name: items.to(getattr(torch, spec.dtype)) for spec, items in found}
 
 
-def load_network(
-    cls: type[NetworkT],
-    name: str,
-    revision: str | None,
-    model_types: Sequence[str],
-) -> NetworkT:
+def load_network(cls: Any, name: str, revision: str | None, model_types: Sequence[str]) -> Any:
     """Loads a network of transformers (float32, evaluation mode) from a folder or the Hub.
 
     Raises ValueError if it is unavailable, or its config has another `model_type`.
@@ -77,17 +71,15 @@ def load_network(
     read_config(folder, "model_type", model_types, flag=FLAG)
     require_weights(folder, STEM, flag=FLAG)
     with quiet(), loading(folder, flag=FLAG):
-        loaded: Any = cls.from_pretrained(  # type: ignore[attr-defined]
+        network, report = cls.from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
         )
-    network, report = loaded
     require_complete(report, folder, f"a {cls.__name__}", flag=FLAG)
-    found: NetworkT = network.eval().requires_grad_(False)
-    return found
+    return network.eval().requires_grad_(False)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

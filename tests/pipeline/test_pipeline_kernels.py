@@ -1,5 +1,6 @@
 """What decides a GPU's kernels: one shape per image size, TF32 in the manifest, no benchmarking."""
 
+import json
 import shutil
 import signal
 from collections.abc import Sequence
@@ -156,7 +157,6 @@ def test_settings_of_kernels_are_restored() -> None:
 def test_a_set_is_resumed_with_the_same_products(
     folder: CocoFolder, encoders: Encoders, tmp_path: Path, first: bool
 ) -> None:
-    """The manifest of a set without TF32 is the same as on a machine that has none."""
     config = make_config(folder, tmp_path / "shards")
     with_and_without = {
         tf32: replace(encoders, tf32=tf32, views=ViewsConfig()) for tf32 in (True, False)
@@ -165,6 +165,29 @@ def test_a_set_is_resumed_with_the_same_products(
     assert manifest.preprocessing.get("float32_products") == ("tf32" if first else None)
     with pytest.raises(ValueError, match="float32_products"):
         make_shards(config, with_and_without[not first], ProcessInfo())
+
+
+def test_a_set_is_resumed_on_the_same_kind_of_device(
+    folder: CocoFolder, encoders: Encoders, tmp_path: Path, forks: ForkServerContext
+) -> None:
+    config = make_config(folder, tmp_path / "shards", views=ViewsConfig(flip=True))
+    assert run(forks, config, kill_at="shard-000001.tar") == -signal.SIGKILL
+    other = replace(encoders, device_name="NVIDIA H100")
+    with pytest.raises(
+        ValueError, match=r"preprocessing\.device: found 'cpu', expected 'NVIDIA H100': choose"
+    ):
+        make_shards(config, other, ProcessInfo())
+    progress = tmp_path / "shards/progress/provenance.json"
+    before = progress.read_text()
+    document = json.loads(before)
+    assert document["preprocessing"].pop("device") == "cpu"
+    progress.write_text(json.dumps(document))  # as older releases began it
+    assert not make_shards(config, encoders, ProcessInfo(num_processes=2, rank=1))
+    progress.write_text(before)
+    (manifest,) = make_shards(config, encoders, ProcessInfo()).values()
+    assert manifest.preprocessing["device"] == "cpu"
+    # A finished set is the same set on any device: nothing is left to encode.
+    assert make_shards(config, other, ProcessInfo()) == {"": manifest}
 
 
 def test_tf32_is_not_used_on_a_cpu(folder: CocoFolder) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from latent_t2i.pipeline.processes import own_rank
+from latent_t2i.pipeline.processes import find_local_locks, own_rank
 from latent_t2i.pipeline.stage import build
 from tests.coco_folders import CocoFolder, make_coco
-from tests.stage_one import contents, make_config, run, start, stopped
+from tests.stage_one import Moment, contents, make_config, run, start, stopped
 
 NUM_STARTS = 20
 LONGEST_RUN_S = 1.0
@@ -125,3 +125,62 @@ def test_a_file_system_without_locks_is_named(
     message = rf"{tmp_path}: the file system does not support file locks .*: choose an --out"
     with pytest.raises(ValueError, match=message):
         own_rank(tmp_path, 0).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("nfs s:/d rw,vers=3,nolock,local_lock=all", "nfs with local_lock=all"),
+        ("nfs s:/d rw,vers=3,nolock", "nfs with nolock"),
+        ("nfs4 s:/d rw,vers=4.2,local_lock=none", None),
+        ("lustre mgs:/d rw,localflock", "lustre with localflock"),
+        ("lustre mgs:/d rw,flock", None),
+    ],
+)
+def test_a_mount_with_local_locks_is_named(
+    tmp_path: Path, line: str, expected: str | None, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    mounts = tmp_path / "mountinfo"
+    kind, source, options = line.split()
+    mounts.write_text(
+        "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\n"
+        f"90 22 0:50 / /big\\040data rw,relatime shared:2 - {kind} {source} {options}\n"
+        "91 90 0:51 / /big\\040data/scratch rw - tmpfs tmpfs rw\n"
+    )
+    assert find_local_locks(Path("/big data/set"), mounts) == expected
+    assert find_local_locks(Path("/big data/scratch/set"), mounts) is None
+    assert find_local_locks(Path("/big"), mounts) is None
+    assert find_local_locks(Path("/big data"), tmp_path / "none") is None
+    with monkeypatch.context() as patch:
+        patch.setattr("latent_t2i.pipeline.processes.find_local_locks", lambda folder: expected)
+        with own_rank(tmp_path / "set", 0):
+            pass
+    warning = capsys.readouterr().err
+    assert (f"{expected} locks files on this machine only" in warning) == (expected is not None)
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        ("write", 1),  # of the first shard
+        pytest.param("shard-000001.tar", marks=pytest.mark.slow),
+        "shard-000001.json",  # its report: the shard has its name
+        pytest.param("shard-000002.json", marks=pytest.mark.slow),  # the last
+        "manifest.json",
+        pytest.param(("rmtree", 1), marks=pytest.mark.slow),  # of the reports
+    ],
+)
+def test_one_rank_on_two_hosts_without_locks_between_them(
+    folder: CocoFolder, tmp_path: Path, forks: ForkServerContext, moment: Moment
+) -> None:
+    """A scheduler started the rank twice; the first waits while the second runs to the end."""
+    config = make_config(folder, tmp_path / "out", text_dtype="int8")
+    build(replace(config, out=str(tmp_path / "whole")))
+    with stopped(forks, config, moment, tmp_path / "log", host="one") as first:
+        assert run(forks, config, host="two") == 0
+        assert {*contents(tmp_path / "whole")} <= {*contents(tmp_path / "out")}
+        os.kill(first.pid, signal.SIGCONT)
+        first.join()
+    assert first.exitcode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

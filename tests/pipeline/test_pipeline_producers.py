@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection, Dinov2Model, Dinov2WithRegistersModel
-from transformers.image_utils import (
+from transformers.utils.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
     OPENAI_CLIP_MEAN,

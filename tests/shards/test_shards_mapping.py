@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -96,12 +97,30 @@ def test_number_of_slots_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     limit = tmp_path / "max_map_count"
     limit.write_text("65530\n")
     monkeypatch.setattr(mapping, "MAP_COUNT", limit)
-    assert default_slots(2**20) == 16_382
-    limit.write_text("1000000\n")
+    monkeypatch.setattr(mapping, "_LIVE", WeakSet())
+    assert default_slots(2**20) == 16_384
     assert default_slots(2**20) == 16_384
     assert default_slots(2**30) == 512
     assert default_slots(2**50) == 1
     monkeypatch.setattr(mapping, "MAP_COUNT", tmp_path / "none")
+    assert default_slots(2**20) == 16_384
+
+
+def test_several_sets_stay_within_the_limits_of_the_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limit = tmp_path / "max_map_count"
+    limit.write_text("65530\n")
+    monkeypatch.setattr(mapping, "MAP_COUNT", limit)
+    monkeypatch.setattr(mapping, "_LIVE", WeakSet())
+    regions = [Region(10**6, 2**20) for _ in range(8)]
+    found = [region.slots.num for region in regions]
+    assert found[:4] == [16_384, 16_381, 8_191, 4_095] and min(found) > 100
+    assert sum(found) < 0.75 * 65_530
+    large = [Region(10**6, 2**32) for _ in range(3)]
+    assert sum(len(region.bytes) for region in (*regions, *large)) < mapping.MAX_MAPPED_BYTES
+    del regions, large
+    gc.collect()
     assert default_slots(2**20) == 16_384
 
 
@@ -136,9 +155,10 @@ def test_mapping_lives_as_long_as_its_bytes(tmp_path: Path) -> None:
     assert view.tobytes() == path.read_bytes()
 
 
-def test_reserving_needs_no_memory() -> None:
+def test_reserving_needs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapping, "_LIVE", WeakSet())
     region = Region(10**6, 2**30)  # a million files of a GiB
-    assert len(region.bytes) == mapping.MAX_MAPPED_BYTES
+    assert len(region.bytes) == mapping.MAX_MAPPED_BYTES // 2
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:

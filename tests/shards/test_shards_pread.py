@@ -6,6 +6,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -204,6 +205,7 @@ def test_slots_are_bounded_by_the_limit_on_open_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pread.resource, "getrlimit", lambda _: (20, 20))
+    monkeypatch.setattr(pread, "_LIVE", WeakSet())
     paths = [tmp_path / str(number) for number in range(9)]
     reader = FileReader(9)
     for number, path in enumerate(paths):
@@ -211,6 +213,7 @@ def test_slots_are_bounded_by_the_limit_on_open_files(
         reader.slots.touch(np.array([number]))
         reader.open(number, path)
     assert np.flatnonzero(reader.slots.of >= 0).tolist() == [4, 5, 6, 7, 8]
+    assert FileReader(9).slots.num == 2, "half of what is left"
     reader.close(4)
     reader.close(4)
     out = torch.empty((2, 3), dtype=torch.uint8)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_t2i.shards import summary, verify
-from latent_t2i.shards.access import Access, make_loader, open_sets
+from latent_t2i.shards.access import Access, make_loader, open_sets, stores_of
 from latent_t2i.shards.buckets import BucketedShards, finish_buckets
 from latent_t2i.shards.joining import Shards
 from latent_t2i.shards.loader import MapLoader
@@ -172,12 +172,13 @@ def test_cached_sets_give_the_batches_of_mapped_ones_within_the_bound(
     parts = [
         make_loader(shards, order, access, rank=rank, num_processes=2).fill for rank in range(2)
     ]
+    stores = stores_of(shards)
     buffers = [shards.buffer(4) for _ in parts]  # type: ignore[union-attr]
     for step, batch in enumerate(expected):
         found = [fill(step, out) for fill, out in zip(parts, buffers, strict=True)]
         assert_batches_equal([concatenate(found)], [batch])
-        used = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.*"))
-        assert used <= least
+        assert all(store.used_bytes() <= store.room_bytes for store in stores)
+    assert sum(store.cache_bytes for store in stores) <= least
     for part in shards.sets:
         assert isinstance(part, CachedShards)
         part.close()

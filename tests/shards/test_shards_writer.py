@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import re
 import string
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +109,7 @@ def test_final_names_are_for_complete_files_only(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, 0, layout_of(examples), "moments") as shard:
         shard.write(examples[0])
         _, temporary = names(tmp_path)
-        assert re.fullmatch(r"shard-000000\.tar\.\d+-[0-9a-f]{8}\.part", temporary)
+        assert re.fullmatch(r"shard-000000\.tar\.\d+(-[0-9a-f]{8}){2}\.part", temporary)
     assert "shard-000000.tar" in names(tmp_path)
     assert "manifest.json" not in names(tmp_path)
 
@@ -457,8 +459,9 @@ def test_bytes_that_change_before_publishing_are_noticed(tmp_path: Path) -> None
 def test_begin_deletes_temporary_files_of_killed_processes_only(tmp_path: Path) -> None:
     examples = make_examples(2)
     begin_set(tmp_path, make_provenance())
-    stale = tmp_path / "shard-000001.tar.123-0123abcd.part"
     with ShardWriter(tmp_path, 0, layout_of(examples), "moments") as shard:
+        (path,) = tmp_path.glob("*.part")
+        stale = path.with_name(path.name.replace("shard-000000", "shard-000001"))
         stale.touch()
         (tmp_path / "movie.part").touch()
         shard.write(examples[0])
@@ -466,6 +469,36 @@ def test_begin_deletes_temporary_files_of_killed_processes_only(tmp_path: Path) 
         assert not stale.exists()
         assert (tmp_path / "movie.part").exists()
     assert read_report(tmp_path, 0) is not None
+
+
+def test_temporary_files_of_another_host_are_deleted_after_an_hour(tmp_path: Path) -> None:
+    """Its lock may not be visible: NFS with nolock and Lustre with localflock lock locally."""
+    begin_set(tmp_path, make_provenance())
+    path = tmp_path / "shard-000001.tar.123-0123abcd-0123abcd.part"
+    path.touch()
+    begin_set(tmp_path, make_provenance())
+    assert path.exists()
+    os.utime(path, (time.time() - 3700,) * 2)
+    begin_set(tmp_path, make_provenance())
+    assert not path.exists()
+    path.touch()
+    write_shard(tmp_path, 0, make_examples(2), layout_of(make_examples(2)))
+    finish(tmp_path, *make_examples(2))
+    assert not path.exists()
+
+
+def test_a_shard_that_ends_after_its_set_is_finished_changes_nothing(tmp_path: Path) -> None:
+    """One rank started twice, on hosts that do not see each other's locks."""
+    examples = make_examples(2)
+    begin_set(tmp_path, make_provenance())
+    with ShardWriter(tmp_path, 0, layout_of(examples), "moments") as late:
+        for example in examples:
+            late.write(example)
+        write_shard(tmp_path, 0, examples, layout_of(examples))
+        manifest = finish(tmp_path, *examples)
+        whole = names(tmp_path)
+    assert begin_set(tmp_path, make_provenance()) == manifest
+    assert [name for name in whole if ".part" not in name] == names(tmp_path)
 
 
 def test_finish_rejects_folder_that_another_command_has_begun(tmp_path: Path) -> None:
