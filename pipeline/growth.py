@@ -51,6 +51,7 @@ from latent_t2i.shards.extend import (
 from latent_t2i.shards.files import write_file
 from latent_t2i.shards.parsing import from_json
 from latent_t2i.shards.quarantine import Quarantined
+from latent_t2i.shards.reader import load_array, small_arrays
 from latent_t2i.shards.schema import (
     MANIFEST_NAME,
     PROGRESS_DIR,
@@ -389,7 +390,7 @@ def begin_growth(
     begin_set(staging, grown.part.provenance, in_use=in_use)
     write_file(staging / PROGRESS_DIR / PLAN_NAME, json.dumps(asdict(stored)).encode())
     if scale := grown.manifest.text_scale:
-        values = np.load(folder / scale.file.name)
+        values = load_array(folder, *small_arrays(grown.manifest)["text_scale"])
         keep_text_scale(staging, FoundScale(values, scale.relative_error, scale.num_captions))
     return replace(grown.part, folder=staging, shards=tuple(shards))
 

@@ -324,7 +324,7 @@ def bytes_needed(order: Epochs, manifest: Manifest) -> int:
     sizes = np.sort(manifest.shards.bytes)[::-1].tolist()
     small = sum(entry.bytes for entry in manifest.small_files) + len(manifest.dump().encode())
     window = {"full": len(sizes), "blocks": order.window_shards, "none": 1}[order.shuffle]
-    return min(sum(sizes[:window]) + sizes[0], sum(sizes)) + small
+    return int(min(sum(sizes[:window]) + sizes[0], sum(sizes))) + small
 
 
 def divide_cache(order: Epochs, stores: Sequence[Store], cache_bytes: int) -> list[int]:

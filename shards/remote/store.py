@@ -72,7 +72,7 @@ def open_store(
         folder = cache_dir.expanduser() / manifest.sha256[:ID_LENGTH]
         # The store marks the folder as in use, so that no other process deletes it from here on.
         store = Store(location, folder, manifest, cache_bytes, retry or Retry())
-        with _locked(folder):
+        with locked(folder):
             _remove_leftovers(folder)
             if manifest.shard_table is not None:
                 _copy(Path(temporary) / manifest.shard_table.name, folder)
@@ -145,7 +145,7 @@ class Store:
         """
         entry = self.manifest.shards[shard]
         partial = self.folder / _hidden(entry)
-        with _locked(self.folder):
+        with locked(self.folder):
             if self.has(shard):
                 return "here"
             # The hidden file is also the lock of the download, so a killed process leaves no lock.
@@ -185,7 +185,7 @@ class Store:
 
     def trim(self, spare: Sequence[int], drop: Callable[[int], bool]) -> None:
         """Evicts shards down to the bound, which may be lower than in an earlier run."""
-        with _locked(self.folder):
+        with locked(self.folder):
             self._make_room(spare, drop)
 
     def _make_room(self, spare: Sequence[int], drop: Callable[[int], bool]) -> bool:
@@ -286,7 +286,8 @@ def _is_still_at(path: Path, file: IO[bytes]) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a store's folder, without which nothing is deleted or begun there."""
     with (folder / FOLDER_LOCK).open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,5 +1,6 @@
 """Cache access: the batches of map access, from a bounded folder of complete shards."""
 
+import contextlib
 import os
 import signal
 import stat
@@ -21,7 +22,7 @@ from latent_t2i.shards.order import Order
 from latent_t2i.shards.reader import RawBatch, open_shards
 from latent_t2i.shards.remote import cache
 from latent_t2i.shards.remote.cache import CachedShards, CacheLoader, check_cache, parts
-from latent_t2i.shards.remote.store import default_cache_dir, open_store
+from latent_t2i.shards.remote.store import FOLDER_LOCK, default_cache_dir, locked, open_store
 from latent_t2i.shards.remote.transport import RemoteError
 from latent_t2i.shards.schema import FormatError, Manifest
 from tests.servers import QUICK, Server, serve, serve_s3
@@ -76,15 +77,19 @@ def least_bytes(order: Order, manifest: Manifest) -> int:
 
 
 def used_bytes(folder: Path) -> int:
-    """Returns the size of all files; a file that is renamed meanwhile counts once."""
+    """Returns the size of all files; a file that is renamed meanwhile counts once.
+
+    Nothing is evicted meanwhile, or a shard and the one that takes its place would both count.
+    """
     sizes: dict[int, int] = {}
-    for path in folder.rglob("*"):
-        try:
-            found = path.stat()
-        except FileNotFoundError:
-            continue  # evicted meanwhile
-        if stat.S_ISREG(found.st_mode):
-            sizes[found.st_ino] = found.st_size
+    with contextlib.ExitStack() as stack:
+        for lock in folder.rglob(FOLDER_LOCK):
+            stack.enter_context(locked(lock.parent))
+        for path in folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # renamed
+                found = path.stat()
+                if stat.S_ISREG(found.st_mode):
+                    sizes[found.st_ino] = found.st_size
     return sum(sizes.values())
 
 

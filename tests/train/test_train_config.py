@@ -56,7 +56,7 @@ def test_texts_are_not_empty(prefix: str, name: str, kind: type) -> None:
 @pytest.mark.parametrize(("prefix", "name", "kind"), settings_of(int, float))
 def test_numbers_are_finite_and_not_negative(prefix: str, name: str, kind: type) -> None:
     for value in (math.nan, math.inf, -1, *([1.5] if kind is int else [])):
-        wrong = (value, 0.5) if name == "betas" else value
+        wrong = (value, 0.5) if name in ("betas", "weights") else value
         with pytest.raises(ValueError, match=rf"^{prefix}{name}: expected .*, found {value}$"):
             make(prefix, **{name: wrong})
 

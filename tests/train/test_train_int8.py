@@ -28,7 +28,7 @@ from tests.coco_folders import make_coco
 from tests.train.conftest import MakeConfig, losses
 
 NUM_IMAGES = 24
-LOSS_TOLERANCE = 1e-3
+LOSS_TOLERANCE = 2e-3
 """Relative difference of a step's loss from that with float16 text."""
 
 
@@ -127,7 +127,7 @@ def test_losses_are_nearly_those_of_float16(
     np.testing.assert_allclose(found, exact, rtol=LOSS_TOLERANCE)
     monkeypatch.setattr(setup, "make_objective", without_scale)
     wrong = run("wrong", folders["int8"])
-    assert np.abs(np.array(wrong) / exact - 1).max() > 100 * LOSS_TOLERANCE
+    assert np.abs(np.array(wrong) / exact - 1).max() > 50 * LOSS_TOLERANCE
 
 
 def test_int8_shards_without_their_scale_are_refused(
