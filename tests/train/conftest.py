@@ -1,7 +1,8 @@
 """Shards of noise, a small run, and what tests compare of runs."""
 
 import json
-from collections.abc import Callable, Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ TIMES = ("images_per_s", "train_s", "time_breakdown")
 def _bf16_on_any_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the tests of bf16 in bf16 on CPUs that emulate it, too."""
     monkeypatch.setattr(setup, "multiplies_bf16", lambda: True)
+
+
+@pytest.fixture(autouse=True)
+def _default_signals() -> Iterator[None]:
+    """Handles signals as usual: a job in the background, or below nohup, ignores some."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
