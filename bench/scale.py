@@ -82,7 +82,7 @@ def main() -> None:
     for shuffle, time_ms in order_ms.items():
         print(f"order and draws of {BATCH_SIZE} records, {shuffle}: {time_ms:.2f} ms")
     print(f"page tables after {mapped['num_shards']:,} shards: {mapped['page_table_mb']} MB")
-    print(f"listing: {listed:,.0f} records/s")
+    print(f"listing: {listed['listed_records_per_s']:,.0f} records/s")
     figures = {
         "benchmark": "scale",
         "versions": {name: version(name) for name in ("torch", "numpy")}
@@ -94,7 +94,7 @@ def main() -> None:
         "order_and_draws_ms_by_shuffle": order_ms,
         "page_table_mb": mapped["page_table_mb"],
         "mappings": mapped,
-        "listed_records_per_s": listed,
+        **listed,
     }
     print(json.dumps(figures))
 
@@ -156,15 +156,22 @@ def measure_order(num_shards: int, shuffle: Shuffle) -> float:
     return measure_order_and_draws_ms(order)
 
 
-def measure_listing(num_records: int) -> float:
-    """Returns how many records stage one lists per second."""
+def measure_listing(num_records: int) -> dict[str, float]:
+    """Returns how many records stage one lists per second, and the bytes of each in its list."""
     text = TextEncoder.load(str(ENCODER))
     with ThreadPoolExecutor(1) as pool:
         check = partial(check_records, tokenize=text.tokenize, max_tokens=24, buckets=(), pool=pool)
         began = time.perf_counter()
         with closing(build_index(make_records(num_records), check, lambda _: None)) as index:
+            seconds = time.perf_counter() - began
             assert index.num_source == num_records
-    return num_records / (time.perf_counter() - began)
+            (num_bytes,) = index._db.execute(
+                "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+            ).fetchone()
+    return {
+        "listed_records_per_s": num_records / seconds,
+        "listed_bytes_per_record": num_bytes / num_records,
+    }
 
 
 def make_records(num_records: int) -> Iterator[Record]:
