@@ -97,7 +97,7 @@ def import_all() -> None:
 
 def encode(folder: Path) -> None:
     """Writes shards of drawn scenes, with the VAE's flipped views."""
-    from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
+    from latent_t2i.pipeline.config import PipelineConfig, SourceConfig, ViewsConfig
     from latent_t2i.pipeline.encode import find_device, supports_tf32
     from latent_t2i.pipeline.stage import build
 
@@ -107,7 +107,7 @@ def encode(folder: Path) -> None:
         text_encoder=str(EMBEDDED / "clip"),
         source=SourceConfig(kind="scenes", num_images=NUM_IMAGES),
         max_tokens=24,
-        views=2,
+        views=ViewsConfig(flip=True),
         max_quarantined=0,
         out=str(folder / "shards"),
     )

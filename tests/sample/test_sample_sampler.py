@@ -169,6 +169,7 @@ def test_compiling_on_a_cpu_needs_a_compiler(bundle: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of inductor
 def test_a_compiled_denoiser_draws_the_same_images(bundle: Path) -> None:
     pipeline = sampler.load(bundle)
     settings: dict[str, Any] = {"guidance_scale": 3.0, "num_steps": 4, "batch_size": 2}
