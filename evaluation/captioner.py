@@ -17,10 +17,9 @@ from latent_t2i.evaluation.metrics.metric import Context, MissingWeights
 from latent_t2i.evaluation.networks import (
     find_network,
     load_image_processor,
-    load_network,
     load_tokenizer,
 )
-from latent_t2i.model.encoders import fingerprint, quiet
+from latent_t2i.model.encoders import fingerprint, load_network, quiet
 
 FLAG = "--weights.captioner"
 EXAMPLE = "Salesforce/blip-image-captioning-large"

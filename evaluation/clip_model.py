@@ -24,10 +24,9 @@ from latent_t2i.evaluation.metrics.metric import Batch, Context
 from latent_t2i.evaluation.networks import (
     find_network,
     load_image_processor,
-    load_network,
     load_tokenizer,
 )
-from latent_t2i.model.encoders import fingerprint
+from latent_t2i.model.encoders import fingerprint, load_network
 from latent_t2i.model.paths import find_path, output_root
 
 FLAG = "--weights.clip"

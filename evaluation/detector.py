@@ -27,11 +27,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MA
 from latent_t2i.evaluation.networks import (
     find_network,
     load_image_processor,
-    load_network,
     load_tokenizer,
 )
 from latent_t2i.evaluation.objects import CATEGORIES, category_of
-from latent_t2i.model.encoders import fingerprint, quiet
+from latent_t2i.model.encoders import fingerprint, load_network, quiet
 from latent_t2i.model.folders import loading
 
 FLAG = "--weights.detector"

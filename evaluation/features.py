@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from latent_t2i.evaluation.config import ResizeMode
 from latent_t2i.evaluation.feature_stats import Header, read_header
 from latent_t2i.evaluation.metrics.metric import Batch, Context, FeatureMetric, MissingWeights
-from latent_t2i.evaluation.networks import find_network, load_image_processor, load_network
+from latent_t2i.evaluation.networks import find_network, load_image_processor
 from latent_t2i.evaluation.resize import prepare
-from latent_t2i.model.encoders import fingerprint
+from latent_t2i.model.encoders import fingerprint, load_network
 from latent_t2i.model.paths import find_path, hash_file
 
 FLAG = "--weights.features"

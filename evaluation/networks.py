@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoImageProcessor
 
 from latent_t2i.evaluation.metrics.metric import MissingWeights
@@ -13,7 +12,6 @@ from latent_t2i.model.folders import (
     fetch,
     loading,
     read_config,
-    require_complete,
     require_weights,
 )
 
@@ -33,27 +31,6 @@ def find_network(name: str, files: Sequence[str], kinds: Sequence[str] = (), *, 
         read_config(folder, "model_type", kinds, flag=flag)
     require_weights(folder, "model", flag=flag)
     return folder
-
-
-def load_network(cls: Any, folder: Path, what: str, *, flag: str, optional: str = "") -> Any:
-    """Returns the network in a folder, for inference.
-
-    Weights whose names start with `optional` may be missing. Raises ValueError if others are, or if
-    the files are broken.
-    """
-    with quiet(), loading(folder, flag=flag):
-        network, report = cls.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    missing = [
-        name for name in report["missing_keys"] if not (optional and name.startswith(optional))
-    ]
-    require_complete({"missing_keys": missing}, folder, what, flag=flag)
-    return network.eval().requires_grad_(False)
 
 
 def load_tokenizer(cls: Any, folder: Path, *, flag: str) -> Any:

@@ -17,9 +17,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from latent_t2i.evaluation.clip_model import NUM_AT_ONCE, Clip, load_clip
 from latent_t2i.evaluation.metrics.metric import Context
-from latent_t2i.evaluation.networks import find_network, load_network, load_tokenizer
+from latent_t2i.evaluation.networks import find_network, load_tokenizer
 from latent_t2i.model.checks import read_json_object
-from latent_t2i.model.encoders import fingerprint
+from latent_t2i.model.encoders import fingerprint, load_network
 
 FLAG = "--weights.sentences"
 FILES = ("config.json", "model.safetensors*", "tokenizer*", "vocab*", "special_tokens_map.json")

@@ -110,18 +110,30 @@ def load_text_encoder(
     folder = find_part(root, parts[0], flag=flag)
     read_config(folder, "model_type", TEXT_TYPES, flag=flag)
     require_weights(folder, TEXT_STEM, flag=flag)
+    encoder = load_network(CLIPTextModel, folder, "a CLIP text encoder", flag=flag)
+    tokenizer = _load_tokenizer(root if folder == root else root / parts[1], encoder, flag)
+    return tokenizer, encoder
+
+
+def load_network(cls: Any, folder: Path, what: str, *, flag: str, optional: str = "") -> Any:
+    """Returns the network of transformers in a folder, in float32 and for inference.
+
+    Weights whose names start with `optional` may be missing. Raises ValueError if others are, or if
+    the files are broken.
+    """
     with quiet(), loading(folder, flag=flag):
-        loaded: Any = CLIPTextModel.from_pretrained(
+        network, report = cls.from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
         )
-    encoder, report = loaded
-    require_complete(report, folder, "a CLIP text encoder", flag=flag)
-    tokenizer = _load_tokenizer(root if folder == root else root / parts[1], encoder, flag)
-    return tokenizer, encoder.eval().requires_grad_(False)
+    missing = [
+        name for name in report["missing_keys"] if not (optional and name.startswith(optional))
+    ]
+    require_complete({"missing_keys": missing}, folder, what, flag=flag)
+    return network.eval().requires_grad_(False)
 
 
 def _load_tokenizer(folder: Path, encoder: CLIPTextModel, flag: str) -> CLIPTokenizer:

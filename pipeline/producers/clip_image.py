@@ -9,7 +9,7 @@ from transformers import CLIPVisionModelWithProjection
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from latent_t2i.model.encoders import fingerprint
-from latent_t2i.pipeline.producers.producer import Size, load_network, normalise
+from latent_t2i.pipeline.producers.producer import Size, load_named, normalise
 from latent_t2i.shards.layout import FieldSpec, Identity, Per
 
 
@@ -54,7 +54,7 @@ class ClipImageProducer:
 
 def load(name: str, revision: str | None) -> ClipImageProducer:
     """Loads the image tower of a CLIP. Raises ValueError if it is unavailable."""
-    network = load_network(
+    network = load_named(
         CLIPVisionModelWithProjection, name, revision, ("clip", "clip_vision_model")
     )
     identity = Identity(name=name, revision=revision, sha256=fingerprint(network))

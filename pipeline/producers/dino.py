@@ -9,7 +9,7 @@ from transformers import AutoModel
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from latent_t2i.model.encoders import fingerprint
-from latent_t2i.pipeline.producers.producer import Size, load_network, normalise
+from latent_t2i.pipeline.producers.producer import Size, load_named, normalise
 from latent_t2i.shards.layout import FieldSpec, Identity, Per
 
 PATCH_PX = 16
@@ -54,6 +54,6 @@ def num_patches(side_px: int) -> int:
 
 def load(name: str, revision: str | None) -> DinoProducer:
     """Loads a DINOv2. Raises ValueError if it is unavailable."""
-    network = load_network(AutoModel, name, revision, MODEL_TYPES)
+    network = load_named(AutoModel, name, revision, MODEL_TYPES)
     identity = Identity(name=name, revision=revision, sha256=fingerprint(network))
     return DinoProducer(network=network, identity=identity)

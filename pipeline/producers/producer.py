@@ -10,12 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from latent_t2i.model.encoders import quiet
+from latent_t2i.model.encoders import load_network
 from latent_t2i.model.folders import (
     fetch,
-    loading,
     read_config,
-    require_complete,
     require_weights,
 )
 from latent_t2i.shards.layout import FieldSpec, Per
@@ -62,7 +60,7 @@ def produce(producer: Producer, batch: Any, size_px: Size = (0, 0)) -> dict[str,
     return {spec.name: items.to(getattr(torch, spec.dtype)) for spec, items in found}
 
 
-def load_network(cls: Any, name: str, revision: str | None, model_types: Sequence[str]) -> Any:
+def load_named(cls: Any, name: str, revision: str | None, model_types: Sequence[str]) -> Any:
     """Loads a network of transformers (float32, evaluation mode) from a folder or the Hub.
 
     Raises ValueError if it is unavailable, or its config has another `model_type`.
@@ -70,16 +68,7 @@ def load_network(cls: Any, name: str, revision: str | None, model_types: Sequenc
     folder = fetch(name, revision, FILES, flag=FLAG)
     read_config(folder, "model_type", model_types, flag=FLAG)
     require_weights(folder, STEM, flag=FLAG)
-    with quiet(), loading(folder, flag=FLAG):
-        network, report = cls.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    require_complete(report, folder, f"a {cls.__name__}", flag=FLAG)
-    return network.eval().requires_grad_(False)
+    return load_network(cls, folder, f"a {cls.__name__}", flag=FLAG)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
