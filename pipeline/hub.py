@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from latent_t2i.shards.remote.transport import (
     RemoteError,
@@ -106,25 +106,27 @@ class HubFolder(RemoteFolder):
 
         Raises RemoteError if a file has another size afterwards.
         """
-        operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            *self._deleted.values(),
-            *self._added.values(),
-        ]
-        age_s = time.monotonic() - self._committed_s
-        are_many = len(operations) >= MAX_FILES_PER_COMMIT
-        wait_s = self._shortest_s if are_many else max(self._shortest_s, COMMIT_INTERVAL_S)
-        if not operations or (not now and age_s < wait_s):
-            return
         names = [*self._deleted, *self._added]
+        age_s = time.monotonic() - self._committed_s
+        are_many = len(names) >= MAX_FILES_PER_COMMIT
+        wait_s = self._shortest_s if are_many else max(self._shortest_s, COMMIT_INTERVAL_S)
+        if not names or (not now and age_s < wait_s):
+            return
         message = f"Stage one: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
 
         def send() -> None:
+            # The Hub refuses to delete what another process has deleted meanwhile.
+            deletions = [change for name, change in self._deleted.items() if self._is_there(name)]
+            operations = [*deletions, *self._added.values()]
+            if not operations:
+                return
             try:
                 self._api.create_commit(
                     operations=operations, commit_message=message, **self._repository
                 )
-            except HfHubHTTPError as error:
-                if error_status(error) not in CONFLICTS:
+            except (EntryNotFoundError, HfHubHTTPError) as error:
+                is_gone = isinstance(error, EntryNotFoundError)
+                if not is_gone and error_status(error) not in CONFLICTS:
                     raise
                 raise OSError(f"another commit was first: {error}") from error
 
@@ -132,6 +134,11 @@ class HubFolder(RemoteFolder):
         self._check_sizes()
         self._added, self._deleted, self._sizes = {}, {}, {}
         self._committed_s = time.monotonic()
+
+    def _is_there(self, name: str) -> bool:
+        if self._deleted[name].is_folder:
+            return bool(self.list(name))
+        return self.find(name) is not None
 
     def _in_repository(self, name: str) -> str:
         return f"{self._folder}/{name}" if self._folder else name

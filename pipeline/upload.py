@@ -226,15 +226,16 @@ class Mirror:
         """
         self.flush()
         for part in sets:
+            name = self._name(part.folder)
             for attempt in range(READ_ATTEMPTS):
                 try:
-                    self._pull_set(self._name(part.folder))
+                    self._pull_set(name)
+                    if not (part.folder / MANIFEST_NAME).exists():
+                        self._require_mine(name)
                     break
-                except FileNotFoundError:
+                except (FileNotFoundError, ValueError):
                     if attempt + 1 == READ_ATTEMPTS:
                         raise
-            if not (part.folder / MANIFEST_NAME).exists():
-                self._require_mine(self._name(part.folder))
 
     def put_set(self, folder: Path) -> None:
         """Puts the small files of a finished set and then its manifest, unless it is there.

@@ -119,10 +119,21 @@ class RemoteFolder:
             self._try(name, lambda: self._system.rm_file(path))
 
     def delete_folder(self, name: str) -> None:
-        """Deletes a folder with its files, if it is there."""
+        """Deletes a folder with its files, if it is there.
+
+        Another process may delete it at the same time: each of them repeats it until it is gone.
+        """
         path = self._path(name)
-        with suppress(FileNotFoundError):
-            self._try(name, lambda: self._system.rm(path, recursive=True))
+
+        def delete() -> None:
+            self._system.invalidate_cache()
+            if self._system.exists(path):
+                try:
+                    self._system.rm(path, recursive=True)
+                except FileNotFoundError as error:
+                    raise OSError(f"a file was gone during the deletion: {error}") from error
+
+        self._try(name, delete)
 
     def commit(self, *, now: bool = True) -> None:
         """Makes everything visible that was put and deleted; with `now` false, when it is due.
@@ -155,10 +166,13 @@ class RemoteFolder:
             temporary = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.put"
             try:
                 write(temporary)
-                self._check_size(temporary, size)
-                if self._system.exists(path):  # sftp does not rename to a name that is taken
-                    self._system.rm_file(path)
-                self._system.mv(temporary, path)
+                try:
+                    self._check_size(temporary, size)
+                    if self._system.exists(path):  # sftp does not rename to a name that is taken
+                        self._system.rm_file(path)
+                    self._system.mv(temporary, path)
+                except FileNotFoundError as error:  # of a process that finishes or puts the same
+                    raise OSError(f"another process deleted a file: {error}") from error
             except BaseException:
                 with suppress(OSError):
                     self._system.rm_file(temporary)

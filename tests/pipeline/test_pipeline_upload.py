@@ -16,6 +16,7 @@ import fsspec
 import pytest
 
 from latent_t2i.pipeline.config import PipelineConfig
+from latent_t2i.pipeline.hub import HubFolder
 from latent_t2i.pipeline.plan import ShardPlan
 from latent_t2i.pipeline.stage import build
 from latent_t2i.pipeline.upload import NUM_LOCAL_SHARDS, Mirror
@@ -258,6 +259,29 @@ def test_two_processes_at_once(
     )
 
 
+def test_another_process_finishes_the_set_while_this_one_looks(
+    folder: CocoFolder, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its manifest comes after this process has looked for it, and before it reads the rest."""
+    config = make_config(folder, tmp_path / "local")
+    build(config)
+    config = at_url(config, store, tmp_path)
+    original = Mirror._pull_set
+    num_calls = 0
+
+    def pull(self: Mirror, name: str) -> None:
+        nonlocal num_calls
+        original(self, name)
+        num_calls += 1
+        if num_calls == 2:  # at the end
+            monkeypatch.setattr(Mirror, "_pull_set", original)
+            build(replace(config, work_dir=str(tmp_path / "other")))
+
+    monkeypatch.setattr(Mirror, "_pull_set", pull)
+    build(config)
+    assert num_calls == 2 and objects(store) == contents(tmp_path / "local")
+
+
 @pytest.mark.parametrize("twin_kill", [pytest.param(("put_file", 2), marks=SLOW), None])
 def test_a_rank_that_is_started_twice_on_two_machines_does_no_harm(
     folder: CocoFolder,
@@ -357,6 +381,22 @@ def test_a_set_on_the_hub_is_committed_in_batches(
     assert names[3][0] == "progress/" and names[3][-1] == "manifest.json"
     build(at_url(config, url, tmp_path))
     assert len(HubApi.commits) == 4
+
+
+def test_what_another_process_deleted_on_the_hub_is_not_deleted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = install_hub(tmp_path / "hub", monkeypatch)
+    first, second = HubFolder(url), HubFolder(url)
+    first.put_bytes("a", b"1")
+    first.put_bytes("b/c", b"2")
+    first.commit()
+    for remote in (first, second):
+        remote.delete("a")
+        remote.delete_folder("b")
+    second.commit()
+    first.commit()
+    assert first.list() == {} and len(HubApi.commits) == 2
 
 
 def test_an_interrupted_run_to_the_hub_is_resumed(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,23 @@ def test_files_are_put_listed_read_and_deleted(folder: RemoteFolder, tmp_path: P
         folder.read(["a"])
 
 
+def test_a_folder_is_gone_although_another_process_deletes_it_too(
+    folder: RemoteFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "123":
+        folder.put_bytes(f"a/{name}", b"")
+    original = Store.rm
+
+    def rm(self: Store, path: str, **kwargs: Any) -> None:
+        monkeypatch.setattr(Store, "rm", original)
+        (Path(path) / "1").unlink()
+        raise FileNotFoundError(f"{path}/1")  # as the other process, which now gives up too
+
+    monkeypatch.setattr(Store, "rm", rm)
+    folder.delete_folder("a")
+    assert folder.list() == {}
+
+
 def test_a_put_that_fails_leaves_no_file(folder: RemoteFolder, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1234")
     Store.faults[:] = ["half", "short..."]
@@ -43,6 +61,22 @@ def test_a_put_that_fails_leaves_no_file(folder: RemoteFolder, tmp_path: Path) -
         folder.put("a", tmp_path / "a")
     assert folder.list() == {}
     Store.faults[:] = ["short"]
+    folder.put("a", tmp_path / "a")
+    assert folder.list() == {"a": 4}
+
+
+def test_a_file_is_put_again_if_another_process_deletes_it_before_its_rename(
+    folder: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").write_bytes(b"1234")
+    original = Store.put_file
+
+    def put_file(self: Store, lpath: str, rpath: str, **kwargs: Any) -> None:
+        monkeypatch.setattr(Store, "put_file", original)
+        original(self, lpath, rpath)
+        Path(rpath).unlink()
+
+    monkeypatch.setattr(Store, "put_file", put_file)
     folder.put("a", tmp_path / "a")
     assert folder.list() == {"a": 4}
 
