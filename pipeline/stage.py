@@ -300,19 +300,24 @@ def grow_set(
         grown = growth.compare(index, part, manifest, pool=pool, progress=bar.update)
         if not any(flags):
             growth.require_unchanged(index, grown)
-            return show_set(index, manifest, f"{report.show(out)} is finished already")
         with folder_lock(out):
-            work = growth.begin_growth(
-                index,
-                grown,
-                *flags,
-                latent_shape=encoders.latent_shape(part.preprocessing.size_px),
-                text_shape=encoders.text_shape,
-                pool=pool,
-                in_use=not owner.is_alone(),
-            )
+            work = None
+            if any(flags):
+                work = growth.begin_growth(
+                    index,
+                    grown,
+                    *flags,
+                    latent_shape=encoders.latent_shape(part.preprocessing.size_px),
+                    text_shape=encoders.text_shape,
+                    pool=pool,
+                    in_use=not owner.is_alone(),
+                )
+            if work is None:  # removes what a process that was killed at its end left
+                begin_set(out, replace(part.provenance, source=manifest.source))
     if work is None:
-        return show_set(index, manifest, growth.describe_nothing(grown, *flags))
+        is_finished = f"{report.show(out)} is finished already"
+        nothing = growth.describe_nothing(grown, *flags) if any(flags) else is_finished
+        return show_set(index, manifest, nothing)
     if not config.force:
         require_room([work], out)
     if processes.is_first:

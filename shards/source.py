@@ -84,7 +84,7 @@ class Slots:
         start = 0
         while start < len(files):
             stop = len(files)
-            if stop - start > self.num:
+            if self.num < min(stop - start, len(self.of)):
                 _, first = np.unique(files[start:], return_index=True)
                 if len(first) > self.num:  # up to the first record of one file too many
                     stop = start + int(np.sort(first)[self.num])

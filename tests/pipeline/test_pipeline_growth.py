@@ -1,6 +1,7 @@
 """A finished set grows with its source, and its failed images are tried again."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -366,6 +367,19 @@ def test_killed_anywhere_and_started_again(
     build(config)
     assert contents(out) == contents(tmp_path / "whole")
     require_sound(out, num_source=22)
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_what_a_killed_run_left_is_removed_although_images_are_compared(
+    source: Source, out: Path, tmp_path: Path, forks: ForkServerContext, retry: bool
+) -> None:
+    config = config_of(source, out)
+    build(replace(config, out=str(tmp_path / "whole")))
+    assert run(forks, config, kill_at=("rmtree", 1)) == -signal.SIGKILL
+    assert (out / "progress/shard-000000.json").exists()
+    os.utime(source.path(0))  # so its bytes are compared
+    build(replace(config, retry=retry))
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow

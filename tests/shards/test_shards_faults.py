@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -142,14 +143,15 @@ def test_two_processes_on_one_set_end_with_identical_bytes(
     for attempt in range(4):
         folder = tmp_path / str(attempt)
         processes = [
-            forks.Process(target=write_slowly, args=(folder, PAUSE_S, False)) for _ in range(2)
+            forks.Process(target=write_slowly, args=(folder, 2 * PAUSE_S, False)) for _ in range(2)
         ]
         for process in processes:
             process.start()
             time.sleep(0.05 * rng.random())
-        os.kill(processes[0].pid, signal.SIGSTOP)
-        time.sleep(0.1 * rng.random())
-        os.kill(processes[0].pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(processes[0].pid, signal.SIGSTOP)
+            time.sleep(0.1 * rng.random())
+            os.kill(processes[0].pid, signal.SIGCONT)
         for process in processes:
             process.join()
         assert [process.exitcode for process in processes] == [0, 0]
