@@ -23,6 +23,7 @@ from latent_t2i.shards.remote.transport import (
 from latent_t2i.shards.remote.upload import RemoteFolder, ShortWriteError
 
 T = TypeVar("T")
+Change = CommitOperationAdd | CommitOperationDelete
 
 MAX_FILES_PER_FOLDER = 10_000
 MAX_FILES_PER_COMMIT = 100
@@ -117,7 +118,7 @@ class HubFolder(RemoteFolder):
         def send() -> None:
             # The Hub refuses to delete what another process has deleted meanwhile.
             deletions = [change for name, change in self._deleted.items() if self._is_there(name)]
-            operations = [*deletions, *self._added.values()]
+            operations: list[Change] = [*deletions, *self._added.values()]
             if not operations:
                 return
             try:

@@ -377,7 +377,7 @@ def test_thread_ends_with_its_set(
     thread = shards._thread
     assert thread is not None
     del shards
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert not thread.is_alive()
 
 

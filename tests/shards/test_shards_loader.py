@@ -91,7 +91,7 @@ def test_buffer_in_use_is_not_overwritten() -> None:
     steps = prefetch(fill, [[-1], [-1]], start=0, stop=6)
     for step, buffer in enumerate(steps):
         for _ in range(NUM_BUFFERS if step == 0 else 1 if step + NUM_BUFFERS <= 6 else 0):
-            assert reached.acquire(timeout=5)  # until all buffers are filled
+            assert reached.acquire(timeout=60)  # until all buffers are filled
         assert buffer == [step]
         assert len(started) <= step + NUM_BUFFERS
     assert started == list(range(6))

@@ -197,7 +197,7 @@ def test_files_and_threads_end_with_their_set(folder: Path) -> None:
     gc.collect()
     assert num_open_shards(folder) == 0
     for thread in threads:
-        thread.join(timeout=5)
+        thread.join(timeout=60)
         assert not thread.is_alive()
 
 

@@ -242,7 +242,7 @@ def test_verification_thread_ends_with_its_set(folder: Path) -> None:
     (thread,) = set(threading.enumerate()) - before
     del shards
     gc.collect()
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert not thread.is_alive()
 
 
