@@ -5,11 +5,9 @@ an uninterrupted run on the same model of device. Every image of the source is w
 quarantined with a reason.
 """
 
-import json
 import math
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -28,15 +26,15 @@ from latent_t2i.pipeline.encode import (
     Encoders,
     default_batch_size,
     device_name,
-    encode_empty_prompt,
     find_device,
     fixed_kernels,
     num_cores,
     supports_tf32,
 )
+from latent_t2i.pipeline.finishing import all_done, finish, require_enough, show_set
 from latent_t2i.pipeline.images import Preprocessing
 from latent_t2i.pipeline.index import Index, build_index
-from latent_t2i.pipeline.plan import SetPlan, ShardPlan
+from latent_t2i.pipeline.plan import SetPlan
 from latent_t2i.pipeline.processes import Owner, ProcessInfo, find_processes, folder_lock, own_rank
 from latent_t2i.pipeline.producers.registry import load_further
 from latent_t2i.pipeline.producers.text import load_text_producer
@@ -45,7 +43,6 @@ from latent_t2i.pipeline.quantise import Quantiser, decide_scale
 from latent_t2i.pipeline.sets import (
     all_shards,
     check_records,
-    is_done,
     make_sets,
     require_own_folder,
     require_room,
@@ -61,17 +58,9 @@ from latent_t2i.pipeline.upload import (
     work_folder,
 )
 from latent_t2i.pipeline.writing import write_missing
-from latent_t2i.shards.buckets import finish_buckets
-from latent_t2i.shards.duplicates import find_duplicates
 from latent_t2i.shards.extend import commit, finish_staging
-from latent_t2i.shards.schema import MANIFEST_NAME, Manifest, Provenance
-from latent_t2i.shards.writer import (
-    begin_set,
-    finish_set,
-    read_report,
-    read_text_scale,
-    remove_progress,
-)
+from latent_t2i.shards.schema import Manifest, Provenance
+from latent_t2i.shards.writer import begin_set, remove_progress
 
 
 def build(config: PipelineConfig) -> dict[str, Manifest]:
@@ -191,7 +180,8 @@ def write_shards(
             grown = grow_set(config, encoders, index, sets[0], processes, owner)
             if grown is not None:
                 return grown
-        require_enough(config, index, out, index.quarantined | index.missing)
+        limit = config.max_quarantined
+        require_enough(index, out, index.quarantined | index.missing, max_quarantined=limit)
         if not config.force:
             require_room(sets, out, mirror)
         # One lock for both steps, or two commands could both find the folder free.
@@ -208,7 +198,7 @@ def write_shards(
                 print(report.plan_lines(index, sets, shown, room_line(out, mirror)))
             encode_sets(config, encoders, index, sets, processes, mirror, actors)
         apply = actors.apply if actors else partial(apply_here, encoders)
-        return finish(config, apply, index, sets, processes, mirror)
+        return finish(out, apply, index, sets, processes, mirror, max_quarantined=limit)
 
 
 def apply_here(encoders: Encoders, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -345,39 +335,13 @@ def finish_growth(
             return {}
         else:
             manifest = growth.stage_growth(index, grown, work, config.append, config.retry)
-            require_enough(config, index, out, manifest.read_quarantined())
+            reasons = manifest.read_quarantined()
+            require_enough(index, out, reasons, max_quarantined=config.max_quarantined)
             finish_staging(out, manifest)
             commit(out)
             remove_progress(out)
             manifest = Manifest.load(out)
     return show_set(index, manifest)
-
-
-def show_set(index: Index, manifest: Manifest, text: str = "") -> dict[str, Manifest]:
-    """Prints a finished set's summary, after a text, and returns its manifest."""
-    if text:
-        print(f"{text}: nothing to do")
-    print_summary(index, {"": manifest}, manifest.read_quarantined(), manifest.folder, None)
-    return {"": manifest}
-
-
-def all_done(shards: Sequence[ShardPlan], out: Path, processes: ProcessInfo) -> bool:
-    """Returns whether all shards are finished; if not, says what is missing.
-
-    Raises ValueError if a shard of this process is missing.
-    """
-    unfinished = [n for n, shard in enumerate(shards) if not is_done(shard)]
-    if any(map(processes.owns, unfinished)):
-        raise ValueError(
-            f"{out}: shards that this process wrote have been deleted or changed since: start "
-            "the same command again"
-        )
-    if unfinished:
-        print(
-            f"{len(unfinished)} of {len(shards)} shards, of other processes, are unfinished: "
-            "the last process to finish writes the manifest; if one has stopped, start it again"
-        )
-    return not unfinished
 
 
 def print_plan(config: PipelineConfig, encoders: Encoders, processes: ProcessInfo) -> None:
@@ -409,7 +373,12 @@ def print_plan_of(
                 return
         print(report.plan_lines(index, sets, shown, room_line(out, mirror)))
         checks: list[Callable[[], None]] = [
-            lambda: require_enough(config, index, None, index.quarantined | index.missing),
+            lambda: require_enough(
+                index,
+                None,
+                index.quarantined | index.missing,
+                max_quarantined=config.max_quarantined,
+            ),
             lambda: require_own_folder(sets, out),
         ]
         if not config.force:
@@ -529,118 +498,3 @@ def make_provenance(config: PipelineConfig, encoders: Encoders, index: Index) ->
         records_per_shard=config.records_per_shard,
         max_shard_bytes=config.max_shard_bytes,
     )
-
-
-def finish(
-    config: PipelineConfig,
-    apply: Apply,
-    index: Index,
-    sets: Sequence[SetPlan],
-    processes: ProcessInfo,
-    mirror: Mirror | None,
-) -> dict[str, Manifest]:
-    """Merges the shard reports into the manifests once all shards exist, and prints the summary.
-
-    Returns the manifests by bucket. Raises ValueError if too many images are quarantined, or if a
-    shard of this process is missing.
-    """
-    out = output_folder(config, processes.rank)
-    with folder_lock(out):
-        if mirror:
-            mirror.refresh(sets)
-        if not all_done([shard for _, shard in all_shards(sets)], out, processes):
-            return {}
-        quarantined = {part.bucket: read_quarantined(part) for part in sets}
-        no_bucket = dict(index.quarantined)
-        merged = {**no_bucket}
-        for reasons in quarantined.values():
-            merged |= reasons
-        require_enough(config, index, out, merged)
-        manifests = {}
-        for part in sets:
-            # A set has at least one record, so an empty bucket is deleted.
-            if part.bucket and len(quarantined[part.bucket]) == part.num_records:
-                no_bucket |= quarantined[part.bucket]
-                shutil.rmtree(part.folder)
-                if mirror:
-                    mirror.delete_set(part.folder)
-            else:
-                manifests[part.bucket] = finish_one(apply, part, index.quarantined)
-                if mirror:
-                    mirror.put_set(part.folder)
-        manifests = dict(sorted(manifests.items()))
-        if sets[0].bucket:
-            finish_buckets(out, list(manifests), quarantined=no_bucket)
-            if mirror:
-                mirror.put_buckets()
-            remove_progress(out)
-    print_summary(index, manifests, merged, out, mirror)
-    return manifests
-
-
-def print_summary(
-    index: Index,
-    manifests: Mapping[str, Manifest],
-    quarantined: Mapping[str, str],
-    out: Path,
-    mirror: Mirror | None,
-) -> None:
-    """Prints images that occur twice, and the summary; `quarantined` has all reasons by key."""
-    duplicates = None if mirror else find_duplicates(out)  # which reads the shards
-    if duplicates is not None and duplicates.num:
-        for copy, original in duplicates.examples:
-            print(f"duplicate   {copy} = {original}")
-        print(f"duplicates  {duplicates.count()}")
-    shown = mirror.url if mirror else report.show(out)
-    print(report.summary(manifests, index.by_file_name(quarantined), shown))
-
-
-def finish_one(apply: Apply, part: SetPlan, quarantined: Mapping[str, str]) -> Manifest:
-    """Writes the manifest of a set, unless it exists."""
-    # Checks once more that the shards are of these settings: some file systems do not lock.
-    if manifest := begin_set(part.folder, part.provenance, in_use=True):
-        return manifest
-    empty_text, empty_tokens = apply(encode_empty_prompt)
-    is_int8 = part.provenance.text_dtype == "int8"
-    return finish_set(
-        part.folder,
-        part.provenance,
-        num_shards=len(part.shards),
-        quarantined={} if part.bucket else quarantined,
-        empty_text=empty_text,
-        empty_tokens=empty_tokens,
-        text_scale=read_text_scale(part.folder) if is_int8 else None,
-    )
-
-
-def read_quarantined(part: SetPlan) -> dict[str, str]:
-    """Returns the images that a set's shards quarantined, with the reasons."""
-    if (part.folder / MANIFEST_NAME).exists():
-        return Manifest.load(part.folder).read_quarantined()
-    reasons: dict[str, str] = {}
-    for shard in part.shards:
-        found = read_report(part.folder, shard.index)
-        reasons |= found.quarantined if found is not None else {}
-    return reasons
-
-
-def require_enough(
-    config: PipelineConfig, index: Index, out: Path | None, reasons: Mapping[str, str]
-) -> None:
-    """Raises ValueError if too many images are quarantined; writes all reasons beside `out`."""
-    allowed = int(config.max_quarantined * index.num_source)
-    path = out and out.with_name(f"{out.name}-quarantined.json")
-    if len(reasons) <= allowed:
-        if path is not None:
-            path.unlink(missing_ok=True)  # the reasons of an earlier, refused run
-        return
-    named = index.by_file_name(reasons)
-    text = (
-        f"{len(named)} of {index.num_source} images cannot be used, but --max-quarantined "
-        f"{config.max_quarantined:g} allows {allowed}: {'; '.join(report.first_of(named))}"
-    )
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(named, indent=1), encoding="utf-8")
-        text += f" (all in {path})"
-    raise ValueError(text)

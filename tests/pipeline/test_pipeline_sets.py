@@ -51,7 +51,7 @@ def test_a_square_and_a_bucketed_set_in_one_folder_are_refused(
         out = f"{square.out}-{first.buckets}"
         with monkeypatch.context() as patch:
             if not is_finished:
-                patch.setattr(stage, "finish", lambda *_: {})
+                patch.setattr(stage, "finish", lambda *_, **limit: {})
             build(replace(first, out=out))
         require_refused(replace(second, out=out), message)
 

@@ -296,7 +296,7 @@ def test_a_rerun_keeps_the_scale_of_the_first_run(
 ) -> None:
     config = make_config(folder, out, text_dtype="int8")
     with monkeypatch.context() as patch:
-        patch.setattr("latent_t2i.pipeline.stage.finish_set", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("latent_t2i.pipeline.finishing.finish_set", lambda *args, **kwargs: 1 / 0)
         patch.setattr(SAMPLE_CAPTIONS, lambda index, num: {"a": [3]})
         with pytest.raises(ZeroDivisionError):
             build(config)
@@ -326,7 +326,7 @@ def test_finished_shards_are_not_encoded_again(
 ) -> None:
     config = make_config(folder, out)
     with monkeypatch.context() as patch:
-        patch.setattr("latent_t2i.pipeline.stage.finish_set", lambda *args, **kwargs: 1 / 0)
+        patch.setattr("latent_t2i.pipeline.finishing.finish_set", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(config)
     monkeypatch.setattr("latent_t2i.pipeline.workers.encode_views", None)

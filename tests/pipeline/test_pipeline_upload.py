@@ -108,7 +108,7 @@ def test_an_image_that_was_edited_before_the_set_was_finished(
     """Its shard is written again; that of an image with a new time but the same bytes is not."""
     config = at_url(make_config(folder, tmp_path), store, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("latent_t2i.pipeline.stage.finish", lambda *args: {})
+        patch.setattr("latent_t2i.pipeline.stage.finish", lambda *args, **limit: {})
         build(config)
     images = [folder.images / f"00000000000{number}.png" for number in (1, 4)]
     images[0].write_bytes(images[0].read_bytes())
