@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+with suppress(ModuleNotFoundError):  # the tests for a GPU do without it
+    from hypothesis import settings
+
+    # The same examples in each run, and no limit of time.
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 ROOT = Path(__file__).resolve().parent.parent
 FORKED = [

@@ -206,9 +206,7 @@ configs = st.builds(
 )
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs)
 def test_a_dump_parses_to_an_equal_config(config: Settings, write_preset: WritePreset) -> None:
     document = {"train": dump(config)}

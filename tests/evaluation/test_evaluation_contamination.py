@@ -43,7 +43,7 @@ def train_2014(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_shards(tmp_path_factory.mktemp("train") / "2014", keys)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.sampled_from(IDS), st.sampled_from(LAYOUTS)), max_size=8))
 def test_ids_are_found_in_either_layout(
     train: Path, train_2014: Path, chosen: list[tuple[int, str]]

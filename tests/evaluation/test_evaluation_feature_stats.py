@@ -43,7 +43,7 @@ def add_in_parts(stats: FeatureStats, rows: Rows, positions: list[int], cuts: li
             stats.add(chosen, rows[chosen])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     order=st.permutations(range(40)),
     cuts=st.lists(st.integers(0, 40), max_size=5),

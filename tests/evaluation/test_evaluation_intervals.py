@@ -33,7 +33,7 @@ def test_prompts_weigh_by_their_number_of_images() -> None:
     assert interval([2.0, 2.0, 2.0], ["a", "a", "b"]) == (2.0, 2.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.floats(-1e3, 1e3) | st.just(float("nan")), min_size=1, max_size=20),
     st.integers(0, 9),

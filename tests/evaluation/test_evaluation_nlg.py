@@ -40,7 +40,7 @@ def test_captions_are_split_as_the_treebank_does(text: str, tokens: str) -> None
     assert " ".join(tokenise(text)) == tokens
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.text("aAbt'.,-?/ \n(5\u2019\u00e9", max_size=30))
 def test_every_text_has_lower_case_tokens_without_blanks(text: str) -> None:
     tokens = tokenise(text)
@@ -111,7 +111,7 @@ def test_rouge_of_known_counts() -> None:
     assert rouge_l([], [["a"]]) == 0.0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.tuples(sentences, st.lists(sentences, min_size=1, max_size=3)), min_size=1, max_size=5

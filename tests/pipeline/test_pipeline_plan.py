@@ -80,7 +80,7 @@ def test_each_bucket_is_planned_alone() -> None:
     assert keys == {"64x64": ["0", "2", "4"], "96x64": ["1", "3"], "other": []}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     shapes=st.lists(
         st.tuples(st.integers(1, 3), st.sampled_from([1, 90, 400, 900, 5000])), min_size=1

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -94,7 +94,6 @@ def test_values_are_rounded_and_values_beyond_the_range_are_clipped_and_counted(
     assert Quantiser(np.ones(2, np.float32)).share_saturated == 0
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 999), spread=st.floats(0, 12))
 def test_the_error_is_at_most_half_a_step_and_symmetric(seed: int, spread: float) -> None:
     rng = np.random.default_rng(seed)

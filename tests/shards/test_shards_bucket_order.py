@@ -38,7 +38,7 @@ def bucket_of(order: BucketOrder, records: np.ndarray) -> int:
 
 
 @given(order=orders("fill"), epoch=st.integers(0, 12))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_filled_epochs_visit_each_bucket_record_once(order: BucketOrder, epoch: int) -> None:
     """At the end of each epoch, each bucket has finished its epoch, with no batch more."""
     steps = order.num_steps(epoch + 1)
@@ -57,7 +57,7 @@ def test_filled_epochs_visit_each_bucket_record_once(order: BucketOrder, epoch: 
 
 
 @given(order=orders("drop"), epoch=st.integers(0, 10**4))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_dropped_epochs_of_buckets_have_full_batches(order: BucketOrder, epoch: int) -> None:
     steps = range(order.num_steps(epoch), order.num_steps(epoch + 1))
     batches = [order.records(step) for step in steps]
@@ -68,7 +68,7 @@ def test_dropped_epochs_of_buckets_have_full_batches(order: BucketOrder, epoch: 
 
 
 @given(order=orders(), step=st.integers(0, 10**5))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_bucket_cursor_is_the_whole_state(order: BucketOrder, step: int) -> None:
     resumed: BucketOrder = pickle.loads(pickle.dumps(order))
     cursor = Cursor(**vars(order.cursor(step)))
@@ -80,7 +80,7 @@ def test_bucket_cursor_is_the_whole_state(order: BucketOrder, step: int) -> None
 
 
 @given(order=orders("fill"), num_processes=st.sampled_from([1, 2, 4]), step=st.integers(0, 500))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_ranks_divide_batches_of_one_bucket(
     order: BucketOrder, num_processes: int, step: int
 ) -> None:
@@ -141,7 +141,7 @@ def test_impossible_bucket_orders_are_rejected() -> None:
     num_batches=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(any).map(tuple),
     key=st.integers(0, 2**64 - 1),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_interleaving_keeps_each_buckets_order_and_share(
     num_batches: tuple[int, ...], key: int
 ) -> None:

@@ -390,7 +390,7 @@ def test_ranks_of_bucketed_set_share_global_batches(sound: Path, num_processes: 
     last_batch=st.sampled_from(["fill", "drop"]),
     cut=st.integers(0, 40),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_resumed_bucketed_run_is_identical(
     sound: Path, seed: int, batch_size: int, last_batch: str, cut: int
 ) -> None:
@@ -404,7 +404,7 @@ def test_resumed_bucketed_run_is_identical(
 
 
 @given(seed=st.integers(0, 2**30), batch_size=st.integers(1, 20), epoch=st.integers(0, 3))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_bucketed_epoch_has_every_record_once(
     sound: Path, seed: int, batch_size: int, epoch: int
 ) -> None:

@@ -51,7 +51,7 @@ def by_set(order: MixedOrder, records: np.ndarray) -> Iterator[tuple[int, list[i
 
 
 @given(order=orders("fill"), epochs=st.integers(1, 4))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_each_pass_over_a_set_visits_each_record_once(order: MixedOrder, epochs: int) -> None:
     steps = order.num_steps(epochs)
     found = np.concatenate([order.records(step) for step in range(steps)])
@@ -65,7 +65,7 @@ def test_each_pass_over_a_set_visits_each_record_once(order: MixedOrder, epochs:
 
 
 @given(order=orders("drop"), epoch=st.integers(0, 10**4))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_dropped_epochs_have_full_batches_of_the_same_visits(order: MixedOrder, epoch: int) -> None:
     num = order.num_visits // order.batch_size
     found = np.concatenate([order.records(s) for s in range(epoch * num, (epoch + 1) * num)])
@@ -76,7 +76,7 @@ def test_dropped_epochs_have_full_batches_of_the_same_visits(order: MixedOrder, 
 
 
 @given(order=orders("fill"), data=st.data())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_every_window_of_an_epoch_has_the_sets_in_proportion(
     order: MixedOrder, data: st.DataObject
 ) -> None:
@@ -90,7 +90,7 @@ def test_every_window_of_an_epoch_has_the_sets_in_proportion(
 
 
 @given(order=orders(), step=st.integers(0, 10**5))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_cursor_is_the_whole_state(order: MixedOrder, step: int) -> None:
     resumed: MixedOrder = pickle.loads(pickle.dumps(order))
     cursor = Cursor(**vars(order.cursor(step)))
@@ -99,7 +99,7 @@ def test_the_cursor_is_the_whole_state(order: MixedOrder, step: int) -> None:
 
 
 @given(order=orders("fill"), step=st.integers(0, 300), other=st.integers(1, 60))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_visits_do_not_depend_on_the_batch_size(order: MixedOrder, step: int, other: int) -> None:
     start, stop = step * order.batch_size, (step + 1) * order.batch_size
     again = replace(order, batch_size=other)
@@ -122,7 +122,7 @@ COUNTS = st.lists(st.integers(1, 50), min_size=1, max_size=5).map(tuple)
 
 
 @given(counts=COUNTS, key=st.integers(0, 2**64 - 1), data=st.data())
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_positions_found_together_are_those_found_alone(
     counts: tuple[int, ...], key: int, data: st.DataObject
 ) -> None:

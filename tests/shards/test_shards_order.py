@@ -41,7 +41,7 @@ def visits(order: Order, start: int, stop: int) -> list[int]:
 
 
 @given(order=ORDERS, epoch=st.integers(0, 10**4))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_filled_epochs_visit_each_record_once(order: Order, epoch: int) -> None:
     num, size = order.num_records, order.batch_size
     first = epoch * num // size
@@ -51,7 +51,7 @@ def test_filled_epochs_visit_each_record_once(order: Order, epoch: int) -> None:
 
 
 @given(order=ORDERS, epoch=st.integers(0, 10**4))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_dropped_epochs_have_full_batches(order: Order, epoch: int) -> None:
     order = with_last_batch(order, "drop")
     steps = order.num_records // order.batch_size
@@ -66,7 +66,7 @@ def test_dropped_epochs_have_full_batches(order: Order, epoch: int) -> None:
     num_processes=st.sampled_from([1, 2, 3, 4]),
     cut=st.integers(0, 10**5),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_resumed_order_is_identical_on_any_number_of_ranks(
     order: Order, last_batch: LastBatch, num_processes: int, cut: int
 ) -> None:
@@ -83,7 +83,7 @@ def test_resumed_order_is_identical_on_any_number_of_ranks(
 
 
 @given(order=ORDERS)
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_sequence_does_not_depend_on_the_batch_size(order: Order) -> None:
     single = replace(order, batch_size=1)
     steps = -(-80 // order.batch_size)
@@ -95,7 +95,7 @@ def test_sequence_does_not_depend_on_the_batch_size(order: Order) -> None:
     window=st.integers(1, 12),
     seed=st.integers(0, 99),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_blocks_read_few_shards_at_a_time(sizes: tuple[int, ...], window: int, seed: int) -> None:
     order = Order(sizes=sizes, batch_size=1, seed=seed, shuffle="blocks", window_shards=window)
     shard_of = np.repeat(np.arange(len(sizes)), sizes)[order.visits(3, 0, order.epoch_records)]

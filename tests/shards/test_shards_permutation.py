@@ -9,7 +9,7 @@ from latent_t2i.shards.permutation import SMALL, Permutation
 
 
 @given(size=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_every_number_occurs_once(size: int, key: int) -> None:
     permutation, numbers = Permutation(size, key), np.arange(size)
     found = permutation(numbers)
@@ -20,7 +20,7 @@ def test_every_number_occurs_once(size: int, key: int) -> None:
 @given(
     size=st.integers(2**40, 2**62), key=st.integers(0, 2**64 - 1), start=st.integers(0, 2**40 - 9)
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_large_permutations_have_an_inverse(size: int, key: int, start: int) -> None:
     permutation, numbers = Permutation(size, key), np.arange(start, start + 9)
     found = permutation(numbers)

@@ -112,7 +112,7 @@ def test_ranks_gather_their_rows_of_weighted_sets(root: Path, num_processes: int
 
 
 @given(num=st.integers(1, 60), seed=st.integers(0, 999))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_any_records_are_gathered_into_their_rows(root: Path, num: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     shards, whole = unite(root, *SIZES), open_shards(root / "all")

@@ -277,7 +277,7 @@ def sets_of_one_shard(draw: st.DrawFn) -> tuple[LatentKind, list[Example]]:
     ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(made=sets_of_one_shard())
 def test_all_shapes_and_dtypes_round_trip(
     tmp_path_factory: pytest.TempPathFactory, made: tuple[LatentKind, list[Example]]

@@ -44,7 +44,7 @@ def test_draws_match_golden_values() -> None:
         torch.testing.assert_close(noise[-1, 1].flatten(), torch.tensor(expected))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     step=st.integers(0, 2**50),
     seed=st.integers(0, 2**64 - 1),

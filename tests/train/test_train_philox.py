@@ -49,7 +49,7 @@ def test_words_are_those_of_random123(name: str) -> None:
     assert reference(counter, high << 32 | low) == list(expected)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(counter=st.tuples(WORDS, WORDS, WORDS, WORDS), key=st.integers(0, 2**64 - 1))
 def test_words_are_those_of_the_paper_for_any_counter(counter: tuple[int, ...], key: int) -> None:
     assert words_of(counter, key) == reference(counter, key)
