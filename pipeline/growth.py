@@ -41,6 +41,7 @@ from latent_t2i.pipeline.workers import NOT_FINITE, load_record
 from latent_t2i.shards.checks import check_size
 from latent_t2i.shards.extend import (
     read_finished_quarantine,
+    read_finished_scale,
     read_rows,
     remove_staging,
     row_json,
@@ -51,7 +52,6 @@ from latent_t2i.shards.extend import (
 from latent_t2i.shards.files import write_file
 from latent_t2i.shards.parsing import from_json
 from latent_t2i.shards.quarantine import Quarantined
-from latent_t2i.shards.reader import load_array, small_arrays
 from latent_t2i.shards.schema import (
     MANIFEST_NAME,
     PROGRESS_DIR,
@@ -62,7 +62,7 @@ from latent_t2i.shards.schema import (
     read_document,
 )
 from latent_t2i.shards.shard_table import ShardEntry, shard_number
-from latent_t2i.shards.writer import FoundScale, begin_set, keep_text_scale
+from latent_t2i.shards.writer import begin_set, keep_text_scale
 
 MAX_SKEW_NS = 2_000_000_000
 """Allowed difference between the clocks of this machine and of the file server."""
@@ -389,9 +389,8 @@ def begin_growth(
         return None
     begin_set(staging, grown.part.provenance, in_use=in_use)
     write_file(staging / PROGRESS_DIR / PLAN_NAME, json.dumps(asdict(stored)).encode())
-    if scale := grown.manifest.text_scale:
-        values = load_array(folder, *small_arrays(grown.manifest)["text_scale"])
-        keep_text_scale(staging, FoundScale(values, scale.relative_error, scale.num_captions))
+    if scale := read_finished_scale(folder, grown.manifest):
+        keep_text_scale(staging, scale)
     return replace(grown.part, folder=staging, shards=tuple(shards))
 
 

@@ -5,7 +5,7 @@ The cost: the sample is encoded twice more, which is 2 % of COCO's captions.
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,8 @@ from latent_t2i.pipeline.encode import (
 )
 from latent_t2i.pipeline.index import Index
 from latent_t2i.pipeline.producers.producer import Captions
+from latent_t2i.shards.extend import read_finished_scale
+from latent_t2i.shards.schema import MANIFEST_NAME, Manifest
 from latent_t2i.shards.writer import FoundScale, keep_text_scale, read_text_scale
 
 NUM_SAMPLE = 4096
@@ -57,14 +59,22 @@ class Quantiser:
 def decide_scale(apply: Apply, index: Index, folders: Sequence[Path]) -> Quantiser:
     """Returns the conversion to int8, with the scale of an interrupted run or a new one.
 
-    All sets share one scale, which each folder stores. `apply` calls a function with the encoders.
+    All sets share one scale, which the folder of each unfinished one stores: some buckets may be
+    finished. `apply` calls a function with the encoders.
     """
-    found = next(filter(None, map(read_text_scale, folders)), None)
+    finished = [folder for folder in folders if (folder / MANIFEST_NAME).exists()]
+    unfinished = [folder for folder in folders if folder not in finished]
+    stored = chain(map(read_text_scale, unfinished), map(_read_finished, finished))
+    found = next(filter(None, stored), None)
     if found is None:
         found = apply(measure_scale, index.sample_captions(NUM_SAMPLE))
-    for folder in folders:
+    for folder in unfinished:
         keep_text_scale(folder, found)
     return Quantiser(found.scale)
+
+
+def _read_finished(folder: Path) -> FoundScale | None:
+    return read_finished_scale(folder, Manifest.load(folder))
 
 
 def measure_scale(encoders: Encoders, captions: Captions) -> FoundScale:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from latent_t2i.shards.files import remove_stale_attempts, sync_folder, write_file
 from latent_t2i.shards.parsing import load_json
 from latent_t2i.shards.quarantine import QUARANTINE_NAME, Quarantined, read_quarantine
-from latent_t2i.shards.reader import NAME_BYTES, key_of
+from latent_t2i.shards.reader import NAME_BYTES, key_of, load_array, small_arrays
 from latent_t2i.shards.schema import (
     MANIFEST_NAME,
     PROGRESS_DIR,
@@ -34,7 +34,13 @@ from latent_t2i.shards.schema import (
 )
 from latent_t2i.shards.shard_sums import SUMS_NAME, read_sums, sums_of
 from latent_t2i.shards.shard_table import shard_name
-from latent_t2i.shards.writer import TABLE_NAME, ShardReport, merge_reports, read_report
+from latent_t2i.shards.writer import (
+    TABLE_NAME,
+    FoundScale,
+    ShardReport,
+    merge_reports,
+    read_report,
+)
 
 STAGING_DIR = "extend"
 TABLE_PATTERN = re.compile(r"(shards|shard_sums)(-\d+)?\.npy|quarantine(-\d+)?\.jsonl")
@@ -121,6 +127,14 @@ def read_finished_quarantine(folder: Path, manifest: Manifest) -> Iterator[Quara
     """Yields the quarantined images of a set of version 3."""
     assert manifest.quarantine is not None
     return read_quarantine(folder / manifest.quarantine.name, manifest.quarantine)
+
+
+def read_finished_scale(folder: Path, manifest: Manifest) -> FoundScale | None:
+    """Returns the scale of a finished set's int8 text, bit for bit; None for float16 text."""
+    if (scale := manifest.text_scale) is None:
+        return None
+    values = load_array(folder, *small_arrays(manifest)["text_scale"])
+    return FoundScale(values, scale.relative_error, scale.num_captions)
 
 
 def finish_staging(folder: Path, manifest: Manifest) -> None:
