@@ -77,7 +77,7 @@ class HashingFile:
         """
         sha256 = self._hash.hexdigest()
         try:
-            if _hash_on_disk(self.path) != sha256:
+            if hash_on_disk(self.path) != sha256:
                 text = "the disk returns other bytes than were written"
                 raise OSError(errno.EIO, text, str(final))
             os.link(self.path, final)  # unlike a rename, fails if another process was first
@@ -87,7 +87,7 @@ class HashingFile:
             # A file of another size is no finished shard; something truncated it.
             if not final.exists() or final.stat().st_size != self.num_bytes:
                 self.path.replace(final)
-            elif (found := _hash_on_disk(final)) != sha256:
+            elif (found := hash_on_disk(final)) != sha256:
                 raise FormatError(
                     f"{final}: sha256: expected {sha256}, found {found}: another process wrote "
                     "another shard under this name; delete it and run the command again"
@@ -96,7 +96,7 @@ class HashingFile:
         return sha256
 
 
-def _hash_on_disk(path: Path) -> str:
+def hash_on_disk(path: Path) -> str:
     """Returns the sha256 of a file, read from the disk and not from the page cache if possible."""
     with path.open("rb") as file:
         if hasattr(os, "posix_fadvise"):
@@ -140,17 +140,38 @@ def _host_digits() -> str:
 
 def write_file(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Writes a file, given as a whole or in chunks, so that it is complete or absent."""
+    with _written(path, content) as temporary:
+        temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def write_first(path: Path, content: bytes) -> bool:
+    """Does what `write_file` does unless the file exists; returns whether it was written."""
+    with _written(path, content) as temporary:
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in LINK_FAILURES:
+                raise
+            if path.exists():
+                return False
+            temporary.replace(path)
+    sync_folder(path.parent)
+    return True
+
+
+@contextlib.contextmanager
+def _written(path: Path, content: bytes | Iterable[bytes]) -> Iterator[Path]:
+    """Yields a temporary file with this content, and deletes it unless it was renamed."""
     with _naming(path), _open_attempt(path) as file:
         temporary = Path(file.name)
         try:
             file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
-            temporary.replace(path)
-        except BaseException:
+            yield temporary
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
-    sync_folder(path.parent)
 
 
 def write_listed(path: Path, chunks: Iterable[bytes]) -> FileEntry:

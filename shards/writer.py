@@ -27,7 +27,14 @@ from typing import IO, Any, NamedTuple, Self, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_t2i.shards.files import HashingFile, remove_stale_attempts, write_file, write_listed
+from latent_t2i.shards.files import (
+    HashingFile,
+    hash_on_disk,
+    remove_stale_attempts,
+    write_file,
+    write_first,
+    write_listed,
+)
 from latent_t2i.shards.latent_stats import LatentSums, latent_statistics
 from latent_t2i.shards.layout import check_fields, member_of
 from latent_t2i.shards.parsing import from_json
@@ -470,14 +477,36 @@ class ShardWriter:
             sums=self._sums,
             begun_ns=self._begun_ns or 0,
         )
-        content = json.dumps(asdict(report)).encode()
         try:
-            write_file(_report_path(self._folder, self._index), content)
+            _publish_report(self._folder, self._index, report)
         except FileNotFoundError:
             # Another process of this rank, on another host, has just finished the set and deleted
             # the reports: it found the shard that this one has compared its own with.
             if not (self._folder / MANIFEST_NAME).exists():
                 raise
+
+
+def _publish_report(folder: Path, index: int, report: ShardReport) -> None:
+    """Writes the report of a shard, unless there is one, of this process's rank on another host.
+
+    One that does not fit the shard that is there is replaced, if this one does. Raises FormatError
+    if neither does.
+    """
+    path, content = _report_path(folder, index), json.dumps(asdict(report)).encode()
+    if write_first(path, content):
+        return
+    there = from_json(ShardReport, read_document(path), str(path))
+    if there.sha256 == report.sha256:
+        return
+    shard = folder / report.name
+    found = hash_on_disk(shard) if shard.exists() else ""
+    if found == report.sha256:
+        write_file(path, content)  # the other one is of a shard that was deleted since
+    elif found != there.sha256:
+        raise FormatError(
+            f"{shard}: sha256: expected {report.sha256}, found {found}: another process wrote "
+            "another shard under this name; delete it and run the command again"
+        )
 
 
 def _require_same(folder: Path, found: Provenance, expected: Provenance) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from latent_t2i.shards import writer
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import (
     Example,
@@ -29,6 +30,7 @@ from latent_t2i.shards.shard_sums import read_sums, sums_of
 from latent_t2i.shards.verify import verify
 from latent_t2i.shards.writer import (
     FoundScale,
+    ShardReport,
     ShardWriter,
     begin_set,
     finish_set,
@@ -403,11 +405,11 @@ def write_twice(folder: Path, first: list[Example], second: list[Example]) -> No
     """Writes one shard by two writers that are open at the same time."""
     begin_set(folder, make_provenance())
     writers = [ShardWriter(folder, 0, layout_of(first), "moments").__enter__() for _ in range(2)]
-    for writer, examples in zip(writers, (first, second), strict=True):
+    for shard, examples in zip(writers, (first, second), strict=True):
         for example in examples:
-            writer.write(example)
-    for writer in writers:
-        writer.__exit__(None, None, None)
+            shard.write(example)
+    for shard in writers:
+        shard.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("has_links", [True, False])
@@ -438,6 +440,44 @@ def test_first_of_two_different_shards_is_kept(tmp_path: Path) -> None:
     manifest = write_set(tmp_path / "whole", [first])
     assert finish(tmp_path / "set", *first).shards == manifest.shards
     assert not list((tmp_path / "set").rglob("*.part"))
+
+
+@pytest.mark.parametrize("is_reported", [False, True])
+def test_a_late_report_of_a_shard_that_another_host_has_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_reported: bool
+) -> None:
+    """It deleted the shard of the first host, which had no report yet, and wrote other bytes."""
+    first, second = make_examples(4), make_examples(4, seed=1)
+    begin_set(tmp_path / "set", make_provenance())
+    original = writer._publish_report
+
+    def late(folder: Path, index: int, report: ShardReport) -> None:
+        monkeypatch.setattr(writer, "_publish_report", original)
+        begin_set(folder, make_provenance())
+        if not is_reported:  # the second host is as late as the first
+            monkeypatch.setattr(
+                writer,
+                "_publish_report",
+                lambda *rest: (original(folder, index, report), original(*rest)),
+            )
+        write_shard(folder, 0, second, layout_of(second))
+        original(folder, index, report)
+
+    monkeypatch.setattr(writer, "_publish_report", late)
+    write_shard(tmp_path / "set", 0, first, layout_of(first))
+    finish(tmp_path / "set", *second)
+    assert list(verify(tmp_path / "set")) == []
+
+
+def test_a_shard_that_fits_no_report_is_an_error(tmp_path: Path) -> None:
+    examples = make_examples(4)
+    begin_set(tmp_path, make_provenance())
+    write_shard(tmp_path, 0, examples, layout_of(examples))
+    report = read_report(tmp_path, 0)
+    assert report is not None
+    (tmp_path / "shard-000000.tar").write_bytes(b"x")
+    with pytest.raises(FormatError, match=r"shard-000000\.tar: sha256: expected 0+, found 2d71"):
+        writer._publish_report(tmp_path, 0, replace(report, sha256="0" * 64))
 
 
 def test_bytes_that_change_before_publishing_are_noticed(tmp_path: Path) -> None:
