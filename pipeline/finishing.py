@@ -80,6 +80,8 @@ def finish_one(apply: Apply, part: SetPlan, quarantined: Mapping[str, str]) -> M
     """Writes the manifest of a set, unless it exists."""
     # Checks once more that the shards are of these settings: some file systems do not lock.
     if manifest := begin_set(part.folder, part.provenance, in_use=True):
+        if part.bucket:  # the locks are in the folder above
+            remove_progress(part.folder)
         return manifest
     empty_text, empty_tokens = apply(encode_empty_prompt)
     is_int8 = part.provenance.text_dtype == "int8"

@@ -62,7 +62,7 @@ from latent_t2i.shards.schema import (
     read_document,
 )
 from latent_t2i.shards.shard_table import ShardEntry, shard_number
-from latent_t2i.shards.writer import begin_set, keep_text_scale
+from latent_t2i.shards.writer import begin_set, keep_text_scale, without_device
 
 MAX_SKEW_NS = 2_000_000_000
 """Allowed difference between the clocks of this machine and of the file server."""
@@ -149,13 +149,18 @@ class StoredPlan:
         """What must be equal for a run to resume another one."""
         return self.manifest_sha256, self.source_sha256, self.flags
 
+    @property
+    def options(self) -> str:
+        """The flags as on the command line."""
+        return " ".join(f"--{flag}" for flag in self.flags.split())
+
 
 def find_finished(part: SetPlan, *, extend: bool) -> Manifest | None:
     """Returns the manifest of a finished set of the same settings; its source may differ.
 
     Returns None for an unfinished or bucketed set, one of format version 2, one that is stored
-    elsewhere, and one that `begin_set` will refuse. Raises ValueError for a set of version 2 that
-    is to be extended.
+    elsewhere, and one that `begin_set` will refuse. Raises ValueError for a set of version 2, or of
+    another kind of device, that is to be extended.
     """
     if part.bucket or not (part.folder / MANIFEST_NAME).exists():
         return None
@@ -166,8 +171,15 @@ def find_finished(part: SetPlan, *, extend: bool) -> Manifest | None:
             "encode the images as another set, with their own --source and --out"
         )
     same_source = replace(part.provenance, source=manifest.source)
-    if manifest.version_2 is not None or differences(manifest, same_source):
+    if manifest.version_2 is not None or differences(manifest, without_device(same_source)):
         return None
+    if extend and differences(manifest, same_source):
+        old, new = (found.preprocessing["device"] for found in (manifest, same_source))
+        raise ValueError(
+            f"{part.folder}: --append and --retry: expected the kind of device that encoded this "
+            f"set, {old!r}, found {new!r}: use such a device, or encode the images as another set, "
+            "with their own --source and --out"
+        )
     return manifest if (part.folder / manifest.shards[0].name).exists() else None
 
 
@@ -421,6 +433,18 @@ def read_plan(staging: Path) -> StoredPlan | None:
     """Returns the plan of an interrupted or concurrent run; None if there is none."""
     path = staging / PROGRESS_DIR / PLAN_NAME
     return from_json(StoredPlan, read_document(path), str(path)) if path.exists() else None
+
+
+def remove_outdated(folder: Path) -> None:
+    """Deletes an extension of what the set was before, or one that was killed before its plan.
+
+    Call it under the set's lock if no other process uses the set.
+    """
+    staging = staging_folder(folder)
+    if staging.exists() and (folder / MANIFEST_NAME).exists():
+        stored = read_plan(staging)
+        if stored is None or stored.manifest_sha256 != Manifest.load(folder).sha256:
+            remove_staging(folder)
 
 
 def new_quarantined(index: Index, grown: Growth) -> dict[str, str]:

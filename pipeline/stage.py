@@ -8,7 +8,7 @@ quarantined with a reason.
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -58,8 +58,8 @@ from latent_t2i.pipeline.upload import (
     work_folder,
 )
 from latent_t2i.pipeline.writing import write_missing
-from latent_t2i.shards.extend import commit, finish_staging
-from latent_t2i.shards.schema import Manifest, Provenance
+from latent_t2i.shards.extend import commit, finish_staging, staging_folder
+from latent_t2i.shards.schema import MANIFEST_NAME, Manifest, Provenance
 from latent_t2i.shards.writer import begin_set, remove_progress
 
 
@@ -277,33 +277,30 @@ def grow_set(
     it differs from the source and the command does not say what to do.
     """
     out, flags = output_folder(config, processes.rank), (config.append, config.retry)
-    with folder_lock(out):
-        commit(out)  # of a run that was killed during it
-    manifest = growth.find_finished(part, extend=any(flags))
-    if manifest is None or not (any(flags) or growth.may_differ(index, part.folder, manifest)):
-        return None
-    make_bar = report.bar if processes.is_first else report.no_bar
-    with (
-        ThreadPoolExecutor(num_threads(config, processes)) as pool,
-        make_bar(manifest.num_records, "image", "compare") as bar,
-    ):
-        grown = growth.compare(index, part, manifest, pool=pool, progress=bar.update)
-        if not any(flags):
-            growth.require_unchanged(index, grown)
+    while True:
         with folder_lock(out):
-            work = None
-            if any(flags):
-                work = growth.begin_growth(
-                    index,
-                    grown,
-                    *flags,
-                    latent_shape=encoders.latent_shape(part.preprocessing.size_px),
-                    text_shape=encoders.text_shape,
-                    pool=pool,
-                    in_use=not owner.is_alone(),
-                )
-            if work is None:  # removes what a process that was killed at its end left
-                begin_set(out, replace(part.provenance, source=manifest.source))
+            commit(out)  # of a run that was killed during it
+            if owner.is_alone():
+                growth.remove_outdated(out)
+            stored = growth.read_plan(staging_folder(out))
+        if stored is not None and not any(flags):
+            print(f"{report.show(out)}: continue its unfinished extension with {stored.options}")
+        manifest = growth.find_finished(part, extend=any(flags))
+        if manifest is None or not (any(flags) or growth.may_differ(index, out, manifest)):
+            return None
+        make_bar = report.bar if processes.is_first else report.no_bar
+        with (
+            ThreadPoolExecutor(num_threads(config, processes)) as pool,
+            make_bar(manifest.num_records, "image", "compare") as bar,
+        ):
+            grown = growth.compare(index, part, manifest, pool=pool, progress=bar.update)
+            if not any(flags):
+                growth.require_unchanged(index, grown)
+            with folder_lock(out):
+                if Manifest.load(out).sha256 != manifest.sha256:
+                    continue  # another process has extended the set meanwhile
+                work = plan_growth(config, encoders, index, grown, pool, owner)
+        break
     if work is None:
         is_finished = f"{report.show(out)} is finished already"
         nothing = growth.describe_nothing(grown, *flags) if any(flags) else is_finished
@@ -312,8 +309,46 @@ def grow_set(
         require_room([work], out)
     if processes.is_first:
         print(report.growth_lines(work, growth.describe(grown, *flags)))
-    encode_sets(config, encoders, index, [work], processes)
-    return finish_growth(config, index, grown, work, processes)
+    try:
+        encode_sets(config, encoders, index, [work], processes)
+        return finish_growth(config, index, grown, work, processes)
+    except (FileNotFoundError, ValueError):
+        # Another process of this rank, on another host, may have finished the same extension and
+        # deleted its folder.
+        if not (out / MANIFEST_NAME).exists() or Manifest.load(out).sha256 == manifest.sha256:
+            raise
+    return show_set(index, Manifest.load(out))
+
+
+def plan_growth(
+    config: PipelineConfig,
+    encoders: Encoders,
+    index: Index,
+    grown: growth.Growth,
+    pool: Executor,
+    owner: Owner,
+) -> SetPlan | None:
+    """Plans what `--append` and `--retry` add; without them, or with nothing to add, returns None.
+
+    Then what a process that was killed at its end left is removed. Call it under the set's lock.
+    """
+    part, in_use = grown.part, not owner.is_alone()
+    work = None
+    if config.append or config.retry:
+        work = growth.begin_growth(
+            index,
+            grown,
+            config.append,
+            config.retry,
+            latent_shape=encoders.latent_shape(part.preprocessing.size_px),
+            text_shape=encoders.text_shape,
+            pool=pool,
+            in_use=in_use,
+        )
+    if work is None:
+        same_source = replace(part.provenance, source=grown.manifest.source)
+        begin_set(part.folder, same_source, in_use=in_use)
+    return work
 
 
 def finish_growth(

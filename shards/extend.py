@@ -10,16 +10,16 @@ manifest ever lists files that are not there. `commit` can be repeated after a k
 """
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from latent_t2i.shards.files import remove_stale_attempts, sync_folder, write_file
+from latent_t2i.shards.files import sync_folder, write_file
 from latent_t2i.shards.parsing import load_json
 from latent_t2i.shards.quarantine import QUARANTINE_NAME, Quarantined, read_quarantine
 from latent_t2i.shards.reader import NAME_BYTES, key_of, load_array, small_arrays
@@ -35,14 +35,15 @@ from latent_t2i.shards.schema import (
 from latent_t2i.shards.shard_sums import SUMS_NAME, read_sums, sums_of
 from latent_t2i.shards.shard_table import shard_name
 from latent_t2i.shards.writer import (
+    STAGING_DIR,
     TABLE_NAME,
     FoundScale,
     ShardReport,
     merge_reports,
     read_report,
+    remove_tree,
 )
 
-STAGING_DIR = "extend"
 TABLE_PATTERN = re.compile(r"(shards|shard_sums)(-\d+)?\.npy|quarantine(-\d+)?\.jsonl")
 
 
@@ -151,25 +152,51 @@ def commit(folder: Path) -> bool:
     """
     staging = staging_folder(folder)
     if not (staging / MANIFEST_NAME).exists():
+        if (folder / MANIFEST_NAME).exists():  # a process may have been killed before this step
+            _remove_old_tables(folder)
         return False
-    remove_stale_attempts(staging)
-    new = [path for path in staging.iterdir() if path.is_file() and path.name != MANIFEST_NAME]
-    if any((folder / path.name).exists() for path in new):
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        sync_folder(folder)
-    for path in new:
-        path.replace(folder / path.name)
-    sync_folder(folder)
-    (staging / MANIFEST_NAME).replace(folder / MANIFEST_NAME)
-    sync_folder(folder)
+    _move_in(folder, staging)
     _remove_old_tables(folder)
     remove_staging(folder)
     return True
 
 
+def _move_in(folder: Path, staging: Path) -> None:
+    """Moves the tables, the shards with a report, and last the manifest into the set.
+
+    Other files are those of a process on another host, whose lock may not be visible, and which
+    was killed or writes the same extension. It may also move the same files at this moment.
+    """
+    manifest = (staging / MANIFEST_NAME).read_bytes()
+    reported = (f"{path.stem}.tar" for path in (staging / PROGRESS_DIR).glob("shard-*.json"))
+    tables = (path.name for path in staging.iterdir() if TABLE_PATTERN.fullmatch(path.name))
+    new = [name for name in chain(reported, tables) if (staging / name).exists()]
+    old = folder / MANIFEST_NAME
+    is_replaced = any((folder / name).exists() for name in new)
+    if is_replaced and old.exists() and old.read_bytes() != manifest:
+        old.unlink(missing_ok=True)
+        sync_folder(folder)
+    for name in new:
+        _move(staging / name, folder / name)
+    sync_folder(folder)
+    _move(staging / MANIFEST_NAME, old)
+    sync_folder(folder)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Renames a file, unless another process has just done so."""
+    try:
+        source.replace(target)
+    except FileNotFoundError:
+        if not target.exists():
+            raise
+
+
 def _remove_old_tables(folder: Path) -> None:
     """Deletes the tables of a set before it was extended, which have other names."""
     manifest = Manifest.load(folder)
+    if not manifest.parts:
+        return
     listed = {entry.name for entry in (manifest.shard_table, *manifest.other_files) if entry}
     for name in (TABLE_NAME, SUMS_NAME, QUARANTINE_NAME):
         stem, _, ending = name.partition(".")
@@ -180,8 +207,7 @@ def _remove_old_tables(folder: Path) -> None:
 
 def remove_staging(folder: Path) -> None:
     """Deletes an extension that is not complete, or what a complete one has left."""
-    if staging_folder(folder).exists():
-        shutil.rmtree(staging_folder(folder))
+    remove_tree(staging_folder(folder))
 
 
 def read_rows(path: Path, layout: Layout, num_records: int) -> NDArray[np.uint8]:

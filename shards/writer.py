@@ -64,6 +64,8 @@ from latent_t2i.shards.shard_table import TABLE_DTYPE, ShardTable, shard_name
 PROVENANCE_NAME = "provenance.json"
 TEXT_SCALE_NAME = "text_scale.json"
 TABLE_NAME = "shards.npy"
+STAGING_DIR = "extend"
+"""In a finished set's progress folder: the files of its extension (extend.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,8 @@ def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> 
     """Prepares a folder for a set; returns the manifest if the same set is already finished.
 
     Raises ValueError, naming both values, if the folder holds another set, a part of one, or other
-    files. With `in_use`, another process writes the set, which must match even without shards.
+    files. With `in_use`, another process uses the set, which must match even without shards, and
+    whose locks stay.
     """
     check_fields(str(folder), provenance.fields)
     remove_stale_attempts(folder)
@@ -111,10 +114,9 @@ def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> 
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
         # Nothing is encoded any more, so this run's device does not matter.
-        settings = {name: v for name, v in provenance.preprocessing.items() if name != "device"}
-        if differences(manifest, replace(provenance, preprocessing=settings)):
+        if differences(manifest, without_device(provenance)):
             _require_same(folder, manifest, provenance)
-        remove_progress(folder)  # of a process killed after it wrote the manifest
+        _remove_leftovers(folder, in_use=in_use)
         return manifest
     progress = folder / PROGRESS_DIR
     path = progress / PROVENANCE_NAME
@@ -139,6 +141,26 @@ def begin_set(folder: Path, provenance: Provenance, *, in_use: bool = False) -> 
     _delete_unreported(folder)
     write_file(path, content)
     return None
+
+
+def without_device(provenance: Provenance) -> Provenance:
+    """Returns what determines the content of a set, to compare it on any kind of device."""
+    settings = {name: v for name, v in provenance.preprocessing.items() if name != "device"}
+    return replace(provenance, preprocessing=settings)
+
+
+def _remove_leftovers(folder: Path, *, in_use: bool) -> None:
+    """Deletes what a process left that was killed after it wrote the manifest.
+
+    Locks stay if other processes use the set, and so does an extension of it, which was
+    interrupted or is being written.
+    """
+    progress = folder / PROGRESS_DIR
+    if not in_use and not (progress / STAGING_DIR).exists():
+        remove_progress(folder)
+        return
+    for path in progress.glob("*.json"):  # the reports, and what they have in common
+        path.unlink(missing_ok=True)
 
 
 def _delete_unreported(folder: Path) -> None:
@@ -322,11 +344,16 @@ def discard_shard(folder: Path, report: ShardReport) -> None:
 
 def remove_progress(folder: Path) -> None:
     """Deletes a finished set's progress folder, in which other processes may create lock files."""
-    while (folder / PROGRESS_DIR).exists():
+    remove_tree(folder / PROGRESS_DIR)
+
+
+def remove_tree(folder: Path) -> None:
+    """Deletes a folder, in which other processes may create and delete files."""
+    while folder.exists():
         try:
-            shutil.rmtree(folder / PROGRESS_DIR)
+            shutil.rmtree(folder)
         except FileNotFoundError:
-            continue  # another process has just deleted its lock file
+            continue  # another process has just deleted a file, or all of it
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise

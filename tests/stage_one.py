@@ -135,18 +135,19 @@ def _run(
 
 
 def _signal_at(moment: Moment, signal_number: int) -> None:
-    """Makes this process send itself a signal."""
+    """Makes this process send itself a signal, once."""
     owners = {"write": ShardWriter, "fsync": os, "rmtree": shutil, "link": os, "replace": Path}
     owners |= dict.fromkeys(("put_file", "pipe_file", "mv", "rm"), object_stores.Store)
     calls = itertools.count(1)
+    signals = iter([signal_number])
 
     def patch(name: str, is_now: Callable[..., bool]) -> None:
         original = getattr(owners[name], name)
 
         def signalling(*args: Any, **kwargs: Any) -> Any:
-            if is_now(*args):
+            if is_now(*args) and (number := next(signals, None)) is not None:
                 print("signal")
-                os.kill(os.getpid(), signal_number)
+                os.kill(os.getpid(), number)
             return original(*args, **kwargs)
 
         setattr(owners[name], name, signalling)

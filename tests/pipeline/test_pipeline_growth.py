@@ -16,16 +16,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latent_t2i.pipeline import growth
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig, ViewsConfig
 from latent_t2i.pipeline.growth import new_quarantined
 from latent_t2i.pipeline.stage import build
+from latent_t2i.shards import extend
 from latent_t2i.shards.extend import read_rows, row_example, row_key
 from latent_t2i.shards.quarantine import Quarantined
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Example, FormatError, Manifest
 from latent_t2i.shards.verify import verify
 from tests.shard_sets import edit_json
-from tests.stage_one import Moment, begun, build_one, contents, make_config, run, start
+from tests.stage_one import Moment, begun, build_one, contents, make_config, run, start, stopped
 
 NUM_KILLS = 10
 LONGEST_RUN_S = 3.0
@@ -380,6 +382,98 @@ def test_what_a_killed_run_left_is_removed_although_images_are_compared(
     os.utime(source.path(0))  # so its bytes are compared
     build(replace(config, retry=retry))
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_old_tables_are_removed_by_the_next_run(
+    source: Source, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process was killed after the new manifest had replaced the old one."""
+    config = config_of(source, out)
+    build(config)
+    source.add(16)
+    shutil.copytree(out, tmp_path / "whole")
+    build(replace(config, out=str(tmp_path / "whole"), append=True))
+
+    def stop(folder: Path) -> None:
+        assert not (folder / "shards-2.npy").exists()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extend, "_remove_old_tables", stop)
+        with pytest.raises(AssertionError):
+            build(replace(config, append=True))
+    assert {"shards.npy", "shards-2.npy"} <= {*contents(out)}
+    build(config)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_an_extension_survives_the_plain_command(
+    source: Source, out: Path, tmp_path: Path, forks: ForkServerContext, capsys: Any
+) -> None:
+    """As another rank while it is written, and after a kill."""
+    source.add(3, good=False)
+    source.add(9, good=False)
+    config = config_of(source, out)
+    build(config)
+    source.add(3)
+    source.add(9)
+    log, retry = tmp_path / "log", replace(config, retry=True)
+    with stopped(forks, retry, ("write", 6), log) as first:
+        before = contents(out)
+        assert run(forks, config, rank=1, num_processes=2, log=tmp_path / "other") == 0
+        after = contents(out)
+        assert {*before} <= {*after} and "progress/rank-0.lock" in after
+    capsys.readouterr()
+    build(config)
+    assert "continue its unfinished extension with --retry" in capsys.readouterr().out
+    assert run(forks, retry, log=tmp_path / "again") == 0
+    assert len(begun(log)) == 2 and begun(tmp_path / "again") == begun(log)[1:]
+    assert build_one(config).read_quarantined() == {}
+    require_sound(out, num_source=16)
+    assert first.exitcode == -signal.SIGKILL
+
+
+def test_a_set_that_is_extended_while_it_is_compared_is_compared_again(
+    source: Source, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    config = config_of(source, out)
+    build(config)
+    source.add(16)
+    config = replace(config, append=True)
+    original = growth.compare
+
+    def compare(*args: Any, **kwargs: Any) -> growth.Growth:
+        grown = original(*args, **kwargs)
+        monkeypatch.setattr(growth, "compare", original)
+        monkeypatch.setenv("RANK", "0")
+        build(config)
+        monkeypatch.setenv("RANK", "1")
+        return grown
+
+    monkeypatch.setattr(growth, "compare", compare)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert build_one(config) == Manifest.load(out)
+    assert "no new records: nothing to do" in capsys.readouterr().out
+    assert keys_of(out)[-1] == "0016"
+    require_sound(out, num_source=17)
+
+
+@pytest.mark.parametrize("flag", ["append", "retry"])
+def test_a_set_is_extended_on_the_kind_of_device_that_made_it(
+    source: Source, out: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    config = config_of(source, out)
+    build(config)
+    before = contents(out)
+    monkeypatch.setattr("latent_t2i.pipeline.stage.device_name", lambda device: "NVIDIA H100")
+    assert build(config)
+    source.add(5, seed=1)
+    with pytest.raises(ValueError, match=r"set was made of it: 1 \(0005\) have another image"):
+        build(config)
+    message = r"--append and --retry: expected the kind .* set, 'cpu', found 'NVIDIA H100'"
+    with pytest.raises(ValueError, match=message):
+        build(replace(config, **{flag: True}))
+    assert contents(out) == before
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import fcntl
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 from dataclasses import replace
@@ -14,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from latent_t2i.pipeline.config import SourceConfig
 from latent_t2i.pipeline.processes import find_local_locks, own_rank
 from latent_t2i.pipeline.stage import build
+from latent_t2i.shards.verify import verify
 from tests.coco_folders import CocoFolder, make_coco
 from tests.stage_one import Moment, contents, make_config, run, start, stopped
 
@@ -184,3 +187,45 @@ def test_one_rank_on_two_hosts_without_locks_between_them(
         first.join()
     assert first.exitcode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("flag", "moment"),
+    [
+        ("append", ("write", 1)),
+        ("append", "shards-2.npy"),  # the last process has begun to merge
+        pytest.param("append", "shard-000003.json", marks=pytest.mark.slow),
+        pytest.param("append", "manifest.json", marks=pytest.mark.slow),  # the extension's
+        pytest.param("retry", ("write", 1), marks=pytest.mark.slow),
+        pytest.param("retry", "shard-000000.json", marks=pytest.mark.slow),
+        pytest.param("retry", "manifest.json", marks=pytest.mark.slow),
+        ("retry", ("rmtree", 1)),  # the extension is complete
+    ],
+)
+def test_one_rank_extends_a_set_on_two_hosts_without_locks_between_them(
+    folder: CocoFolder, tmp_path: Path, forks: ForkServerContext, flag: str, moment: Moment
+) -> None:
+    """Like the test above. Nothing of the first process gets into the set."""
+    of_folder = SourceConfig(kind="folder", images=str(tmp_path / "images"))
+    shutil.copytree(folder.images, tmp_path / "images")
+    image = tmp_path / "images/000000000001.png"
+    for path in (tmp_path / "images").iterdir():
+        path.with_suffix(".txt").write_text("a picture")
+    content = image.read_bytes()
+    image.write_text("no picture")
+    config = make_config(of_folder, tmp_path / "out", max_quarantined=0.5)
+    build(config)
+    image.write_bytes(content)
+    for number in (7, 8):
+        shutil.copy(image, image.with_name(f"{number:012d}.png"))
+        image.with_name(f"{number:012d}.txt").write_text("a picture")
+    shutil.copytree(tmp_path / "out", tmp_path / "whole")
+    config = replace(config, **{flag: True})
+    build(replace(config, out=str(tmp_path / "whole")))
+    with stopped(forks, config, moment, tmp_path / "log", host="one") as first:
+        assert run(forks, config, host="two") == 0
+        os.kill(first.pid, signal.SIGCONT)
+        first.join()
+    assert first.exitcode == 0, (tmp_path / "log").read_text()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert list(verify(tmp_path / "out")) == []
