@@ -16,9 +16,9 @@ from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.processes import ProcessInfo, folder_lock
 from latent_t2i.pipeline.sets import all_shards, is_done
 from latent_t2i.pipeline.upload import Mirror
-from latent_t2i.shards.buckets import finish_buckets
+from latent_t2i.shards.buckets import Buckets, finish_buckets
 from latent_t2i.shards.duplicates import find_duplicates
-from latent_t2i.shards.schema import MANIFEST_NAME, Manifest
+from latent_t2i.shards.schema import BUCKETS_NAME, MANIFEST_NAME, Manifest
 from latent_t2i.shards.writer import (
     begin_set,
     finish_set,
@@ -46,10 +46,15 @@ def finish(
     with folder_lock(out):
         if mirror:
             mirror.refresh(sets)
+        listed = Buckets.load(out) if (out / BUCKETS_NAME).exists() else None
+        no_bucket = dict(index.quarantined)
+        if listed is not None:  # another process was first, and has deleted empty buckets
+            names = {bucket.name for bucket in listed.buckets}
+            sets = [part for part in sets if part.bucket in names]
+            no_bucket |= listed.read_quarantined()
         if not all_done([shard for _, shard in all_shards(sets)], out, processes):
             return {}
         quarantined = {part.bucket: read_quarantined(part) for part in sets}
-        no_bucket = dict(index.quarantined)
         merged = {**no_bucket}
         for reasons in quarantined.values():
             merged |= reasons

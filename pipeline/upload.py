@@ -137,7 +137,7 @@ class Mirror:
             (self._folder / name / PROGRESS_DIR).mkdir(parents=True, exist_ok=True)
             self._pull_set(name)
         if BUCKETS_NAME in names:
-            fetch_document(Buckets, self.url, self._folder, retry=self.remote.retry)
+            self._pull_buckets()
         is_set = bool(buckets) or BUCKETS_NAME in names or self._holds_set("")
         foreign = sorted(names.keys() - FILES_OF_HUB - {PROGRESS_DIR})[:3]
         if any((self._folder / PROGRESS_DIR).glob("shard-*.json")):
@@ -220,13 +220,17 @@ class Mirror:
         self.remote.commit()
 
     def refresh(self, sets: Sequence[SetPlan]) -> None:
-        """Fetches the reports that other processes have put since the start.
+        """Fetches the reports, and the list of buckets, that others have put since the start.
 
         Raises ValueError if the URL has become that of other settings.
         """
         self.flush()
+        is_listed = bool(sets[0].bucket) and self.remote.find(BUCKETS_NAME) is not None
+        listed = self._pull_buckets() if is_listed else None
         for part in sets:
             name = self._name(part.folder)
+            if listed is not None and name not in listed:
+                continue  # without records, so that it was deleted
             for attempt in range(READ_ATTEMPTS):
                 try:
                     self._pull_set(name)
@@ -312,6 +316,13 @@ class Mirror:
         for file, content in zip(new, contents.values(), strict=True):
             (progress / file).write_bytes(content)
         self._keep_complete(folder, there)
+
+    def _pull_buckets(self) -> set[str]:
+        """Fetches the list of buckets with its quarantine; returns the names in it."""
+        found = fetch_document(Buckets, self.url, self._folder, retry=self.remote.retry)
+        if found.quarantine is not None:
+            fetch_file(self.url, self._folder, found.quarantine, retry=self.remote.retry)
+        return {bucket.name for bucket in found.buckets}
 
     def _keep_complete(self, folder: Path, there: dict[str, int | None]) -> None:
         """Marks the reported shards as put, and deletes reports of shards that are not there."""

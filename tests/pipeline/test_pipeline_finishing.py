@@ -3,14 +3,17 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from latent_t2i.pipeline import finishing
+from latent_t2i.pipeline import finishing, stage
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.stage import build
+from latent_t2i.shards.buckets import Buckets
+from latent_t2i.shards.schema import Manifest
 from tests.coco_folders import CocoFolder, make_coco
 from tests.object_stores import Store
 from tests.stage_one import contents, make_config
@@ -72,3 +75,55 @@ def test_a_deleted_bucket_gets_the_scale_of_a_finished_one(
     shutil.rmtree(bucket)
     build(config)
     assert contents(tmp_path / "out") == whole
+
+
+def spoil(folder: CocoFolder) -> None:
+    """Leaves the header of each image of one bucket only."""
+    for number in TALL:
+        path = folder.images / f"{number:012d}.png"
+        path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_two_processes_finish_at_once_and_a_bucket_is_empty(
+    folder: CocoFolder,
+    config: PipelineConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    url: bool,
+) -> None:
+    """Rank 0 comes first, and deletes the empty bucket's folder."""
+    spoil(folder)
+    config = at(replace(config, max_quarantined=0.5), tmp_path, url)
+    whole = build(replace(config, out=str(tmp_path / "whole"), work_dir=None))
+    original = stage.finish
+
+    def finish(*args: Any, **kwargs: Any) -> dict[str, Manifest]:
+        monkeypatch.setattr(stage, "finish", original)
+        monkeypatch.setenv("RANK", "0")
+        assert build(config).keys() == whole.keys()
+        monkeypatch.setenv("RANK", "1")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(stage, "finish", finish)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert build(config).keys() == whole.keys()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_the_reasons_of_an_empty_bucket_stay_when_the_command_is_repeated(
+    folder: CocoFolder, config: PipelineConfig, tmp_path: Path, url: bool, capsys: Any
+) -> None:
+    spoil(folder)
+    config = at(replace(config, max_quarantined=0.5), tmp_path, url)
+    build(config)
+    before, printed = contents(tmp_path / "out"), capsys.readouterr().out
+    build(config)
+    assert contents(tmp_path / "out") == before
+    assert Buckets.load(tmp_path / "out").read_quarantined().keys() == {
+        f"{number:012d}" for number in TALL
+    }
+    last = "images      6 in = 3 written + 3 quarantined"
+    assert printed.splitlines()[-1] == last == capsys.readouterr().out.splitlines()[-1]
