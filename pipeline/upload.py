@@ -19,6 +19,7 @@ from latent_t2i.pipeline.hub import HubFolder, in_repository
 from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.processes import ProcessInfo
 from latent_t2i.shards.buckets import Buckets
+from latent_t2i.shards.parsing import from_json, load_json
 from latent_t2i.shards.remote.store import default_cache_dir
 from latent_t2i.shards.remote.transport import (
     Retry,
@@ -39,6 +40,7 @@ from latent_t2i.shards.schema import (
 from latent_t2i.shards.writer import (
     PROVENANCE_NAME,
     TEXT_SCALE_NAME,
+    ShardReport,
     mark_put,
     read_report,
 )
@@ -382,7 +384,7 @@ class Mirror:
         assert report is not None
         name = self._report_name(folder, index)
         path = folder / PROGRESS_DIR / Path(name).name
-        found = None if name in self._discarded else self.remote.find(name)
+        found = self._find_finished(folder, name)
         if found is None:
             if report.records:
                 self.remote.put(_in(self._name(folder), report.name), folder / report.name)
@@ -391,6 +393,22 @@ class Mirror:
         else:
             path.write_bytes(found)
         mark_put(folder, report)
+
+    def _find_finished(self, folder: Path, name: str) -> bytes | None:
+        """Returns the report at the URL if its shard is there too, with the reported size.
+
+        Deletes the report of a shard that is not, so that it never describes other bytes.
+        """
+        content = None if name in self._discarded else self.remote.find(name)
+        if content is None:
+            return None
+        place = join(self.url, name)
+        report = from_json(ShardReport, load_json(content, place), place)
+        there = self.remote.list(self._name(folder))
+        if not report.records or there.get(report.name) == report.bytes:
+            return content
+        self.remote.delete(name)
+        return None
 
     def _clear(self) -> None:
         """Empties the working folder, except for its locks."""

@@ -127,6 +127,22 @@ def test_an_image_that_was_edited_before_the_set_was_finished(
     assert objects(store) == contents(tmp_path / "local")
 
 
+def test_a_reported_shard_that_is_missing_or_short_at_the_url_is_put_again(
+    folder: CocoFolder, tmp_path: Path, store: str
+) -> None:
+    config = make_config(folder, tmp_path / "local", records_per_shard=1)
+    build(config)
+    config = at_url(config, store, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latent_t2i.pipeline.stage.finish", lambda *args, **limit: {})
+        build(config)
+    (tmp_path / "store/train/shard-000001.tar").unlink()
+    with (tmp_path / "store/train/shard-000003.tar").open("r+b") as short:
+        short.truncate(1000)
+    build(config)
+    assert objects(store) == contents(tmp_path / "local")
+
+
 def test_a_put_that_fails_half_way_is_repeated(
     folder: CocoFolder, tmp_path: Path, store: str, quick: None
 ) -> None:
