@@ -399,6 +399,62 @@ def test_a_set_on_the_hub_is_committed_in_batches(
     assert len(HubApi.commits) == 4
 
 
+def test_commits_of_a_set_of_many_shards_keep_to_the_limit_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard is visible with its report, and the reports are deleted with the manifest."""
+    folder = make_coco(tmp_path / "coco", [1] * 60)
+    config = make_config(folder, tmp_path / "local", records_per_shard=1, batch_size=16)
+    build(config)
+    url = install_hub(tmp_path / "hub", monkeypatch)
+    build(at_url(config, url, tmp_path))
+    assert objects(url) == contents(tmp_path / "local")
+    for commit in HubApi.commits:
+        paths = {path.removeprefix("train/") for path in commit}
+        reports = {f"progress/{Path(path).stem}.json" for path in paths if path.endswith(".tar")}
+        assert reports == {path for path in paths if path.startswith("progress/shard-")}
+    assert sum(path.endswith(".tar") for commit in HubApi.commits for path in commit) == 60
+    assert {"train/progress/", "train/manifest.json"} <= {*HubApi.commits[-1]}
+    assert not any("manifest" in path for commit in HubApi.commits[:-1] for path in commit)
+
+
+def test_changes_beyond_the_limit_of_a_commit_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed commit leaves the later ones to the next call, and the next changes wait longer."""
+    url = install_hub(tmp_path / "hub", monkeypatch)
+    remote = HubFolder(url, QUICK)
+    now_s = 1000.0
+    monkeypatch.setattr("latent_t2i.pipeline.hub.time.monotonic", lambda: now_s)
+    remote.put_bytes("old", b"0")
+    remote.commit()
+    remote.delete("old")
+    for number in range(130):
+        remote.put_bytes(f"{number}.tar", b"1")
+        remote.put_bytes(f"{number}.json", b"2")
+        remote.commit(now=False)
+    remote.put_bytes("manifest.json", b"3")
+    with monkeypatch.context() as patch:
+        patch.setattr(HubApi, "statuses", [200, 409, 403])
+        with pytest.raises(RemoteError, match="403"):
+            remote.commit()
+    assert len(remote.list()) == 1 + 100
+    remote.commit()
+    assert [len(commit) for commit in HubApi.commits] == [1, 100, 100, 62]
+    assert HubApi.commits[-1][0] == "train/old" and HubApi.commits[-1][-1] == "train/manifest.json"
+    assert len(remote.list()) == 261
+    waits_s = []
+    for num_added in (100, 100):
+        for number in range(num_added):
+            remote.put_bytes(f"{now_s}-{number}", b"4")
+        start_s, num_commits = now_s, len(HubApi.commits)
+        while len(HubApi.commits) == num_commits:
+            now_s += 1
+            remote.commit(now=False)
+        waits_s.append(now_s - start_s)
+    assert waits_s == [2 * 36, 36]  # the last call made two commits
+
+
 def test_what_another_process_deleted_on_the_hub_is_not_deleted_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
