@@ -9,6 +9,7 @@ as in any folder. The cost: the reports of all shards are read once at the start
 import hashlib
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,10 +65,13 @@ def is_url(out: str | None) -> bool:
 
 
 def work_folder(url: str, work_dir: str | None, rank: int) -> Path:
-    """Returns the working folder of one process of a run that writes to `url`."""
+    """Returns the working folder of one process of a run that writes to `url`.
+
+    It has the host in its name: a cache folder in a shared home may have no locks between hosts.
+    """
     root = Path(work_dir).expanduser() if work_dir else default_cache_dir().with_name("work")
     name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
-    return root.absolute() / name / f"rank-{rank}"
+    return root.absolute() / name / f"rank-{rank}-{socket.gethostname()}"
 
 
 def open_remote(url: str, retry: Retry | None = None, *, num_processes: int = 1) -> RemoteFolder:
@@ -256,12 +260,12 @@ class Mirror:
                     f"bytes, found {there.get(changed[0], 'no file')}: start the same command again"
                 )
             for found in there:  # of processes that were killed before they put a report
-                is_shard = SHARD_PATTERN.fullmatch(found) and found not in shards
-                if is_shard or PARTIAL_PATTERN.fullmatch(found):
+                if SHARD_PATTERN.fullmatch(found) and found not in shards:
                     self.remote.delete(_in(name, found))
             for entry in (*manifest.small_files, *manifest.other_files):
                 self.remote.put(_in(name, entry.name), folder / entry.name)
             self.remote.put(_in(name, MANIFEST_NAME), folder / MANIFEST_NAME)
+        self._delete_partial(name)
         if PROGRESS_DIR in there:
             self.remote.delete_folder(_in(name, PROGRESS_DIR))
         self.remote.commit()
@@ -278,7 +282,8 @@ class Mirror:
             if entry := Buckets.load(self._folder).quarantine:
                 self.remote.put(entry.name, self._folder / entry.name)
             self.remote.put(BUCKETS_NAME, path)
-            self.remote.commit()
+        self._delete_partial("")
+        self.remote.commit()
 
     def close(self) -> None:
         """Ends the upload and empties the working folder, except for its locks."""
@@ -393,6 +398,12 @@ class Mirror:
         else:
             path.write_bytes(found)
         mark_put(folder, report)
+
+    def _delete_partial(self, name: str) -> None:
+        """Deletes the temporary files of killed processes; a process that puts one repeats it."""
+        for found in self.remote.list(name):
+            if PARTIAL_PATTERN.fullmatch(found):
+                self.remote.delete(_in(name, found))
 
     def _find_finished(self, folder: Path, name: str) -> bytes | None:
         """Returns the report at the URL if its shard is there too, with the reported size.

@@ -21,8 +21,9 @@ from latent_t2i.shards.writer import ShardWriter
 from tests import object_stores, tiny
 from tests.coco_folders import CocoFolder
 
-Moment = str | tuple[str, int]
-"""When a file gets this name, or the call, counted from 1, of a function."""
+Moment = str | tuple[str, int | str]
+"""When a file gets this name, or a call of a function: counted from 1, or with a path of this name.
+"""
 
 
 def make_config(source: SourceConfig | CocoFolder, out: Path, **changes: Any) -> PipelineConfig:
@@ -154,5 +155,7 @@ def _signal_at(moment: Moment, signal_number: int) -> None:
     if isinstance(moment, str):
         for name in ("link", "replace"):
             patch(name, lambda source, target: Path(target).name == moment)
+    elif isinstance(moment[1], str):
+        patch(moment[0], lambda *args: moment[1] in (Path(str(path)).name for path in args))
     else:
         patch(moment[0], lambda *args: next(calls) == moment[1])

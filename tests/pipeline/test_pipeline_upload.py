@@ -102,6 +102,23 @@ def test_buckets_and_a_restored_image(
     assert [line for line in lines if line.startswith("shards") and line.endswith(f"in {store}")]
 
 
+@pytest.mark.parametrize("name", ["buckets.json", "manifest.json"])
+def test_a_temporary_file_of_a_killed_process_is_deleted(
+    folder: CocoFolder, tmp_path: Path, store: str, forks: ForkServerContext, name: str
+) -> None:
+    """Also by a command that finds the set finished."""
+    config = make_config(folder, tmp_path / "local", buckets=name == "buckets.json")
+    build(config)
+    config = at_url(config, store, tmp_path)
+    assert run(forks, config, kill_at=("mv", name)) == -signal.SIGKILL
+    (left,) = (found for found in objects(store) if ".put" in found)
+    content = (tmp_path / "store/train" / left).read_bytes()
+    for _ in range(2):
+        build(config)
+        assert objects(store) == contents(tmp_path / "local")
+        (tmp_path / "store/train" / left).write_bytes(content)
+
+
 def test_an_image_that_was_edited_before_the_set_was_finished(
     folder: CocoFolder, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,17 +225,16 @@ SOME_KILLS: list[Moment] = [("pipe_file", 2), ("mv", 2), ("rm", 1)]
 def test_killed_anywhere_and_started_again(
     folder: CocoFolder, tmp_path: Path, store: str, forks: ForkServerContext, kills: list[Moment]
 ) -> None:
-    """Complete or absent, each time; no shard with a report is begun again, on any machine."""
+    """Complete or absent, each time; no shard with a report is begun again, on any host."""
     local = make_config(folder, tmp_path / "local")
     build(local)
     expected = contents(tmp_path / "local")
     config = at_url(local, store, tmp_path)
     finished: set[str] = set()
     for number, kill in enumerate(kills):
-        if number % 2:  # another machine
-            config = replace(config, work_dir=str(tmp_path / f"work-{number}"))
-        log = tmp_path / f"{number}.log"
-        assert run(forks, config, kill_at=kill, log=log) == -signal.SIGKILL, kill
+        log, host = tmp_path / f"{number}.log", f"host-{number}"
+        exit_code = run(forks, config, kill_at=kill, log=log, host=host)
+        assert exit_code == -signal.SIGKILL, kill
         assert not finished & {*begun(log)}
         found = objects(store) if (tmp_path / "store").exists() else {}
         whole = {name for name in found if "progress" not in name and ".put" not in name}
@@ -299,20 +315,21 @@ def test_another_process_finishes_the_set_while_this_one_looks(
 
 
 @pytest.mark.parametrize("twin_kill", [pytest.param(("put_file", 2), marks=SLOW), None])
-def test_a_rank_that_is_started_twice_on_two_machines_does_no_harm(
+def test_a_rank_that_is_started_twice_on_two_hosts_does_no_harm(
     folder: CocoFolder,
     tmp_path: Path,
     store: str,
     forks: ForkServerContext,
     twin_kill: Moment | None,
 ) -> None:
+    """They share a home, whose locks work on one host only."""
     config = make_config(folder, tmp_path / "local")
     build(config)
     config = at_url(config, store, tmp_path)
     log = tmp_path / "log"
-    with stopped(forks, config, ("put_file", 2), log) as first:
-        twin = replace(config, work_dir=str(tmp_path / "other"))
-        assert run(forks, twin, kill_at=twin_kill) == (-signal.SIGKILL if twin_kill else 0)
+    with stopped(forks, config, ("put_file", 2), log, host="one") as first:
+        exit_code = run(forks, config, kill_at=twin_kill, host="two")
+        assert exit_code == (-signal.SIGKILL if twin_kill else 0)
         os.kill(first.pid or 0, signal.SIGCONT)
         first.join()
     if twin_kill:  # the second shard was put by both, with equal bytes
