@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
-from latent_t2i.pipeline import stage, upload, writing
+from latent_t2i.pipeline import report, stage, upload, writing
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.writer import ShardWriter
@@ -137,7 +137,14 @@ def _run(
 
 def _signal_at(moment: Moment, signal_number: int) -> None:
     """Makes this process send itself a signal."""
-    owners = {"write": ShardWriter, "fsync": os, "rmtree": shutil, "link": os, "replace": Path}
+    owners = {
+        "write": ShardWriter,
+        "add": report.Meter,
+        "fsync": os,
+        "rmtree": shutil,
+        "link": os,
+        "replace": Path,
+    }
     owners |= dict.fromkeys(("put_file", "pipe_file", "mv", "rm"), object_stores.Store)
     calls = itertools.count(1)
 
