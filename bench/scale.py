@@ -4,7 +4,8 @@
 
 * Opening: the manifest and the shard table of 1B records in 1M shards, written without the shards,
   are opened in a new process. Memory is what opening adds to it.
-* Order and draws: what a step of 2,048 records costs the host, besides copying them.
+* Order and draws: what a step of 2,048 records costs the host, besides copying them; also of the
+  same shards as three sets with weights.
 * Page tables: 100,000 sparse shards are mapped in turn (mappings.py).
 * Listing: records per second of stage one's list, with their captions tokenised.
 
@@ -31,6 +32,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 
 import numpy as np
 
@@ -44,6 +46,7 @@ from latent_t2i.pipeline.sets import check_records
 from latent_t2i.pipeline.sources.locators import FileLocator
 from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.shards.files import write_file
+from latent_t2i.shards.mixed_order import MixedOrder
 from latent_t2i.shards.order import Order, Shuffle
 from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import MANIFEST_NAME, FileEntry, Manifest
@@ -55,6 +58,8 @@ NUM_SHARDS = 1_000_000
 RECORDS_PER_SHARD = 1000
 NUM_LISTED = 50_000
 SHUFFLES: tuple[Shuffle, ...] = ("full", "blocks", "none")
+WEIGHTS = (1.0, 0.5, 2.0)
+"""Of the three sets, which have six, three and one tenth of the shards."""
 QUICK = 100
 """`--quick` divides all numbers by this."""
 KB_PER_MB = 1000 / 1.024
@@ -76,11 +81,15 @@ def main() -> None:
         write_set(folder, num_shards)
         opening = open_in_new_process(folder)
     order_ms = {shuffle: measure_order(num_shards, shuffle) for shuffle in SHUFFLES}
+    mixed_ms = {shuffle: measure_mixed_order(num_shards, shuffle) for shuffle in SHUFFLES}
     mapped = mappings.measure(100_000 // divisor)
     listed = measure_listing(NUM_LISTED // divisor)
     print(f"opening {num_shards:,} shards: {opening['open_s']:.2f} s, {opening['open_mb']:.0f} MB")
     for shuffle, time_ms in order_ms.items():
-        print(f"order and draws of {BATCH_SIZE} records, {shuffle}: {time_ms:.2f} ms")
+        print(
+            f"order and draws of {BATCH_SIZE} records, {shuffle}: {time_ms:.2f} ms, of three sets "
+            f"{mixed_ms[shuffle]:.2f} ms"
+        )
     print(f"page tables after {mapped['num_shards']:,} shards: {mapped['page_table_mb']} MB")
     print(f"listing: {listed['listed_records_per_s']:,.0f} records/s")
     figures = {
@@ -92,6 +101,8 @@ def main() -> None:
         **opening,
         "order_and_draws_ms": max(order_ms.values()),
         "order_and_draws_ms_by_shuffle": order_ms,
+        "mixed_order_and_draws_ms": max(mixed_ms.values()),
+        "mixed_order_and_draws_ms_by_shuffle": mixed_ms,
         "page_table_mb": mapped["page_table_mb"],
         "mappings": mapped,
         **listed,
@@ -153,6 +164,14 @@ def measure_order(num_shards: int, shuffle: Shuffle) -> float:
     """Returns what a step of a global batch costs the host, in ms."""
     sizes = np.full(num_shards, RECORDS_PER_SHARD)
     order = Order(sizes=sizes, batch_size=BATCH_SIZE, seed=0, shuffle=shuffle)
+    return measure_order_and_draws_ms(order)
+
+
+def measure_mixed_order(num_shards: int, shuffle: Shuffle) -> float:
+    """Does what `measure_order` does, for the same shards as three sets with weights."""
+    bounds = [0, num_shards * 6 // 10, num_shards * 9 // 10, num_shards]
+    parts = tuple(np.full(stop - start, RECORDS_PER_SHARD) for start, stop in pairwise(bounds))
+    order = MixedOrder(parts=parts, weights=WEIGHTS, batch_size=BATCH_SIZE, seed=0, shuffle=shuffle)
     return measure_order_and_draws_ms(order)
 
 

@@ -44,7 +44,10 @@ from latent_t2i.shards.writer import PROVENANCE_NAME, read_report
 TASKS_IN_FLIGHT = 2
 """Per actor: while one shard is flushed to disk and hashed, the other is encoded."""
 MAX_ATTEMPTS = 3
-"""A run ends if a shard fails this often. A repeated shard is alone on its actor."""
+"""A run ends if a shard fails this often. A repeated shard is alone on its actor.
+
+A node that dies without notice counts: Ray's error is that of a process that a shard has killed.
+"""
 VISIBLE_S = 60.0
 """A network file system may take so long to show a file that another node has written."""
 NOTICE_S = 60.0
@@ -272,6 +275,10 @@ class Cluster:
         cause = error.cause if is_raised else None
         if isinstance(cause, ValueError):
             raise ValueError(f"{task.name}: {cause}") from error
+        if getattr(error, "preempted", False):  # its node was drained, so the shard is not to blame
+            print(f"{task.name}: its node was preempted: {error}", file=sys.stderr)
+            self._start_loading(member)
+            return
         task.num_failed += 1
         print(
             f"{task.name}: attempt {task.num_failed} of {MAX_ATTEMPTS} failed: {error}",
@@ -409,7 +416,8 @@ def write_missing(
                 num_shards=num_shards,
             )
             num_encoded += written.num_records - written.num_skipped
-            counts[written.process] = written.counts
+            # Results of a process may arrive in another order than its counts grew.
+            counts[written.process] = max(counts.get(written.process, (0, 0)), written.counts)
     deadline_s = time.monotonic() + VISIBLE_S
     for _, shard in missing:
         while not is_done(shard) and time.monotonic() < deadline_s:

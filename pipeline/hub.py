@@ -73,7 +73,11 @@ class HubFolder(RemoteFolder):
         self._added: dict[str, CommitOperationAdd] = {}
         self._sizes: dict[str, int] = {}
         self._deleted: dict[str, CommitOperationDelete] = {}
+        self._ends: set[str] = set()
+        """Names of added files that complete a shard, so that a commit may end with them."""
         self._committed_s = time.monotonic()
+        self._num_sent = 1
+        """Number of commits that the last changes took; the next ones wait as often as long."""
 
     def put(self, name: str, path: Path) -> None:
         """Uploads a file, which may be deleted afterwards; `commit` makes it visible."""
@@ -93,7 +97,8 @@ class HubFolder(RemoteFolder):
 
     def delete(self, name: str) -> None:
         """Deletes a file with the next commit, if it is there."""
-        if self._added.pop(name, None) is None and self.find(name) is not None:
+        self._added.pop(name, None)
+        if self.find(name) is not None:
             self._deleted[name] = CommitOperationDelete(self._in_repository(name))
 
     def delete_folder(self, name: str) -> None:
@@ -105,20 +110,57 @@ class HubFolder(RemoteFolder):
     def commit(self, *, now: bool = True) -> None:
         """Commits all changes; with `now` false, if they are many or the last commit is old.
 
-        Raises RemoteError if a file has another size afterwards.
+        Files that were added between two calls are in one commit, and the deletions are in the
+        last. Raises RemoteError if a file has another size afterwards.
         """
-        names = [*self._deleted, *self._added]
+        self._ends.update([*self._added][-1:])
+        num_changes = len(self._added) + len(self._deleted)
         age_s = time.monotonic() - self._committed_s
-        are_many = len(names) >= MAX_FILES_PER_COMMIT
-        wait_s = self._shortest_s if are_many else max(self._shortest_s, COMMIT_INTERVAL_S)
-        if not names or (not now and age_s < wait_s):
+        shortest_s = self._num_sent * self._shortest_s
+        are_many = num_changes >= MAX_FILES_PER_COMMIT
+        wait_s = shortest_s if are_many else max(shortest_s, COMMIT_INTERVAL_S)
+        if not num_changes or (not now and age_s < wait_s):
             return
+        chunks = self._divide()
+        for names in chunks:
+            self._send_commit(names)
+        self._ends.clear()
+        self._committed_s, self._num_sent = time.monotonic(), len(chunks)
+
+    def _divide(self) -> list[list[str]]:
+        """Returns the changed names by commit, at most MAX_FILES_PER_COMMIT each."""
+        groups: list[list[str]] = [[]]
+        for name in self._added:
+            groups[-1].append(name)
+            if name in self._ends:
+                groups.append([])
+        if self._added:
+            groups.pop()
+        groups[-1] += self._deleted  # after the manifest: without it, reports are still needed
+        chunks: list[list[str]] = [[]]
+        for group in groups:
+            if len(chunks[-1]) + len(group) > MAX_FILES_PER_COMMIT:
+                chunks.append([])
+            chunks[-1] += group
+        return [
+            chunk[start : start + MAX_FILES_PER_COMMIT]
+            for chunk in chunks
+            for start in range(0, len(chunk), MAX_FILES_PER_COMMIT)
+        ]
+
+    def _send_commit(self, names: list[str]) -> None:
+        """Makes one commit, which contains the changes with these names."""
+        added = [self._added[name] for name in names if name in self._added]
         message = f"Stage one: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "")
 
         def send() -> None:
             # The Hub refuses to delete what another process has deleted meanwhile.
-            deletions = [change for name, change in self._deleted.items() if self._is_there(name)]
-            operations: list[Change] = [*deletions, *self._added.values()]
+            deleted = [
+                self._deleted[name]
+                for name in names
+                if name in self._deleted and self._is_there(name)
+            ]
+            operations: list[Change] = [*deleted, *added]
             if not operations:
                 return
             try:
@@ -132,9 +174,11 @@ class HubFolder(RemoteFolder):
                 raise OSError(f"another commit was first: {error}") from error
 
         self._change("", send)
-        self._check_sizes()
-        self._added, self._deleted, self._sizes = {}, {}, {}
-        self._committed_s = time.monotonic()
+        self._check_sizes(added)
+        for name in names:
+            if name in self._added:
+                del self._sizes[self._added.pop(name).path_in_repo]
+            self._deleted.pop(name, None)
 
     def _is_there(self, name: str) -> bool:
         if self._deleted[name].is_folder:
@@ -149,8 +193,8 @@ class HubFolder(RemoteFolder):
         self._added[name] = addition
         self._sizes[addition.path_in_repo] = size
 
-    def _check_sizes(self) -> None:
-        paths = [addition.path_in_repo for addition in self._added.values()]
+    def _check_sizes(self, added: list[CommitOperationAdd]) -> None:
+        paths = [addition.path_in_repo for addition in added]
         if not paths:
             return
         infos = self._try("", lambda: self._api.get_paths_info(paths=paths, **self._repository))

@@ -15,7 +15,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -149,6 +149,7 @@ def _lock(folder: Path, name: str, mode: int) -> Iterator[IO[str]]:
                 # Shared files stay: other processes hold them or wait for them.
                 if name not in SHARED_NAMES and _is_at(file.fileno(), progress / name):
                     (progress / name).unlink()
+                fcntl.flock(file, fcntl.LOCK_UN)
                 _remove_if_unused(progress, existed=existed)
             return
 
@@ -193,15 +194,27 @@ def find_local_locks(folder: Path, mounts: Path = MOUNTS) -> str | None:
 
 
 def _remove_if_unused(progress: Path, *, existed: bool) -> None:
-    """Removes the progress folder if no process uses it: the set is finished or was refused."""
-    with suppress(FileNotFoundError), _ignore_not_empty():
+    """Removes the progress folder if no process uses it: the set is finished or was refused.
+
+    A process may begin to use it meanwhile. So lock files are deleted only while this process holds
+    them, and no other does; whoever opened one before finds that it is gone, and tries again.
+    """
+    with suppress(FileNotFoundError, BlockingIOError), _ignore_not_empty(), ExitStack() as held:
         names = {path.name for path in progress.iterdir()}
-        if names <= SHARED_NAMES:
-            for name in names:
-                (progress / name).unlink()
-            progress.rmdir()
-            if not existed:
-                progress.parent.rmdir()
+        if not names <= SHARED_NAMES:
+            return
+        for name in sorted(names):
+            file = held.enter_context((progress / name).open("r+"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(file.fileno(), progress / name):
+                return
+        if {path.name for path in progress.iterdir()} != names:
+            return  # an owner has come, which holds no other lock yet
+        for name in names:
+            (progress / name).unlink()
+        progress.rmdir()
+        if not existed:
+            progress.parent.rmdir()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ as in any folder. The cost: the reports of all shards are read once at the start
 import hashlib
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from latent_t2i.pipeline.hub import HubFolder, in_repository
 from latent_t2i.pipeline.plan import SetPlan, ShardPlan
 from latent_t2i.pipeline.processes import ProcessInfo
 from latent_t2i.shards.buckets import Buckets
+from latent_t2i.shards.parsing import from_json, load_json
 from latent_t2i.shards.remote.store import default_cache_dir
 from latent_t2i.shards.remote.transport import (
     Retry,
@@ -39,6 +41,7 @@ from latent_t2i.shards.schema import (
 from latent_t2i.shards.writer import (
     PROVENANCE_NAME,
     TEXT_SCALE_NAME,
+    ShardReport,
     mark_put,
     read_report,
 )
@@ -62,10 +65,13 @@ def is_url(out: str | None) -> bool:
 
 
 def work_folder(url: str, work_dir: str | None, rank: int) -> Path:
-    """Returns the working folder of one process of a run that writes to `url`."""
+    """Returns the working folder of one process of a run that writes to `url`.
+
+    It has the host in its name: a cache folder in a shared home may have no locks between hosts.
+    """
     root = Path(work_dir).expanduser() if work_dir else default_cache_dir().with_name("work")
     name = hashlib.sha256(url.rstrip("/").encode()).hexdigest()[:16]
-    return root.absolute() / name / f"rank-{rank}"
+    return root.absolute() / name / f"rank-{rank}-{socket.gethostname()}"
 
 
 def open_remote(url: str, retry: Retry | None = None, *, num_processes: int = 1) -> RemoteFolder:
@@ -258,12 +264,12 @@ class Mirror:
                     f"bytes, found {there.get(changed[0], 'no file')}: start the same command again"
                 )
             for found in there:  # of processes that were killed before they put a report
-                is_shard = SHARD_PATTERN.fullmatch(found) and found not in shards
-                if is_shard or PARTIAL_PATTERN.fullmatch(found):
+                if SHARD_PATTERN.fullmatch(found) and found not in shards:
                     self.remote.delete(_in(name, found))
             for entry in (*manifest.small_files, *manifest.other_files):
                 self.remote.put(_in(name, entry.name), folder / entry.name)
             self.remote.put(_in(name, MANIFEST_NAME), folder / MANIFEST_NAME)
+        self._delete_partial(name)
         if PROGRESS_DIR in there:
             self.remote.delete_folder(_in(name, PROGRESS_DIR))
         self.remote.commit()
@@ -280,7 +286,8 @@ class Mirror:
             if entry := Buckets.load(self._folder).quarantine:
                 self.remote.put(entry.name, self._folder / entry.name)
             self.remote.put(BUCKETS_NAME, path)
-            self.remote.commit()
+        self._delete_partial("")
+        self.remote.commit()
 
     def close(self) -> None:
         """Ends the upload and empties the working folder, except for its locks."""
@@ -393,7 +400,7 @@ class Mirror:
         assert report is not None
         name = self._report_name(folder, index)
         path = folder / PROGRESS_DIR / Path(name).name
-        found = None if name in self._discarded else self.remote.find(name)
+        found = self._find_finished(folder, name)
         if found is None:
             if report.records:
                 self.remote.put(_in(self._name(folder), report.name), folder / report.name)
@@ -402,6 +409,28 @@ class Mirror:
         else:
             path.write_bytes(found)
         mark_put(folder, report)
+
+    def _delete_partial(self, name: str) -> None:
+        """Deletes the temporary files of killed processes; a process that puts one repeats it."""
+        for found in self.remote.list(name):
+            if PARTIAL_PATTERN.fullmatch(found):
+                self.remote.delete(_in(name, found))
+
+    def _find_finished(self, folder: Path, name: str) -> bytes | None:
+        """Returns the report at the URL if its shard is there too, with the reported size.
+
+        Deletes the report of a shard that is not, so that it never describes other bytes.
+        """
+        content = None if name in self._discarded else self.remote.find(name)
+        if content is None:
+            return None
+        place = join(self.url, name)
+        report = from_json(ShardReport, load_json(content, place), place)
+        there = self.remote.list(self._name(folder))
+        if not report.records or there.get(report.name) == report.bytes:
+            return content
+        self.remote.delete(name)
+        return None
 
     def _clear(self) -> None:
         """Empties the working folder, except for its locks."""

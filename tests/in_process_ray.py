@@ -9,6 +9,12 @@ class RayError(Exception):
     """An actor died."""
 
 
+class PreemptedError(RayError):
+    """An actor died because its node was preempted; of Ray's own errors, `ActorDiedError`."""
+
+    preempted = True
+
+
 class RayTaskError(RayError):
     """A task raised an error."""
 

@@ -13,8 +13,8 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
 
-from latent_t2i.pipeline.hub import MAX_FILES_PER_COMMIT
-
+HUB_MAX_FILES = 100
+"""Files per commit; the Hub recommends 50 to 100."""
 HUB_LFS_BYTES = 5000
 """Larger files are uploaded before their commit; smaller ones with it."""
 
@@ -81,7 +81,7 @@ class HubApi:
     commits: ClassVar[list[list[str]]] = []
     """The paths of each commit."""
     statuses: ClassVar[list[int]] = []
-    """HTTP statuses with which the next commits fail."""
+    """HTTP statuses of the next commits, which fail unless it is 200."""
     uploads: ClassVar[dict[str, bytes]] = {}
     num_uploads: ClassVar[int] = 10**9
     """Number of uploads that succeed; the next one fails like a killed process."""
@@ -101,15 +101,13 @@ class HubApi:
     def create_commit(
         self, *, operations: Iterable[Any], commit_message: str, repo_id: str, **repository: str
     ) -> None:
-        if self.statuses:
+        if (status := self.statuses.pop(0) if self.statuses else 200) != 200:
             # The client behind the package, and so its class of responses, depends on the version.
-            response: Any = SimpleNamespace(
-                status_code=self.statuses.pop(0), headers={}, request=None
-            )
+            response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
             raise HfHubHTTPError("a commit has happened since", response=response)
         operations = list(operations)
+        assert 1 <= len(operations) <= HUB_MAX_FILES
         self.commits.append([operation.path_in_repo for operation in operations])
-        assert len(operations) <= MAX_FILES_PER_COMMIT
         for operation in operations:
             path = Hub.root / repo_id / operation.path_in_repo
             if isinstance(operation, CommitOperationDelete):

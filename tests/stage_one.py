@@ -14,15 +14,16 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
-from latent_t2i.pipeline import stage, upload, writing
+from latent_t2i.pipeline import report, stage, upload, writing
 from latent_t2i.pipeline.config import PipelineConfig, SourceConfig
 from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.writer import ShardWriter
 from tests import object_stores, tiny
 from tests.coco_folders import CocoFolder
 
-Moment = str | tuple[str, int]
-"""When a file gets this name, or the call, counted from 1, of a function."""
+Moment = str | tuple[str, int | str]
+"""When a file gets this name, or a call of a function: counted from 1, or with a path of this name.
+"""
 
 
 def make_config(source: SourceConfig | CocoFolder, out: Path, **changes: Any) -> PipelineConfig:
@@ -136,7 +137,14 @@ def _run(
 
 def _signal_at(moment: Moment, signal_number: int) -> None:
     """Makes this process send itself a signal, once."""
-    owners = {"write": ShardWriter, "fsync": os, "rmtree": shutil, "link": os, "replace": Path}
+    owners = {
+        "write": ShardWriter,
+        "add": report.Meter,
+        "fsync": os,
+        "rmtree": shutil,
+        "link": os,
+        "replace": Path,
+    }
     owners |= dict.fromkeys(("put_file", "pipe_file", "mv", "rm"), object_stores.Store)
     calls = itertools.count(1)
     signals = iter([signal_number])
@@ -155,5 +163,7 @@ def _signal_at(moment: Moment, signal_number: int) -> None:
     if isinstance(moment, str):
         for name in ("link", "replace"):
             patch(name, lambda source, target: Path(target).name == moment)
+    elif isinstance(moment[1], str):
+        patch(moment[0], lambda *args: moment[1] in (Path(str(path)).name for path in args))
     else:
         patch(moment[0], lambda *args: next(calls) == moment[1])

@@ -3,11 +3,11 @@
 import statistics
 import time
 
-from latent_t2i.shards.order import Order, choices, share
+from latent_t2i.shards.order import Epochs, choices, share
 from latent_t2i.train.batches import make_positions
 
 
-def measure_order_and_draws_ms(order: Order, num_processes: int = 1, num_steps: int = 50) -> float:
+def measure_order_and_draws_ms(order: Epochs, num_processes: int = 1, num_steps: int = 50) -> float:
     """Returns the median time of a process's step, in ms.
 
     The steps are spread over an epoch. The first is not counted, because it builds what all share.

@@ -16,7 +16,8 @@ def test_a_large_set_opens_without_its_shards(tmp_path: Path) -> None:
 
 
 def test_order_and_listing_are_measured() -> None:
-    assert all(scale.measure_order(100, shuffle) > 0 for shuffle in scale.SHUFFLES)
+    for measure in (scale.measure_order, scale.measure_mixed_order):
+        assert all(measure(100, shuffle) > 0 for shuffle in scale.SHUFFLES)
     listed = scale.measure_listing(100)
     assert listed["listed_records_per_s"] > 0
     assert 100 < listed["listed_bytes_per_record"] < 5000

@@ -5,10 +5,11 @@
 
 import itertools
 import re
+import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,23 +18,36 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from latent_t2i.pipeline import stage
-from latent_t2i.pipeline.cluster import Cluster, ShardActor, Slots, Task, connect, count_slots
+from latent_t2i.pipeline import report, stage
+from latent_t2i.pipeline.cluster import (
+    Cluster,
+    ShardActor,
+    Slots,
+    Task,
+    Written,
+    connect,
+    count_slots,
+    write_missing,
+)
 from latent_t2i.pipeline.config import PipelineConfig
 from latent_t2i.pipeline.index import TokenizedRecord
+from latent_t2i.pipeline.quantise import Quantiser
 from latent_t2i.pipeline.sources.locators import FileLocator
 from latent_t2i.pipeline.sources.record import Record
 from latent_t2i.pipeline.stage import build
 from tests.cluster_faults import load_failing
 from tests.coco_folders import CocoFolder, make_coco
-from tests.in_process_ray import Call, InProcessRay, RayError
-from tests.stage_one import contents, make_config, start
+from tests.in_process_ray import Call, InProcessRay, PreemptedError, RayError
+from tests.stage_one import contents, make_config, run
 
 NODE = {"num_cpus": 1, "object_store_memory": 80_000_000, "include_dashboard": False}
+LIMIT_S = 300.0
+"""Far more than any wait takes."""
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +90,11 @@ def fault(name: str, folder: Path) -> Iterator[None]:
         yield
 
 
-def wait_for(folder: Path, pattern: str, num: int = 1) -> None:
+def wait_for(folder: Path, pattern: str, num: int) -> None:
+    """Waits until a number of files exist; fails after LIMIT_S."""
+    deadline_s = time.monotonic() + LIMIT_S
     while len([*folder.glob(pattern)]) < num:
+        assert time.monotonic() < deadline_s, f"{folder}: expected {num} files {pattern}"
         time.sleep(0.02)
 
 
@@ -118,16 +135,17 @@ def test_a_node_is_removed(nodes: Any, config: PipelineConfig, tmp_path: Path) -
     (tmp_path / "wait").touch()
 
     def remove() -> None:
-        wait_for(tmp_path, "started-*", 2)  # both actors are in the middle of their shards
-        nodes.remove_node(node, allow_graceful=False)
-        (tmp_path / "wait").unlink()
+        try:
+            wait_for(tmp_path, "started-*", 2)  # both actors are in the middle of their shards
+            nodes.remove_node(node, allow_graceful=False)
+        finally:
+            (tmp_path / "wait").unlink()
 
-    removing = threading.Thread(target=remove)
-    removing.start()
     try:
-        with fault("wait", tmp_path):
+        with fault("wait", tmp_path), ThreadPoolExecutor(1) as pool:
+            removing = pool.submit(remove)
             build(config)
-        removing.join()
+            removing.result()
     finally:
         nodes.add_node(**NODE)
     assert contents(tmp_path / "out") == expected
@@ -150,10 +168,8 @@ def test_the_driver_is_killed_and_started_again(
 ) -> None:
     expected = build_locally(config)
     config = replace(config, ray_address=nodes.address)
-    driver = start(forks, config)
-    wait_for(tmp_path, "out/progress/shard-*.json")
-    driver.kill()
-    driver.join()
+    assert run(forks, config, kill_at=("add", 2)) == -signal.SIGKILL  # at the second shard's end
+    assert len([*tmp_path.glob("out/progress/shard-*.json")]) >= 2
     assert not (tmp_path / "out/manifest.json").exists()
     build(config)
     assert contents(tmp_path / "out") == expected
@@ -232,6 +248,22 @@ def test_a_task_that_always_fails_ends_the_run_with_its_name(
     assert ray.killed == [False] * num_restarted
 
 
+def test_preempted_nodes_are_no_attempts(
+    ray: InProcessRay, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def preempt(call: Call) -> None:
+        if call.method == "apply" and len(lost) < 5:
+            lost.append(call)
+            raise PreemptedError("the node was drained")
+
+    lost: list[Call] = []
+    ray.before = preempt
+    cluster = Cluster(ray, lambda device: FAKE_ENCODERS, "cpu", None)
+    assert cluster.apply(return_name, "a") == "a"
+    assert len(lost) == 5
+    assert capsys.readouterr().err.count("return_name: its node was preempted: the node was") == 5
+
+
 def return_name(encoders: Any, name: str) -> str:
     return name
 
@@ -266,6 +298,25 @@ def test_actors_with_different_devices_are_refused(ray: InProcessRay) -> None:
     cluster = Cluster(ray, load, "cpu", None)
     with pytest.raises(ValueError, match=r"different devices, .*A100.*H100.*one kind"):
         list(cluster.run([Task(name, "apply", lambda: (return_name, "a")) for name in "abc"]))
+
+
+def test_the_clipped_values_of_a_process_are_its_largest_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two shards of one actor, the one that ended last may arrive first."""
+    counts = [("a", (300, 3)), ("b", (50, 5)), ("a", (100, 2))]
+    shards: Any = [
+        (None, SimpleNamespace(folder=tmp_path, index=index, num_records=1, num_bytes=1))
+        for index in range(len(counts))
+    ]
+    results = [Written(1, 0, (host, 1), count) for host, count in counts]
+    cluster: Any = SimpleNamespace(run=lambda tasks: zip(tasks, results, strict=True))
+    monkeypatch.setattr("latent_t2i.pipeline.cluster.find_missing", lambda *args: shards)
+    monkeypatch.setattr("latent_t2i.pipeline.cluster.is_done", lambda shard: True)
+    quantise = Quantiser(np.ones(4, np.float32))
+    index: Any = None
+    write_missing(shards, index, cluster, quantise=quantise, make_bar=report.no_bar)
+    assert (quantise.num_values, quantise.num_saturated) == (350, 8)
 
 
 @pytest.mark.parametrize("missing", ["--out", "--source"])

@@ -8,6 +8,8 @@ import re
 import shutil
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 
 from latent_t2i.pipeline.config import SourceConfig
-from latent_t2i.pipeline.processes import find_local_locks, own_rank
+from latent_t2i.pipeline.processes import find_local_locks, folder_lock, own_rank
 from latent_t2i.pipeline.stage import build
 from latent_t2i.shards.verify import verify
 from tests.coco_folders import CocoFolder, make_coco
@@ -115,6 +117,31 @@ def test_each_rank_has_its_own_lock_and_leaves_no_file(tmp_path: Path) -> None:
                 own_rank(tmp_path / "set", 1).__enter__()
         assert first.is_alone()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_ends_leaves_the_locks_of_one_that_begins_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one comes after the first has found the folder unused, before it deletes it."""
+    folder, original = tmp_path / "set", Path.iterdir
+    with ExitStack() as second:
+        comes = []
+
+        def iterdir(path: Path) -> Iterator[Path]:
+            found = [*original(path)]
+            if not comes and {one.name for one in found} == {"lock", "run.lock"}:
+                comes.append(second.enter_context(own_rank(folder, 1)))
+                second.enter_context(folder_lock(folder))
+            return iter(found)
+
+        with own_rank(folder, 0), folder_lock(folder):
+            monkeypatch.setattr(Path, "iterdir", iterdir)
+        assert len(comes) == 1
+        with own_rank(folder, 2) as third:
+            assert not third.is_alone() and not comes[0].is_alone()
+            with (folder / "progress/lock").open() as lock, pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert not list(folder.iterdir())
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -102,6 +102,23 @@ def test_buckets_and_a_restored_image(
     assert [line for line in lines if line.startswith("shards") and line.endswith(f"in {store}")]
 
 
+@pytest.mark.parametrize("name", ["buckets.json", "manifest.json"])
+def test_a_temporary_file_of_a_killed_process_is_deleted(
+    folder: CocoFolder, tmp_path: Path, store: str, forks: ForkServerContext, name: str
+) -> None:
+    """Also by a command that finds the set finished."""
+    config = make_config(folder, tmp_path / "local", buckets=name == "buckets.json")
+    build(config)
+    config = at_url(config, store, tmp_path)
+    assert run(forks, config, kill_at=("mv", name)) == -signal.SIGKILL
+    (left,) = (found for found in objects(store) if ".put" in found)
+    content = (tmp_path / "store/train" / left).read_bytes()
+    for _ in range(2):
+        build(config)
+        assert objects(store) == contents(tmp_path / "local")
+        (tmp_path / "store/train" / left).write_bytes(content)
+
+
 def test_an_image_that_was_edited_before_the_set_was_finished(
     folder: CocoFolder, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +141,22 @@ def test_an_image_that_was_edited_before_the_set_was_finished(
     build(config)
     assert [name for name in put if name.endswith(".tar")] == ["shard-000001.tar"]
     build(replace(config, out=str(tmp_path / "local"), work_dir=None))
+    assert objects(store) == contents(tmp_path / "local")
+
+
+def test_a_reported_shard_that_is_missing_or_short_at_the_url_is_put_again(
+    folder: CocoFolder, tmp_path: Path, store: str
+) -> None:
+    config = make_config(folder, tmp_path / "local", records_per_shard=1)
+    build(config)
+    config = at_url(config, store, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("latent_t2i.pipeline.stage.finish", lambda *args, **limit: {})
+        build(config)
+    (tmp_path / "store/train/shard-000001.tar").unlink()
+    with (tmp_path / "store/train/shard-000003.tar").open("r+b") as short:
+        short.truncate(1000)
+    build(config)
     assert objects(store) == contents(tmp_path / "local")
 
 
@@ -192,17 +225,16 @@ SOME_KILLS: list[Moment] = [("pipe_file", 2), ("mv", 2), ("rm", 1)]
 def test_killed_anywhere_and_started_again(
     folder: CocoFolder, tmp_path: Path, store: str, forks: ForkServerContext, kills: list[Moment]
 ) -> None:
-    """Complete or absent, each time; no shard with a report is begun again, on any machine."""
+    """Complete or absent, each time; no shard with a report is begun again, on any host."""
     local = make_config(folder, tmp_path / "local")
     build(local)
     expected = contents(tmp_path / "local")
     config = at_url(local, store, tmp_path)
     finished: set[str] = set()
     for number, kill in enumerate(kills):
-        if number % 2:  # another machine
-            config = replace(config, work_dir=str(tmp_path / f"work-{number}"))
-        log = tmp_path / f"{number}.log"
-        assert run(forks, config, kill_at=kill, log=log) == -signal.SIGKILL, kill
+        log, host = tmp_path / f"{number}.log", f"host-{number}"
+        exit_code = run(forks, config, kill_at=kill, log=log, host=host)
+        assert exit_code == -signal.SIGKILL, kill
         assert not finished & {*begun(log)}
         found = objects(store) if (tmp_path / "store").exists() else {}
         whole = {name for name in found if "progress" not in name and ".put" not in name}
@@ -283,20 +315,21 @@ def test_another_process_finishes_the_set_while_this_one_looks(
 
 
 @pytest.mark.parametrize("twin_kill", [pytest.param(("put_file", 2), marks=SLOW), None])
-def test_a_rank_that_is_started_twice_on_two_machines_does_no_harm(
+def test_a_rank_that_is_started_twice_on_two_hosts_does_no_harm(
     folder: CocoFolder,
     tmp_path: Path,
     store: str,
     forks: ForkServerContext,
     twin_kill: Moment | None,
 ) -> None:
+    """They share a home, whose locks work on one host only."""
     config = make_config(folder, tmp_path / "local")
     build(config)
     config = at_url(config, store, tmp_path)
     log = tmp_path / "log"
-    with stopped(forks, config, ("put_file", 2), log) as first:
-        twin = replace(config, work_dir=str(tmp_path / "other"))
-        assert run(forks, twin, kill_at=twin_kill) == (-signal.SIGKILL if twin_kill else 0)
+    with stopped(forks, config, ("put_file", 2), log, host="one") as first:
+        exit_code = run(forks, config, kill_at=twin_kill, host="two")
+        assert exit_code == (-signal.SIGKILL if twin_kill else 0)
         os.kill(first.pid or 0, signal.SIGCONT)
         first.join()
     if twin_kill:  # the second shard was put by both, with equal bytes
@@ -381,6 +414,62 @@ def test_a_set_on_the_hub_is_committed_in_batches(
     assert names[3][0] == "progress/" and names[3][-1] == "manifest.json"
     build(at_url(config, url, tmp_path))
     assert len(HubApi.commits) == 4
+
+
+def test_commits_of_a_set_of_many_shards_keep_to_the_limit_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard is visible with its report, and the reports are deleted with the manifest."""
+    folder = make_coco(tmp_path / "coco", [1] * 60)
+    config = make_config(folder, tmp_path / "local", records_per_shard=1, batch_size=16)
+    build(config)
+    url = install_hub(tmp_path / "hub", monkeypatch)
+    build(at_url(config, url, tmp_path))
+    assert objects(url) == contents(tmp_path / "local")
+    for commit in HubApi.commits:
+        paths = {path.removeprefix("train/") for path in commit}
+        reports = {f"progress/{Path(path).stem}.json" for path in paths if path.endswith(".tar")}
+        assert reports == {path for path in paths if path.startswith("progress/shard-")}
+    assert sum(path.endswith(".tar") for commit in HubApi.commits for path in commit) == 60
+    assert {"train/progress/", "train/manifest.json"} <= {*HubApi.commits[-1]}
+    assert not any("manifest" in path for commit in HubApi.commits[:-1] for path in commit)
+
+
+def test_changes_beyond_the_limit_of_a_commit_keep_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed commit leaves the later ones to the next call, and the next changes wait longer."""
+    url = install_hub(tmp_path / "hub", monkeypatch)
+    remote = HubFolder(url, QUICK)
+    now_s = 1000.0
+    monkeypatch.setattr("latent_t2i.pipeline.hub.time.monotonic", lambda: now_s)
+    remote.put_bytes("old", b"0")
+    remote.commit()
+    remote.delete("old")
+    for number in range(130):
+        remote.put_bytes(f"{number}.tar", b"1")
+        remote.put_bytes(f"{number}.json", b"2")
+        remote.commit(now=False)
+    remote.put_bytes("manifest.json", b"3")
+    with monkeypatch.context() as patch:
+        patch.setattr(HubApi, "statuses", [200, 409, 403])
+        with pytest.raises(RemoteError, match="403"):
+            remote.commit()
+    assert len(remote.list()) == 1 + 100
+    remote.commit()
+    assert [len(commit) for commit in HubApi.commits] == [1, 100, 100, 62]
+    assert HubApi.commits[-1][0] == "train/old" and HubApi.commits[-1][-1] == "train/manifest.json"
+    assert len(remote.list()) == 261
+    waits_s = []
+    for num_added in (100, 100):
+        for number in range(num_added):
+            remote.put_bytes(f"{now_s}-{number}", b"4")
+        start_s, num_commits = now_s, len(HubApi.commits)
+        while len(HubApi.commits) == num_commits:
+            now_s += 1
+            remote.commit(now=False)
+        waits_s.append(now_s - start_s)
+    assert waits_s == [2 * 36, 36]  # the last call made two commits
 
 
 def test_what_another_process_deleted_on_the_hub_is_not_deleted_again(
