@@ -1,12 +1,13 @@
 """Everything that an evaluation reads before its long part, so that a mistake shows at once."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from latent_t2i.evaluation import contamination
-from latent_t2i.evaluation.captions import read_items
+from latent_t2i.evaluation.captions import Names, read_items
 from latent_t2i.evaluation.compare import read_results
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.curves import read_history
@@ -40,6 +41,8 @@ class Inputs:
     history: Sequence[Mapping[str, Any]] | None = None
     images: Sequence[Path] | None = None
     """Finished images, one per item; None if a bundle draws them."""
+    captions_by: str | None = None
+    """How finished images and captions were paired: by file name, or by position."""
     reals: Reals | None = None
     statistics: Path | None = None
     """Statistics of the reference without its images."""
@@ -102,35 +105,65 @@ def _finished_images(config: EvaluationConfig, out: Path) -> Inputs:
     folder = Path(str(config.images))
     paths = list_images(folder, "--images")
     size = (config.size, config.size) if config.size else image_size(paths[0])
-    items = [
-        Item(position=number, key=p.relative_to(folder).as_posix())
-        for number, p in enumerate(paths)
-    ]
-    if config.captions is not None:
-        items = add_objects(_captioned(items, paths, config), config.objects)
-    return Inputs(out=out, items=items, size=size, images=paths)
+    if config.captions is None:
+        if config.objects is not None:
+            raise ValueError(
+                f"--objects: found {config.objects!r} with --images, but no --captions; expected "
+                "captions, whose images' objects these are"
+            )
+        keys = [p.relative_to(folder).as_posix() for p in paths]
+        items = [Item(position=number, key=key) for number, key in enumerate(keys)]
+        return Inputs(out=out, items=items, size=size, images=paths)
+    texts = read_items(config.captions)
+    items, captions_by = pair_captions(paths, folder, texts, config.captions)
+    items = add_objects(items, config.objects)
+    return Inputs(out=out, items=items, size=size, images=paths, captions_by=captions_by)
 
 
-def _captioned(
-    items: Sequence[Item], paths: Sequence[Path], config: EvaluationConfig
-) -> list[Item]:
-    """Gives each image its captions: those of its file name, else those of its position."""
-    texts = read_items(str(config.captions), len(items))
-    known = {Path(text.key).stem: text for text in texts}
-    if all(path.stem in known for path in paths):
-        chosen = [known[path.stem] for path in paths]
-    elif len(texts) < len(items):
-        lacking = next(path for path in paths if path.stem not in known)
+def pair_captions(
+    paths: Sequence[Path], folder: Path, texts: Sequence[Item], name: str
+) -> tuple[list[Item], str]:
+    """Returns the captions of each image of a folder, and how they were paired.
+
+    `texts` are all captions of the file `name`. They are paired by file name, or by position if no
+    image has the name of a caption and there are as many images as captions. Raises ValueError that
+    names the image if only some have the name of a caption. The items keep the captions' own keys,
+    by which annotated objects and training images are found.
+    """
+    names = Names(texts)
+    found = {path: names.find(path, folder) for path in paths}
+    strays = [path for path, item in found.items() if item is None]
+    if len(strays) == len(paths):
+        return _by_position(paths, texts, name), "position"
+    if strays:
         raise ValueError(
-            f"--captions: {config.captions} has captions of {len(texts)} images, fewer than the "
-            f"{len(items)} images of --images, and none for {lacking.name}; expected one for each"
+            f"--captions: {name} has captions of {len(paths) - len(strays)} of the {len(paths)} "
+            f"images of --images by their file names, but none of {strays[0].relative_to(folder)}; "
+            "expected captions of all, or of none by name and as many captions as images"
         )
-    else:
-        chosen = texts[: len(items)]
-    return [
-        replace(text, position=item.position, key=item.key)
-        for item, text in zip(items, chosen, strict=True)
-    ]
+    chosen = [item for item in found.values() if item is not None]
+    repeated = Counter(item.key for item in texts)
+    for item in chosen:
+        if repeated[item.key] > 1:
+            raise ValueError(
+                f"--captions: {name} has {repeated[item.key]} prompts named {item.key}, as is an "
+                "image of --images; expected one prompt of each name"
+            )
+    return [replace(item, position=n) for n, item in enumerate(chosen)], "file name"
+
+
+def _by_position(paths: Sequence[Path], texts: Sequence[Item], name: str) -> list[Item]:
+    if len(texts) != len(paths):
+        raise ValueError(
+            f"--captions: {name} has captions of {len(texts)} images, such as {texts[0].key}, but "
+            f"none of the {len(paths)} images of --images by its file name, such as "
+            f"{paths[0].name}; expected equal names, or as many captions as images"
+        )
+    print(
+        "--captions: no image has the file name of a caption, so they are paired by position: "
+        f"{paths[0].name} with {texts[0].key}, ..., {paths[-1].name} with {texts[-1].key}"
+    )
+    return list(texts)
 
 
 def _make_items(config: EvaluationConfig, out: Path) -> list[Item]:
@@ -162,7 +195,7 @@ def _open_reference(config: EvaluationConfig, inputs: Inputs) -> tuple[Reals | N
         )
     if path.is_file():
         return None, path
-    known = {Path(item.key).stem: item for item in inputs.items if item.captions}
+    known = Names(item for item in inputs.items if item.captions)
     same = inputs.images is not None and config.size is None
     return open_folder(path, known, None if same else inputs.size), None
 

@@ -214,7 +214,7 @@ def test_faulty_inputs_are_named(folders: tuple[Path, Path], tmp_path: Path) -> 
     few.write_text('{"text": "a red circle"}\n{"text": "a blue square"}\n')
     (tmp_path / "images").mkdir()
     for changes, message in (
-        ({"captions": str(few)}, r"--captions: .* captions of 2 images, fewer than the 8 images"),
+        ({"captions": str(few)}, r"--captions: .* captions of 2 images, .* none of the 8 images"),
         ({"images": str(tmp_path / "images")}, r"--images: .* has 0 images; expected two or more"),
         ({"reference": "absent"}, r"--reference: no folder or file 'absent'"),
         ({"compare": ("absent",)}, r"^absent does not exist; expected the output folder of"),
