@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class Inputs:
     """Statistics of the reference without its images."""
     train_shards: tuple[Path, ...] = ()
     """Folders of the training sets."""
-    contamination: Mapping[str, Any] | None = None
+    contamination: Mapping[str, Any] = field(default_factory=dict)
+    """What contamination.check found, or why nothing was compared."""
     others: Sequence[tuple[str, Mapping[str, Any]]] = ()
     """Name and results of the evaluations to show beside this one."""
 
@@ -70,11 +71,12 @@ def open_inputs(config: EvaluationConfig) -> Inputs:
     """Reads and checks the inputs; raises ValueError that names the faulty one."""
     out = Path(config.out) if config.out else output_root() / "runs" / config.name
     inputs = _finished_images(config, out) if config.images else _of_bundle(config, out)
-    inputs = replace(inputs, train_shards=train_shards_of(config, inputs.info))
+    train_shards, unknown = train_shards_of(config, inputs.info)
+    inputs = replace(inputs, train_shards=train_shards)
     reals, statistics = _open_reference(config, inputs)
     others = [read_results(name) for name in config.compare]
     inputs = replace(inputs, reals=reals, statistics=statistics, others=others)
-    return replace(inputs, contamination=_check_contamination(config, inputs))
+    return replace(inputs, contamination=_check_contamination(config, inputs, unknown))
 
 
 def _of_bundle(config: EvaluationConfig, out: Path) -> Inputs:
@@ -200,12 +202,17 @@ def _open_reference(config: EvaluationConfig, inputs: Inputs) -> tuple[Reals | N
     return open_folder(path, known, None if same else inputs.size), None
 
 
-def train_shards_of(config: EvaluationConfig, info: Mapping[str, Any] | None) -> tuple[Path, ...]:
-    """Returns the training sets: those given, else those that the bundle names, if present."""
+def train_shards_of(
+    config: EvaluationConfig, info: Mapping[str, Any] | None
+) -> tuple[tuple[Path, ...], str]:
+    """Returns the training sets: those given, else those that the bundle names, if present.
+
+    If there is none, the text says why.
+    """
     if config.train_shards is not None:
-        return tuple(_given_shards(name) for name in config.train_shards)
+        return tuple(_given_shards(name) for name in config.train_shards), "--train-shards is empty"
     if info is None:
-        return ()
+        return (), "the training set of the images is unknown; give it with --train-shards"
     names = locations_of(info["config"]) or (f"shards/data/{info['name']}/train",)
     hashes = info.get("shards_sha256")
     hashes = hashes if isinstance(hashes, list) else [hashes] * len(names)  # one set: one hash
@@ -214,13 +221,11 @@ def train_shards_of(config: EvaluationConfig, info: Mapping[str, Any] | None) ->
         found = find_path(named) if "://" not in named else None
         if found is None or _shards_sha256(found) != sha256:
             fault = "is not a folder here" if found is None else "is another set by now"
-            print(
-                f"memorisation and contamination are not checked: the training set {named} "
-                f"{fault}; give a copy of it with --train-shards"
-            )
-            return ()
+            reason = f"the training set {named} {fault}; give a copy of it with --train-shards"
+            print(f"memorisation: not checked: {reason}")
+            return (), reason
         folders.append(found)
-    return tuple(folders)
+    return tuple(folders), ""
 
 
 def _given_shards(name: str) -> Path:
@@ -240,14 +245,29 @@ def _shards_sha256(folder: Path) -> str | None:
         return None
 
 
-def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[str, Any] | None:
-    """Returns what contamination.check found; raises ValueError unless it is allowed."""
-    if not inputs.train_shards or inputs.available >= {"scenes"}:
-        return None  # scenes are drawn for this evaluation, from their own random streams
+def _check_contamination(
+    config: EvaluationConfig, inputs: Inputs, unknown: str
+) -> Mapping[str, Any]:
+    """Returns what contamination.check found; raises ValueError unless it is allowed.
+
+    `unknown` is why there are no training shards. Prints what could not be compared.
+    """
     reals = inputs.reals if isinstance(inputs.reals, FolderReals) else None
-    items = [*inputs.items, *(reals.items if reals else ())]
-    found = contamination.check(items, inputs.train_shards, reals.paths if reals else ())
-    if found is not None and not config.allow_contamination:
+    items = [item for item in inputs.items if not (item.prompt and item.prompt.scene)]
+    items += reals.items if reals else ()
+    if not items and inputs.statistics is None:
+        return contamination.unchecked(
+            contamination.NOT_NEEDED, "scenes are drawn for this evaluation from their own seeds"
+        )
+    if inputs.train_shards:
+        found = contamination.check(items, inputs.train_shards, reals.paths if reals else ())
+    else:
+        found = contamination.unchecked(contamination.NOT_CHECKED, unknown)
+    if inputs.train_shards and inputs.statistics is not None:
+        found = _without_reference(found, inputs.statistics)
+    if found["reason"]:
+        print(f"contamination: {found['status']}: {found['reason']}")
+    if found["count"] and not config.allow_contamination:
         examples = ", ".join(found["examples"][:3])
         folders = ", ".join(map(str, inputs.train_shards))
         raise ValueError(
@@ -257,6 +277,13 @@ def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[st
             "every result"
         )
     return found
+
+
+def _without_reference(found: Mapping[str, Any], statistics: Path) -> dict[str, Any]:
+    """Returns the check's record with the reason that a reference's images are unknown."""
+    status = contamination.PARTLY if found["num_images_compared"] else contamination.NOT_CHECKED
+    reason = f"{statistics.name} holds statistics of the reference without its images"
+    return {**found, "status": status, "reason": "; ".join(filter(None, [found["reason"], reason]))}
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

@@ -165,7 +165,8 @@ def flatten(found: Mapping[str, Any]) -> dict[str, Any]:
             flat |= {f"{name}@g{point['value']:g}": v for name, v in point["figures"].items()}
     flat["num_images"] = found["num_images"]["samples"]
     flat["protocol_id"] = found["protocol_id"]
-    if found["contamination"] is not None:
+    flat["contamination"] = found["contamination"]["status"]
+    if found["contamination"]["num_images_compared"]:
         flat["contaminated_images"] = found["contamination"]["count"]
     return flat
 

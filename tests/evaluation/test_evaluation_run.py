@@ -266,19 +266,21 @@ def test_the_training_set_of_a_run_is_found_by_its_hash(
     sha256 = write_set(folder, [make_examples(3)]).sha256
     info = {"name": "tiny", "config": {"shards": None}, "shards_sha256": sha256}
     settings = EvaluationConfig(name="tiny")
-    assert inputs.train_shards_of(settings, info) == (folder,)
-    assert capsys.readouterr().out == ""
+    assert inputs.train_shards_of(settings, info) == ((folder,), "")
     for changes, fault in (
         ({"shards_sha256": "0"}, "is another set by now"),
         ({"config": {"shards": "s3://bucket/train"}}, "is not a folder here"),
     ):
-        assert inputs.train_shards_of(settings, info | changes) == ()
-        assert fault in capsys.readouterr().out
-    assert inputs.train_shards_of(settings, None) == ()
+        found, reason = inputs.train_shards_of(settings, info | changes)
+        assert found == ()
+        assert fault in reason
+        assert f"memorisation: not checked: {reason}" in capsys.readouterr().out
+    assert inputs.train_shards_of(settings, None)[0] == ()
     more = write_set(Path("more"), [make_examples(2, seed=5)]).sha256
     several = {"config": {"shards": [str(folder), "more"]}, "shards_sha256": [sha256, more]}
-    assert inputs.train_shards_of(settings, info | several) == (folder, Path("more"))
-    assert inputs.train_shards_of(settings, info | {"config": {"shards": str(folder)}}) == (folder,)
+    assert inputs.train_shards_of(settings, info | several)[0] == (folder, Path("more"))
+    one = {"config": {"shards": str(folder)}}
+    assert inputs.train_shards_of(settings, info | one)[0] == (folder,)
 
 
 def test_a_bundle_or_images_but_not_both() -> None:
