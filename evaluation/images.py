@@ -49,6 +49,26 @@ def image_size(path: Path) -> Size:
         return ImageOps.exif_transpose(image).size if image.getexif() else image.size
 
 
+def describe_files(paths: Sequence[Path]) -> str:
+    """Returns the formats of image files, of JPEG with the strength of its compression.
+
+    That is the mean step of the luminance quantisation, from the weakest to the strongest of all
+    files: 1 is the weakest compression, and Pillow's quality 75 has 29. Raises ValueError, with
+    the file's name, for a file that is not an image.
+    """
+    steps: dict[str, set[float]] = {}
+    for path in paths:
+        with _naming(path), Image.open(path) as image:
+            tables = getattr(image, "quantization", None)
+            found = steps.setdefault(str(image.format), set())
+            if tables:
+                found.add(round(float(np.mean(tables[min(tables)])), 1))
+    return ", ".join(
+        f"{name} (quantisation {min(found):g} to {max(found):g})" if found else name
+        for name, found in sorted(steps.items())
+    )
+
+
 def read_image(
     path: Path, size: Size | None = None, content: bytes | None = None
 ) -> NDArray[np.uint8]:

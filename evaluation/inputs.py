@@ -36,6 +36,9 @@ class Inputs:
     items: Sequence[Item]
     """What is to be drawn, or what the finished images show."""
     size: Size
+    """Size of the judged images, and of the reference where that is cropped."""
+    fit: Size | None = None
+    """Size to which the judged images are cropped and resized; None if they are judged as is."""
     bundle: Path | None = None
     info: Mapping[str, Any] | None = None
     history: Sequence[Mapping[str, Any]] | None = None
@@ -82,14 +85,18 @@ def open_inputs(config: EvaluationConfig) -> Inputs:
 def _of_bundle(config: EvaluationConfig, out: Path) -> Inputs:
     folder = choose_bundle(config.bundle, config.name)
     info, history = _read_info(folder), _read_history(config.run, folder)
-    size = (config.size, config.size) if config.size else _bundle_size(folder)
+    drawn = _bundle_size(folder)
+    size = (config.size, config.size) if config.size else drawn
     if config.oracle and size[0] != size[1]:
         raise ValueError(
             f"--oracle: the bundle generates images of {size[0]} x {size[1]} pixels, but the "
             "oracle needs square ones; expected --no-oracle and --captions"
         )
     items = add_objects(_make_items(config, out), config.objects)
-    return Inputs(out=out, items=items, size=size, bundle=folder, info=info, history=history)
+    return Inputs(
+        out=out, items=items, size=size, fit=None if size == drawn else size, bundle=folder,
+        info=info, history=history,
+    )  # fmt: skip
 
 
 def _bundle_size(folder: Path) -> Size:
@@ -106,7 +113,8 @@ def _bundle_size(folder: Path) -> Size:
 def _finished_images(config: EvaluationConfig, out: Path) -> Inputs:
     folder = Path(str(config.images))
     paths = list_images(folder, "--images")
-    size = (config.size, config.size) if config.size else image_size(paths[0])
+    fit = (config.size, config.size) if config.size else None
+    size = fit or image_size(paths[0])
     if config.captions is None:
         if config.objects is not None:
             raise ValueError(
@@ -115,11 +123,11 @@ def _finished_images(config: EvaluationConfig, out: Path) -> Inputs:
             )
         keys = [p.relative_to(folder).as_posix() for p in paths]
         items = [Item(position=number, key=key) for number, key in enumerate(keys)]
-        return Inputs(out=out, items=items, size=size, images=paths)
+        return Inputs(out=out, items=items, size=size, fit=fit, images=paths)
     texts = read_items(config.captions)
     items, captions_by = pair_captions(paths, folder, texts, config.captions)
     items = add_objects(items, config.objects)
-    return Inputs(out=out, items=items, size=size, images=paths, captions_by=captions_by)
+    return Inputs(out=out, items=items, size=size, fit=fit, images=paths, captions_by=captions_by)
 
 
 def pair_captions(

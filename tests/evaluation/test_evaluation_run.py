@@ -12,7 +12,7 @@ import pytest
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from latent_t2i.evaluation import draws, inputs, protocol
+from latent_t2i.evaluation import draws, inputs
 from latent_t2i.evaluation.config import EvaluationConfig, SweepConfig
 from latent_t2i.evaluation.evaluate import evaluate
 from latent_t2i.evaluation.metrics import METRICS, metric_class
@@ -321,17 +321,6 @@ def test_seeds_do_not_depend_on_other_groups() -> None:
     items = [Item(position=n, key="", group=group) for n, group in enumerate("aabab")]
     assert draws.seeds_of(items, 7) == [7, 8, 7, 9, 8]
     assert draws.part_of(items, 1) == [0, 2]
-
-
-def test_the_protocol_id_depends_on_every_field() -> None:
-    record = protocol.record_of(
-        EvaluationConfig(name="a"), items=[], num_images=2, image_size=(64, 64), drawn=None,
-        reference={"name": "r"}, identities={"fid": {"weights_sha256": "1"}},
-    )  # fmt: skip
-    first = protocol.protocol_id(record)
-    assert all(protocol.protocol_id(record | {name: "other"}) != first for name in record)
-    assert record["metrics/fid/weights_sha256"] == "1"
-    assert protocol.hash_texts(["ab", "c"]) != protocol.hash_texts(["a", "bc"])
 
 
 def test_features_are_cached_by_batch_and_not_by_caption() -> None:
