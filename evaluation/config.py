@@ -74,8 +74,9 @@ class EvaluationConfig:
     images: str | None = None
     """Folder of finished images to judge instead of a bundle."""
     reference: str | None = None
-    """Real images to compare with: a folder, or statistics (.npz) made by evaluation.reference, by
-    pytorch-fid or by clean-fid. Default: with the oracle, the scenes of the prompts."""
+    """Real images to compare with: a folder, or statistics (.npz) of evaluation.reference, which
+    also names the resize mode of those of pytorch-fid and clean-fid. Default: with the oracle, the
+    scenes of the prompts."""
     size: int | None = None
     """Side in pixels to which images are cropped and resized. Default: the bundle's size for the
     reference; with --images, all images must have one size."""

@@ -136,7 +136,7 @@ def judge_references(run: Evaluation) -> dict[str, Row]:
     inputs, panel, group = run.inputs, run.panel, run.group
     if inputs.statistics is not None:
         for name, extractor in panel.extractors().items():
-            panel.full[name] = load_statistics(inputs.statistics, extractor)
+            panel.full[name] = load_statistics(inputs.statistics, extractor, run.config.protocol)
         return {"real": rows.halves(panel)}
     if inputs.reals is None:
         return {}

@@ -181,7 +181,7 @@ class FeatureMetric(Metric):
             sets = context.config.num_seed_sets
             context.stats[name] = FeatureStats(self.network.dim, num_parts=sets)
         self.stats = context.stats[name]
-        require_fit(context.config.reference, self)
+        require_fit(context.config, self)
 
     def extractor_name(self) -> str:
         """Returns the extractor's name; it may depend on the settings."""
