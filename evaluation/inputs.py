@@ -15,7 +15,7 @@ from latent_t2i.evaluation.data_card import locations_of
 from latent_t2i.evaluation.images import Size, image_size, list_images
 from latent_t2i.evaluation.metrics.metric import Item, Need
 from latent_t2i.evaluation.objects import add_objects
-from latent_t2i.evaluation.protocols import protocol_items
+from latent_t2i.evaluation.protocols import PROMPTS_FILE, chooses_prompts, protocol_items
 from latent_t2i.evaluation.reals import FolderReals, Reals, SceneReals, open_folder
 from latent_t2i.model.bundle import INFO_FILE, read_info
 from latent_t2i.model.checks import read_json_object
@@ -124,10 +124,29 @@ def _finished_images(config: EvaluationConfig, out: Path) -> Inputs:
         keys = [p.relative_to(folder).as_posix() for p in paths]
         items = [Item(position=number, key=key) for number, key in enumerate(keys)]
         return Inputs(out=out, items=items, size=size, fit=fit, images=paths)
-    texts = read_items(config.captions)
+    texts = _all_prompts(config, out, len(paths))
     items, captions_by = pair_captions(paths, folder, texts, config.captions)
+    if captions_by == "position" and chooses_prompts(config.protocol):
+        raise ValueError(
+            f"--images: no image of {folder} has the name of a prompt, and --protocol "
+            f"{config.protocol} has no public order; expected the names in {out / PROMPTS_FILE}, "
+            f"such as {texts[0].key}"
+        )
     items = add_objects(items, config.objects)
     return Inputs(out=out, items=items, size=size, fit=fit, images=paths, captions_by=captions_by)
+
+
+def _all_prompts(config: EvaluationConfig, out: Path, num_images: int) -> list[Item]:
+    """Returns the prompts that finished images may show; raises ValueError for a wrong number."""
+    assert config.captions is not None
+    if config.protocol == "own":
+        return read_items(config.captions)
+    if num_images != config.num_prompts:
+        raise ValueError(
+            f"--images: found {num_images} images with --protocol {config.protocol}, expected its "
+            f"{config.num_prompts}; give all of them, or use --protocol own"
+        )
+    return protocol_items(config, out)
 
 
 def pair_captions(
