@@ -72,6 +72,7 @@ class Evaluation:
             [items[i] for i in share],
             batch_size=self.config.batch_size,
             size=self.inputs.fit,
+            first=paths[0] if paths else None,
         )
 
     def batches_of_prompts(self, paths: Sequence[Path], items: Sequence[Item]) -> Iterator[Batch]:
@@ -79,7 +80,11 @@ class Evaluation:
         for number in range(self.group.rank, len(items) // NUM_DIVERSE, self.group.world_size):
             part = slice(number * NUM_DIVERSE, (number + 1) * NUM_DIVERSE)
             yield from batches_of(
-                paths[part], items[part], batch_size=NUM_DIVERSE, size=self.inputs.fit
+                paths[part],
+                items[part],
+                batch_size=NUM_DIVERSE,
+                size=self.inputs.fit,
+                first=paths[0],
             )
 
 

@@ -73,6 +73,7 @@ class FolderReals:
             [self.items[i] for i in share],
             batch_size=batch_size,
             size=self.size,
+            first=self.paths[0],
             flag="--reference",
         )
 
