@@ -219,7 +219,7 @@ class FeatureMetric(Metric):
         spreads = {}
         for name in found[0]:
             values = [figures[name] for figures in found]
-            std = float(np.std(values, ddof=1)) if num_sets > 1 else 0.0
+            std = float(np.std(values, ddof=1))
             spreads[name] = {"mean": float(np.mean(values)), "std": std, "values": values}
         return spreads
 
