@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,8 @@ Entry = Callable[[], Captioned]
 """Reads one image's captions; most datasets are read only as far as needed."""
 
 
-def read_items(name: str, num: int, *, seed: int | None = None) -> list[Item]:
-    """Returns the captions of `num` images, or of all if there are fewer.
+def read_items(name: str, num: int | None = None, *, seed: int | None = None) -> list[Item]:
+    """Returns the captions of `num` images, or of all if there are fewer or `num` is None.
 
     Images without captions are passed over. They are the dataset's first, or of shards at equal
     distances. With a `seed` the images are a random choice in random order, and so is the prompt
@@ -63,7 +63,7 @@ def read_items(name: str, num: int, *, seed: int | None = None) -> list[Item]:
         raise ValueError(f"--captions: {error}") from error
     if not found:
         raise ValueError(f"--captions: found no captions in {path}; expected {KINDS}")
-    if len(found) < num:
+    if num is not None and len(found) < num:
         print(f"{path}: captions of {len(found)} images, fewer than --num-prompts {num}")
     return [
         Item(
@@ -77,8 +77,35 @@ def read_items(name: str, num: int, *, seed: int | None = None) -> list[Item]:
     ]
 
 
-def _choose(entries: Sequence[Entry], num: int, seed: int | None) -> list[Captioned]:
-    """Returns `num` images with captions: the first ones, or a random choice."""
+class Names:
+    """Finds items by the name of an image file: by its path in its folder, else by its last part.
+
+    Suffixes do not count. A last part that several keys share, such as that of a/1.jpg and b/1.jpg,
+    finds none of them.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        by_stem: dict[str, dict[str, Item]] = {}
+        for item in items:
+            path = PurePosixPath(item.key)
+            by_stem.setdefault(path.stem, {})[_without_suffix(path)] = item
+        unique = {stem: found for stem, found in by_stem.items() if len(found) == 1}
+        self._known = {stem: item for stem, found in unique.items() for item in found.values()}
+        for found in by_stem.values():
+            self._known |= found
+
+    def find(self, path: Path, folder: Path) -> Item | None:
+        """Returns the item of an image file in `folder`, or None."""
+        relative = PurePosixPath(path.relative_to(folder).as_posix())
+        return self._known.get(_without_suffix(relative)) or self._known.get(relative.stem)
+
+
+def _without_suffix(path: PurePosixPath) -> str:
+    return (path.parent / path.stem).as_posix()
+
+
+def _choose(entries: Sequence[Entry], num: int | None, seed: int | None) -> list[Captioned]:
+    """Returns `num` images with captions, or all: the first ones, or a random choice."""
     order: Iterable[int] = range(len(entries))
     if seed is not None:
         order = np.random.default_rng(seed).permutation(len(entries))
@@ -99,7 +126,7 @@ def _with_random_prompt(image: Captioned, seed: int, number: int) -> Captioned:
     return Captioned(key=image.key, captions=(image.captions[chosen], *rest))
 
 
-def _entries(path: Path, num: int, seed: int | None) -> Sequence[Entry]:
+def _entries(path: Path, num: int | None, seed: int | None) -> Sequence[Entry]:
     if path.is_dir() and ((path / MANIFEST_NAME).exists() or holds_buckets(path)):
         return _from_shards(path, num if seed is None else None)
     if path.is_dir():

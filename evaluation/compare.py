@@ -21,7 +21,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from latent_t2i.evaluation.figures import describe, lead_order, main_figures, show
+from latent_t2i.evaluation.figures import (
+    contamination_gap,
+    describe,
+    lead_order,
+    main_figures,
+    show,
+)
 from latent_t2i.evaluation.intervals import interval
 from latent_t2i.model.checks import read_json_object
 
@@ -164,9 +170,12 @@ def _letters(num: int) -> list[str]:
 def _describe_run(letter: str, name: str, run: Mapping[str, Any]) -> list[str]:
     num = run["num_images"].get("samples", "an unknown number of")
     text = f"{letter}  {name}: {num} images, protocol {run['protocol_id']}"
-    contamination = run.get("contamination")
-    if contamination:
-        text += f"; CONTAMINATED: {contamination['count']} images are in the training set"
+    contaminated = (run.get("contamination") or {}).get("count", 0)
+    if contaminated:
+        text += f"; CONTAMINATED: {contaminated} images are in the training set"
+    gap = contamination_gap(run)
+    if gap is not None:
+        text += f"; contamination {gap}"
     return _wrap(text, "   ")
 
 

@@ -74,8 +74,9 @@ class EvaluationConfig:
     images: str | None = None
     """Folder of finished images to judge instead of a bundle."""
     reference: str | None = None
-    """Real images to compare with: a folder, or statistics (.npz) made by evaluation.reference, by
-    pytorch-fid or by clean-fid. Default: with the oracle, the scenes of the prompts."""
+    """Real images to compare with: a folder, or statistics (.npz) of evaluation.reference, which
+    also names the resize mode of those of pytorch-fid and clean-fid. Default: with the oracle, the
+    scenes of the prompts."""
     size: int | None = None
     """Side in pixels to which images are cropped and resized. Default: the bundle's size for the
     reference; with --images, all images must have one size."""
@@ -109,7 +110,7 @@ class EvaluationConfig:
     num_prompts: int = 128
     """Number of prompts of each kind (single, pair, held out) at the main guidance scale."""
     num_seed_sets: int = 3
-    """Disjoint parts of the images for the spread of set metrics such as FID."""
+    """Disjoint parts of the images, at least three, for the spread of set metrics such as FID."""
     num_diverse_prompts: int = 8
     """Prompts of which several images are drawn, for LPIPS as diversity."""
     resize: ResizeMode = "legacy"
@@ -143,8 +144,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         self._check_inputs()
-        for name in ("num_prompts", "num_steps", "batch_size", "num_seed_sets"):
+        for name in ("num_prompts", "num_steps", "batch_size"):
             check_number(f"--{name.replace('_', '-')}", getattr(self, name), least=1)
+        # The deviation of two values says nothing.
+        check_number("--num-seed-sets", self.num_seed_sets, least=3, whole=True)
         check_number("--num-diverse-prompts", self.num_diverse_prompts, least=0)
         check_number("--num-train-images", self.num_train_images, least=2, whole=True)
         check_number("--guidance-scale", self.guidance_scale, least=1)

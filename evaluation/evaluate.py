@@ -67,19 +67,25 @@ class Evaluation:
     def batches(self, paths: Sequence[Path], items: Sequence[Item]) -> Iterator[Batch]:
         """Yields this process's share of finished images."""
         share = rows.share_of(items, self.group)
-        own = self.inputs.images is not None and self.config.size is not None
         yield from batches_of(
             [paths[i] for i in share],
             [items[i] for i in share],
             batch_size=self.config.batch_size,
-            size=self.inputs.size if own else None,
+            size=self.inputs.fit,
+            first=paths[0] if paths else None,
         )
 
     def batches_of_prompts(self, paths: Sequence[Path], items: Sequence[Item]) -> Iterator[Batch]:
         """Yields this process's share of prompts, the images of each as one batch."""
         for number in range(self.group.rank, len(items) // NUM_DIVERSE, self.group.world_size):
             part = slice(number * NUM_DIVERSE, (number + 1) * NUM_DIVERSE)
-            yield from batches_of(paths[part], items[part], batch_size=NUM_DIVERSE)
+            yield from batches_of(
+                paths[part],
+                items[part],
+                batch_size=NUM_DIVERSE,
+                size=self.inputs.fit,
+                first=paths[0],
+            )
 
 
 def evaluate(config: EvaluationConfig) -> Path:
@@ -135,7 +141,7 @@ def judge_references(run: Evaluation) -> dict[str, Row]:
     inputs, panel, group = run.inputs, run.panel, run.group
     if inputs.statistics is not None:
         for name, extractor in panel.extractors().items():
-            panel.full[name] = load_statistics(inputs.statistics, extractor)
+            panel.full[name] = load_statistics(inputs.statistics, extractor, run.config.protocol)
         return {"real": rows.halves(panel)}
     if inputs.reals is None:
         return {}

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from latent_t2i.evaluation.config import ResizeMode
+from latent_t2i.evaluation.config import EvaluationConfig, ProtocolName, ResizeMode
 from latent_t2i.evaluation.feature_stats import Header, read_header
 from latent_t2i.evaluation.metrics.metric import Batch, Context, FeatureMetric, MissingWeights
 from latent_t2i.evaluation.networks import find_network, load_image_processor
@@ -159,8 +159,12 @@ class TransformersExtractor(Extractor):
         } | _versions("torch", "transformers", "pillow")
 
 
-def mismatch(header: Header, extractor: Extractor) -> str | None:
-    """Returns why statistics cannot be compared with an extractor's; None if they can."""
+def mismatch(header: Header, extractor: Extractor, protocol: ProtocolName) -> str | None:
+    """Returns why statistics cannot be compared with an extractor's; None if they can.
+
+    Statistics of other tools do not name what made them. They are accepted only as Inception's and
+    under a protocol that fixes the resize mode.
+    """
     identity = extractor.identity()
     for name in WHAT_MATTERS if header.identity else ():
         if header.identity.get(name) != identity[name]:
@@ -173,16 +177,22 @@ def mismatch(header: Header, extractor: Extractor) -> str | None:
         )
     if header.dim != extractor.dim:
         return f"expected {extractor.dim} features, found {header.dim}"
+    if not header.identity and protocol == "own":
+        return (
+            "it does not name the resize mode that made it, and figures of different modes differ "
+            "by several points: name it with python -m evaluation.reference FILE.npz --resize MODE "
+            "(that of pytorch-fid is pytorch), and give the file that it writes"
+        )
     return None
 
 
-def require_fit(reference: str | None, metric: FeatureMetric) -> None:
-    """Raises MissingWeights if a reference is a file of statistics that a metric cannot use."""
-    path = None if reference is None else find_path(reference)
+def require_fit(config: EvaluationConfig, metric: FeatureMetric) -> None:
+    """Raises MissingWeights if the reference is a file of statistics that a metric cannot use."""
+    path = None if config.reference is None else find_path(config.reference)
     if path is None or not path.is_file():
         return
     header = read_header(path)
-    reason = mismatch(header, metric.network)
+    reason = mismatch(header, metric.network, config.protocol)
     if reason is None and metric.uses_rows and not header.has_rows:
         reason = f"it holds mean and covariance only, but {metric.name} needs features of images"
     if reason is not None:

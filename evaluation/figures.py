@@ -165,6 +165,16 @@ def describe(name: str) -> Figure:
     return Figure(title=name, meaning="", family="other")
 
 
+def contamination_gap(results: Mapping[str, Any]) -> str | None:
+    """Returns what is unknown of training images among an evaluation's; None if nothing is."""
+    found = results.get("contamination")
+    if not found:
+        return "not recorded"
+    if "reason" not in found or found["reason"] is None or found["status"] == "not needed":
+        return None
+    return f"{found['status']}: {found['reason']}"
+
+
 def main_figures(results: Mapping[str, Any]) -> dict[str, float]:
     """Returns the figures of the model: those of the samples, and LPIPS, which has other rows."""
     rows = results["rows"]

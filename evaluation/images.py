@@ -49,6 +49,26 @@ def image_size(path: Path) -> Size:
         return ImageOps.exif_transpose(image).size if image.getexif() else image.size
 
 
+def describe_files(paths: Sequence[Path]) -> str:
+    """Returns the formats of image files, of JPEG with the strength of its compression.
+
+    That is the mean step of the luminance quantisation, from the weakest to the strongest of all
+    files: 1 is the weakest compression, and Pillow's quality 75 has 29. Raises ValueError, with
+    the file's name, for a file that is not an image.
+    """
+    steps: dict[str, set[float]] = {}
+    for path in paths:
+        with _naming(path), Image.open(path) as image:
+            tables = getattr(image, "quantization", None)
+            found = steps.setdefault(str(image.format), set())
+            if tables:
+                found.add(round(float(np.mean(tables[min(tables)])), 1))
+    return ", ".join(
+        f"{name} (quantisation {min(found):g} to {max(found):g})" if found else name
+        for name, found in sorted(steps.items())
+    )
+
+
 def read_image(
     path: Path, size: Size | None = None, content: bytes | None = None
 ) -> NDArray[np.uint8]:
@@ -98,24 +118,28 @@ def batches_of(
     *,
     batch_size: int,
     size: Size | None = None,
+    first: Path | None = None,
     flag: str = "--images",
 ) -> Iterator[Batch]:
-    """Yields the images in batches; without `size`, all must have the size of the first.
+    """Yields the images in batches; without `size`, all must have the size of the image `first`.
 
-    Raises ValueError, with both sizes, for an image of another size.
+    That is the first of all processes' images, by default of `paths`. Raises ValueError, with both
+    sizes, for an image of another size.
     """
-    first: tuple[Path, tuple[int, ...]] | None = None
+    if not paths:
+        return
+    first = first or paths[0]
+    width, height = size or image_size(first)
     for start in range(0, len(paths), batch_size):
         part = slice(start, start + batch_size)
         images = []
         for path in paths[part]:
             pixels = read_image(path, size)
-            first = first or (path, pixels.shape)
-            if pixels.shape != first[1]:
+            if pixels.shape[:2] != (height, width):
                 raise ValueError(
-                    f"{flag}: {path} has {pixels.shape[1]} x {pixels.shape[0]} pixels and "
-                    f"{first[0]} {first[1][1]} x {first[1][0]}; expected one size: give --size to "
-                    "crop and resize all images to it"
+                    f"{flag}: {path} has {pixels.shape[1]} x {pixels.shape[0]} pixels and {first} "
+                    f"{width} x {height}; expected one size: give --size to crop and resize all "
+                    "images to it"
                 )
             images.append(pixels)
         yield Batch(images=np.stack(images), items=items[part])

@@ -1,12 +1,13 @@
 """Everything that an evaluation reads before its long part, so that a mistake shows at once."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from latent_t2i.evaluation import contamination
-from latent_t2i.evaluation.captions import read_items
+from latent_t2i.evaluation.captions import Names, read_items
 from latent_t2i.evaluation.compare import read_results
 from latent_t2i.evaluation.config import EvaluationConfig
 from latent_t2i.evaluation.curves import read_history
@@ -14,7 +15,7 @@ from latent_t2i.evaluation.data_card import locations_of
 from latent_t2i.evaluation.images import Size, image_size, list_images
 from latent_t2i.evaluation.metrics.metric import Item, Need
 from latent_t2i.evaluation.objects import add_objects
-from latent_t2i.evaluation.protocols import protocol_items
+from latent_t2i.evaluation.protocols import PROMPTS_FILE, chooses_prompts, protocol_items
 from latent_t2i.evaluation.reals import FolderReals, Reals, SceneReals, open_folder
 from latent_t2i.model.bundle import INFO_FILE, read_info
 from latent_t2i.model.checks import read_json_object
@@ -35,17 +36,23 @@ class Inputs:
     items: Sequence[Item]
     """What is to be drawn, or what the finished images show."""
     size: Size
+    """Size of the judged images, and of the reference where that is cropped."""
+    fit: Size | None = None
+    """Size to which the judged images are cropped and resized; None if they are judged as is."""
     bundle: Path | None = None
     info: Mapping[str, Any] | None = None
     history: Sequence[Mapping[str, Any]] | None = None
     images: Sequence[Path] | None = None
     """Finished images, one per item; None if a bundle draws them."""
+    captions_by: str | None = None
+    """How finished images and captions were paired: by file name, or by position."""
     reals: Reals | None = None
     statistics: Path | None = None
     """Statistics of the reference without its images."""
     train_shards: tuple[Path, ...] = ()
     """Folders of the training sets."""
-    contamination: Mapping[str, Any] | None = None
+    contamination: Mapping[str, Any] = field(default_factory=dict)
+    """What contamination.check found, or why nothing was compared."""
     others: Sequence[tuple[str, Mapping[str, Any]]] = ()
     """Name and results of the evaluations to show beside this one."""
 
@@ -67,24 +74,29 @@ def open_inputs(config: EvaluationConfig) -> Inputs:
     """Reads and checks the inputs; raises ValueError that names the faulty one."""
     out = Path(config.out) if config.out else output_root() / "runs" / config.name
     inputs = _finished_images(config, out) if config.images else _of_bundle(config, out)
-    inputs = replace(inputs, train_shards=train_shards_of(config, inputs.info))
+    train_shards, unknown = train_shards_of(config, inputs.info)
+    inputs = replace(inputs, train_shards=train_shards)
     reals, statistics = _open_reference(config, inputs)
     others = [read_results(name) for name in config.compare]
     inputs = replace(inputs, reals=reals, statistics=statistics, others=others)
-    return replace(inputs, contamination=_check_contamination(config, inputs))
+    return replace(inputs, contamination=_check_contamination(config, inputs, unknown))
 
 
 def _of_bundle(config: EvaluationConfig, out: Path) -> Inputs:
     folder = choose_bundle(config.bundle, config.name)
     info, history = _read_info(folder), _read_history(config.run, folder)
-    size = (config.size, config.size) if config.size else _bundle_size(folder)
+    drawn = _bundle_size(folder)
+    size = (config.size, config.size) if config.size else drawn
     if config.oracle and size[0] != size[1]:
         raise ValueError(
             f"--oracle: the bundle generates images of {size[0]} x {size[1]} pixels, but the "
             "oracle needs square ones; expected --no-oracle and --captions"
         )
     items = add_objects(_make_items(config, out), config.objects)
-    return Inputs(out=out, items=items, size=size, bundle=folder, info=info, history=history)
+    return Inputs(
+        out=out, items=items, size=size, fit=None if size == drawn else size, bundle=folder,
+        info=info, history=history,
+    )  # fmt: skip
 
 
 def _bundle_size(folder: Path) -> Size:
@@ -101,36 +113,86 @@ def _bundle_size(folder: Path) -> Size:
 def _finished_images(config: EvaluationConfig, out: Path) -> Inputs:
     folder = Path(str(config.images))
     paths = list_images(folder, "--images")
-    size = (config.size, config.size) if config.size else image_size(paths[0])
-    items = [
-        Item(position=number, key=p.relative_to(folder).as_posix())
-        for number, p in enumerate(paths)
-    ]
-    if config.captions is not None:
-        items = add_objects(_captioned(items, paths, config), config.objects)
-    return Inputs(out=out, items=items, size=size, images=paths)
-
-
-def _captioned(
-    items: Sequence[Item], paths: Sequence[Path], config: EvaluationConfig
-) -> list[Item]:
-    """Gives each image its captions: those of its file name, else those of its position."""
-    texts = read_items(str(config.captions), len(items))
-    known = {Path(text.key).stem: text for text in texts}
-    if all(path.stem in known for path in paths):
-        chosen = [known[path.stem] for path in paths]
-    elif len(texts) < len(items):
-        lacking = next(path for path in paths if path.stem not in known)
+    fit = (config.size, config.size) if config.size else None
+    size = fit or image_size(paths[0])
+    if config.captions is None:
+        if config.objects is not None:
+            raise ValueError(
+                f"--objects: found {config.objects!r} with --images, but no --captions; expected "
+                "captions, whose images' objects these are"
+            )
+        keys = [p.relative_to(folder).as_posix() for p in paths]
+        items = [Item(position=number, key=key) for number, key in enumerate(keys)]
+        return Inputs(out=out, items=items, size=size, fit=fit, images=paths)
+    texts = _all_prompts(config, out, len(paths))
+    items, captions_by = pair_captions(paths, folder, texts, config.captions)
+    if captions_by == "position" and chooses_prompts(config.protocol):
         raise ValueError(
-            f"--captions: {config.captions} has captions of {len(texts)} images, fewer than the "
-            f"{len(items)} images of --images, and none for {lacking.name}; expected one for each"
+            f"--images: no image of {folder} has the name of a prompt, and --protocol "
+            f"{config.protocol} has no public order; expected the names in {out / PROMPTS_FILE}, "
+            f"such as {texts[0].key}"
         )
-    else:
-        chosen = texts[: len(items)]
-    return [
-        replace(text, position=item.position, key=item.key)
-        for item, text in zip(items, chosen, strict=True)
-    ]
+    items = add_objects(items, config.objects)
+    return Inputs(out=out, items=items, size=size, fit=fit, images=paths, captions_by=captions_by)
+
+
+def _all_prompts(config: EvaluationConfig, out: Path, num_images: int) -> list[Item]:
+    """Returns the prompts that finished images may show; raises ValueError for a wrong number."""
+    assert config.captions is not None
+    if config.protocol == "own":
+        return read_items(config.captions)
+    if num_images != config.num_prompts:
+        raise ValueError(
+            f"--images: found {num_images} images with --protocol {config.protocol}, expected its "
+            f"{config.num_prompts}; give all of them, or use --protocol own"
+        )
+    return protocol_items(config, out)
+
+
+def pair_captions(
+    paths: Sequence[Path], folder: Path, texts: Sequence[Item], name: str
+) -> tuple[list[Item], str]:
+    """Returns the captions of each image of a folder, and how they were paired.
+
+    `texts` are all captions of the file `name`. They are paired by file name, or by position if no
+    image has the name of a caption and there are as many images as captions. Raises ValueError that
+    names the image if only some have the name of a caption. The items keep the captions' own keys,
+    by which annotated objects and training images are found.
+    """
+    names = Names(texts)
+    found = {path: names.find(path, folder) for path in paths}
+    strays = [path for path, item in found.items() if item is None]
+    if len(strays) == len(paths):
+        return _by_position(paths, texts, name), "position"
+    if strays:
+        raise ValueError(
+            f"--captions: {name} has captions of {len(paths) - len(strays)} of the {len(paths)} "
+            f"images of --images by their file names, but none of {strays[0].relative_to(folder)}; "
+            "expected captions of all, or of none by name and as many captions as images"
+        )
+    chosen = [item for item in found.values() if item is not None]
+    repeated = Counter(item.key for item in texts)
+    for item in chosen:
+        if repeated[item.key] > 1:
+            raise ValueError(
+                f"--captions: {name} has {repeated[item.key]} prompts named {item.key}, as is an "
+                "image of --images; expected one prompt of each name"
+            )
+    return [replace(item, position=n) for n, item in enumerate(chosen)], "file name"
+
+
+def _by_position(paths: Sequence[Path], texts: Sequence[Item], name: str) -> list[Item]:
+    if len(texts) != len(paths):
+        raise ValueError(
+            f"--captions: {name} has captions of {len(texts)} images, such as {texts[0].key}, but "
+            f"none of the {len(paths)} images of --images by its file name, such as "
+            f"{paths[0].name}; expected equal names, or as many captions as images"
+        )
+    print(
+        "--captions: no image has the file name of a caption, so they are paired by position: "
+        f"{paths[0].name} with {texts[0].key}, ..., {paths[-1].name} with {texts[-1].key}"
+    )
+    return list(texts)
 
 
 def _make_items(config: EvaluationConfig, out: Path) -> list[Item]:
@@ -162,17 +224,22 @@ def _open_reference(config: EvaluationConfig, inputs: Inputs) -> tuple[Reals | N
         )
     if path.is_file():
         return None, path
-    known = {Path(item.key).stem: item for item in inputs.items if item.captions}
+    known = Names(item for item in inputs.items if item.captions)
     same = inputs.images is not None and config.size is None
     return open_folder(path, known, None if same else inputs.size), None
 
 
-def train_shards_of(config: EvaluationConfig, info: Mapping[str, Any] | None) -> tuple[Path, ...]:
-    """Returns the training sets: those given, else those that the bundle names, if present."""
+def train_shards_of(
+    config: EvaluationConfig, info: Mapping[str, Any] | None
+) -> tuple[tuple[Path, ...], str]:
+    """Returns the training sets: those given, else those that the bundle names, if present.
+
+    If there is none, the text says why.
+    """
     if config.train_shards is not None:
-        return tuple(_given_shards(name) for name in config.train_shards)
+        return tuple(_given_shards(name) for name in config.train_shards), "--train-shards is empty"
     if info is None:
-        return ()
+        return (), "the training set of the images is unknown; give it with --train-shards"
     names = locations_of(info["config"]) or (f"shards/data/{info['name']}/train",)
     hashes = info.get("shards_sha256")
     hashes = hashes if isinstance(hashes, list) else [hashes] * len(names)  # one set: one hash
@@ -181,13 +248,11 @@ def train_shards_of(config: EvaluationConfig, info: Mapping[str, Any] | None) ->
         found = find_path(named) if "://" not in named else None
         if found is None or _shards_sha256(found) != sha256:
             fault = "is not a folder here" if found is None else "is another set by now"
-            print(
-                f"memorisation and contamination are not checked: the training set {named} "
-                f"{fault}; give a copy of it with --train-shards"
-            )
-            return ()
+            reason = f"the training set {named} {fault}; give a copy of it with --train-shards"
+            print(f"memorisation: not checked: {reason}")
+            return (), reason
         folders.append(found)
-    return tuple(folders)
+    return tuple(folders), ""
 
 
 def _given_shards(name: str) -> Path:
@@ -207,14 +272,29 @@ def _shards_sha256(folder: Path) -> str | None:
         return None
 
 
-def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[str, Any] | None:
-    """Returns what contamination.check found; raises ValueError unless it is allowed."""
-    if not inputs.train_shards or inputs.available >= {"scenes"}:
-        return None  # scenes are drawn for this evaluation, from their own random streams
+def _check_contamination(
+    config: EvaluationConfig, inputs: Inputs, unknown: str
+) -> Mapping[str, Any]:
+    """Returns what contamination.check found; raises ValueError unless it is allowed.
+
+    `unknown` is why there are no training shards. Prints what could not be compared.
+    """
     reals = inputs.reals if isinstance(inputs.reals, FolderReals) else None
-    items = [*inputs.items, *(reals.items if reals else ())]
-    found = contamination.check(items, inputs.train_shards, reals.paths if reals else ())
-    if found is not None and not config.allow_contamination:
+    items = [item for item in inputs.items if not (item.prompt and item.prompt.scene)]
+    items += reals.items if reals else ()
+    if not items and inputs.statistics is None:
+        return contamination.unchecked(
+            contamination.NOT_NEEDED, "scenes are drawn for this evaluation from their own seeds"
+        )
+    if inputs.train_shards:
+        found = contamination.check(items, inputs.train_shards, reals.paths if reals else ())
+    else:
+        found = contamination.unchecked(contamination.NOT_CHECKED, unknown)
+    if inputs.train_shards and inputs.statistics is not None:
+        found = _without_reference(found, inputs.statistics)
+    if found["reason"]:
+        print(f"contamination: {found['status']}: {found['reason']}")
+    if found["count"] and not config.allow_contamination:
         examples = ", ".join(found["examples"][:3])
         folders = ", ".join(map(str, inputs.train_shards))
         raise ValueError(
@@ -224,6 +304,13 @@ def _check_contamination(config: EvaluationConfig, inputs: Inputs) -> Mapping[st
             "every result"
         )
     return found
+
+
+def _without_reference(found: Mapping[str, Any], statistics: Path) -> dict[str, Any]:
+    """Returns the check's record with the reason that a reference's images are unknown."""
+    status = contamination.PARTLY if found["num_images_compared"] else contamination.NOT_CHECKED
+    reason = f"{statistics.name} holds statistics of the reference without its images"
+    return {**found, "status": status, "reason": "; ".join(filter(None, [found["reason"], reason]))}
 
 
 def _read_info(folder: Path) -> dict[str, Any]:

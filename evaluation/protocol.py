@@ -5,17 +5,25 @@ resizers, and the number of images, the reference's split and the guidance conve
 papers without a word. `evaluation.compare` refuses records that differ, and names the fields.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latent_t2i.evaluation.config import EvaluationConfig
-from latent_t2i.evaluation.metrics.metric import Item
+from latent_t2i.evaluation.feature_stats import read_header
+from latent_t2i.evaluation.images import CROP, describe_files
+from latent_t2i.model.paths import hash_file
+
+if TYPE_CHECKING:
+    from latent_t2i.evaluation.inputs import Inputs
 
 ID_DIGITS = 12
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "pillow")
+DRAWN_FORMAT = "PNG, 8 bits, rounded to nearest"
 GUIDANCE = "uncond + scale * (cond - uncond); 1 turns guidance off"
 
 
@@ -30,12 +38,10 @@ def hash_texts(texts: Iterable[str]) -> str:
 
 def record_of(
     config: EvaluationConfig,
+    inputs: Inputs,
     *,
-    items: Iterable[Item],
     num_images: int,
-    image_size: tuple[int, int],
     drawn: Mapping[str, Any] | None,
-    reference: Mapping[str, Any],
     identities: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
     """Returns the flat record of an evaluation.
@@ -43,21 +49,46 @@ def record_of(
     `drawn` describes how the images were made; None for a folder of finished images. `identities`
     are those of the metrics' networks.
     """
-    texts = [item.captions[0] for item in items if item.captions]
+    prompts = [item.captions[0] for item in inputs.items if item.captions]
+    captions = [json.dumps(item.captions) for item in inputs.items if item.captions]
+    objects = [json.dumps(item.objects, sort_keys=True) for item in inputs.items]
+    has_objects = any(item.objects for item in inputs.items)
     record: dict[str, Any] = {
         "protocol": config.protocol,
-        "prompts_sha256": hash_texts(texts) if texts else "none",
+        "prompts_sha256": hash_texts(prompts) if prompts else "none",
+        # Further captions of each image are references of caption similarity and consistency.
+        "captions_sha256": hash_texts(captions) if captions else "none",
+        "objects_sha256": hash_texts(objects) if has_objects else "none",
         "num_images": num_images,
-        "image_size_px": f"{image_size[0]} x {image_size[1]}",
-        "file_format": "PNG, 8 bits, rounded to nearest" if drawn else "files as given",
+        "image_size_px": f"{inputs.size[0]} x {inputs.size[1]}",
+        "crop": "none" if inputs.fit is None else CROP,
+        "file_format": DRAWN_FORMAT if inputs.images is None else describe_files(inputs.images),
         "resize": config.resize,
+        "seed": config.seed,
+        "num_seed_sets": config.num_seed_sets,
     }
+    if inputs.captions_by is not None:
+        record["captions_paired_by"] = inputs.captions_by
+    if drawn is not None:
+        record["num_diverse_prompts"] = config.num_diverse_prompts
     record |= {f"drawn/{name}": value for name, value in (drawn or {}).items()}
-    record |= {f"reference/{name}": value for name, value in reference.items()}
+    record |= {f"reference/{name}": value for name, value in _reference(inputs).items()}
     for metric, identity in identities.items():
         record |= {f"metrics/{metric}/{name}": value for name, value in identity.items()}
     record |= {f"versions/{name}": _version(name) for name in PACKAGES}
     return record
+
+
+def _reference(inputs: Inputs) -> dict[str, Any]:
+    if inputs.reals is not None:
+        return inputs.reals.record()
+    if inputs.statistics is None:
+        return {"name": "none"}
+    path = inputs.statistics
+    identity = read_header(path).identity
+    names = {"count": "images_count", "crop": "images_size", "resize": "resize"}
+    known = {field: identity.get(name, "not stated") for field, name in names.items()}
+    return {"name": path.name, "sha256": hash_file(path)} | known
 
 
 def protocol_id(record: Mapping[str, Any]) -> str:

@@ -51,6 +51,7 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = MappingProxyType(
                 "num_steps": 50,
                 # U-ViT's scale 1 in cond + scale * (cond - uncond).
                 "guidance_scale": 2.0,
+                "guidance_interval": None,
             },
             defaults={
                 "captions": "data/coco/annotations/captions_val2014.json",
@@ -68,11 +69,13 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = MappingProxyType(
                 "scheduler": "ddim",
                 "num_steps": 50,
                 "guidance_scale": 8.0,
+                "guidance_interval": None,
                 "weights.clip": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
             },
             defaults={
                 "captions": "data/coco/val2014_30k.tsv",
                 "reference": "data/coco/val2014_30k_stats.npz",
+                "seed": 2023,
             },
             prompts_seed=None,
             source="MLPerf training: stable_diffusion/configs/train_32x08x08.yaml",
@@ -100,9 +103,14 @@ def apply_protocol(config: EvaluationConfig) -> EvaluationConfig:
             )
         changed |= _nested(config, changed, name, value)
     for name, value in protocol.defaults.items():
-        if _get(config, name) is None:
+        if _get(config, name) == _default(name):
             changed[name] = value
     return replace(config, **changed)
+
+
+def chooses_prompts(name: ProtocolName) -> bool:
+    """Returns whether a protocol's prompts are a random choice, in an order that is not public."""
+    return name in PROTOCOLS and PROTOCOLS[name].prompts_seed is not None
 
 
 def protocol_items(config: EvaluationConfig, out: Path) -> list[Item]:

@@ -1,7 +1,7 @@
 """The real images of an evaluation: rendered scenes, or a folder."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from latent_t2i.evaluation.captions import Names
 from latent_t2i.evaluation.images import CROP, Size, batches_of, list_images
 from latent_t2i.evaluation.metrics.metric import Batch, Item
 from latent_t2i.evaluation.processes import Group
@@ -72,6 +73,7 @@ class FolderReals:
             [self.items[i] for i in share],
             batch_size=batch_size,
             size=self.size,
+            first=self.paths[0],
             flag="--reference",
         )
 
@@ -81,15 +83,17 @@ class FolderReals:
 
 
 def open_folder(
-    folder: Path, known: Mapping[str, Item], size: Size | None, *, flag: str = "--reference"
+    folder: Path, known: Names, size: Size | None, *, flag: str = "--reference"
 ) -> FolderReals:
-    """Returns the images of a folder; `known` has the items of file names without suffix."""
+    """Returns the images of a folder, with the captions that `known` has of their names."""
     paths = list_images(folder, flag)
     items = [
-        replace(known[p.stem], position=number) if p.stem in known
-        else Item(position=number, key=p.relative_to(folder).as_posix())
-        for number, p in enumerate(paths)
-    ]  # fmt: skip
+        replace(
+            known.find(path, folder) or Item(position=0, key=path.relative_to(folder).as_posix()),
+            position=number,
+        )
+        for number, path in enumerate(paths)
+    ]
     return FolderReals(
         folder=folder, paths=paths, items=items, size=size, sha256=hash_files(folder, paths)
     )

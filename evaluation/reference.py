@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from latent_t2i.evaluation.config import (
     EvaluationConfig,
+    ProtocolName,
     ReferenceConfig,
     ResizeMode,
     WeightsConfig,
@@ -57,12 +58,17 @@ KEY_DIGITS = 12
 KEY = "cache_key"
 
 
-def load_statistics(path: Path, extractor: Extractor) -> FeatureStats:
-    """Reads statistics for a feature network; raises ValueError if they are of another."""
+def load_statistics(
+    path: Path, extractor: Extractor, protocol: ProtocolName = "own"
+) -> FeatureStats:
+    """Reads statistics for a feature network; raises ValueError if they are of another.
+
+    Under a published `protocol`, they may be another tool's, which names no network.
+    """
     stats = FeatureStats.load(path)
     has_rows = bool(len(stats.features))
     header = Header(identity=stats.identity, dim=stats.dim, has_rows=has_rows)
-    reason = mismatch(header, extractor)
+    reason = mismatch(header, extractor, protocol)
     if reason is not None:
         raise ValueError(
             f"--reference: {path}: {reason}; make statistics of the real images with "

@@ -26,6 +26,7 @@ from latent_t2i.evaluation.curves import (
 from latent_t2i.evaluation.data_card import data_card, locations_of
 from latent_t2i.evaluation.figures import (
     FEW_IMAGES,
+    contamination_gap,
     describe,
     lead_order,
     main_figures,
@@ -86,7 +87,9 @@ def _context(
         "metrics": results.get("metrics", {}),
         "skipped": results.get("skipped", {}),
         "num_samples": _num(results),
-        "contamination": results.get("contamination"),
+        "contamination": {"count": 0, "num_images_compared": 0}
+        | (results.get("contamination") or {}),
+        "contamination_gap": contamination_gap(results),
         "few": _num(results) < FEW_IMAGES,
         "few_images": FEW_IMAGES,
         "headlines": headlines(results),

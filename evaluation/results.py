@@ -16,7 +16,6 @@ from latent_t2i.evaluation.intervals import interval, wilson
 from latent_t2i.evaluation.metrics.metric import FeatureMetric
 from latent_t2i.evaluation.report import render_report
 from latent_t2i.evaluation.rows import Row
-from latent_t2i.model.paths import hash_file
 from latent_t2i.sample.pictures import describe_bundle
 
 if TYPE_CHECKING:
@@ -49,11 +48,9 @@ def collect(
     }
     record = protocol.record_of(
         run.config,
-        items=run.inputs.items,
+        run.inputs,
         num_images=main.num_images,
-        image_size=run.inputs.size,
         drawn=_drawn(run, samples),
-        reference=_reference(run),
         identities=identities,
     )
     return {
@@ -96,15 +93,6 @@ def _drawn(run: Evaluation, samples: Draw | None) -> dict[str, Any] | None:
         "seed": run.config.seed,
         "ema": json.dumps(ema, sort_keys=True),
     }
-
-
-def _reference(run: Evaluation) -> dict[str, Any]:
-    if run.inputs.reals is not None:
-        return run.inputs.reals.record()
-    if run.inputs.statistics is not None:
-        path = run.inputs.statistics
-        return {"name": path.name, "sha256": hash_file(path)}
-    return {"name": "none"}
 
 
 def _intervals(run: Evaluation, row: Row) -> dict[str, tuple[float, float]]:
@@ -165,7 +153,8 @@ def flatten(found: Mapping[str, Any]) -> dict[str, Any]:
             flat |= {f"{name}@g{point['value']:g}": v for name, v in point["figures"].items()}
     flat["num_images"] = found["num_images"]["samples"]
     flat["protocol_id"] = found["protocol_id"]
-    if found["contamination"] is not None:
+    flat["contamination"] = found["contamination"]["status"]
+    if found["contamination"]["num_images_compared"]:
         flat["contaminated_images"] = found["contamination"]["count"]
     return flat
 

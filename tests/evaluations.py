@@ -128,7 +128,14 @@ def _results(protocol: dict[str, Any], shift: float) -> dict[str, Any]:
         | {"clip_score": [69.0 + shift, 71.0 + shift]},
         "spread": {"kid": {"mean": 0.0013, "std": 0.0002, "values": [0.0011, 0.0013, 0.0015]}},
         "skipped": {"caption_similarity": "needs a captioner: --weights.captioner"},
-        "contamination": None,
+        "contamination": {
+            "status": "checked",
+            "reason": None,
+            "count": 0,
+            "examples": [],
+            "num_images": 18,
+            "num_images_compared": 18,
+        },
         "details": {
             "consistency": {
                 "samples": {

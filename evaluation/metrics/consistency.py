@@ -124,7 +124,10 @@ class Consistency(ImageMetric):
         return super().compute()
 
     def identity(self) -> dict[str, str]:
-        return self.detector.identity() | {"detector_threshold": "highest F1 on the real images"}
+        """Returns the detector, and the thresholds once the row `real` has found them."""
+        used = self.context.shared.get(SHARED, Thresholds())
+        thresholds = f"presence {used.presence:.3f}, count {used.count:.3f}; {used.source}"
+        return self.detector.identity() | {"detector_threshold": thresholds}
 
     def details(self) -> dict[str, Any]:
         """Returns the thresholds, what was judged, and the figures of each category."""

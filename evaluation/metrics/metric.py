@@ -181,7 +181,7 @@ class FeatureMetric(Metric):
             sets = context.config.num_seed_sets
             context.stats[name] = FeatureStats(self.network.dim, num_parts=sets)
         self.stats = context.stats[name]
-        require_fit(context.config.reference, self)
+        require_fit(context.config, self)
 
     def extractor_name(self) -> str:
         """Returns the extractor's name; it may depend on the settings."""
@@ -219,7 +219,7 @@ class FeatureMetric(Metric):
         spreads = {}
         for name in found[0]:
             values = [figures[name] for figures in found]
-            std = float(np.std(values, ddof=1)) if num_sets > 1 else 0.0
+            std = float(np.std(values, ddof=1))
             spreads[name] = {"mean": float(np.mean(values)), "std": std, "values": values}
         return spreads
 

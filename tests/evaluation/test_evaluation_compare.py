@@ -133,6 +133,26 @@ def test_contamination_is_marked(folder: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(results))
     text = " ".join(compare.compare([str(folder / "one"), str(path)]))
     assert "CONTAMINATED: 7 images" in text
+    assert "contamination not" not in text
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (None, "contamination not recorded"),
+        ({"status": "not checked", "reason": "unknown", "count": 0}, "not checked: unknown"),
+        ({"status": "not needed", "reason": "scenes", "count": 0}, ""),
+    ],
+)
+def test_what_was_not_checked_for_contamination_is_said(
+    folder: Path, tmp_path: Path, found: Any, expected: str
+) -> None:
+    results = json.loads((folder / "one/evaluation.json").read_text())
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps(results | {"contamination": found}))
+    text = " ".join(compare.compare([str(folder / "one"), str(path)]))
+    assert expected in text
+    assert text.count("contamination") == bool(expected)
 
 
 @pytest.mark.parametrize(

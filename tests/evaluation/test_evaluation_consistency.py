@@ -191,6 +191,8 @@ def test_values_are_shares_of_what_the_prompt_states() -> None:
     assert figures["consistency/presence"] == 0.75
     details = metric.details()
     assert details["threshold"]["source"].startswith("default")
+    stamped = metric.identity()["detector_threshold"]
+    assert stamped.startswith("presence 0.300, count 0.300; default, no real images")
     assert details["num_images_with_named_objects"] == 2
     assert details["categories"]["dog"] == {"num": 2, "num_counts": 2, "presence": 1, "count": 0.5}
     assert json.dumps(details)
@@ -217,6 +219,11 @@ def test_real_images_set_the_threshold_of_all_rows() -> None:
     }  # fmt: skip
     threshold = real.details()["threshold"]
     assert 0.1 < threshold["presence"] < 0.15 and threshold["f1_on_real_images"] == 1
+    stamped = real.identity()["detector_threshold"]
+    assert (
+        stamped == "presence 0.125, count 0.125; highest F1 on 3 real images with objects from "
+        "their annotations"
+    )
     samples = feed(Consistency(replace(here, row="samples")), items)
     samples.compute()
     assert samples.thresholds == real.thresholds

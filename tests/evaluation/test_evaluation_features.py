@@ -18,7 +18,7 @@ from latent_t2i.evaluation import features
 from latent_t2i.evaluation.config import EvaluationConfig, WeightsConfig
 from latent_t2i.evaluation.feature_stats import stats_of
 from latent_t2i.evaluation.features import Extractor, load_extractor
-from latent_t2i.evaluation.metrics.frechet import FrechetDistance
+from latent_t2i.evaluation.metrics.frechet import Fid, FrechetDistance
 from latent_t2i.evaluation.metrics.kid import Kid
 from latent_t2i.evaluation.metrics.metric import Batch, Context, Item, MissingWeights
 from latent_t2i.evaluation.reference import load_statistics
@@ -151,13 +151,20 @@ def test_statistics_of_another_network_are_refused(tmp_path: Path) -> None:
 
 
 def test_statistics_that_do_not_name_their_network(tmp_path: Path) -> None:
-    """pytorch-fid's and clean-fid's: taken for Inception's, if the number of features fits."""
+    """pytorch-fid's and clean-fid's: Inception's, under a protocol that fixes the resize mode."""
     inception, other = RandomNetwork(), RandomNetwork(CLIP)
     path = tmp_path / "x.npz"
     np.savez(path, mu=np.zeros(inception.dim), sigma=np.eye(inception.dim))
-    assert load_statistics(path, inception).count == 0
+    with pytest.raises(ValueError, match="does not name the resize mode that made it"):
+        load_statistics(path, inception)
+    with pytest.raises(MissingWeights, match="--resize MODE"):
+        Fid(_with_reference(inception, path))
+    assert load_statistics(path, inception, "coco-mlperf").count == 0
+    context = _with_reference(inception, path)
+    context.config = replace(context.config, protocol="coco-mlperf")
+    Fid(context)
     with pytest.raises(MissingWeights, match="holds mean and covariance only, but kid needs"):
-        Kid(_with_reference(inception, path))
+        Kid(context)
     with pytest.raises(MissingWeights, match="does not name its feature network"):
         FrechetDistance(_with_reference(other, path))
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))

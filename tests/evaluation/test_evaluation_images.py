@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latent_t2i.evaluation.config import EvaluationConfig
+from latent_t2i.evaluation.evaluate import Evaluation
 from latent_t2i.evaluation.images import batches_of, fit, list_images, read_image
+from latent_t2i.evaluation.inputs import open_inputs
 from latent_t2i.evaluation.metrics.metric import Item
+from latent_t2i.evaluation.processes import Group
+from latent_t2i.evaluation.rows import Panel
 
 
 def save(folder: Path, name: str, size: tuple[int, int] = (8, 8), value: int = 0) -> Path:
@@ -53,6 +58,29 @@ def test_mixed_sizes_need_a_size(tmp_path: Path) -> None:
         list(batches_of(paths, items(2), batch_size=1))
     (batch,) = batches_of(paths, items(2), batch_size=2, size=(4, 4))
     assert batch.images.shape == (2, 4, 4, 3)
+
+
+def test_sizes_that_alternate_between_processes(tmp_path: Path) -> None:
+    """Each of two processes sees one size only; the second's is not that of the first image."""
+    for number in range(4):
+        save(tmp_path, f"{number}.png", (16 if number % 2 else 8, 8))
+    config = EvaluationConfig(name="tests", images=str(tmp_path), reference=str(tmp_path))
+    inputs = open_inputs(config)
+    assert inputs.images is not None and inputs.reals is not None
+    panel = Panel(config=config, device="cpu", inputs=inputs.available)
+    for rank in range(2):
+        group = Group(rank=rank, world_size=2)
+        run = Evaluation(config=config, inputs=inputs, group=group, panel=panel)
+        for flag, batches in (
+            ("--images", run.batches(inputs.images, inputs.items)),
+            ("--reference", inputs.reals.batches(group, 2)),
+        ):
+            if rank == 0:
+                assert len(list(batches)) == 1
+            else:
+                message = rf"{flag}: .*1\.png has 16 x 8 pixels and .*0\.png 8 x 8"
+                with pytest.raises(ValueError, match=message):
+                    list(batches)
 
 
 def test_the_crop_comes_before_the_resize() -> None:

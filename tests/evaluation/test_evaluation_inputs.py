@@ -69,6 +69,8 @@ def test_an_unusable_bundle_info_is_an_error(bundle: Path, tmp_path: Path) -> No
         (["--no-oracle"], "--captions: required with --no-oracle"),
         (["--captions", "x.json"], "--captions: found 'x.json', but the oracle"),
         (["--num-prompts", "0"], "--num-prompts: expected .*, found 0"),
+        (["--num-seed-sets", "0"], "--num-seed-sets: expected .*3.*, found 0"),
+        (["--num-seed-sets", "2"], "--num-seed-sets: expected .*3.*, found 2"),
         (["--num-steps", "0"], "--num-steps: expected .*, found 0"),
         (["--batch-size", "0"], "--batch-size: expected .*, found 0"),
         (["--guidance-scale", "nan"], "--guidance-scale: expected .*, found nan"),

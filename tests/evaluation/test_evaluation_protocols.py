@@ -1,6 +1,7 @@
 """The published protocols: what they fix, and prompts that a second run reads again."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from latent_t2i.evaluation import protocols
 from latent_t2i.evaluation.config import EvaluationConfig, WeightsConfig
+from latent_t2i.evaluation.inputs import open_inputs
 from latent_t2i.evaluation.protocols import PROTOCOLS, apply_protocol, protocol_items
 from tests.coco_folders import CocoFolder, make_coco
 
@@ -39,6 +41,8 @@ def test_mlperf() -> None:
     assert config.weights.clip == "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     assert config.captions == "data/coco/val2014_30k.tsv"
     assert config.reference == "data/coco/val2014_30k_stats.npz"
+    assert config.seed == 2023
+    assert apply_protocol(make_config(protocol="coco-mlperf", seed=7)).seed == 7
 
 
 def test_paths_and_other_weights_may_be_given() -> None:
@@ -60,6 +64,10 @@ def test_paths_and_other_weights_may_be_given() -> None:
     [
         ({"num_steps": 25}, "--num-steps: found 25 with --protocol coco-mlperf.*fixes it to 50"),
         ({"resize": "clean"}, "--resize: found 'clean'"),
+        (
+            {"guidance_interval": (0.1, 3.0)},
+            r"--guidance-interval: found \(0\.1, 3\.0\) .* to None",
+        ),
         ({"weights": WeightsConfig(clip="other")}, r"--weights\.clip: found 'other'"),
     ],
 )
@@ -124,3 +132,49 @@ def test_missing_captions_file(tmp_path: Path) -> None:
     config = apply_protocol(make_config(protocol="coco-mlperf"))
     with pytest.raises(ValueError, match=r"no file 'data/coco/val2014_30k\.tsv'"):
         protocol_items(config, tmp_path)
+
+
+def test_the_guidance_interval_is_fixed_in_every_protocol() -> None:
+    for name in PROTOCOLS:
+        with pytest.raises(ValueError, match="--guidance-interval: found"):
+            apply_protocol(make_config(protocol=name, guidance_interval=(0.1, 3.0)))
+
+
+def finished(coco: CocoFolder, images: Path, out: Path, num: int = 8) -> EvaluationConfig:
+    """Returns the settings of finished images under a protocol of `num` prompts."""
+    config = small(coco, num)
+    return replace(config, images=str(images), out=str(out), metrics=("clip_score",))
+
+
+def test_finished_images_show_the_protocols_prompts(coco: CocoFolder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = finished(coco, coco.images, out)
+    found = open_inputs(config)
+    prompts = {item.key: item.captions for item in protocol_items(config, out)}
+    assert {item.key: item.captions for item in found.items} == prompts
+    assert found.captions_by == "file name"
+    for num in (5, 9):
+        with pytest.raises(
+            ValueError, match=rf"found 8 images with .*coco-uvit, expected its {num}"
+        ):
+            open_inputs(finished(coco, coco.images, tmp_path / "other", num))
+    assert not (tmp_path / "other").exists()
+
+
+def test_finished_images_without_the_prompts_names(coco: CocoFolder, tmp_path: Path) -> None:
+    """Only a public list has an order that images of other programs can follow."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, path in enumerate(sorted(coco.images.iterdir())):
+        (images / f"{number:05d}.png").write_bytes(path.read_bytes())
+    config = finished(coco, images, tmp_path / "uvit")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no image of .*images has the name of a prompt"):
+            open_inputs(config)
+    listed = tmp_path / "list.tsv"
+    rows = "".join(f"{number}\tcaption {number}\n" for number in range(1, 9))
+    listed.write_text(f"image_id\tcaption\n{rows}")
+    changes = {"captions": str(listed), "out": str(tmp_path / "mlperf")}
+    found = open_inputs(replace(config, protocol="coco-mlperf", **changes))
+    assert [item.captions[0] for item in found.items] == [f"caption {n}" for n in range(1, 9)]
+    assert found.captions_by == "position"

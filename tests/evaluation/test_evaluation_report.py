@@ -189,6 +189,17 @@ def test_contamination_marks_every_result(folder: Path) -> None:
     assert "000000000042" in page
 
 
+def test_contamination_that_was_not_checked_is_said(folder: Path) -> None:
+    results = json.loads((folder / "run/evaluation.json").read_text()) | {"sweeps": {}}
+    line = "Images of the training set among the prompts and the reference: "
+    clean = render_report(results, folder / "run", history=None, info=None)
+    assert f"{line}0 of 18." in clean
+    results["contamination"] = {"status": "not checked", "reason": "remote shards", "count": 0}
+    page = render_report(results, folder / "run", history=None, info=None)
+    assert f"{line}not checked: remote shards." in page
+    assert "contaminated" not in page.lower()
+
+
 def test_a_folder_of_images_has_a_report_too(tmp_path: Path) -> None:
     results = {
         "name": "images", "protocol": {"resize": "clean"}, "protocol_id": "abc",
