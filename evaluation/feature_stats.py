@@ -352,7 +352,9 @@ class Header:
 
 def _is_rounding(eigenvalues: NDArray[Any]) -> NDArray[np.bool_]:
     """Returns which of a positive matrix's eigenvalues, in ascending order, are zero."""
-    limit = eigenvalues[-1] * len(eigenvalues) * np.finfo(np.float64).eps
+    # Equal features have no covariance: its root has no columns, so there is no eigenvalue left.
+    largest = eigenvalues[-1] if len(eigenvalues) else 0.0
+    limit = largest * len(eigenvalues) * np.finfo(np.float64).eps
     return np.asarray(eigenvalues <= limit)
 
 
