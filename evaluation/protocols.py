@@ -47,7 +47,7 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = MappingProxyType(
                 "num_prompts": 30_000,
                 "size": 256,
                 "resize": "pytorch",
-                "scheduler": "dpmpp-singlestep",
+                "scheduler": "dpmpp-singlestep-3",
                 "num_steps": 50,
                 # U-ViT's scale 1 in cond + scale * (cond - uncond).
                 "guidance_scale": 2.0,

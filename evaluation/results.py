@@ -18,6 +18,7 @@ from latent_t2i.evaluation.report import render_report
 from latent_t2i.evaluation.rows import Row
 from latent_t2i.model.paths import hash_file
 from latent_t2i.sample.pictures import describe_bundle
+from latent_t2i.sample.schedulers import choose_scheduler
 
 if TYPE_CHECKING:
     from latent_t2i.evaluation.evaluate import Evaluation
@@ -88,8 +89,12 @@ def _drawn(run: Evaluation, samples: Draw | None) -> dict[str, Any] | None:
         name: value if isinstance(value, str | int | float) else str(value)
         for name, value in vars(samples.settings).items()
     }
+    scheduler = choose_scheduler(run.pipeline.scheduler, samples.settings.scheduler)
     ema = (run.inputs.info or {}).get("config", {}).get("ema", "unknown")
     return settings | {
+        # The name of the sampler does not fix it: a bundle's own scheduler may have any order.
+        "scheduler_class": type(scheduler).__name__,
+        "solver_order": scheduler.config.get("solver_order", "none"),
         "guidance_convention": protocol.GUIDANCE,
         "dtype": run.identity["dtype"],
         "vae_dtype": str(run.pipeline.vae.dtype).removeprefix("torch."),

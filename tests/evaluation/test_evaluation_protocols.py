@@ -24,7 +24,7 @@ def test_own_settings_are_left_alone() -> None:
 def test_uvit() -> None:
     config = apply_protocol(make_config(protocol="coco-uvit"))
     assert (config.size, config.num_prompts, config.resize) == (256, 30_000, "pytorch")
-    assert (config.scheduler, config.num_steps) == ("dpmpp-singlestep", 50)
+    assert (config.scheduler, config.num_steps) == ("dpmpp-singlestep-3", 50)
     assert config.guidance_scale == 2  # 1 in U-ViT's cond + scale * (cond - uncond)
     assert not config.oracle
     assert config.captions == "data/coco/annotations/captions_val2014.json"

@@ -85,6 +85,8 @@ def test_rows_have_floors_and_ceilings(evaluated: Path) -> None:
     assert {"samples", "real", "reconstruction", "shuffled"} <= found["rows"].keys()
     assert set(found["num_images"].values()) == {12}
     assert found["rows"]["shuffled"].keys() <= found["rows"]["samples"].keys()
+    assert found["protocol"]["drawn/scheduler_class"] == "DPMSolverMultistepScheduler"
+    assert found["protocol"]["drawn/solver_order"] == 2
     low, high = found["intervals"]["clip_score"]
     assert low <= found["rows"]["samples"]["clip_score"] <= high
     assert found["intervals"]["oracle/single/shape_and_colour"][1] > 0, "of a share of 0 %"
