@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from uuid import uuid4
 
 from latent_t2i.evaluation.captions import read_items
 from latent_t2i.evaluation.config import EvaluationConfig, ProtocolName
@@ -140,9 +141,10 @@ def protocol_items(config: EvaluationConfig, out: Path) -> list[Item]:
 def _write_prompts(path: Path, record: Mapping[str, Any], items: Sequence[Item]) -> None:
     prompts = [{"key": item.key, "captions": list(item.captions)} for item in items]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    # All processes write the same list, each under its own name, and on several machines.
+    partial = path.with_name(f".{path.name}.{uuid4().hex}")
     partial.write_text(json.dumps({**record, "prompts": prompts}, indent=0) + "\n", "utf-8")
-    partial.rename(path)
+    partial.replace(path)
 
 
 def _read_prompts(path: Path, record: Mapping[str, Any]) -> list[Item]:

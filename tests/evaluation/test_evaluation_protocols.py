@@ -102,6 +102,26 @@ def test_prompts_are_chosen_once(coco: CocoFolder, tmp_path: Path) -> None:
     assert again[0].prompt.text == again[0].captions[0]
 
 
+def test_processes_write_the_prompts_at_once(
+    coco: CocoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process finishes its file while the other's is not renamed yet."""
+    items = protocol_items(small(coco), tmp_path / "alone")
+    write = Path.write_text
+
+    def write_and_let_another_write(path: Path, *args: Any) -> int:
+        monkeypatch.setattr(Path, "write_text", write)
+        found = write(path, *args)
+        assert protocol_items(small(coco), tmp_path / "out") == items
+        return found
+
+    monkeypatch.setattr(Path, "write_text", write_and_let_another_write)
+    assert protocol_items(small(coco), tmp_path / "out") == items
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [protocols.PROMPTS_FILE]
+    listed = [(tmp_path / name / protocols.PROMPTS_FILE).read_text() for name in ("alone", "out")]
+    assert listed[0] == listed[1]
+
+
 def test_prompts_of_other_settings_are_refused(coco: CocoFolder, tmp_path: Path) -> None:
     protocol_items(small(coco), tmp_path)
     with pytest.raises(ValueError, match=r"prompts\.json: num_prompts is 6, expected 5"):
