@@ -12,13 +12,20 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latent_t2i.evaluation.metrics.metric import Batch, Context, ImageMetric, MissingWeights
+from latent_t2i.evaluation.metrics.metric import (
+    Batch,
+    Context,
+    ImageMetric,
+    MissingWeights,
+    Need,
+    RowName,
+)
 from latent_t2i.model.paths import find_path, hash_file
 
 FLAG = "--weights.lpips"
@@ -71,7 +78,11 @@ class Lpips(ImageMetric):
     """The VAE's error for each image, and the diversity of the images of each prompt."""
 
     name = "lpips"
-    rows = ("reconstruction", "diverse")
+    needs: ClassVar[frozenset[Need]] = frozenset({"bundle"})
+    rows: ClassVar[tuple[RowName, ...]] = ("reconstruction", "diverse")
+    without_ceiling: ClassVar[Mapping[str, str]] = {
+        "lpips/diverse": "there are no several real images of one prompt; equal images have 0"
+    }
     in_sweeps = False
 
     def __init__(self, context: Context) -> None:
