@@ -4,7 +4,7 @@ Every CLIPModel of transformers works: OpenAI's, OpenCLIP's converted ones, the 
 go through the processor's PIL backend, so that a figure does not depend on whether torchvision is
 installed. Captions beyond the model's limit (77 tokens) are cut in such a way that the end token
 stays, because CLIP reads its embedding there. The main trade-off is the scorer itself: a CLIP that
-conditioned the model's training favours its images, hence `warn_if_conditioning`.
+conditioned the model's training favours its images, hence `conditioning_warning`.
 """
 
 import os
@@ -39,6 +39,9 @@ SAME_WEIGHTS = 0.01
 
 class Clip:
     """A CLIP model with its tokenizer and image processor."""
+
+    warning: str = ""
+    """What makes its scores misleading in this evaluation."""
 
     def __init__(self, name: str, device: str = "cpu") -> None:
         """Loads a folder or Hub repository; raises ValueError if it is not a complete CLIP."""
@@ -98,7 +101,9 @@ def load_clip(context: Context) -> Clip:
 
     def load() -> Clip:
         clip = Clip(name, context.device)
-        warn_if_conditioning(context.config, clip)
+        clip.warning = conditioning_warning(context.config, clip)
+        if clip.warning and os.environ.get("RANK", "0") == "0":
+            print(f"warning: {clip.warning}")
         return clip
 
     return context.load(("clip", name), load)
@@ -118,15 +123,15 @@ def embed_batch(clip: Clip, batch: Batch) -> tuple[NDArray[np.float32], NDArray[
     )
 
 
-def warn_if_conditioning(config: EvaluationConfig, clip: Clip) -> None:
-    """Prints a line if the bundle's text encoder is the scorer's own."""
+def conditioning_warning(config: EvaluationConfig, clip: Clip) -> str:
+    """Returns a warning if the bundle's text encoder is the scorer's own, else an empty text."""
     folder = _bundle_folder(config)
-    is_main = os.environ.get("RANK", "0") == "0"
-    if folder is not None and is_main and is_text_encoder_of(folder, clip):
-        print(
-            f"warning: {FLAG}: {clip.name} is also the text encoder of the bundle {folder}, which "
-            "favours its images; compare bundles of other text encoders with another CLIP"
-        )
+    if folder is None or not is_text_encoder_of(folder, clip):
+        return ""
+    return (
+        f"{FLAG}: {clip.name} is also the text encoder of the bundle {folder}, which favours its "
+        "images; compare bundles of other text encoders with another CLIP"
+    )
 
 
 def is_text_encoder_of(bundle: Path, clip: Clip) -> bool:

@@ -33,7 +33,7 @@ from latent_t2i.model.checks import read_json_object
 
 RESULTS_FILE = "evaluation.json"
 PER_IMAGE_FILE = "per_image.jsonl"
-OBJECTS = ("rows", "num_images", "intervals", "spread")
+OBJECTS = ("rows", "num_images", "intervals", "spread", "warnings")
 COLUMNS = 80
 NAME_WIDTH = 30
 CELL_WIDTH = 12
@@ -176,7 +176,13 @@ def _describe_run(letter: str, name: str, run: Mapping[str, Any]) -> list[str]:
     gap = contamination_gap(run)
     if gap is not None:
         text += f"; contamination {gap}"
-    return _wrap(text, "   ")
+    lines = _wrap(text, "   ")
+    names: dict[str, list[str]] = {}
+    for metric, warning in run.get("warnings", {}).items():
+        names.setdefault(warning, []).append(metric)
+    for warning, metrics in names.items():
+        lines += _wrap(f"   warning, {' and '.join(metrics)}: {warning}", "   ")
+    return lines
 
 
 def _wrap(text: str, indent: str) -> list[str]:

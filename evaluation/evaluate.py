@@ -22,6 +22,7 @@ from latent_t2i.evaluation.images import batches_of
 from latent_t2i.evaluation.inputs import Inputs, open_inputs
 from latent_t2i.evaluation.metrics.memorisation import extra_items
 from latent_t2i.evaluation.metrics.metric import Batch, Item
+from latent_t2i.evaluation.missing_rows import absent_rows
 from latent_t2i.evaluation.processes import Group, start_group
 from latent_t2i.evaluation.protocols import apply_protocol
 from latent_t2i.evaluation.reals import reconstructions
@@ -95,7 +96,10 @@ def evaluate(config: EvaluationConfig) -> Path:
     config = apply_protocol(config)
     inputs = open_inputs(config)
     device = sampler.choose_device(config.device)
-    panel = Panel(config=config, device=device, inputs=inputs.available, out=inputs.out)
+    panel = Panel(
+        config=config, device=device, inputs=inputs.available, out=inputs.out,
+        absent=absent_rows(config, inputs),
+    )  # fmt: skip
     run = Evaluation(config=config, inputs=inputs, group=group, panel=panel)
     if inputs.bundle is not None:
         run.pipeline = sampler.load(inputs.bundle, device=device, dtype=config.dtype)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -233,10 +234,11 @@ class FeatureStats:
                 "part_means": np.stack([part.mean for part in self._parts]),
                 "part_scatters": np.stack([part.scatter for part in self._parts]),
             }
-        partial = path.with_name(f".{path.name}.partial")
+        # Two evaluations may make the same reference at once.
+        partial = path.with_name(f".{path.name}.{uuid4().hex}")
         with partial.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # the stubs see allow_pickle
-        partial.rename(path)
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> FeatureStats:
@@ -352,7 +354,9 @@ class Header:
 
 def _is_rounding(eigenvalues: NDArray[Any]) -> NDArray[np.bool_]:
     """Returns which of a positive matrix's eigenvalues, in ascending order, are zero."""
-    limit = eigenvalues[-1] * len(eigenvalues) * np.finfo(np.float64).eps
+    # Equal features have no covariance: its root has no columns, so there is no eigenvalue left.
+    largest = eigenvalues[-1] if len(eigenvalues) else 0.0
+    limit = largest * len(eigenvalues) * np.finfo(np.float64).eps
     return np.asarray(eigenvalues <= limit)
 
 

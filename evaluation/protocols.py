@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from uuid import uuid4
 
 from latent_t2i.evaluation.captions import read_items
 from latent_t2i.evaluation.config import EvaluationConfig, ProtocolName
@@ -47,7 +48,7 @@ PROTOCOLS: Mapping[ProtocolName, Protocol] = MappingProxyType(
                 "num_prompts": 30_000,
                 "size": 256,
                 "resize": "pytorch",
-                "scheduler": "dpmpp-singlestep",
+                "scheduler": "dpmpp-singlestep-3",
                 "num_steps": 50,
                 # U-ViT's scale 1 in cond + scale * (cond - uncond).
                 "guidance_scale": 2.0,
@@ -148,9 +149,10 @@ def protocol_items(config: EvaluationConfig, out: Path) -> list[Item]:
 def _write_prompts(path: Path, record: Mapping[str, Any], items: Sequence[Item]) -> None:
     prompts = [{"key": item.key, "captions": list(item.captions)} for item in items]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    # All processes write the same list, each under its own name, and on several machines.
+    partial = path.with_name(f".{path.name}.{uuid4().hex}")
     partial.write_text(json.dumps({**record, "prompts": prompts}, indent=0) + "\n", "utf-8")
-    partial.rename(path)
+    partial.replace(path)
 
 
 def _read_prompts(path: Path, record: Mapping[str, Any]) -> list[Item]:

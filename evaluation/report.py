@@ -86,6 +86,7 @@ def _context(
         "results": results,
         "metrics": results.get("metrics", {}),
         "skipped": results.get("skipped", {}),
+        "missing_rows": _missing_rows(results),
         "num_samples": _num(results),
         "contamination": {"count": 0, "num_images_compared": 0}
         | (results.get("contamination") or {}),
@@ -153,10 +154,19 @@ def headlines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "range": uncertainty(results, name),
                 "limits": _limits(results, name),
                 "is_grey": figure.needs_many and num < FEW_IMAGES,
+                "warning": results.get("warnings", {}).get(name.partition("/")[0], ""),
                 "num": f"{num:,}",
             }
         )
     return found
+
+
+def _missing_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the floors and ceilings that are missing: their row and metrics, and the reason."""
+    return [
+        (f"{FLOORS.get(row['row'], row['row'])}: {', '.join(row['metrics'])}", row["reason"])
+        for row in results.get("missing_rows", ())
+    ]
 
 
 def _limits(results: Mapping[str, Any], name: str) -> list[dict[str, str]]:

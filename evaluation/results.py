@@ -14,9 +14,12 @@ from latent_t2i.evaluation.compare import PER_IMAGE_FILE, RESULTS_FILE
 from latent_t2i.evaluation.draws import Draw
 from latent_t2i.evaluation.intervals import interval, wilson
 from latent_t2i.evaluation.metrics.metric import FeatureMetric
+from latent_t2i.evaluation.missing_rows import missing_rows, without_figures
 from latent_t2i.evaluation.report import render_report
-from latent_t2i.evaluation.rows import Row
+from latent_t2i.evaluation.rows import Row, merge_figures
+from latent_t2i.model.paths import hash_file
 from latent_t2i.sample.pictures import describe_bundle
+from latent_t2i.sample.schedulers import choose_scheduler
 
 if TYPE_CHECKING:
     from latent_t2i.evaluation.evaluate import Evaluation
@@ -42,6 +45,8 @@ def collect(
 ) -> dict[str, Any]:
     """Returns the results of all rows, for evaluation.json."""
     main = judged["samples"]
+    figures = {name: row.by_metric() for name, row in judged.items()}
+    missing = missing_rows(run.panel.names, figures, run.panel.absent, run.inputs)
     # Some metrics, such as LPIPS, judge other rows only.
     identities = {
         name: metric.identity() for row in judged.values() for name, metric in row.metrics.items()
@@ -58,11 +63,18 @@ def collect(
         "name": run.config.name,
         "protocol": record,
         "protocol_id": protocol.protocol_id(record),
-        "rows": {name: row.figures() for name, row in judged.items() if row.metrics},
+        # The row `samples` is always there, even if all metrics judge other rows.
+        "rows": {
+            name: merge_figures(figures[name])
+            for name, row in judged.items()
+            if row.metrics or name == "samples"
+        },
         "num_images": {name: row.num_images for name, row in judged.items()},
         "intervals": _intervals(run, main),
         "spread": _spread(run, main),
-        "skipped": run.panel.skipped,
+        "skipped": run.panel.skipped | without_figures(run.panel.names, figures, missing),
+        "missing_rows": missing,
+        "warnings": {n: text for n, m in main.metrics.items() if (text := m.warning())},
         "contamination": run.inputs.contamination,
         "details": {name: _details(judged, name) for name in run.panel.names},
         "identities": identities,
@@ -85,8 +97,12 @@ def _drawn(run: Evaluation, samples: Draw | None) -> dict[str, Any] | None:
         name: value if isinstance(value, str | int | float) else str(value)
         for name, value in vars(samples.settings).items()
     }
+    scheduler = choose_scheduler(run.pipeline.scheduler, samples.settings.scheduler)
     ema = (run.inputs.info or {}).get("config", {}).get("ema", "unknown")
     return settings | {
+        # The name of the sampler does not fix it: a bundle's own scheduler may have any order.
+        "scheduler_class": type(scheduler).__name__,
+        "solver_order": scheduler.config.get("solver_order", "none"),
         "guidance_convention": protocol.GUIDANCE,
         "dtype": run.identity["dtype"],
         "vae_dtype": str(run.pipeline.vae.dtype).removeprefix("torch."),
@@ -196,6 +212,11 @@ def summary(found: Mapping[str, Any], out: Path) -> str:
     metrics = found["metrics"]
     lines = [f"{name:40} {_shown(name, metrics[name])}" for name in SUMMARY if name in metrics]
     lines += [f"{name + ' skipped':40} {reason}" for name, reason in found["skipped"].items()]
+    lines += [
+        f"{'no row ' + row['row']:40} {', '.join(row['metrics'])}: {row['reason']}"
+        for row in found["missing_rows"]
+    ]
+    lines += [f"{'warning, ' + name:40} {text}" for name, text in found["warnings"].items()]
     if "bundle" in metrics:
         lines.append(f"bundle:   {metrics['bundle']}, sha256 {metrics['bundle_sha256'][:16]}")
     lines += [

@@ -60,17 +60,19 @@ class Row:
 
     def figures(self) -> dict[str, float]:
         """Returns all figures; raises ValueError if one is not finite or has two metrics."""
-        found: dict[str, float] = {}
-        for metric in self.metrics.values():
-            for name, value in metric.compute().items():
-                assert name not in found, name
+        return merge_figures(self.by_metric())
+
+    def by_metric(self) -> dict[str, dict[str, float]]:
+        """Returns the figures of each metric; raises ValueError if one is not finite."""
+        found = {key: metric.compute() for key, metric in self.metrics.items()}
+        for key, figures in found.items():
+            for name, value in figures.items():
                 if not np.isfinite(value):
                     raise ValueError(
-                        f"{metric.name}: {name} is {value} in row {self.name}, expected a finite "
-                        f"number: check the images and the weights of {metric.name}"
+                        f"{key}: {name} is {value} in row {self.name}, expected a finite number: "
+                        f"check the images and the weights of {key}"
                     )
-                found[name] = float(value)
-        return found
+        return {key: {n: float(v) for n, v in figures.items()} for key, figures in found.items()}
 
     def values(self) -> dict[int, dict[str, float]]:
         """Returns the values per image, by position."""
@@ -82,6 +84,13 @@ class Row:
         return merged
 
 
+def merge_figures(by_metric: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns the figures of a row's metrics, which must have different names."""
+    found = {name: value for figures in by_metric.values() for name, value in figures.items()}
+    assert len(found) == sum(map(len, by_metric.values())), "two metrics share a figure's name"
+    return found
+
+
 @dataclass(eq=False, kw_only=True)
 class Panel:
     """The chosen metrics, their shared networks, and the statistics of the reference."""
@@ -89,6 +98,8 @@ class Panel:
     config: EvaluationConfig
     device: str
     inputs: frozenset[Need]
+    absent: Mapping[RowName, str] = field(default_factory=dict)
+    """Rows that this evaluation does not have, with the reason."""
     out: Path | None = None
     training: Callable[[], TrainingSet] | None = None
     names: tuple[str, ...] = ()
@@ -124,6 +135,8 @@ class Panel:
         missing = sorted(cls.needs - self.inputs)
         if missing:
             return "needs " + ", and ".join(INPUTS[need] for need in missing)
+        if set(cls.rows) <= self.absent.keys():
+            return "; ".join(dict.fromkeys(self.absent[row] for row in cls.rows))
         try:
             cls(self.context("samples"))
         except (MissingWeights, ModuleNotFoundError) as error:

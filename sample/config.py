@@ -17,6 +17,7 @@ SchedulerName = Literal[
     "dpmpp",
     "dpmpp-sde",
     "dpmpp-singlestep",
+    "dpmpp-singlestep-3",
     "euler",
     "euler-ancestral",
     "euler-discrete",

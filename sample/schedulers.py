@@ -36,6 +36,13 @@ SAMPLERS: dict[str, Sampler] = {
         unfit=(),
     ),
     "dpmpp-singlestep": Sampler(kind="DPMSolverSinglestepScheduler", unfit=("zero_snr",)),
+    "dpmpp-singlestep-3": Sampler(
+        kind="DPMSolverSinglestepScheduler",
+        # As DPM-Solver's own code does by default, it ends at the first noise level of training. At
+        # the end 0 of diffusers' default the last step would have the first order only.
+        overrides={"solver_order": 3, "lower_order_final": True, "final_sigmas_type": "sigma_min"},
+        unfit=("zero_snr",),
+    ),
     "euler": Sampler(kind="DPMSolverMultistepScheduler", overrides={"solver_order": 1}, unfit=()),
     "euler-ancestral": Sampler(kind="EulerAncestralDiscreteScheduler", unfit=("sample", "flow")),
     "euler-discrete": Sampler(kind="EulerDiscreteScheduler", unfit=("flow",)),

@@ -42,5 +42,8 @@ class ClipScore(ImageMetric):
     def details(self) -> dict[str, Any]:
         return {"num_images": sum(bool(values) for values in self.values.values())}
 
+    def warning(self) -> str:
+        return self._clip.warning
+
     def identity(self) -> dict[str, str]:
         return self._clip.identity()

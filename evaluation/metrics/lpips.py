@@ -12,21 +12,36 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from latent_t2i.evaluation.metrics.metric import Batch, Context, ImageMetric, MissingWeights
+from latent_t2i.evaluation.metrics.metric import (
+    Batch,
+    Context,
+    ImageMetric,
+    MissingWeights,
+    Need,
+    RowName,
+)
 from latent_t2i.model.paths import find_path, hash_file
 
 FLAG = "--weights.lpips"
 DEFAULT = "vgg16-397923af.pth"
 URL = f"https://download.pytorch.org/models/{DEFAULT}"
 NUM_AT_ONCE = 16
-LAST_LAYERS = {"vgg": "features.28.weight", "alex": "features.10.weight"}
-"""The last convolution of each backbone; VGG16 has the other's name, too, so it comes first."""
+LAYERS = {
+    "vgg": {
+        0: (64, 3, 3), 2: (64, 64, 3), 5: (128, 64, 3), 7: (128, 128, 3), 10: (256, 128, 3),
+        12: (256, 256, 3), 14: (256, 256, 3), 17: (512, 256, 3), 19: (512, 512, 3),
+        21: (512, 512, 3), 24: (512, 512, 3), 26: (512, 512, 3), 28: (512, 512, 3),
+    },
+    "alex": {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3),
+             10: (256, 256, 3)},
+}  # fmt: skip
+"""Output channels, input channels and kernel size of torchvision's convolutions, by number."""
 
 
 class Distance:
@@ -35,7 +50,7 @@ class Distance:
     def __init__(self, path: Path, device: str = "cpu") -> None:
         """Loads torchvision's weights; raises ValueError if they are of another network."""
         weights = _read_weights(path)
-        self.net = _find_net(weights, path)
+        self.net = find_net(weights, path)
         self._sha256 = hash_file(path)
         self._device = device
         self._network = make_network(self.net, weights).to(device)
@@ -63,7 +78,11 @@ class Lpips(ImageMetric):
     """The VAE's error for each image, and the diversity of the images of each prompt."""
 
     name = "lpips"
-    rows = ("reconstruction", "diverse")
+    needs: ClassVar[frozenset[Need]] = frozenset({"bundle"})
+    rows: ClassVar[tuple[RowName, ...]] = ("reconstruction", "diverse")
+    without_ceiling: ClassVar[Mapping[str, str]] = {
+        "lpips/diverse": "there are no several real images of one prompt; equal images have 0"
+    }
     in_sweeps = False
 
     def __init__(self, context: Context) -> None:
@@ -146,11 +165,34 @@ def _read_weights(path: Path) -> Mapping[str, torch.Tensor]:
     return found
 
 
-def _find_net(weights: Mapping[str, torch.Tensor], path: Path) -> str:
-    for net, layer in LAST_LAYERS.items():
-        if layer in weights:
-            return net
-    shown = ", ".join(list(map(str, weights))[:3])
-    raise ValueError(
-        f"{FLAG}: {path}: expected the weights of torchvision's VGG16 or AlexNet, found {shown}"
-    )
+def find_net(weights: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Returns whose weights these are, vgg or alex; raises ValueError if they are of another."""
+    shapes = {net: shapes_of(net) for net in LAYERS}
+    missing = {
+        net: [name for name in found if name not in weights] for net, found in shapes.items()
+    }
+    net = min(missing, key=lambda net: len(missing[net]))
+    if missing[net]:
+        shown = ", ".join(list(map(str, weights))[:3]) or "nothing"
+        raise ValueError(
+            f"{FLAG}: {path}: expected the weights of torchvision's VGG16 or AlexNet, found "
+            f"{shown} and so on, without {missing[net][0]}"
+        )
+    for name, expected in shapes[net].items():
+        found = getattr(weights[name], "shape", type(weights[name]).__name__)
+        if found != expected:
+            shown = tuple(found) if isinstance(found, torch.Size) else found
+            raise ValueError(
+                f"{FLAG}: {path}: expected the weights of torchvision's VGG16 or AlexNet, with "
+                f"{name} of the shape {expected}, found {shown}"
+            )
+    return net
+
+
+def shapes_of(net: str) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the weights of torchvision's convolutions, by name."""
+    found: dict[str, tuple[int, ...]] = {}
+    for number, (num_out, num_in, side) in LAYERS[net].items():
+        found[f"features.{number}.weight"] = num_out, num_in, side, side
+        found[f"features.{number}.bias"] = (num_out,)
+    return found

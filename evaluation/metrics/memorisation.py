@@ -129,6 +129,10 @@ class Memorisation(ImageMetric):
     name = "memorisation"
     needs: ClassVar[frozenset[Need]] = frozenset({"shards"})
     rows: ClassVar[tuple[RowName, ...]] = ("samples", "reconstruction", "memorisation")
+    lost_without: ClassVar[Mapping[RowName, str]] = {
+        "reconstruction": "without held-out images `closer` and `tail` are missing, and `ratio` "
+        "has no meaning on its own"
+    }
     in_sweeps = False
 
     def __init__(self, context: Context) -> None:

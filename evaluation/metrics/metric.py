@@ -134,6 +134,10 @@ class Metric(abc.ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     rows: ClassVar[tuple[RowName, ...]] = ("samples",)
     """The rows on which the metric says something; the others are its floors and ceilings."""
+    lost_without: ClassVar[Mapping[RowName, str]] = {}
+    """What the figures cannot say in an evaluation without a row, for the results."""
+    without_ceiling: ClassVar[Mapping[str, str]] = {}
+    """Figures, as METRIC/ROW, that have no ceiling in any evaluation, with the reason."""
     in_sweeps: ClassVar[bool] = True
     """Whether to compute the metric at every setting of a sweep, too."""
 
@@ -160,6 +164,10 @@ class Metric(abc.ABC):
     def details(self) -> dict[str, Any]:
         """Returns further results for the report; must be JSON."""
         return {}
+
+    def warning(self) -> str:
+        """Returns what makes the figures misleading in this evaluation; empty if nothing does."""
+        return ""
 
 
 class FeatureMetric(Metric):

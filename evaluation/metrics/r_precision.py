@@ -74,6 +74,9 @@ class RPrecision(ImageMetric):
             "num_images_used": len(self._kept),
         }
 
+    def warning(self) -> str:
+        return self._clip.warning
+
     def identity(self) -> dict[str, str]:
         return self._clip.identity()
 

@@ -252,6 +252,20 @@ def test_distance_of_fewer_images_than_features() -> None:
     np.testing.assert_allclose(stats[0].root @ stats[0].root.T, stats[0].cov, atol=1e-12)
 
 
+@pytest.mark.parametrize("num", [4, 40])
+def test_distance_of_equal_features(num: int) -> None:
+    """A model that draws one picture only has features without a covariance."""
+    constant, varied = np.full((num, DIM), 3, np.float32), stats_of(make_rows(50))
+    one = stats_of(constant)
+    assert frechet_distance(one, stats_of(constant)) == 0
+    expected = np.square(varied.mean - 3).sum() + np.trace(varied.cov)
+    assert frechet_distance(one, varied) == pytest.approx(expected)
+    assert frechet_distance(varied, one) == pytest.approx(expected)
+    unknown = FeatureStats.from_moments(one.mean, one.cov)
+    assert frechet_distance(unknown, varied) == pytest.approx(expected)
+    assert frechet_distance(unknown, one) == 0
+
+
 def test_the_root_of_few_images_is_the_covariances() -> None:
     """Rows are a shortcut if all of them are kept; without them the covariance is decomposed."""
     few, others = make_rows(5, dim=12), stats_of(make_rows(9, seed=1, dim=12))

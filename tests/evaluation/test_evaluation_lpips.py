@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from latent_t2i.evaluation.config import EvaluationConfig, WeightsConfig
+from latent_t2i.evaluation.metrics import lpips
 from latent_t2i.evaluation.metrics.lpips import Lpips, load_distance
 from latent_t2i.evaluation.metrics.metric import Batch, Context, Item, MissingWeights, RowName
 from tests.judging import judge, judge_by_two, split
@@ -84,6 +85,43 @@ def test_missing_weights_are_named_with_their_origin(
         load(None)
 
 
+VGG19 = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34)
+"""The numbers of torchvision's convolutions."""
+
+
+def make_weights(net: str = "vgg") -> dict[str, torch.Tensor]:
+    """Returns weights with the names and shapes of torchvision's, without memory of their own."""
+    return {name: torch.zeros(1).expand(shape) for name, shape in lpips.shapes_of(net).items()}
+
+
+def test_the_network_is_found_by_its_weights(tmp_path: Path) -> None:
+    assert [lpips.find_net(make_weights(net), tmp_path) for net in ("vgg", "alex")] == [
+        "vgg",
+        "alex",
+    ]
+
+
+def test_weights_of_a_similar_network_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    vgg19 = {f"features.{n}.{k}": torch.zeros(1) for n in VGG19 for k in ("weight", "bias")}
+    last = "features.28.weight"
+    for content, message in (
+        (vgg19, "VGG16 or AlexNet, found features.0.weight, .*without features.17.weight$"),
+        ({last: torch.zeros(2)}, f"found {last} and so on, without features.0.weight$"),
+        (
+            make_weights() | {last: torch.zeros(3)},
+            rf"{last} of the shape \(512, 512, 3, 3\), found \(3,\)$",
+        ),
+        (
+            make_weights("alex") | {"features.3.bias": "x"},
+            r"features.3.bias of the shape \(192,\), found str$",
+        ),
+    ):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=rf"^--weights\.lpips: {path}: .*{message}"):
+            load(str(path))
+
+
 def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     for content, message in (
@@ -103,6 +141,6 @@ def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
 def test_an_absent_torchvision_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchvision", None)
     path = tmp_path / "weights.pth"
-    torch.save({"features.28.weight": torch.zeros(2)}, path)
+    torch.save(make_weights(), path)
     with pytest.raises(MissingWeights, match=r"torchvision does not import.*latent-t2i\[metrics\]"):
         load(str(path))

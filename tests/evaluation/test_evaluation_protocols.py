@@ -26,7 +26,7 @@ def test_own_settings_are_left_alone() -> None:
 def test_uvit() -> None:
     config = apply_protocol(make_config(protocol="coco-uvit"))
     assert (config.size, config.num_prompts, config.resize) == (256, 30_000, "pytorch")
-    assert (config.scheduler, config.num_steps) == ("dpmpp-singlestep", 50)
+    assert (config.scheduler, config.num_steps) == ("dpmpp-singlestep-3", 50)
     assert config.guidance_scale == 2  # 1 in U-ViT's cond + scale * (cond - uncond)
     assert not config.oracle
     assert config.captions == "data/coco/annotations/captions_val2014.json"
@@ -108,6 +108,26 @@ def test_prompts_are_chosen_once(coco: CocoFolder, tmp_path: Path) -> None:
     assert [item.captions for item in again] == [item.captions for item in reversed(items)]
     assert again[0].prompt is not None
     assert again[0].prompt.text == again[0].captions[0]
+
+
+def test_processes_write_the_prompts_at_once(
+    coco: CocoFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each process finishes its file while the other's is not renamed yet."""
+    items = protocol_items(small(coco), tmp_path / "alone")
+    write = Path.write_text
+
+    def write_and_let_another_write(path: Path, *args: Any) -> int:
+        monkeypatch.setattr(Path, "write_text", write)
+        found = write(path, *args)
+        assert protocol_items(small(coco), tmp_path / "out") == items
+        return found
+
+    monkeypatch.setattr(Path, "write_text", write_and_let_another_write)
+    assert protocol_items(small(coco), tmp_path / "out") == items
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [protocols.PROMPTS_FILE]
+    listed = [(tmp_path / name / protocols.PROMPTS_FILE).read_text() for name in ("alone", "out")]
+    assert listed[0] == listed[1]
 
 
 def test_prompts_of_other_settings_are_refused(coco: CocoFolder, tmp_path: Path) -> None:

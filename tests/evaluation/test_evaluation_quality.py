@@ -1,6 +1,7 @@
 """Image quality metrics: known values, and the direction in which each moves."""
 
 import io
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -129,6 +130,21 @@ def test_set_metrics_share_statistics_and_say_what_they_used(
     assert metric.identity() == network.identity()
     assert metric.details()
     assert "real" in cls.rows
+
+
+@pytest.mark.parametrize("cls", SET_METRICS)
+def test_equal_images_have_finite_figures(
+    cls: type[FeatureMetric], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that draws one picture only, with more images than features."""
+    monkeypatch.setattr(kid, "NUM_SUBSETS", 3)
+    network = RandomNetwork("inception" if cls.extractor_name is Fid.extractor_name else FEATURES)
+    reference = stats_of(network.extract(smooth_images(60, seed=1)))
+    metric = cls(make_context(network, lambda _: reference))
+    feed(metric, np.repeat(smooth_images(1, seed=0), 48, axis=0))
+    metric.gather(Group())
+    assert all(math.isfinite(value) for value in metric.compute().values())
+    json.dumps(metric.details(), allow_nan=False)
 
 
 def test_too_few_images_have_no_spread() -> None:

@@ -326,6 +326,25 @@ def test_console_lines_are_found() -> None:
     assert len(console_lines(lines)) == 1
 
 
+def test_missing_ceilings_and_warnings_are_shown(folder: Path) -> None:
+    results: dict[str, Any] = json.loads((folder / "run/evaluation.json").read_text())
+    results["missing_rows"] = [
+        {"row": "real", "metrics": ["clip_score", "r_precision"], "reason": "no images"},
+        {"row": "diverse", "metrics": ["lpips"], "reason": "no model"},
+    ]
+    results["warnings"] = {"clip_score": "the scorer is the text encoder"}
+    del results["details"]["memorisation"]["samples"]["groups"]["held_out"]
+    page = render_report(results, folder / "run", history=None, info=INFO)
+    card = between(page, "<span>CLIP score ↑</span>", '<div class="figure')
+    assert "Warning: the scorer is the text encoder." in card
+    assert page.count("Warning:") == 1
+    missing = between(page, "<h3>Missing floors and ceilings</h3>", "</table>")
+    assert "<td>real images: clip_score, r_precision</td><td>no images</td>" in missing
+    assert "<td>diverse: lpips</td><td>no model</td>" in missing
+    section = between(page, '<h2 id="memorisation">', "<h2")
+    assert "the ratios have no meaning on their own" in section
+
+
 def test_results_without_sweeps_or_details(folder: Path) -> None:
     results: dict[str, Any] = json.loads((folder / "run/evaluation.json").read_text())
     results |= {"sweeps": {}, "details": {}}

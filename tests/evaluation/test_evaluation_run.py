@@ -1,6 +1,7 @@
 """`evaluation.run`: bundles and folders, floors and ceilings, resuming, several processes."""
 
 import json
+import shutil
 import socket
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers import UNet2DConditionModel
+from numpy.typing import NDArray
 from PIL import Image
 
-from latent_t2i.evaluation import draws, inputs
+from latent_t2i.evaluation import clip_model, compare, draws, inputs, protocol
 from latent_t2i.evaluation.config import EvaluationConfig, SweepConfig
 from latent_t2i.evaluation.evaluate import evaluate
-from latent_t2i.evaluation.metrics import METRICS, metric_class
+from latent_t2i.evaluation.feature_stats import stats_of
+from latent_t2i.evaluation.metrics import METRICS, lpips, metric_class
 from latent_t2i.evaluation.metrics.metric import Batch, Item
 from latent_t2i.evaluation.rows import Panel, rotate_captions
 from latent_t2i.model.bundle import digest
@@ -85,6 +88,8 @@ def test_rows_have_floors_and_ceilings(evaluated: Path) -> None:
     assert {"samples", "real", "reconstruction", "shuffled"} <= found["rows"].keys()
     assert set(found["num_images"].values()) == {12}
     assert found["rows"]["shuffled"].keys() <= found["rows"]["samples"].keys()
+    assert found["protocol"]["drawn/scheduler_class"] == "DPMSolverMultistepScheduler"
+    assert found["protocol"]["drawn/solver_order"] == 2
     low, high = found["intervals"]["clip_score"]
     assert low <= found["rows"]["samples"]["clip_score"] <= high
     assert found["intervals"]["oracle/single/shape_and_colour"][1] > 0, "of a share of 0 %"
@@ -101,6 +106,71 @@ def test_skipped_metrics_have_a_reason(evaluated: Path) -> None:
     assert "needs the training set: --train-shards" in skipped["memorisation"]
     computed = {metric.partition("/")[0] for metric in results(evaluated)["rows"]["samples"]}
     assert not computed & skipped.keys()
+
+
+def test_the_conditioning_clip_is_a_warning_in_the_results(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clip_model, "is_text_encoder_of", lambda *_: True)
+    metrics = ("clip_score", "r_precision", "cmmd")
+    evaluate(config(bundle, tmp_path, metrics=metrics, num_prompts=2))
+    warnings = results(tmp_path)["warnings"]
+    assert warnings.keys() == {"clip_score", "r_precision"}
+    assert "is also the text encoder of the bundle" in warnings["clip_score"]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Warning: --weights.clip: ") == 2, "beside each figure"
+    printed = " ".join(" ".join(compare.compare([str(tmp_path)] * 2)).split())
+    assert printed.count("warning, clip_score and r_precision: --weights.clip: ") == 2
+
+
+def test_no_warning_without_a_reason(evaluated: Path) -> None:
+    assert results(evaluated)["warnings"] == {}
+    assert "Warning:" not in (evaluated / "report.html").read_text()
+
+
+class NoDistance:
+    """LPIPS of images that all look the same."""
+
+    def measure(self, one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.float64]:
+        return np.zeros(len(one))
+
+    def identity(self) -> dict[str, str]:
+        return {"net": "none"}
+
+
+@pytest.fixture
+def no_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lpips, "load_distance", lambda _: NoDistance())
+
+
+@pytest.mark.usefixtures("no_distance")
+def test_lpips_alone_has_no_figure_of_the_samples(bundle: Path, tmp_path: Path) -> None:
+    settings = config(bundle, tmp_path, metrics=("lpips",), num_prompts=2, num_diverse_prompts=1)
+    evaluate(settings)
+    found = results(tmp_path)
+    assert found["rows"] == {
+        "samples": {}, "reconstruction": {"lpips": 0.0}, "diverse": {"lpips": 0.0}
+    }  # fmt: skip
+    assert found["skipped"] == {}
+    (missing,) = found["missing_rows"]
+    assert missing["metrics"] == ["lpips/diverse"]
+    assert "no several real images of one prompt" in (tmp_path / "report.html").read_text()
+    assert next(compare.compare([str(tmp_path), str(tmp_path)]))
+
+
+@pytest.mark.usefixtures("no_distance")
+def test_lpips_needs_a_row(bundle: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:
+    statistics = tmp_path / "real.npz"
+    stats_of(np.ones((4, 8), np.float32)).save(statistics)
+    out = tmp_path / "out"
+    drawn = config(bundle, out, metrics=("lpips",), reference=str(statistics))
+    for settings, message in (
+        (of_folders(folders, out, metrics=("cmmd", "lpips")), "needs a bundle: --bundle"),
+        (replace(drawn, num_diverse_prompts=0), "statistics only: .*--num-diverse-prompts is 0"),
+    ):
+        with pytest.raises(ValueError, match=f"--metrics lpips: .*{message}"):
+            evaluate(settings)
+    assert not out.exists()
 
 
 def test_sweeps(evaluated: Path) -> None:
@@ -196,6 +266,25 @@ def test_two_folders_of_images(folders: tuple[Path, Path], tmp_path: Path) -> No
     assert found["protocol"]["reference/count"] == 8
     assert found["sweeps"] == {}
     assert (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_missing_floors_and_ceilings_have_a_reason(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = tmp_path / "real"
+    real.mkdir()
+    for path in folders[1].iterdir():  # names without captions
+        shutil.copy(path, real / f"real-{path.name}")
+    evaluate(of_folders((folders[0], real), tmp_path, metrics=("clip_score", "cmmd")))
+    missing = results(tmp_path)["missing_rows"]
+    assert [(row["row"], row["metrics"]) for row in missing] == [
+        ("real", ["clip_score"]),
+        ("reconstruction", ["clip_score", "cmmd"]),
+    ]
+    assert "none of its images has the captions" in missing[0]["reason"]
+    assert "no VAE that reconstructs images: --bundle" in missing[1]["reason"]
+    assert "real images: clip_score" in (tmp_path / "report.html").read_text()
+    assert "no row reconstruction" in capsys.readouterr().out
 
 
 def test_a_folder_against_itself_has_no_distance(

@@ -152,6 +152,25 @@ def test_the_table_has_all_choices_of_the_command() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "num_steps", "orders"),
+    [
+        ("dpmpp-singlestep", 50, [1, 2] * 24 + [1, 1]),
+        ("dpmpp-singlestep-3", 50, [1, 2, 3] * 16 + [1, 2]),
+        ("dpmpp-singlestep-3", 1, [1]),
+        ("dpmpp-singlestep-3", 3, [1, 2, 1]),
+    ],
+)
+@pytest.mark.parametrize("trait", ["epsilon", "flow"])
+def test_orders_of_singlestep_samplers(
+    trait: str, name: str, num_steps: int, orders: list[int]
+) -> None:
+    """U-ViT's protocol has 16 groups of order 3 and one of order 2 in 50 steps."""
+    scheduler = schedulers.make_scheduler(own_scheduler(trait), name)
+    scheduler.set_timesteps(num_steps)
+    assert scheduler.order_list == orders
+
+
+@pytest.mark.parametrize(
     ("trait", "name", "message"),
     [
         ("flow", "heun", r"found heun, which does not fit this bundle \(flow\); expected one of"),
