@@ -9,7 +9,7 @@ from PIL import Image
 from latent_t2i.model.bundle import INFO_FILE, find_bundle, read_info
 from latent_t2i.model.grid import comparison_grid
 from latent_t2i.sample import sampler
-from latent_t2i.sample.folder import save_whole
+from latent_t2i.sample.folder import refuse_foreign, save_whole
 from latent_t2i.sample.pictures import describe_bundle
 from latent_t2i.sample.settings import GridConfig
 
@@ -18,6 +18,8 @@ HEADERS = {"guidance-scale": "guidance", "seed": "seed", "num-steps": "steps"}
 
 def draw_grid(config: GridConfig) -> Path:
     """Writes the table and returns its path."""
+    out = Path(config.out)
+    refuse_foreign(out)
     folders = [find_bundle(name) for name in config.bundle]
     columns = [
         column
@@ -25,7 +27,6 @@ def draw_grid(config: GridConfig) -> Path:
         for column in _draw_columns(folder, config)  # one bundle is in memory at a time
     ]
     rows = list(zip(*columns, strict=True))
-    out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     table = comparison_grid(rows, rows=config.prompts, columns=headers(config, folders))
     names = (

@@ -217,6 +217,19 @@ def _delete(folder: Path, paths: Sequence[Path]) -> None:
         print(f"deleted {len(paths)} pictures of an earlier call from {folder}")
 
 
+def refuse_foreign(*paths: Path) -> None:
+    """Raises ValueError for a path that exists and is not a PNG of this project.
+
+    Call it before files are replaced or deleted without --overwrite.
+    """
+    for path in paths:
+        if path.exists() and not _has_settings(path):
+            raise ValueError(
+                f"--out: {path} would be replaced or deleted, but is not a picture that this "
+                "project drew; expected a folder without it: move it, or give another --out"
+            )
+
+
 def _has_settings(path: Path) -> bool:
     try:
         read_settings(path)

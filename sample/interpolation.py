@@ -21,7 +21,7 @@ from latent_t2i.model.generate import decode, denoise, draw_noise, encode_prompt
 from latent_t2i.model.grid import comparison_grid, settings_chunks
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings
-from latent_t2i.sample.folder import save_whole
+from latent_t2i.sample.folder import refuse_foreign, save_whole
 from latent_t2i.sample.pictures import describe_bundle, describe_guide
 from latent_t2i.sample.settings import InterpolateConfig
 
@@ -32,9 +32,11 @@ NEARLY_PARALLEL = 1e-4
 
 def interpolate(config: InterpolateConfig) -> Path:
     """Writes the strip or the animation and returns its path."""
+    out = Path(config.out)
+    if out.suffix.lower() != ".gif":  # a GIF carries no settings
+        refuse_foreign(out)
     pipeline = sampler.load(config.bundle, device=config.device, dtype=config.dtype)
     images = draw_frames(pipeline, config)
-    out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = _describe(config)
     if out.suffix.lower() == ".png":

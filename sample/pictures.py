@@ -14,7 +14,14 @@ from latent_t2i.model.grid import labelled_grid, read_settings
 from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings, SampleConfig
-from latent_t2i.sample.folder import Picture, draw_folder, picture_path, save_whole, write_index
+from latent_t2i.sample.folder import (
+    Picture,
+    draw_folder,
+    picture_path,
+    refuse_foreign,
+    save_whole,
+    write_index,
+)
 from latent_t2i.sample.prompts import list_pictures
 from latent_t2i.sample.prompts import read_text as read_text
 
@@ -40,6 +47,9 @@ def sample(config: SampleConfig) -> Path:
     if config.like is not None:
         config = like(config, earlier)
     pictures = list_pictures(config)
+    out = Path(config.out) if config.out else output_root() / "runs" / (config.name or "samples")
+    grid = out / "samples.png"
+    refuse_foreign(grid)
     folder = choose_bundle(config.bundle, config.name)
     identity = describe_bundle(folder) | describe_guide(config.guide)
     _compare_bundles(earlier, identity, explicit=config.bundle != earlier.get("bundle"))
@@ -51,7 +61,6 @@ def sample(config: SampleConfig) -> Path:
     identity["dtype"] = str(pipeline.unet.dtype).removeprefix("torch.")
     if rank == 0:
         _note_sizes(pipeline, pictures)
-    out = Path(config.out) if config.out else output_root() / "runs" / (config.name or "samples")
     draw_folder(
         pipeline,
         pictures,
@@ -63,7 +72,6 @@ def sample(config: SampleConfig) -> Path:
         guide=guide,
         overwrite=config.overwrite,
     )
-    grid = out / "samples.png"
     missing = [n for n in range(len(pictures)) if not picture_path(out / "samples", n).exists()]
     if missing:
         print(f"process {rank + 1} of {world_size} has drawn its share of {len(pictures)} images")

@@ -102,8 +102,8 @@ class EditConfig:
     seed: int = 0
     """Seed of the first image of each prompt; each further image adds 1."""
     out: str | None = None
-    """Output folder for edits.png and edits/; default: runs/edits. An earlier edits/ is replaced.
-    """
+    """Output folder for edits.png and edits/; default: runs/edits. An earlier edits/ is replaced,
+    unless it has files that this command did not write."""
     bundle: str = "scenes/bundle"
     """Folder of the bundle, or of a stock Stable Diffusion pipeline."""
     negative_prompt: str = ""

@@ -65,6 +65,12 @@ def test_each_cell_is_the_image_of_its_row_and_column(
     assert read_settings(path)["prompts"] == list(PROMPTS)
 
 
+def test_an_image_of_another_program_is_not_replaced(bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "grid.png")
+    with pytest.raises(ValueError, match=r"--out: .*grid\.png .* is not a picture"):
+        draw(bundle, tmp_path / "grid.png")
+
+
 @pytest.mark.parametrize(
     ("flags", "headers"),
     [(["--num-steps", "1", "3"], ["steps 1", "steps 3"]), ([], ["guidance 4"])],

@@ -140,6 +140,12 @@ def test_a_picture_that_no_call_drew_is_not_replaced(bundle: Path, tmp_path: Pat
             pictures.sample(config(bundle, tmp_path, overwrite=overwrite))
 
 
+def test_a_grid_that_no_call_drew_is_not_replaced(bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "samples.png")
+    with pytest.raises(ValueError, match=r"--out: .*samples\.png .* is not a picture"):
+        pictures.sample(config(bundle, tmp_path))
+
+
 def test_like_repeats_a_picture_bit_for_bit(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
