@@ -212,7 +212,7 @@ def test_files_that_are_not_edits_are_never_deleted(
     foreign.parent.mkdir(parents=True)
     foreign.write_bytes((tmp_path / "source.png").read_bytes())
     own = config(bundles["v"], init_image=str(tmp_path / "source.png"), out=str(tmp_path / "out"))
-    with pytest.raises(ValueError, match="--out: .*/edits.* is not a picture that this project"):
+    with pytest.raises(ValueError, match=r"--out: .*/edits.* is not a picture that this project"):
         editing.edit(own)
     found = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert found == [foreign]
