@@ -118,6 +118,8 @@ class SampleConfig(DrawSettings):
         )
     )
 
+    REPLACES_PRESET: ClassVar = (("prompts", "prompt_file"),)
+
     name: str | None = None
     """Name of the run: selects its bundle and the output folder."""
     bundle: str | None = None
@@ -128,9 +130,9 @@ class SampleConfig(DrawSettings):
     ] = ()
     """Prompts; the flag accepts several and can be repeated."""
     prompt_file: str | None = None
-    """File with more prompts: text with one per line; .jsonl with an object per line, which has
-    `prompt` and optionally `seed` and settings such as `guidance_scale`; or COCO captions (.json),
-    of which --num-prompts are chosen."""
+    """File with prompts, which follow those of --prompt and replace a preset's: text with one per
+    line; .jsonl with an object per line, which has `prompt` and optionally `seed` and settings such
+    as `guidance_scale`; or COCO captions (.json), of which --num-prompts are chosen."""
     num_prompts: int | None = None
     """With COCO captions: the number of images to choose, one caption of each; default: all."""
     prompt_seed: int = 0

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latent_t2i.configs.cli import parse
 from latent_t2i.sample.config import DrawSettings, SampleConfig, settings_from
 from latent_t2i.sample.prompts import choose_captions, list_pictures, read_prompts
 
@@ -137,6 +138,23 @@ def test_only_captions_are_chosen_from(tmp_path: Path) -> None:
             ValueError, match=r"need COCO captions; expected --prompt-file .*\.json"
         ):
             SampleConfig(prompt_file=file, num_prompts=3)
+
+
+def test_prompts_of_flags_replace_those_of_a_preset(tmp_path: Path) -> None:
+    captions = write(tmp_path / "captions.json", coco({image: [f"{image}"] for image in range(9)}))
+    text = write(tmp_path / "prompts.txt", "three")
+    preset = write(tmp_path / "own.yaml", f"sample: {{prompts: [one], prompt_file: {text}}}")
+
+    def texts(*flags: str) -> list[str]:
+        return [prompt.text for prompt in read_prompts(parse(SampleConfig, "sample", flags))]
+
+    found = texts("--config", "coco256", "--num-prompts", "5", "--prompt-file", captions)
+    assert found == texts("--num-prompts", "5", "--prompt-file", captions)
+    assert len(texts("--config", "coco256")) == 8
+    assert texts("--config", preset) == ["one", "three"]
+    assert texts("--config", preset, "--prompt", "two") == ["two"]
+    assert texts("--config", preset, "--prompt", "two", "--prompt-file", text) == ["two", "three"]
+    assert texts("--config", preset, "--prompt-file", "None") == ["one"]
 
 
 def test_settings_survive_json() -> None:
