@@ -28,6 +28,8 @@ from latent_t2i.sample.prompts import read_text as read_text
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+EDITED = ("init_image", "strength", "mask")
+"""Settings of a picture that sample.edit or the page's Edit tab made."""
 SHIPPED_BUNDLE = "scenes/bundle"
 MAX_GRID_IMAGES = 64
 """The grid shows the first pictures only, so that memory does not grow with their number."""
@@ -110,6 +112,12 @@ def read_picture(name: str) -> dict[str, Any]:
         raise ValueError(f"--like: {error}") from error
     if not isinstance(found.get("prompt"), str) or not isinstance(found.get("seed"), int):
         raise ValueError(f"--like: {path} holds no prompt and seed; expected a PNG of samples/")
+    if edit := [name for name in EDITED if name in found]:
+        raise ValueError(
+            f"--like: {path} was drawn from another image ({edit[0]} {found[edit[0]]!r}), which "
+            "sample.run does not do; expected a picture drawn from a prompt alone, or python -m "
+            "sample.edit with the same --init-image"
+        )
     return found
 
 

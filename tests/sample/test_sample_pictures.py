@@ -178,6 +178,14 @@ def test_like_needs_a_picture_and_its_bundle(tmp_path: Path) -> None:
         pictures.sample(SampleConfig(like=str(earlier), out=str(tmp_path / "new")))
 
 
+@pytest.mark.parametrize("setting", [{"strength": 0.6}, {"init_image": "photo.png"}])
+def test_like_refuses_an_edited_picture(tmp_path: Path, setting: dict[str, object]) -> None:
+    path = tmp_path / "edit.png"
+    save_png(Image.new("RGB", (4, 4)), path, {"prompt": "x", "seed": 1} | setting)
+    with pytest.raises(ValueError, match=r"--like: .*edit\.png was drawn from another image"):
+        pictures.sample(SampleConfig(like=str(path), out=str(tmp_path / "out")))
+
+
 def test_another_size_than_trained_prints_a_note(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
