@@ -29,6 +29,7 @@ SchedulerName = Literal[
     "unipc",
 ]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+BATCH_SIZE = 16
 SEED_LIMIT = 2**63
 """torch accepts seeds below 2**64; the rest is for the images after the first."""
 
@@ -118,7 +119,7 @@ class SampleConfig(DrawSettings):
         )
     )
 
-    REPLACES_PRESET: ClassVar = (("prompts", "prompt_file"),)
+    REPLACES_PRESET: ClassVar = (("prompts", "prompt_file"), ("like", "batch_size"))
 
     name: str | None = None
     """Name of the run: selects its bundle and the output folder."""
@@ -139,8 +140,8 @@ class SampleConfig(DrawSettings):
     """With COCO captions: the seed that chooses images and captions. A larger --num-prompts keeps
     those of a smaller one."""
     like: str | None = None
-    """PNG of an earlier call, whose prompt, seed, settings and bundle are used again; flags of
-    these settings are refused beside it."""
+    """PNG of an earlier call, whose prompt, seed, settings, bundle, data type and batch size are
+    used again. Of these, only --bundle, --dtype and --batch-size may be given beside it."""
     out: str | None = None
     """Output folder for samples.png, samples.jsonl and samples/; default: runs/NAME, or
     runs/samples."""
@@ -151,8 +152,9 @@ class SampleConfig(DrawSettings):
     """Seed of the first image; each further image adds 1."""
     num_images: int = 1
     """Number of images per prompt."""
-    batch_size: int = 16
-    """Number of images generated at once; affects them by rounding only."""
+    batch_size: int | None = None
+    """Number of images generated at once; affects them by rounding only. None: that of the picture
+    with --like, else 16."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     dtype: DtypeName = "auto"
@@ -167,7 +169,8 @@ class SampleConfig(DrawSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("--num-images", self.num_images, least=1)
-        check_number("--batch-size", self.batch_size, least=1)
+        if self.batch_size is not None:
+            check_number("--batch-size", self.batch_size, least=1, whole=True)
         check_number("--seed", self.seed, least=0, below=SEED_LIMIT)
         check_number("--prompt-seed", self.prompt_seed, least=0)
         if self.num_prompts is not None:

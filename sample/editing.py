@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from latent_t2i.model.bundle import find_bundle
 from latent_t2i.model.grid import labelled_grid, read_settings, save_png
 from latent_t2i.model.paths import complete_or_absent, find_path, hash_file, output_root
-from latent_t2i.sample.folder import refuse_foreign, save_whole
+from latent_t2i.sample.folder import describe_computation, refuse_foreign, save_whole
 from latent_t2i.sample.pictures import describe_bundle
 from latent_t2i.sample.settings import EditConfig
 from latent_t2i.sample.stock import OnStep, as_pipeline, draw_stock, load_stock, output_size
@@ -51,10 +51,16 @@ def edit(config: EditConfig) -> Path:
     settings = describe_edit(config) | describe_bundle(find_bundle(config.bundle))
     with complete_or_absent(earlier) as folder:
         for number, (image, (prompt, seed)) in enumerate(zip(images, pairs, strict=True)):
+            # The last batch may be smaller.
+            size = min(
+                config.batch_size, len(pairs) - number // config.batch_size * config.batch_size
+            )
             own = {"prompt": prompt, "seed": seed} | settings
+            own |= describe_computation(pipeline, batch_size=size)
             save_png(image, folder / f"{number:04d}.png", own)
     fitted = fit(original, images[0].size)
     grid = labelled_grid([fitted, *images], [source.name, *(_label(*pair) for pair in pairs)])
+    settings |= describe_computation(pipeline, batch_size=min(config.batch_size, len(pairs)))
     save_whole(grid, path, {"prompts": config.prompts, "seed": config.seed} | settings)
     print(f"{len(images)} images from {source}: {path}")
     return path

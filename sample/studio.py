@@ -24,6 +24,7 @@ from latent_t2i.model.paths import output_root
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings, DtypeName
 from latent_t2i.sample.editing import describe_edit, edit_image, read_image, read_mask
+from latent_t2i.sample.folder import describe_computation
 from latent_t2i.sample.latent_preview import fit_latent_to_rgb, preview
 from latent_t2i.sample.pictures import SHIPPED_BUNDLE, describe_bundle
 from latent_t2i.sample.settings import AppConfig, EditConfig
@@ -79,7 +80,7 @@ class _Loaded:
     key: tuple[Path, DtypeName]
     pipeline: Any
     matrix: Tensor  # (C + 1, 3)
-    identity: dict[str, str]
+    identity: dict[str, Any]
 
 
 class Studio:
@@ -203,7 +204,8 @@ class Studio:
                 key=(folder, dtype),
                 pipeline=pipeline,
                 matrix=fit_latent_to_rgb(pipeline.vae),
-                identity=describe_bundle(folder),
+                # Pictures are drawn one by one.
+                identity=describe_bundle(folder) | describe_computation(pipeline, batch_size=1),
             )
         return self._loaded
 

@@ -20,7 +20,7 @@ from latent_t2i.sample import editing
 from latent_t2i.sample.schedulers import choose_scheduler
 from latent_t2i.sample.settings import EditConfig
 from latent_t2i.sample.stock import load_stock
-from tests.bundles import make_bundle
+from tests.bundles import COMPUTED, make_bundle
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -198,6 +198,9 @@ def test_the_command_writes_images_that_carry_their_settings(
     found = read_settings(files[1])
     assert (found["prompt"], found["seed"], found["strength"]) == (PROMPT, 1, 0.6)
     assert (found["init_image"], found["mask"]) == ("photo.png", "mask.png")
+    assert found.keys() >= COMPUTED
+    assert found["batch_size"] == 2
+    assert read_settings(grid).keys() >= {"versions", "dtype"}
     assert len(found["init_image_sha256"]) == len(found["bundle_sha256"]) == 64
     with Image.open(files[0]) as image:
         assert image.size == (64, 64)

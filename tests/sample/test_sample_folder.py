@@ -18,6 +18,7 @@ from latent_t2i.sample import folder as folders
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings
 from latent_t2i.sample.folder import Picture, draw_folder, picture_path
+from tests.bundles import COMPUTED
 
 IDENTITY = {"bundle": "here", "bundle_sha256": "ab", "dtype": "float32"}
 ANCESTRAL = DrawSettings(scheduler="euler-ancestral", num_steps=2)
@@ -53,6 +54,9 @@ def test_every_picture_is_drawn_with_its_own_settings(
     found = read_settings(tmp_path / "4.png")
     assert (found["scheduler"], found["num_steps"], found["seed"]) == ("euler-ancestral", 2, 4)
     assert found.items() >= IDENTITY.items()
+    assert found.keys() >= COMPUTED
+    names = {"latent-t2i", "torch", "diffusers", "transformers"}
+    assert (found["batch_size"], found["versions"].keys()) == (3, names)
 
 
 @pytest.mark.parametrize("world_size", [2, 8])
