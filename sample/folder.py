@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from latent_t2i import __version__
 from latent_t2i.model.generate import generate
-from latent_t2i.model.grid import read_settings, save_png
+from latent_t2i.model.grid import SETTINGS_CHUNK, DamagedImageError, read_settings, save_png
 from latent_t2i.sample.config import DrawSettings
 from latent_t2i.sample.sampler import keywords
 
@@ -194,7 +194,7 @@ def _find_differing(
     positions: Iterable[int],
     identity: Mapping[str, str],
 ) -> dict[Path, str]:
-    """Returns the present pictures that differ from those of the list, and how.
+    """Returns the present pictures that are damaged or differ from those of the list, and how.
 
     Raises ValueError for a file that no call of this project drew.
     """
@@ -203,9 +203,22 @@ def _find_differing(
         path = picture_path(folder, position)
         if path.exists():
             expected = describe(pictures[position], identity)
-            if difference := _compare(read_settings(path), expected):
-                differing[path] = f"{path}: an earlier call drew it with {difference}"
+            try:
+                difference = _compare(read_settings(path), expected)
+            except DamagedImageError as error:
+                if not _was_drawn_here(path):
+                    raise
+                differing[path] = str(error)
+            else:
+                if difference:
+                    differing[path] = f"{path}: an earlier call drew it with {difference}"
     return differing
+
+
+def _was_drawn_here(path: Path) -> bool:
+    """Returns whether a damaged file is a picture of this project, or empty."""
+    content = path.read_bytes()
+    return not content or SETTINGS_CHUNK.encode() in content
 
 
 def _compare(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:

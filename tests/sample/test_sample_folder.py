@@ -130,6 +130,22 @@ def test_a_different_picture_is_refused_by_both_values(
         draw_folder(pipeline, PICTURES, tmp_path, batch_size=3, identity=identity)
 
 
+@pytest.mark.parametrize("num_bytes", [0, 900, -100])
+def test_a_damaged_picture_is_named_and_replaced_with_overwrite(
+    pipeline: Any, whole: dict[str, bytes], tmp_path: Path, num_bytes: int
+) -> None:
+    path = picture_path(tmp_path, 0)
+    path.write_bytes(whole["000000.png"][:num_bytes])
+    with pytest.raises(ValueError, match=r"000000\.png: not a whole image: .*; .*--overwrite"):
+        draw_folder(pipeline, PICTURES[:1], tmp_path, batch_size=3, identity=IDENTITY)
+    settings: dict[str, Any] = {"batch_size": 3, "identity": IDENTITY, "overwrite": True}
+    draw_folder(pipeline, PICTURES[:1], tmp_path, **settings)
+    assert read_settings(path)["seed"] == 0
+    path.write_bytes(whole["000000.png"][:20])  # may be anybody's
+    with pytest.raises(ValueError, match=r"000000\.png: not a whole image"):
+        draw_folder(pipeline, PICTURES[:1], tmp_path, **settings)
+
+
 def test_unsuitable_settings_are_refused_before_anything_is_drawn(
     pipeline: Any, tmp_path: Path
 ) -> None:
