@@ -90,6 +90,7 @@ class DrawSettings:
             text = getattr(self, name)
             if not isinstance(text, str) and not (name == "guide" and text is None):
                 raise ValueError(f"--{name.replace('_', '-')}: expected text, found {text!r:.80}")
+        check_text("--negative-prompt", self.negative_prompt)
         if self.scheduler not in get_args(SchedulerName):
             names = ", ".join(get_args(SchedulerName))
             raise ValueError(f"--scheduler: expected one of {names}, found {self.scheduler!r:.80}")
@@ -169,6 +170,8 @@ class SampleConfig(DrawSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("--num-images", self.num_images, least=1)
+        for prompt in self.prompts:
+            check_text("--prompt", prompt)
         if self.batch_size is not None:
             check_number("--batch-size", self.batch_size, least=1, whole=True)
         check_number("--seed", self.seed, least=0, below=SEED_LIMIT)
@@ -198,6 +201,20 @@ class SampleConfig(DrawSettings):
         """Returns the settings that determine each picture."""
         names = [field.name for field in dataclasses.fields(DrawSettings)]
         return DrawSettings(**{name: getattr(self, name) for name in names})
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError for text with half a surrogate pair, which no tokenizer takes.
+
+    JSON may have one as an escape, and a command line that is not UTF-8 becomes such text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: expected Unicode text, found {text!r:.80}, whose character "
+            f"{error.start + 1} is half a surrogate pair"
+        ) from error
 
 
 def settings_from(values: Mapping[str, Any], where: str) -> DrawSettings:

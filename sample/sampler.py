@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,6 +37,11 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+LOAD_ERRORS = (
+    *(OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError),
+    *(SafetensorError, UnpicklingError),
+)
+"""What the libraries raise for damaged files of a pipeline."""
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -66,7 +73,7 @@ def load(
                 requires_safety_checker=False,
                 **dict.fromkeys(UNUSED),
             )
-        except OSError as error:
+        except LOAD_ERRORS as error:
             raise ValueError(f"--bundle: {found} does not load: {error}") from error
     _check_networks(pipeline, found)
     pipeline.set_progress_bar_config(disable=True)

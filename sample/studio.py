@@ -22,7 +22,7 @@ from latent_t2i.model.bundle import find_bundle
 from latent_t2i.model.grid import save_png
 from latent_t2i.model.paths import output_root
 from latent_t2i.sample import sampler
-from latent_t2i.sample.config import DrawSettings, DtypeName
+from latent_t2i.sample.config import DrawSettings, DtypeName, check_text
 from latent_t2i.sample.editing import describe_edit, edit_image, read_image, read_mask
 from latent_t2i.sample.folder import describe_computation
 from latent_t2i.sample.latent_preview import fit_latent_to_rgb, preview
@@ -126,6 +126,7 @@ class Studio:
 
         It ends early when `stop` is set.
         """
+        check_text("prompt", prompt)
         folder = self.find(bundle)
         return _in_thread(lambda emit: self._draw(folder, prompt, images, emit), stop)
 
@@ -134,6 +135,7 @@ class Studio:
     ) -> Generator[Event]:
         """Yields previews and changed images of the settings' image; the bundle is a name."""
         assert config.init_image is not None
+        check_text("prompt", prompt)
         folder = self.find(config.bundle)
         original = read_image(Path(config.init_image), "image")
         mask = None if config.mask is None else read_mask(config.mask, original.size)

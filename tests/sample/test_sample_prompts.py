@@ -71,6 +71,11 @@ def test_a_line_of_json_may_have_a_seed_and_settings(tmp_path: Path) -> None:
         ('{"prompt": "a", "size": 64}', "--size: expected two numbers, found 64"),
         ('{"prompt": "a", "size": [64, "64"]}', "--size: expected a whole number"),
         ('{"prompt": "a", "guidance_interval": [1]}', "--guidance-interval: expected two numbers"),
+        ('{"prompt": "a\\ud800"}', r"prompt: expected Unicode text, found 'a\\ud800'"),
+        (
+            '{"prompt": "a", "negative_prompt": "\\udfff"}',
+            "--negative-prompt: expected Unicode text",
+        ),
         ('{"prompt": "a", "guide": "b"}', "guide: one bundle guides all pictures"),
     ],
 )
@@ -122,6 +127,7 @@ def test_chosen_captions_do_not_depend_on_the_order_of_the_file(random: Any) -> 
         '{"annotations": 3}',
         '{"annotations": [{"id": 1, "image_id": 2}]}',
         '{"annotations": [{"id": 1, "image_id": 2, "caption": 3}]}',
+        '{"annotations": [{"id": 1, "image_id": 2, "caption": "\\ud800"}]}',
         '{"annotations": [{"id": "1", "image_id": 2, "caption": "a"}]}',
         '{"annotations": [{"id": 1, "image_id": [2], "caption": "a"}]}',
     ],

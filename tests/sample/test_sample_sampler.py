@@ -17,7 +17,8 @@ from PIL import Image
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.generate import Guidance, generate
 from latent_t2i.sample import sampler
-from latent_t2i.sample.config import DrawSettings, SchedulerName
+from latent_t2i.sample.config import DrawSettings, SampleConfig, SchedulerName
+from latent_t2i.sample.settings import GridConfig, InterpolateConfig
 from tests.bundles import make_bundle
 
 PROMPTS = ["a red circle", "two blue squares", ""]
@@ -100,6 +101,22 @@ def test_a_missing_or_incomplete_bundle_is_an_error(bundle: Path, tmp_path: Path
     (broken / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"--bundle: .*broken does not load"):
         sampler.load(broken)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_cut_weights_are_an_error(bundle: Path, tmp_path: Path, part: str) -> None:
+    (weights,) = (shutil.copytree(bundle, tmp_path / "cut") / part).glob("*.safetensors")
+    for num_bytes in (1000, -1000):
+        content = next((bundle / part).glob("*.safetensors")).read_bytes()
+        weights.write_bytes(content[:num_bytes])
+        with pytest.raises(ValueError, match=r"--bundle: .*cut does not load: "):
+            sampler.load(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("kind", [SampleConfig, GridConfig, InterpolateConfig])
+def test_a_prompt_that_is_not_unicode_is_an_error(kind: Any) -> None:
+    with pytest.raises(ValueError, match="--prompt: expected Unicode text"):
+        kind(prompts=("a", "\ud800"))
 
 
 def test_a_guide_changes_the_image_and_is_a_model_of_the_same_kind(
