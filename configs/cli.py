@@ -92,7 +92,9 @@ def parse(
 
     Args:
         cls: A frozen dataclass; nested dataclasses give dotted flags (`--data.verify`). Its
-            optional ClassVar `EXCLUSIVE` lists groups of settings that replace each other.
+            optional ClassVar `EXCLUSIVE` lists groups of settings that replace each other. Flags
+            of one group in `REPLACES_PRESET` may be combined, but replace the preset's values of
+            the whole group.
         section: The preset's section for this command, one of `SECTIONS`; None for a command that
             takes no preset, whose `prog` is required.
         argv: The user's arguments, by default those of the process.
@@ -114,6 +116,9 @@ def parse(
     preset = None if preset_name is None else find_preset(preset_name)
     settings = _read_preset(preset, section, fields) if preset and section else {}
     _drop_replaced(settings, given, getattr(cls, "EXCLUSIVE", ()))
+    for group in getattr(cls, "REPLACES_PRESET", ()):
+        if any(_is_chosen(path, given) for path in group):
+            _drop(settings, group)
     try:
         return _parse_settings(cls, {**settings, **given}, fields)
     except ConfigError as error:
@@ -227,13 +232,22 @@ def _drop_replaced(settings: Settings, given: Settings, exclusive: Iterable[Sequ
     Raises ConfigError for two flags of one group.
     """
     for group in exclusive:
-        chosen = [path for path in group if given.get(path, ["None"]) != ["None"]]
+        chosen = [path for path in group if _is_chosen(path, given)]
         if len(chosen) > 1:
             flags = " and ".join("--" + path.replace("_", "-") for path in chosen)
             raise ConfigError(f"{flags}: expected one of them, found both (see --help)")
         if chosen:
-            for path in group:
-                settings.pop(path, None)
+            _drop(settings, group)
+
+
+def _is_chosen(path: str, given: Settings) -> bool:
+    """Returns whether a flag sets this path to a value other than None."""
+    return given.get(path, ["None"]) != ["None"]
+
+
+def _drop(settings: Settings, group: Iterable[str]) -> None:
+    for path in group:
+        settings.pop(path, None)
 
 
 def _spellings(fields: Mapping[str, _Field]) -> dict[str, tuple[str, str | None]]:

@@ -106,7 +106,7 @@ def check_points(run: Evaluation) -> None:
     for point in settings_points(run):
         settings = replace(main, **point.changes)
         if settings.guide is not None:
-            find_bundle(settings.guide)
+            sampler.load_guide(settings.guide, run.pipeline)
         sampler.keywords(run.pipeline, replace(settings, guide=None))
     find_checkpoints(run.config)
 

@@ -5,6 +5,8 @@ Greek and Cyrillic letters only; other scripts appear as boxes.
 """
 
 import json
+import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,21 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 SETTINGS_CHUNK = "latent-t2i"
+PILLOW_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for files that are damaged or no images."""
 CELL_PX = 192
 MIN_COLUMN_PX = 128  # room for the label of a narrow image
 PADDING_PX = 12
 FONT_PX = 14
 LINE_PX = FONT_PX + 4
 INK, PAPER = (30, 30, 34), (250, 250, 248)
+
+
+class DamagedImageError(ValueError):
+    """A file that Pillow does not read, such as a cut one."""
 
 
 def save_png(image: Image.Image, path: Path, settings: Mapping[str, Any]) -> None:
@@ -34,9 +45,19 @@ def settings_chunks(settings: Mapping[str, Any]) -> PngImagePlugin.PngInfo:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings that `save_png` stored; raises ValueError if there are none."""
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
+    """Returns the settings that `save_png` stored.
+
+    Raises ValueError if there are none, and its subclass DamagedImageError if the file is not a
+    whole image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()  # a cut file still has its text chunks
+            text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
+    except PILLOW_ERRORS as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise DamagedImageError(f"{path}: not a whole image: {error}") from error
     try:
         settings = json.loads(text or "null")
     except (ValueError, RecursionError):

@@ -9,7 +9,7 @@ from PIL import Image
 from latent_t2i.model.bundle import INFO_FILE, find_bundle, read_info
 from latent_t2i.model.grid import comparison_grid
 from latent_t2i.sample import sampler
-from latent_t2i.sample.folder import save_whole
+from latent_t2i.sample.folder import describe_computation, refuse_foreign, save_whole
 from latent_t2i.sample.pictures import describe_bundle
 from latent_t2i.sample.settings import GridConfig
 
@@ -18,14 +18,12 @@ HEADERS = {"guidance-scale": "guidance", "seed": "seed", "num-steps": "steps"}
 
 def draw_grid(config: GridConfig) -> Path:
     """Writes the table and returns its path."""
-    folders = [find_bundle(name) for name in config.bundle]
-    columns = [
-        column
-        for folder in folders
-        for column in _draw_columns(folder, config)  # one bundle is in memory at a time
-    ]
-    rows = list(zip(*columns, strict=True))
     out = Path(config.out)
+    refuse_foreign(out)
+    folders = [find_bundle(name) for name in config.bundle]
+    drawn = [_draw_bundle(folder, config) for folder in folders]
+    columns = [column for found, _ in drawn for column in found]
+    rows = list(zip(*columns, strict=True))
     out.parent.mkdir(parents=True, exist_ok=True)
     table = comparison_grid(rows, rows=config.prompts, columns=headers(config, folders))
     names = (
@@ -38,8 +36,7 @@ def draw_grid(config: GridConfig) -> Path:
         "size",
     )
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
-    identities = [describe_bundle(folder) for folder in folders]
-    save_whole(table, out, settings | {"bundles": identities})
+    save_whole(table, out, settings | {"bundles": [record for _, record in drawn]})
     print(f"{len(rows)} x {len(columns)} images: {out}")
     return out
 
@@ -64,15 +61,21 @@ def describe(folder: Path) -> str:
     return f"{info['name']}, step {info['step']:,}" + ("" if ema is None else f", EMA {ema:g}")
 
 
-def _draw_columns(folder: Path, config: GridConfig) -> list[list[Image.Image]]:
-    """Returns the columns of one bundle, each with one image per prompt."""
+def _draw_bundle(
+    folder: Path, config: GridConfig
+) -> tuple[list[list[Image.Image]], dict[str, Any]]:
+    """Returns the columns of one bundle, each with one image per prompt, and how they were drawn.
+
+    Only one bundle is in memory at a time.
+    """
     pipeline = sampler.load(folder, device=config.device, dtype=config.dtype)
-    return [
+    batch_size = min(config.batch_size, len(config.prompts))
+    columns = [
         sampler.draw(
             pipeline,
             config.prompts,
             [seed] * len(config.prompts),
-            batch_size=config.batch_size,
+            batch_size=batch_size,
             guidance_scale=scale,
             num_steps=steps,
             scheduler=config.scheduler,
@@ -83,3 +86,5 @@ def _draw_columns(folder: Path, config: GridConfig) -> list[list[Image.Image]]:
         for seed in config.seed
         for steps in config.num_steps
     ]
+    computed = describe_computation(pipeline, batch_size=batch_size)
+    return columns, describe_bundle(folder) | computed

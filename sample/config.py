@@ -30,6 +30,7 @@ SchedulerName = Literal[
     "unipc",
 ]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+BATCH_SIZE = 16
 SEED_LIMIT = 2**63
 """torch accepts seeds below 2**64; the rest is for the images after the first."""
 
@@ -90,6 +91,7 @@ class DrawSettings:
             text = getattr(self, name)
             if not isinstance(text, str) and not (name == "guide" and text is None):
                 raise ValueError(f"--{name.replace('_', '-')}: expected text, found {text!r:.80}")
+        check_text("--negative-prompt", self.negative_prompt)
         if self.scheduler not in get_args(SchedulerName):
             names = ", ".join(get_args(SchedulerName))
             raise ValueError(f"--scheduler: expected one of {names}, found {self.scheduler!r:.80}")
@@ -119,6 +121,8 @@ class SampleConfig(DrawSettings):
         )
     )
 
+    REPLACES_PRESET: ClassVar = (("prompts", "prompt_file"), ("like", "batch_size"))
+
     name: str | None = None
     """Name of the run: selects its bundle and the output folder."""
     bundle: str | None = None
@@ -129,17 +133,17 @@ class SampleConfig(DrawSettings):
     ] = ()
     """Prompts; the flag accepts several and can be repeated."""
     prompt_file: str | None = None
-    """File with more prompts: text with one per line; .jsonl with an object per line, which has
-    `prompt` and optionally `seed` and settings such as `guidance_scale`; or COCO captions (.json),
-    of which --num-prompts are chosen."""
+    """File with prompts, which follow those of --prompt and replace a preset's: text with one per
+    line; .jsonl with an object per line, which has `prompt` and optionally `seed` and settings such
+    as `guidance_scale`; or COCO captions (.json), of which --num-prompts are chosen."""
     num_prompts: int | None = None
     """With COCO captions: the number of images to choose, one caption of each; default: all."""
     prompt_seed: int = 0
     """With COCO captions: the seed that chooses images and captions. A larger --num-prompts keeps
     those of a smaller one."""
     like: str | None = None
-    """PNG of an earlier call, whose prompt, seed, settings and bundle are used again; flags of
-    these settings are refused beside it."""
+    """PNG of an earlier call, whose prompt, seed, settings, bundle, data type and batch size are
+    used again. Of these, only --bundle, --dtype and --batch-size may be given beside it."""
     out: str | None = None
     """Output folder for samples.png, samples.jsonl and samples/; default: runs/NAME, or
     runs/samples."""
@@ -150,8 +154,9 @@ class SampleConfig(DrawSettings):
     """Seed of the first image; each further image adds 1."""
     num_images: int = 1
     """Number of images per prompt."""
-    batch_size: int = 16
-    """Number of images generated at once; affects them by rounding only."""
+    batch_size: int | None = None
+    """Number of images generated at once; affects them by rounding only. None: that of the picture
+    with --like, else 16."""
     device: str = "auto"
     """auto (a GPU if there is one), cpu, cuda, cuda:1, ..."""
     dtype: DtypeName = "auto"
@@ -166,7 +171,10 @@ class SampleConfig(DrawSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("--num-images", self.num_images, least=1)
-        check_number("--batch-size", self.batch_size, least=1)
+        for prompt in self.prompts:
+            check_text("--prompt", prompt)
+        if self.batch_size is not None:
+            check_number("--batch-size", self.batch_size, least=1, whole=True)
         check_number("--seed", self.seed, least=0, below=SEED_LIMIT)
         check_number("--prompt-seed", self.prompt_seed, least=0)
         if self.num_prompts is not None:
@@ -194,6 +202,20 @@ class SampleConfig(DrawSettings):
         """Returns the settings that determine each picture."""
         names = [field.name for field in dataclasses.fields(DrawSettings)]
         return DrawSettings(**{name: getattr(self, name) for name in names})
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises ValueError for text with half a surrogate pair, which no tokenizer takes.
+
+    JSON may have one as an escape, and a command line that is not UTF-8 becomes such text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: expected Unicode text, found {text!r:.80}, whose character "
+            f"{error.start + 1} is half a surrogate pair"
+        ) from error
 
 
 def settings_from(values: Mapping[str, Any], where: str) -> DrawSettings:

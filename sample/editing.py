@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from latent_t2i.model.bundle import find_bundle
 from latent_t2i.model.grid import labelled_grid, read_settings, save_png
 from latent_t2i.model.paths import complete_or_absent, find_path, hash_file, output_root
-from latent_t2i.sample.folder import save_whole
+from latent_t2i.sample.folder import describe_computation, refuse_foreign, save_whole
 from latent_t2i.sample.pictures import describe_bundle
 from latent_t2i.sample.settings import EditConfig
 from latent_t2i.sample.stock import OnStep, as_pipeline, draw_stock, load_stock, output_size
@@ -42,17 +42,25 @@ def edit(config: EditConfig) -> Path:
     mask = None if config.mask is None else read_mask(config.mask, original.size)
     seeds = range(config.seed, config.seed + config.num_images)
     pairs = [(prompt, seed) for prompt in config.prompts or _own_prompt(source) for seed in seeds]
+    out = Path(config.out) if config.out else output_root() / "runs" / "edits"
+    path = out / "edits.png"
+    earlier = out / "edits"
+    refuse_foreign(path, *([earlier] if earlier.is_file() else sorted(earlier.glob("*"))))
     pipeline = load_stock(config)
     images = list(edit_image(pipeline, original, mask, pairs, config=config))
     settings = describe_edit(config) | describe_bundle(find_bundle(config.bundle))
-    out = Path(config.out) if config.out else output_root() / "runs" / "edits"
-    with complete_or_absent(out / "edits") as folder:
+    with complete_or_absent(earlier) as folder:
         for number, (image, (prompt, seed)) in enumerate(zip(images, pairs, strict=True)):
+            # The last batch may be smaller.
+            size = min(
+                config.batch_size, len(pairs) - number // config.batch_size * config.batch_size
+            )
             own = {"prompt": prompt, "seed": seed} | settings
+            own |= describe_computation(pipeline, batch_size=size)
             save_png(image, folder / f"{number:04d}.png", own)
     fitted = fit(original, images[0].size)
     grid = labelled_grid([fitted, *images], [source.name, *(_label(*pair) for pair in pairs)])
-    path = out / "edits.png"
+    settings |= describe_computation(pipeline, batch_size=min(config.batch_size, len(pairs)))
     save_whole(grid, path, {"prompts": config.prompts, "seed": config.seed} | settings)
     print(f"{len(images)} images from {source}: {path}")
     return path

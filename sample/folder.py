@@ -16,11 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
+from latent_t2i import __version__
 from latent_t2i.model.generate import generate
-from latent_t2i.model.grid import read_settings, save_png
+from latent_t2i.model.grid import SETTINGS_CHUNK, DamagedImageError, read_settings, save_png
 from latent_t2i.sample.config import DrawSettings
 from latent_t2i.sample.sampler import keywords
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 LIBRARIES = ("torch", "diffusers", "transformers")
-NOT_COMPARED = ("versions", "bundle")
+NOT_COMPARED = ("bundle",)
 """Recorded in a picture, but different values are no error; bundle is the path of its folder."""
 _NOTHING = object()
 MAX_WAITING = 64
@@ -61,6 +63,7 @@ def draw_folder(
     title: str = "draw",
     guide: Any = None,
     overwrite: bool = False,
+    fill: bool = False,
 ) -> None:
     """Draws those pictures that the folder lacks; returns when this process's share is on disk.
 
@@ -69,13 +72,14 @@ def draw_folder(
         pictures: All pictures, the same in every process.
         folder: Holds one PNG per picture, numbered by position.
         batch_size: Number of pictures drawn at once. Fewer pictures than that are one batch of
-            their number.
+            their number, unless `fill` is true.
         identity: What the pictures depend on besides their settings, such as the bundle's digest.
         rank: Which share of the pictures to draw.
         world_size: Number of processes that draw into this folder.
         title: Name of the progress bar.
         guide: The network of the settings' `guide`, from `sampler.load_guide`.
         overwrite: Delete pictures of other calls instead of refusing them.
+        fill: Draw fewer pictures than `batch_size` in a batch of that size, too.
 
     Raises:
         ValueError: A picture of the folder has another prompt, seed, setting or identity; the
@@ -83,7 +87,7 @@ def draw_folder(
             picture is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    batches = _plan(pictures, batch_size)[rank::world_size]
+    batches = _plan(pictures, batch_size, fill=fill)[rank::world_size]
     arguments = {
         settings: keywords(pipeline, settings, guide if settings.guide else None)
         for settings in dict.fromkeys(picture.settings for picture in pictures)
@@ -96,7 +100,6 @@ def draw_folder(
     else:
         _refuse(folder, differing, extras, len(pictures))
     missing = {position for position in own if not picture_path(folder, position).exists()}
-    versions = {name: version(name) for name in LIBRARIES}
     bar = tqdm(
         desc=title if world_size == 1 else f"{title}, process {rank + 1} of {world_size}",
         total=len(own),
@@ -111,8 +114,9 @@ def draw_folder(
             prompts = [pictures[position].prompt for position in positions]
             seeds = [pictures[position].seed for position in positions]
             images = generate(pipeline, prompts, seeds, **arguments[settings], batch_size=size)
+            computed = describe_computation(pipeline, batch_size=size)
             for position, image in zip(positions, images, strict=True):
-                record = describe(pictures[position], identity) | {"versions": versions}
+                record = describe(pictures[position], identity) | computed
                 writer.save(image, picture_path(folder, position), record)
                 bar.update()
 
@@ -126,14 +130,14 @@ class _Batch:
     positions: Sequence[int]
 
 
-def _plan(pictures: Sequence[Picture], batch_size: int) -> list[_Batch]:
+def _plan(pictures: Sequence[Picture], batch_size: int, *, fill: bool) -> list[_Batch]:
     """Returns the batches that all processes share out; depends on the list of pictures alone."""
     groups: dict[DrawSettings, list[int]] = {}
     for position, picture in enumerate(pictures):
         groups.setdefault(picture.settings, []).append(position)
     batches = []
     for settings, positions in groups.items():
-        size = min(batch_size, len(positions))
+        size = batch_size if fill else min(batch_size, len(positions))
         batches += [
             _Batch(settings=settings, size=size, positions=positions[start : start + size])
             for start in range(0, len(positions), size)
@@ -161,13 +165,36 @@ def describe(picture: Picture, identity: Mapping[str, str]) -> dict[str, Any]:
     return plain
 
 
+def describe_computation(pipeline: Any, *, batch_size: int) -> dict[str, Any]:
+    """Returns what a picture depends on by rounding, for its text chunk.
+
+    `batch_size` is that of the picture's own batch, which may be smaller than --batch-size.
+    """
+    unet = pipeline.unet
+    on_gpu = unet.device.type == "cuda"
+    name = torch.cuda.get_device_name(unet.device) if on_gpu else str(unet.device)
+    return {
+        **describe_versions(),
+        "dtype": str(unet.dtype).removeprefix("torch."),
+        "device": name if on_gpu else f"{name}, {torch.get_num_threads()} threads",
+        "batch_size": batch_size,
+        "channels_last": any(p.ndim == 4 and not p.is_contiguous() for p in unet.parameters()),
+        "compile": unet._compiled_call_impl is not None,
+    }
+
+
+def describe_versions() -> dict[str, Any]:
+    """Returns the versions of this project and of the libraries that draw."""
+    return {"versions": {"latent-t2i": __version__} | {name: version(name) for name in LIBRARIES}}
+
+
 def _find_differing(
     folder: Path,
     pictures: Sequence[Picture],
     positions: Iterable[int],
     identity: Mapping[str, str],
 ) -> dict[Path, str]:
-    """Returns the present pictures that differ from those of the list, and how.
+    """Returns the present pictures that are damaged or differ from those of the list, and how.
 
     Raises ValueError for a file that no call of this project drew.
     """
@@ -176,9 +203,22 @@ def _find_differing(
         path = picture_path(folder, position)
         if path.exists():
             expected = describe(pictures[position], identity)
-            if difference := _compare(read_settings(path), expected):
-                differing[path] = f"{path}: an earlier call drew it with {difference}"
+            try:
+                difference = _compare(read_settings(path), expected)
+            except DamagedImageError as error:
+                if not _was_drawn_here(path):
+                    raise
+                differing[path] = str(error)
+            else:
+                if difference:
+                    differing[path] = f"{path}: an earlier call drew it with {difference}"
     return differing
+
+
+def _was_drawn_here(path: Path) -> bool:
+    """Returns whether a damaged file is a picture of this project, or empty."""
+    content = path.read_bytes()
+    return not content or SETTINGS_CHUNK.encode() in content
 
 
 def _compare(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
@@ -215,6 +255,19 @@ def _delete(folder: Path, paths: Sequence[Path]) -> None:
         path.unlink(missing_ok=True)
     if paths:
         print(f"deleted {len(paths)} pictures of an earlier call from {folder}")
+
+
+def refuse_foreign(*paths: Path) -> None:
+    """Raises ValueError for a path that exists and is not a PNG of this project.
+
+    Call it before files are replaced or deleted without --overwrite.
+    """
+    for path in paths:
+        if path.exists() and not _has_settings(path):
+            raise ValueError(
+                f"--out: {path} would be replaced or deleted, but is not a picture that this "
+                "project drew; expected a folder without it: move it, or give another --out"
+            )
 
 
 def _has_settings(path: Path) -> bool:

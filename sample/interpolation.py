@@ -21,7 +21,7 @@ from latent_t2i.model.generate import decode, denoise, draw_noise, encode_prompt
 from latent_t2i.model.grid import comparison_grid, settings_chunks
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings
-from latent_t2i.sample.folder import save_whole
+from latent_t2i.sample.folder import describe_computation, refuse_foreign, save_whole
 from latent_t2i.sample.pictures import describe_bundle, describe_guide
 from latent_t2i.sample.settings import InterpolateConfig
 
@@ -32,11 +32,15 @@ NEARLY_PARALLEL = 1e-4
 
 def interpolate(config: InterpolateConfig) -> Path:
     """Writes the strip or the animation and returns its path."""
+    out = Path(config.out)
+    if out.suffix.lower() != ".gif":  # a GIF carries no settings
+        refuse_foreign(out)
     pipeline = sampler.load(config.bundle, device=config.device, dtype=config.dtype)
     images = draw_frames(pipeline, config)
-    out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    settings = _describe(config)
+    settings = _describe(config) | describe_computation(
+        pipeline, batch_size=min(config.batch_size, len(images))
+    )
     if out.suffix.lower() == ".png":
         save_whole(comparison_grid([images], rows=[""], columns=_labels(config)), out, settings)
     else:

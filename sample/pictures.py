@@ -13,14 +13,25 @@ from latent_t2i.model.generate import latent_shape
 from latent_t2i.model.grid import labelled_grid, read_settings
 from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.sample import sampler
-from latent_t2i.sample.config import DrawSettings, SampleConfig
-from latent_t2i.sample.folder import Picture, draw_folder, picture_path, save_whole, write_index
+from latent_t2i.sample.config import BATCH_SIZE, DrawSettings, SampleConfig
+from latent_t2i.sample.folder import (
+    Picture,
+    describe_computation,
+    describe_versions,
+    draw_folder,
+    picture_path,
+    refuse_foreign,
+    save_whole,
+    write_index,
+)
 from latent_t2i.sample.prompts import list_pictures
 from latent_t2i.sample.prompts import read_text as read_text
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+EDITED = ("init_image", "strength", "mask")
+"""Settings of a picture that sample.edit or the page's Edit tab made."""
 SHIPPED_BUNDLE = "scenes/bundle"
 MAX_GRID_IMAGES = 64
 """The grid shows the first pictures only, so that memory does not grow with their number."""
@@ -37,33 +48,39 @@ def sample(config: SampleConfig) -> Path:
         int(os.environ.get(name, i)) for i, name in enumerate(("RANK", "WORLD_SIZE"))
     )
     earlier = {} if config.like is None else read_picture(config.like)
+    chose_bundle = config.bundle is not None or config.name is not None
     if config.like is not None:
         config = like(config, earlier)
     pictures = list_pictures(config)
+    out = Path(config.out) if config.out else output_root() / "runs" / (config.name or "samples")
+    grid = out / "samples.png"
+    refuse_foreign(grid)
     folder = choose_bundle(config.bundle, config.name)
     identity = describe_bundle(folder) | describe_guide(config.guide)
-    _compare_bundles(earlier, identity, explicit=config.bundle != earlier.get("bundle"))
+    _compare_bundles(earlier, identity, explicit=chose_bundle)
     pipeline = sampler.load(folder, device=config.device, dtype=config.dtype)
     guide = None if config.guide is None else sampler.load_guide(config.guide, pipeline)
     for network in (pipeline.unet, guide):
         if network is not None:
             sampler.speed_up(network, channels_last=config.channels_last, compiled=config.compile)
     identity["dtype"] = str(pipeline.unet.dtype).removeprefix("torch.")
+    batch_size = config.batch_size or BATCH_SIZE
     if rank == 0:
         _note_sizes(pipeline, pictures)
-    out = Path(config.out) if config.out else output_root() / "runs" / (config.name or "samples")
+        _note_rounding(earlier, describe_computation(pipeline, batch_size=batch_size))
     draw_folder(
         pipeline,
         pictures,
         out / "samples",
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         identity=identity,
         rank=rank,
         world_size=world_size,
         guide=guide,
         overwrite=config.overwrite,
+        # A batch of its own size repeats the picture of --like bit for bit.
+        fill=earlier.get("batch_size") == batch_size,
     )
-    grid = out / "samples.png"
     missing = [n for n in range(len(pictures)) if not picture_path(out / "samples", n).exists()]
     if missing:
         print(f"process {rank + 1} of {world_size} has drawn its share of {len(pictures)} images")
@@ -87,7 +104,9 @@ def write_grid(path: Path, pictures: Sequence[Picture], identity: Mapping[str, s
     same = len({picture.settings for picture in shown}) == 1
     settings: dict[str, Any] = asdict(shown[0].settings) if same else {}
     save_whole(
-        labelled_grid(images, prompts), path, {"prompts": prompts} | settings | dict(identity)
+        labelled_grid(images, prompts),
+        path,
+        {"prompts": prompts} | settings | dict(identity) | describe_versions(),
     )
 
 
@@ -102,13 +121,20 @@ def read_picture(name: str) -> dict[str, Any]:
         raise ValueError(f"--like: {error}") from error
     if not isinstance(found.get("prompt"), str) or not isinstance(found.get("seed"), int):
         raise ValueError(f"--like: {path} holds no prompt and seed; expected a PNG of samples/")
+    if edit := [name for name in EDITED if name in found]:
+        raise ValueError(
+            f"--like: {path} was drawn from another image ({edit[0]} {found[edit[0]]!r}), which "
+            "sample.run does not do; expected a picture drawn from a prompt alone, or python -m "
+            "sample.edit with the same --init-image"
+        )
     return found
 
 
 def like(config: SampleConfig, earlier: Mapping[str, Any]) -> SampleConfig:
     """Returns the settings with which `earlier` was drawn, the text chunk of a picture.
 
-    The bundle and the data type are those of the picture unless `config` has its own.
+    The bundle, the data type and the batch size are those of the picture unless `config` has its
+    own.
     """
     names = [field.name for field in fields(DrawSettings) if field.name in earlier]
     values: dict[str, Any] = {
@@ -118,6 +144,8 @@ def like(config: SampleConfig, earlier: Mapping[str, Any]) -> SampleConfig:
         values["bundle"] = earlier.get("bundle")
     if config.dtype == "auto":
         values["dtype"] = earlier.get("dtype", "auto")
+    if config.batch_size is None:
+        values["batch_size"] = earlier.get("batch_size")
     prompt, seed = earlier["prompt"], earlier["seed"]
     return replace(config, like=None, prompts=(prompt,), seed=seed, **values)
 
@@ -133,6 +161,17 @@ def _compare_bundles(
             if not explicit:
                 raise ValueError(f"{text}; choose a bundle with --bundle")
             print(f"{text}: the picture will differ")
+
+
+def _note_rounding(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Prints why a picture of --like may differ from the earlier one by rounding."""
+    differing = [
+        f"{name} {earlier[name]} there, {value} here"
+        for name, value in now.items()
+        if name in earlier and earlier[name] != value
+    ]
+    if differing:
+        print(f"--like: {'; '.join(differing)}: the picture may differ by rounding")
 
 
 def _note_sizes(pipeline: "StableDiffusionPipeline", pictures: Sequence[Picture]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from latent_t2i.model.checks import check_number
 from latent_t2i.model.paths import find_path
-from latent_t2i.sample.config import SEED_LIMIT, SampleConfig, settings_from
+from latent_t2i.sample.config import SEED_LIMIT, SampleConfig, check_text, settings_from
 from latent_t2i.sample.folder import Picture
 
 MAX_TEXT_BYTES = 2**30
@@ -85,6 +85,7 @@ def _read_line(line: str, where: str) -> Prompt:
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise ValueError(f'{where}: expected an object with a text "prompt", found {line:.80}')
     text, seed = record.pop("prompt"), record.pop("seed", None)
+    check_text(f"{where}: prompt", text)
     if seed is not None:
         check_number(f"{where}: seed", seed, least=0, below=SEED_LIMIT, whole=True)
     if "guide" in record:
@@ -137,6 +138,7 @@ def _annotations(text: str, path: Path) -> Iterator[tuple[int, int, str]]:
                 f"{path}: annotation {caption_id!r:.40}: expected whole numbers as ids and a text "
                 f"as caption, found {caption!r:.80}"
             )
+        check_text(f"{path}: annotation {caption_id}", caption)
         if caption := " ".join(caption.split()):
             yield image_id, caption_id, caption
 

@@ -21,6 +21,7 @@ from latent_t2i.model.grid import labelled_grid, save_png
 from latent_t2i.model.paths import complete_or_absent, find_path, format_bytes
 from latent_t2i.sample import sampler
 from latent_t2i.sample.card import MARK, write_card
+from latent_t2i.sample.folder import describe_computation
 from latent_t2i.sample.settings import ExportConfig
 from latent_t2i.sample.stock import output_size
 
@@ -197,9 +198,11 @@ def _draw_grid(
     settings: dict[str, Any] = {"guidance_scale": config.guidance_scale}
     settings |= {"num_steps": config.num_steps, "scheduler": SCHEDULER}
     seeds = range(config.seed, config.seed + len(prompts))
-    images = sampler.draw(pipeline, prompts, list(seeds), **settings)
+    size = min(len(prompts), MAX_PROMPTS)
+    images = sampler.draw(pipeline, prompts, list(seeds), batch_size=size, **settings)
     settings |= {"prompts": list(prompts), "seed": config.seed}
-    save_png(labelled_grid(images, prompts), path, settings)
+    computed = describe_computation(pipeline, batch_size=size)
+    save_png(labelled_grid(images, prompts), path, settings | computed)
     return settings
 
 

@@ -8,11 +8,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ from latent_t2i.model.generate import (
     encode_prompt,
     generate,
     latent_shape,
+    noise_levels,
 )
 from latent_t2i.sample.config import DrawSettings, DtypeName
 from latent_t2i.sample.schedulers import choose_scheduler
@@ -34,6 +37,11 @@ if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+LOAD_ERRORS = (
+    *(OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError),
+    *(SafetensorError, UnpicklingError),
+)
+"""What the libraries raise for damaged files of a pipeline."""
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
@@ -65,7 +73,7 @@ def load(
                 requires_safety_checker=False,
                 **dict.fromkeys(UNUSED),
             )
-        except OSError as error:
+        except LOAD_ERRORS as error:
             raise ValueError(f"--bundle: {found} does not load: {error}") from error
     _check_networks(pipeline, found)
     pipeline.set_progress_bar_config(disable=True)
@@ -138,7 +146,8 @@ def _no_progress_bar() -> Iterator[None]:
 def load_guide(folder: str | Path, pipeline: "StableDiffusionPipeline") -> Any:
     """Returns the denoiser of a weaker bundle, on the device and in the data type of `pipeline`.
 
-    Raises ValueError for a bundle with another prediction, noise schedule, VAE or text encoder.
+    Raises ValueError for a bundle with another prediction, noise schedule, VAE or text encoder, or
+    with the same weights.
     """
     dtype: Any = str(pipeline.unet.dtype).removeprefix("torch.")
     guide = load(folder, device=str(pipeline.unet.device), dtype=dtype)
@@ -150,7 +159,19 @@ def load_guide(folder: str | Path, pipeline: "StableDiffusionPipeline") -> Any:
                 f"--guide: {folder} has another {name} than the bundle{values}; expected an "
                 "earlier or shorter average of the same run"
             )
+    if _have_same_weights(guide.unet, pipeline.unet):
+        raise ValueError(
+            f"--guide: {folder} has the same weights as the bundle, so guidance would have no "
+            "effect; expected a weaker model, such as an earlier or shorter average of the same run"
+        )
     return guide.unet
+
+
+def _have_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    tensors, others = one.state_dict(), other.state_dict()
+    return tensors.keys() == others.keys() and all(
+        torch.equal(tensor, others[name]) for name, tensor in tensors.items()
+    )
 
 
 def _properties(pipeline: "StableDiffusionPipeline") -> dict[str, Any]:
@@ -209,18 +230,34 @@ def keywords(
     scheduler = choose_scheduler(pipeline.scheduler, settings.scheduler)
     check_num_steps(scheduler, settings.num_steps)
     latent_shape(pipeline, settings.size)
+    guidance = Guidance(
+        scale=settings.guidance_scale,
+        interval=settings.guidance_interval,
+        rescale=settings.guidance_rescale,
+        network=guide,
+    )
+    _check_interval(scheduler, settings.num_steps, guidance)
     return {
-        "guidance": Guidance(
-            scale=settings.guidance_scale,
-            interval=settings.guidance_interval,
-            rescale=settings.guidance_rescale,
-            network=guide,
-        ),
+        "guidance": guidance,
         "num_steps": settings.num_steps,
         "scheduler": scheduler,
         "negative_prompt": settings.negative_prompt,
         "size": settings.size,
     }
+
+
+def _check_interval(scheduler: Any, num_steps: int, guidance: Guidance) -> None:
+    """Raises ValueError if no step is inside the interval, which would turn guidance off."""
+    if guidance.interval is None:
+        return
+    scheduler.set_timesteps(num_steps)
+    sigmas = noise_levels(scheduler, scheduler.timesteps)
+    if not any(map(guidance.is_active, sigmas)):
+        low, high = guidance.interval
+        raise ValueError(
+            f"--guidance-interval: none of the {num_steps} steps is inside; expected a part of "
+            f"sigma {min(sigmas):.4g} to {max(sigmas):.4g}, found {low:g} to {high:g}"
+        )
 
 
 def draw(

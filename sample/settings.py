@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from latent_t2i.model.checks import check_number
-from latent_t2i.sample.config import SEED_LIMIT, DrawSettings, DtypeName, SchedulerName
+from latent_t2i.sample.config import SEED_LIMIT, DrawSettings, DtypeName, SchedulerName, check_text
 
 Prompts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(aliases=["--prompt"])]
 STRIP_SUFFIXES = (".png", ".apng", ".gif")
@@ -102,8 +102,8 @@ class EditConfig:
     seed: int = 0
     """Seed of the first image of each prompt; each further image adds 1."""
     out: str | None = None
-    """Output folder for edits.png and edits/; default: runs/edits. An earlier edits/ is replaced.
-    """
+    """Output folder for edits.png and edits/; default: runs/edits. An earlier edits/ is replaced,
+    unless it has files that this command did not write."""
     bundle: str = "scenes/bundle"
     """Folder of the bundle, or of a stock Stable Diffusion pipeline."""
     negative_prompt: str = ""
@@ -134,6 +134,7 @@ class EditConfig:
             size=self.size,
         )
         check_number("--batch-size", self.batch_size, least=1)
+        _check_prompts(self.prompts, least=0)
         if self.init_image is None and self.mask is not None:
             raise ValueError(
                 f"--mask: found {self.mask!r} without --init-image; expected the image that it "
@@ -225,6 +226,7 @@ class ExportConfig:
         check_number("--seed", self.seed, least=0, below=SEED_LIMIT)
         check_number("--guidance-scale", self.guidance_scale, least=1)
         check_number("--num-steps", self.num_steps, least=1)
+        _check_prompts(self.prompts, least=0)
         if self.push and self.repo is None:
             raise ValueError("--push: needs --repo; expected USER/NAME, found none")
 
@@ -256,6 +258,8 @@ class AppConfig:
 def _check_prompts(prompts: tuple[str, ...], *, least: int) -> None:
     if len(prompts) < least:
         raise ValueError(f"--prompt: expected at least {least}, found {len(prompts)}")
+    for prompt in prompts:
+        check_text("--prompt", prompt)
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> None:

@@ -22,8 +22,9 @@ from latent_t2i.model.bundle import find_bundle
 from latent_t2i.model.grid import save_png
 from latent_t2i.model.paths import output_root
 from latent_t2i.sample import sampler
-from latent_t2i.sample.config import DrawSettings, DtypeName
+from latent_t2i.sample.config import DrawSettings, DtypeName, check_text
 from latent_t2i.sample.editing import describe_edit, edit_image, read_image, read_mask
+from latent_t2i.sample.folder import describe_computation
 from latent_t2i.sample.latent_preview import fit_latent_to_rgb, preview
 from latent_t2i.sample.pictures import SHIPPED_BUNDLE, describe_bundle
 from latent_t2i.sample.settings import AppConfig, EditConfig
@@ -79,7 +80,7 @@ class _Loaded:
     key: tuple[Path, DtypeName]
     pipeline: Any
     matrix: Tensor  # (C + 1, 3)
-    identity: dict[str, str]
+    identity: dict[str, Any]
 
 
 class Studio:
@@ -125,6 +126,7 @@ class Studio:
 
         It ends early when `stop` is set.
         """
+        check_text("prompt", prompt)
         folder = self.find(bundle)
         return _in_thread(lambda emit: self._draw(folder, prompt, images, emit), stop)
 
@@ -133,6 +135,7 @@ class Studio:
     ) -> Generator[Event]:
         """Yields previews and changed images of the settings' image; the bundle is a name."""
         assert config.init_image is not None
+        check_text("prompt", prompt)
         folder = self.find(config.bundle)
         original = read_image(Path(config.init_image), "image")
         mask = None if config.mask is None else read_mask(config.mask, original.size)
@@ -203,7 +206,8 @@ class Studio:
                 key=(folder, dtype),
                 pipeline=pipeline,
                 matrix=fit_latent_to_rgb(pipeline.vae),
-                identity=describe_bundle(folder),
+                # Pictures are drawn one by one.
+                identity=describe_bundle(folder) | describe_computation(pipeline, batch_size=1),
             )
         return self._loaded
 

@@ -11,6 +11,8 @@ from latent_t2i.model.encoders import Autoencoder, latent_channels, load_text_en
 from tests import tiny
 
 MAX_TOKENS = 24
+COMPUTED = {"versions", "dtype", "device", "batch_size", "channels_last", "compile"}
+"""What every PNG says about how it was computed."""
 VELOCITY = ObjectiveConfig(prediction="v")
 
 

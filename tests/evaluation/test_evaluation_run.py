@@ -60,7 +60,7 @@ def evaluated(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_snapshot(snapshots, average, averages, step=2, train_s=1.0, settings={"batch_size": 4})
     sweep = SweepConfig(
         guidance_intervals=((0.1, 5.0),),
-        guides=(str(bundle),),
+        guides=(str(make_bundle(snapshots.parent / "guide", seed=1)),),
         num_steps=(1, 2),
         checkpoints=(str(bundle), str(snapshots)),
     )
@@ -340,6 +340,8 @@ def test_sweeps_that_cannot_be_drawn_are_refused_before_drawing(
     for sweep, message in (
         (SweepConfig(checkpoints=("absent",)), r"--sweep.checkpoints: no folder 'absent'"),
         (SweepConfig(guides=("absent",)), r"--bundle: no folder 'absent'"),
+        (SweepConfig(guides=(str(bundle),)), r"--guide: .* has the same weights as the bundle"),
+        (SweepConfig(guidance_intervals=((2e6, 3e6),)), r"--guidance-interval: none of the 2"),
         (SweepConfig(num_steps=(5000,)), r"--num-steps: expected at most the 1000"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ from latent_t2i.sample.settings import AppConfig, EditConfig
 from latent_t2i.sample.studio import Finished, Progress, Studio, Waiting, parse_scales
 from latent_t2i.scenes.dataset import render
 from latent_t2i.scenes.world import WORLDS, make_scene
-from tests.bundles import make_bundle
+from tests.bundles import COMPUTED, make_bundle
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -54,6 +54,7 @@ def test_pictures_arrive_one_by_one_with_previews(page: Studio, bundle: Path) ->
     found = read_settings(finished[1].path)
     assert (found["prompt"], found["seed"], found["num_steps"]) == ("a red circle", 6, 3)
     assert len(found["bundle_sha256"]) == 64
+    assert found.keys() >= COMPUTED
     assert [event.path.name for event in finished] == ["000000.png", "000001.png"]
 
 

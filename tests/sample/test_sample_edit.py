@@ -20,7 +20,7 @@ from latent_t2i.sample import editing
 from latent_t2i.sample.schedulers import choose_scheduler
 from latent_t2i.sample.settings import EditConfig
 from latent_t2i.sample.stock import load_stock
-from tests.bundles import make_bundle
+from tests.bundles import COMPUTED, make_bundle
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -187,7 +187,7 @@ def test_the_command_writes_images_that_carry_their_settings(
     half_mask((130, 64)).save(tmp_path / "mask.png")
     stale = tmp_path / "edits" / "0009.png"
     stale.parent.mkdir()
-    Image.new("RGB", (4, 4)).save(stale)
+    save_png(Image.new("RGB", (4, 4)), stale, {"prompt": "earlier"})
     argv = ["--bundle", str(bundles["v"]), "--init-image", str(source), "--num-steps", "2"]
     argv += ["--mask", str(tmp_path / "mask.png"), "--num-images", "2", "--out", str(tmp_path)]
     grid = editing.edit(parse(EditConfig, None, argv, prog="edit"))
@@ -198,9 +198,27 @@ def test_the_command_writes_images_that_carry_their_settings(
     found = read_settings(files[1])
     assert (found["prompt"], found["seed"], found["strength"]) == (PROMPT, 1, 0.6)
     assert (found["init_image"], found["mask"]) == ("photo.png", "mask.png")
+    assert found.keys() >= COMPUTED
+    assert found["batch_size"] == 2
+    assert read_settings(grid).keys() >= {"versions", "dtype"}
     assert len(found["init_image_sha256"]) == len(found["bundle_sha256"]) == 64
     with Image.open(files[0]) as image:
         assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize("name", ["edits/photo.jpg", "edits/mine/notes.txt", "edits", "edits.png"])
+def test_files_that_are_not_edits_are_never_deleted(
+    bundles: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    noise_image().save(tmp_path / "source.png")
+    foreign = tmp_path / "out" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes((tmp_path / "source.png").read_bytes())
+    own = config(bundles["v"], init_image=str(tmp_path / "source.png"), out=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"--out: .*/edits.* is not a picture that this project"):
+        editing.edit(own)
+    found = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert found == [foreign]
 
 
 def test_images_are_upright_on_white_and_cropped_to_the_middle(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from latent_t2i.model.grid import read_settings
 from latent_t2i.sample import publishing, sampler
 from latent_t2i.sample.card import write_card
 from latent_t2i.sample.settings import ExportConfig
+from tests.bundles import COMPUTED
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -79,6 +80,7 @@ def test_the_card_says_what_is_known_and_what_is_not(exported: Path, bundle: Pat
 def test_the_samples_are_the_first_seeds_of_the_prompts(exported: Path, bundle: Path) -> None:
     found = read_settings(exported / "samples.png")
     assert (found["prompts"], found["seed"], found["num_steps"]) == (list(PROMPTS), 0, 2)
+    assert found.keys() >= COMPUTED
 
 
 def test_the_export_holds_the_bundle_and_float16_variants(exported: Path, bundle: Path) -> None:

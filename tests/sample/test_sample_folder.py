@@ -18,6 +18,7 @@ from latent_t2i.sample import folder as folders
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings
 from latent_t2i.sample.folder import Picture, draw_folder, picture_path
+from tests.bundles import COMPUTED
 
 IDENTITY = {"bundle": "here", "bundle_sha256": "ab", "dtype": "float32"}
 ANCESTRAL = DrawSettings(scheduler="euler-ancestral", num_steps=2)
@@ -53,6 +54,9 @@ def test_every_picture_is_drawn_with_its_own_settings(
     found = read_settings(tmp_path / "4.png")
     assert (found["scheduler"], found["num_steps"], found["seed"]) == ("euler-ancestral", 2, 4)
     assert found.items() >= IDENTITY.items()
+    assert found.keys() >= COMPUTED
+    names = {"latent-t2i", "torch", "diffusers", "transformers"}
+    assert (found["batch_size"], found["versions"].keys()) == (3, names)
 
 
 @pytest.mark.parametrize("world_size", [2, 8])
@@ -124,6 +128,22 @@ def test_a_different_picture_is_refused_by_both_values(
     with pytest.raises(ValueError, match="dtype 'float32', this one has 'bfloat16'"):
         identity = IDENTITY | {"dtype": "bfloat16"}
         draw_folder(pipeline, PICTURES, tmp_path, batch_size=3, identity=identity)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 900, -100])
+def test_a_damaged_picture_is_named_and_replaced_with_overwrite(
+    pipeline: Any, whole: dict[str, bytes], tmp_path: Path, num_bytes: int
+) -> None:
+    path = picture_path(tmp_path, 0)
+    path.write_bytes(whole["000000.png"][:num_bytes])
+    with pytest.raises(ValueError, match=r"000000\.png: not a whole image: .*; .*--overwrite"):
+        draw_folder(pipeline, PICTURES[:1], tmp_path, batch_size=3, identity=IDENTITY)
+    settings: dict[str, Any] = {"batch_size": 3, "identity": IDENTITY, "overwrite": True}
+    draw_folder(pipeline, PICTURES[:1], tmp_path, **settings)
+    assert read_settings(path)["seed"] == 0
+    path.write_bytes(whole["000000.png"][:20])  # may be anybody's
+    with pytest.raises(ValueError, match=r"000000\.png: not a whole image"):
+        draw_folder(pipeline, PICTURES[:1], tmp_path, **settings)
 
 
 def test_unsuitable_settings_are_refused_before_anything_is_drawn(

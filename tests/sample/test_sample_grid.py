@@ -14,6 +14,7 @@ from latent_t2i.model.bundle import INFO_FILE
 from latent_t2i.model.grid import read_settings
 from latent_t2i.sample import comparison, sampler
 from latent_t2i.sample.settings import GridConfig
+from tests.bundles import COMPUTED
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -65,6 +66,12 @@ def test_each_cell_is_the_image_of_its_row_and_column(
     assert read_settings(path)["prompts"] == list(PROMPTS)
 
 
+def test_an_image_of_another_program_is_not_replaced(bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "grid.png")
+    with pytest.raises(ValueError, match=r"--out: .*grid\.png .* is not a picture"):
+        draw(bundle, tmp_path / "grid.png")
+
+
 @pytest.mark.parametrize(
     ("flags", "headers"),
     [(["--num-steps", "1", "3"], ["steps 1", "steps 3"]), ([], ["guidance 4"])],
@@ -87,7 +94,9 @@ def test_bundles_are_columns_named_by_run_and_step(bundle: Path, tmp_path: Path)
     argv = ["--bundle", *map(str, folders[:2]), "--prompt", "x", "--num-steps", "1"]
     argv += ["--out", str(tmp_path / "grid.png")]
     path = comparison.draw_grid(parse(GridConfig, None, argv, prog="grid"))
-    assert len({entry["bundle_sha256"] for entry in read_settings(path)["bundles"]}) == 2
+    entries = read_settings(path)["bundles"]
+    assert len({entry["bundle_sha256"] for entry in entries}) == 2
+    assert all(entry.keys() >= COMPUTED for entry in entries)
     with Image.open(path) as table:
         assert table.width > 2 * 192
 

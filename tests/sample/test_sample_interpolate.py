@@ -15,6 +15,7 @@ from latent_t2i.model.grid import read_settings
 from latent_t2i.sample import interpolation, sampler
 from latent_t2i.sample.interpolation import slerp
 from latent_t2i.sample.settings import InterpolateConfig
+from tests.bundles import COMPUTED
 
 PROMPTS = ("a red circle", "a blue star")
 VECTORS = st.lists(st.floats(-100, 100), min_size=4, max_size=4).map(
@@ -142,6 +143,7 @@ def test_a_strip_names_key_frames_and_shares(bundle: Path, tmp_path: Path) -> No
     found = read_settings(out)
     assert (found["seed"], found["num_frames"]) == ([1, 2], 3)
     assert found["scheduler"] == "dpmpp"
+    assert found.keys() >= COMPUTED
 
 
 @pytest.mark.parametrize(

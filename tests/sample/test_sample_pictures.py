@@ -46,10 +46,12 @@ def test_the_settings_in_a_png_reproduce_the_image(
         num_steps=settings["num_steps"],
         scheduler=settings["scheduler"],
     )
-    assert settings["versions"].keys() == {"torch", "diffusers", "transformers"}
+    computed = ("versions", "device", "batch_size", "channels_last", "compile")
+    assert {settings[name] for name in computed[2:]} == {4, False}
+    assert settings["device"] == "cpu, 1 threads"
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line.pop("file") for line in lines] == [path.name for path in files]
-    assert lines[3] == {name: settings[name] for name in settings if name != "versions"}
+    assert lines[3] == {name: settings[name] for name in settings if name not in computed}
     saved = np.asarray(Image.open(files[3]), dtype=int)
     assert np.abs(saved - np.asarray(again, dtype=int)).max() <= 1
 
@@ -140,6 +142,12 @@ def test_a_picture_that_no_call_drew_is_not_replaced(bundle: Path, tmp_path: Pat
             pictures.sample(config(bundle, tmp_path, overwrite=overwrite))
 
 
+def test_a_grid_that_no_call_drew_is_not_replaced(bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "samples.png")
+    with pytest.raises(ValueError, match=r"--out: .*samples\.png .* is not a picture"):
+        pictures.sample(config(bundle, tmp_path))
+
+
 def test_like_repeats_a_picture_bit_for_bit(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,6 +161,41 @@ def test_like_repeats_a_picture_bit_for_bit(
     pictures.sample(SampleConfig(like=str(earlier), out=str(tmp_path / "three"), bundle=str(other)))
     assert "--like: its bundle_sha256 is" in capsys.readouterr().out
     assert (tmp_path / "three" / "samples" / "000000.png").read_bytes() != earlier.read_bytes()
+
+
+def test_like_repeats_a_picture_of_a_batch_bit_for_bit(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = {"prompts": tuple("abcdefg"), "scheduler": "euler-ancestral", "batch_size": 5}
+    pictures.sample(config(bundle, tmp_path / "one", **chosen))
+    for number in (1, 4, 6):  # the last one's batch was filled up
+        earlier = tmp_path / "one" / "samples" / f"{number:06d}.png"
+        out = tmp_path / str(number)
+        pictures.sample(SampleConfig(like=str(earlier), out=str(out)))
+        assert (out / "samples" / "000000.png").read_bytes() == earlier.read_bytes()
+    assert "by rounding" not in capsys.readouterr().out
+    pictures.sample(SampleConfig(like=str(earlier), out=str(tmp_path / "n"), batch_size=2))
+    assert "batch_size 5 there, 2 here: the picture may differ" in capsys.readouterr().out
+    assert read_settings(tmp_path / "n" / "samples" / "000000.png")["batch_size"] == 1
+
+
+def test_like_accepts_the_path_of_a_changed_bundle_if_it_is_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = make_bundle(tmp_path / "bundle")
+    pictures.sample(config(changed, tmp_path / "out", num_steps=1))
+    (changed / "bundle.json").write_text("{}")
+    earlier = str(tmp_path / "out" / "samples" / "000000.png")
+    pictures.sample(SampleConfig(like=earlier, bundle=str(changed), out=str(tmp_path / "new")))
+    assert "the picture will differ" in capsys.readouterr().out
+
+
+def test_like_replaces_the_batch_size_of_a_preset(tmp_path: Path) -> None:
+    preset = tmp_path / "own.yaml"
+    preset.write_text("sample: {batch_size: 7}", "utf-8")
+    argv = ["--config", str(preset), "--like", "a.png"]
+    assert parse(SampleConfig, "sample", argv).batch_size is None
+    assert parse(SampleConfig, "sample", [*argv, "--batch-size", "3"]).batch_size == 3
 
 
 def test_like_needs_a_picture_and_its_bundle(tmp_path: Path) -> None:
@@ -170,6 +213,14 @@ def test_like_needs_a_picture_and_its_bundle(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--like: its bundle_sha256 is .*; choose .* --bundle"):
         earlier = tmp_path / "out" / "samples" / "000000.png"
         pictures.sample(SampleConfig(like=str(earlier), out=str(tmp_path / "new")))
+
+
+@pytest.mark.parametrize("setting", [{"strength": 0.6}, {"init_image": "photo.png"}])
+def test_like_refuses_an_edited_picture(tmp_path: Path, setting: dict[str, object]) -> None:
+    path = tmp_path / "edit.png"
+    save_png(Image.new("RGB", (4, 4)), path, {"prompt": "x", "seed": 1} | setting)
+    with pytest.raises(ValueError, match=r"--like: .*edit\.png was drawn from another image"):
+        pictures.sample(SampleConfig(like=str(path), out=str(tmp_path / "out")))
 
 
 def test_another_size_than_trained_prints_a_note(

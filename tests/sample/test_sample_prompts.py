@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from latent_t2i.configs.cli import parse
 from latent_t2i.sample.config import DrawSettings, SampleConfig, settings_from
 from latent_t2i.sample.prompts import choose_captions, list_pictures, read_prompts
 
@@ -70,6 +71,11 @@ def test_a_line_of_json_may_have_a_seed_and_settings(tmp_path: Path) -> None:
         ('{"prompt": "a", "size": 64}', "--size: expected two numbers, found 64"),
         ('{"prompt": "a", "size": [64, "64"]}', "--size: expected a whole number"),
         ('{"prompt": "a", "guidance_interval": [1]}', "--guidance-interval: expected two numbers"),
+        ('{"prompt": "a\\ud800"}', r"prompt: expected Unicode text, found 'a\\ud800'"),
+        (
+            '{"prompt": "a", "negative_prompt": "\\udfff"}',
+            "--negative-prompt: expected Unicode text",
+        ),
         ('{"prompt": "a", "guide": "b"}', "guide: one bundle guides all pictures"),
     ],
 )
@@ -121,6 +127,7 @@ def test_chosen_captions_do_not_depend_on_the_order_of_the_file(random: Any) -> 
         '{"annotations": 3}',
         '{"annotations": [{"id": 1, "image_id": 2}]}',
         '{"annotations": [{"id": 1, "image_id": 2, "caption": 3}]}',
+        '{"annotations": [{"id": 1, "image_id": 2, "caption": "\\ud800"}]}',
         '{"annotations": [{"id": "1", "image_id": 2, "caption": "a"}]}',
         '{"annotations": [{"id": 1, "image_id": [2], "caption": "a"}]}',
     ],
@@ -137,6 +144,23 @@ def test_only_captions_are_chosen_from(tmp_path: Path) -> None:
             ValueError, match=r"need COCO captions; expected --prompt-file .*\.json"
         ):
             SampleConfig(prompt_file=file, num_prompts=3)
+
+
+def test_prompts_of_flags_replace_those_of_a_preset(tmp_path: Path) -> None:
+    captions = write(tmp_path / "captions.json", coco({image: [f"{image}"] for image in range(9)}))
+    text = write(tmp_path / "prompts.txt", "three")
+    preset = write(tmp_path / "own.yaml", f"sample: {{prompts: [one], prompt_file: {text}}}")
+
+    def texts(*flags: str) -> list[str]:
+        return [prompt.text for prompt in read_prompts(parse(SampleConfig, "sample", flags))]
+
+    found = texts("--config", "coco256", "--num-prompts", "5", "--prompt-file", captions)
+    assert found == texts("--num-prompts", "5", "--prompt-file", captions)
+    assert len(texts("--config", "coco256")) == 8
+    assert texts("--config", preset) == ["one", "three"]
+    assert texts("--config", preset, "--prompt", "two") == ["two"]
+    assert texts("--config", preset, "--prompt", "two", "--prompt-file", text) == ["two", "three"]
+    assert texts("--config", preset, "--prompt-file", "None") == ["one"]
 
 
 def test_settings_survive_json() -> None:

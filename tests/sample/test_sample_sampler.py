@@ -1,9 +1,11 @@
 """Sampling: the stock pipeline's images, determined by prompt, seed and settings."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from PIL import Image
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.generate import Guidance, generate
 from latent_t2i.sample import sampler
+from latent_t2i.sample.config import DrawSettings, SampleConfig, SchedulerName
+from latent_t2i.sample.settings import GridConfig, InterpolateConfig
 from tests.bundles import make_bundle
 
 PROMPTS = ["a red circle", "two blue squares", ""]
@@ -99,6 +103,22 @@ def test_a_missing_or_incomplete_bundle_is_an_error(bundle: Path, tmp_path: Path
         sampler.load(broken)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_cut_weights_are_an_error(bundle: Path, tmp_path: Path, part: str) -> None:
+    (weights,) = (shutil.copytree(bundle, tmp_path / "cut") / part).glob("*.safetensors")
+    for num_bytes in (1000, -1000):
+        content = next((bundle / part).glob("*.safetensors")).read_bytes()
+        weights.write_bytes(content[:num_bytes])
+        with pytest.raises(ValueError, match=r"--bundle: .*cut does not load: "):
+            sampler.load(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("kind", [SampleConfig, GridConfig, InterpolateConfig])
+def test_a_prompt_that_is_not_unicode_is_an_error(kind: Any) -> None:
+    with pytest.raises(ValueError, match="--prompt: expected Unicode text"):
+        kind(prompts=("a", "\ud800"))
+
+
 def test_a_guide_changes_the_image_and_is_a_model_of_the_same_kind(
     bundle: Path, tmp_path: Path
 ) -> None:
@@ -108,7 +128,8 @@ def test_a_guide_changes_the_image_and_is_a_model_of_the_same_kind(
     (guided,) = sampler.draw(pipeline, ["a"], [0], guide=weaker, **settings)
     (plain,) = sampler.draw(pipeline, ["a"], [0], **settings)
     assert not np.array_equal(pixels(guided), pixels(plain))
-    # A model that guides itself: the two predictions are equal, so their scale has no effect.
+    with pytest.raises(ValueError, match=r"--guide: .* has the same weights as the bundle"):
+        sampler.load_guide(shutil.copytree(bundle, tmp_path / "copy"), pipeline)
     # A model that guides itself: both predictions are equal, so the scale has no effect.
     own_guide = Guidance(scale=2.0, network=pipeline.unet)
     (own,) = generate(pipeline, ["a"], [0], guidance=own_guide, num_steps=2, batch_size=1)
@@ -122,6 +143,18 @@ def test_a_guide_changes_the_image_and_is_a_model_of_the_same_kind(
         ValueError, match=r"--guide: .* has another noise schedule than the bundle;"
     ):
         sampler.load_guide(make_bundle(tmp_path / "cosine", cosine), pipeline)
+
+
+@pytest.mark.parametrize("scheduler", ["dpmpp", "heun", "bundle"])
+def test_an_interval_without_a_step_is_refused(bundle: Path, scheduler: SchedulerName) -> None:
+    pipeline = sampler.load(bundle)
+    settings = DrawSettings(scheduler=scheduler, num_steps=4, guidance_interval=(1e6, 1e9))
+    with pytest.raises(ValueError, match=r"--guidance-interval: none of the 4 .* to 1e\+09$") as e:
+        sampler.keywords(pipeline, settings)
+    low, high = map(float, re.findall(r"[\d.]+", str(e.value).partition("sigma")[2])[:2])
+    assert 0 < low < high
+    for interval in ((0.0, low * 1.01), (high * 0.99, high * 1.01)):
+        sampler.keywords(pipeline, replace(settings, guidance_interval=interval))
 
 
 @pytest.mark.parametrize(
