@@ -28,15 +28,27 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(kind="DDIMScheduler", unfit=("flow",)),
     "ddpm": Sampler(kind="DDPMScheduler", unfit=("flow",)),
-    "deis": Sampler(kind="DEISMultistepScheduler", unfit=("zero_snr",)),
-    "dpmpp": Sampler(kind="DPMSolverMultistepScheduler", unfit=()),
+    "deis": Sampler(
+        kind="DEISMultistepScheduler", overrides={"algorithm_type": "deis"}, unfit=("zero_snr",)
+    ),
+    "dpmpp": Sampler(
+        kind="DPMSolverMultistepScheduler", overrides={"algorithm_type": "dpmsolver++"}, unfit=()
+    ),
     "dpmpp-sde": Sampler(
         kind="DPMSolverMultistepScheduler",
         overrides={"algorithm_type": "sde-dpmsolver++"},
         unfit=(),
     ),
-    "dpmpp-singlestep": Sampler(kind="DPMSolverSinglestepScheduler", unfit=("zero_snr",)),
-    "euler": Sampler(kind="DPMSolverMultistepScheduler", overrides={"solver_order": 1}, unfit=()),
+    "dpmpp-singlestep": Sampler(
+        kind="DPMSolverSinglestepScheduler",
+        overrides={"algorithm_type": "dpmsolver++"},
+        unfit=("zero_snr",),
+    ),
+    "euler": Sampler(
+        kind="DPMSolverMultistepScheduler",
+        overrides={"algorithm_type": "dpmsolver++", "solver_order": 1},
+        unfit=(),
+    ),
     "euler-ancestral": Sampler(kind="EulerAncestralDiscreteScheduler", unfit=("sample", "flow")),
     "euler-discrete": Sampler(kind="EulerDiscreteScheduler", unfit=("flow",)),
     "heun": Sampler(kind="HeunDiscreteScheduler", unfit=("flow", "zero_snr", "cosine")),
@@ -46,7 +58,11 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "lms": Sampler(kind="LMSDiscreteScheduler", unfit=("flow", "zero_snr")),
     "pndm": Sampler(kind="PNDMScheduler", unfit=("sample", "flow", "zero_snr")),
-    "sa-solver": Sampler(kind="SASolverScheduler", unfit=("zero_snr",)),
+    "sa-solver": Sampler(
+        kind="SASolverScheduler",
+        overrides={"algorithm_type": "data_prediction"},
+        unfit=("zero_snr",),
+    ),
     "unipc": Sampler(kind="UniPCMultistepScheduler", unfit=()),
 }
 

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import tempfile
 from typing import Any
 
 import diffusers
@@ -82,7 +83,11 @@ class Denoiser:
 
 @functools.cache
 def own_scheduler(trait: str) -> Any:
-    return sampling_scheduler(make_scheduler(COLUMNS[trait]))
+    """Returns the scheduler of a bundle as it is stored: its config has no defaults left out."""
+    own = sampling_scheduler(make_scheduler(COLUMNS[trait]))
+    with tempfile.TemporaryDirectory() as folder:
+        own.save_pretrained(folder)
+        return type(own).from_pretrained(folder)
 
 
 def measure(name: str, trait: str, num_steps: int) -> tuple[float, float]:
