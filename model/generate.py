@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -357,14 +357,7 @@ def check_num_steps(scheduler: Any, num_steps: int, flag: str = "--num-steps") -
         raise ValueError(
             f"{flag}: expected at most the {num_timesteps} training timesteps, found {num_steps}"
         )
-    # diffusers' DDIM (0.42) subtracts a fixed number of timesteps to find the next one, so noise
-    # remains if the steps do not divide the timesteps (150 steps: std 9 % too large).
-    if isinstance(scheduler, DDIMScheduler) and num_timesteps % num_steps:
-        raise ValueError(
-            f"{flag}: DDIM leaves noise in the image unless the steps divide the bundle's "
-            f"{num_timesteps} timesteps; expected a divisor, found {num_steps}: choose one, or use "
-            "--scheduler euler, which is DDIM without this limit"
-        )
+    _check_fixed_stride(scheduler, num_steps, flag)
     # If the first two steps round to the same timestep (many steps of flow), diffusers' solvers
     # confuse the second with the first.
     scheduler.set_timesteps(num_steps)
@@ -373,4 +366,33 @@ def check_num_steps(scheduler: Any, num_steps: int, flag: str = "--num-steps") -
         raise ValueError(
             f"{flag}: with {num_steps} steps the first two round to the same timestep, {first[0]} "
             f"of {num_timesteps}; expected fewer steps"
+        )
+    # "leading" timesteps have an offset in Stable Diffusion's config.
+    last = float(scheduler.timesteps.max())
+    if scheduler.config.prediction_type != "flow_prediction" and last > num_timesteps - 1:
+        raise ValueError(
+            f"{flag}: with {num_steps} steps the first timestep is {last:g}, but the bundle's end "
+            f"at {num_timesteps - 1}; expected fewer steps"
+        )
+
+
+def _check_fixed_stride(scheduler: Any, num_steps: int, flag: str) -> None:
+    """Raises ValueError for a number of steps with which DDIM or PNDM miss their timesteps."""
+    name = {DDIMScheduler: "DDIM", PNDMScheduler: "PNDM"}.get(type(scheduler))
+    if name is None:
+        return
+    if name == "PNDM" and not scheduler.config.skip_prk_steps and num_steps < PNDM_ORDER:
+        raise ValueError(
+            f"{flag}: PNDM starts with {PNDM_ORDER} Runge-Kutta steps; expected at least "
+            f"{PNDM_ORDER}, found {num_steps}: choose more, or use --scheduler euler"
+        )
+    # diffusers' DDIM and PNDM (0.42) subtract a fixed number of timesteps to find the next one, so
+    # noise remains if the steps do not divide the timesteps (150 steps: std 9 % too large).
+    num_timesteps = scheduler.config.num_train_timesteps
+    if num_timesteps % num_steps and scheduler.config.timestep_spacing != "leading":
+        same = ", which is DDIM without this limit" if name == "DDIM" else ""
+        raise ValueError(
+            f"{flag}: {name} leaves noise in the image unless the steps divide the bundle's "
+            f"{num_timesteps} timesteps; expected a divisor, found {num_steps}: choose one, or use "
+            f"--scheduler euler{same}"
         )
