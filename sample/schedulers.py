@@ -103,3 +103,20 @@ def traits(own: Any) -> set[str]:
     zero_snr = bool(config.get("rescale_betas_zero_snr"))
     cosine = config.beta_schedule == "squaredcos_cap_v2"
     return {prediction} | ({"zero_snr"} if zero_snr else set()) | ({"cosine"} if cosine else set())
+
+
+def check_partial(scheduler: Any) -> None:
+    """Raises ValueError for a sampler that fails if it starts in the middle of its schedule.
+
+    PNDM takes the first steps for those of its Runge-Kutta start, and the noise that diffusers'
+    SA-Solver adds to an image is not that of rectified flow.
+    """
+    kind, config = type(scheduler), scheduler.config
+    flow = config.prediction_type == "flow_prediction"
+    if (kind is diffusers.PNDMScheduler and not config.skip_prk_steps) or (
+        kind is diffusers.SASolverScheduler and flow
+    ):
+        raise ValueError(
+            f"--scheduler: {kind.__name__} cannot start in the middle of this bundle's schedule, "
+            "as a --strength below 1 needs; expected another, such as dpmpp"
+        )

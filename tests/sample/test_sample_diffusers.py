@@ -107,6 +107,28 @@ def measure(name: str, trait: str, num_steps: int) -> tuple[float, float]:
     return 100 * float(std - 1), 100 * float(mean / closed_form.STD)
 
 
+def measure_edit(name: str, trait: str, num_steps: int, strength: float) -> tuple[float, float]:
+    """Returns the errors of `measure` for image to image, as the stock pipeline runs it."""
+    scheduler = schedulers.make_scheduler(own_scheduler(trait), name)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 4, 4, 16, 16, generator=generator)
+    clean = closed_form.MEAN + closed_form.STD * clean
+    first = (num_steps - int(num_steps * strength)) * scheduler.order
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps[first:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    latents = scheduler.add_noise(clean, noise, timesteps[:1].repeat(4))
+    stochastic = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if stochastic else {}
+    denoiser = Denoiser(COLUMNS[trait])
+    for timestep in timesteps:
+        (prediction,) = denoiser(scheduler.scale_model_input(latents, timestep), timestep)
+        latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+    std, mean = latents.std() / clean.std(), latents.mean() - clean.mean()
+    return 100 * float(std - 1), 100 * float(mean / clean.std())
+
+
 def row(name: str) -> str:
     """Returns a sampler's row without the oracle's figure, as it is measured now."""
     cells = [
