@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 MAX_CACHED_PROMPTS = 256
 """Text states kept for later batches: 60 MB with the text encoder of Stable Diffusion 1."""
+PNDM_ORDER = 4
+"""Runge-Kutta steps with which diffusers' PNDM starts, unless its config skips them."""
+OVERFLOW_ADVICE = (
+    "the weights have NaN, or overflow: try --dtype float32 or bfloat16, or another bundle"
+)
 Size = tuple[int, int]
 
 
@@ -144,7 +149,8 @@ def generate(
     batches = [range(i, min(i + batch_size, len(seeds))) for i in range(0, len(seeds), batch_size)]
     padded = ([*batch, *[batch[-1]] * (batch_size - len(batch))] for batch in batches)
     device = pipeline.unet.device
-    finish = partial(decode, pipeline.vae, require_finite=require_finite)
+    advice = not_finite_advice(pipeline.unet.dtype, scheduler, num_steps, guidance.scale)
+    finish = partial(decode, pipeline.vae, require_finite=require_finite, advice=advice)
     for batch, pixels in zip(batches, _overlap(map(denoised, padded), finish, device), strict=True):
         for image in pixels[: len(batch)].numpy():
             yield Image.fromarray(image)
@@ -311,12 +317,27 @@ def decode_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and overflows else dtype
 
 
+def not_finite_advice(
+    dtype: torch.dtype, scheduler: Any, num_steps: int, guidance_scale: float
+) -> str:
+    """Returns what to do about images that are not finite, of a denoiser of this data type."""
+    if dtype != torch.float32:
+        return OVERFLOW_ADVICE
+    return (
+        f"the weights have NaN, or {type(scheduler).__name__} fails with --num-steps {num_steps} "
+        f"and --guidance-scale {guidance_scale:g}: try other steps, a lower scale, --scheduler "
+        "dpmpp, or another bundle"
+    )
+
+
 @torch.no_grad()
-def decode(vae: Any, latents: Tensor, *, require_finite: bool = True) -> Tensor:
+def decode(
+    vae: Any, latents: Tensor, *, require_finite: bool = True, advice: str = OVERFLOW_ADVICE
+) -> Tensor:
     """Returns images as bytes, on the CPU, of latents (B, C, h, w).  # (B, H, W, 3) uint8
 
-    Converts the VAE to `decode_dtype`. Raises ValueError for images that are not finite, or makes
-    such pixels black.
+    Converts the VAE to `decode_dtype`. Raises ValueError, with `advice`, for images that are not
+    finite, or makes such pixels black.
     """
     dtype = decode_dtype(vae.config, vae.dtype)
     if vae.dtype != dtype:
@@ -324,10 +345,7 @@ def decode(vae: Any, latents: Tensor, *, require_finite: bool = True) -> Tensor:
     latents = (latents / vae.config.scaling_factor).to(dtype)
     images: Tensor = vae.decode(latents, return_dict=False)[0].float()  # (B, 3, H, W)
     if require_finite and not images.isfinite().all():
-        raise ValueError(
-            f"--bundle: the images are not finite in {dtype}; the weights have NaN, or overflow: "
-            "try --dtype float32 or bfloat16, or another bundle"
-        )
+        raise ValueError(f"--bundle: the images are not finite in {dtype}; {advice}")
     images = ((images / 2 + 0.5).clamp(0, 1) * 255).round().nan_to_num(0)
     return images.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
@@ -339,14 +357,7 @@ def check_num_steps(scheduler: Any, num_steps: int, flag: str = "--num-steps") -
         raise ValueError(
             f"{flag}: expected at most the {num_timesteps} training timesteps, found {num_steps}"
         )
-    # diffusers' DDIM (0.42) subtracts a fixed number of timesteps to find the next one, so noise
-    # remains if the steps do not divide the timesteps (150 steps: std 9 % too large).
-    if isinstance(scheduler, DDIMScheduler) and num_timesteps % num_steps:
-        raise ValueError(
-            f"{flag}: DDIM leaves noise in the image unless the steps divide the bundle's "
-            f"{num_timesteps} timesteps; expected a divisor, found {num_steps}: choose one, or use "
-            "--scheduler euler, which is DDIM without this limit"
-        )
+    _check_fixed_stride(scheduler, num_steps, flag)
     # If the first two steps round to the same timestep (many steps of flow), diffusers' solvers
     # confuse the second with the first.
     scheduler.set_timesteps(num_steps)
@@ -355,4 +366,33 @@ def check_num_steps(scheduler: Any, num_steps: int, flag: str = "--num-steps") -
         raise ValueError(
             f"{flag}: with {num_steps} steps the first two round to the same timestep, {first[0]} "
             f"of {num_timesteps}; expected fewer steps"
+        )
+    # "leading" timesteps have an offset in Stable Diffusion's config.
+    last = float(scheduler.timesteps.max())
+    if scheduler.config.prediction_type != "flow_prediction" and last > num_timesteps - 1:
+        raise ValueError(
+            f"{flag}: with {num_steps} steps the first timestep is {last:g}, but the bundle's end "
+            f"at {num_timesteps - 1}; expected fewer steps"
+        )
+
+
+def _check_fixed_stride(scheduler: Any, num_steps: int, flag: str) -> None:
+    """Raises ValueError for a number of steps with which DDIM or PNDM miss their timesteps."""
+    name = {DDIMScheduler: "DDIM", PNDMScheduler: "PNDM"}.get(type(scheduler))
+    if name is None:
+        return
+    if name == "PNDM" and not scheduler.config.skip_prk_steps and num_steps < PNDM_ORDER:
+        raise ValueError(
+            f"{flag}: PNDM starts with {PNDM_ORDER} Runge-Kutta steps; expected at least "
+            f"{PNDM_ORDER}, found {num_steps}: choose more, or use --scheduler euler"
+        )
+    # diffusers' DDIM and PNDM (0.42) subtract a fixed number of timesteps to find the next one, so
+    # noise remains if the steps do not divide the timesteps (150 steps: std 9 % too large).
+    num_timesteps = scheduler.config.num_train_timesteps
+    if num_timesteps % num_steps and scheduler.config.timestep_spacing != "leading":
+        same = ", which is DDIM without this limit" if name == "DDIM" else ""
+        raise ValueError(
+            f"{flag}: {name} leaves noise in the image unless the steps divide the bundle's "
+            f"{num_timesteps} timesteps; expected a divisor, found {num_steps}: choose one, or use "
+            f"--scheduler euler{same}"
         )

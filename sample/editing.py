@@ -16,10 +16,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from latent_t2i.model.bundle import find_bundle
+from latent_t2i.model.generate import check_num_steps
 from latent_t2i.model.grid import labelled_grid, read_settings, save_png
 from latent_t2i.model.paths import complete_or_absent, find_path, hash_file, output_root
 from latent_t2i.sample.folder import describe_computation, refuse_foreign, save_whole
 from latent_t2i.sample.pictures import describe_bundle
+from latent_t2i.sample.schedulers import check_partial, choose_scheduler, make_scheduler
 from latent_t2i.sample.settings import EditConfig
 from latent_t2i.sample.stock import OnStep, as_pipeline, draw_stock, load_stock, output_size
 
@@ -80,7 +82,8 @@ def edit_image(
     Where the mask is black the pixels are those of the resized original, bit for bit.
     """
     size = output_size(pipeline, config.size)
-    steps = schedule_steps(config.num_steps, config.strength, pipeline.scheduler)
+    scheduler = choose_scheduler(pipeline.scheduler, config.scheduler)
+    steps = schedule_steps(config.num_steps, config.strength, scheduler)
     shown = fit(original, size)
     negative = {"negative_prompt": config.negative_prompt} if config.negative_prompt else {}
     inputs = [{"prompt": prompt, "image": shown, **negative} for prompt, _ in pairs]
@@ -104,18 +107,39 @@ def edit_image(
 def schedule_steps(num_steps: int, strength: float, scheduler: Any) -> int:
     """Returns the steps of a whole schedule of which the stock pipelines run `num_steps`.
 
-    They run `int(steps * strength)`. Raises ValueError if that needs more steps than the schedule
-    has timesteps.
+    They run `int(steps * strength)`. It is the shortest schedule that the sampler allows. Raises
+    ValueError if there is none.
     """
     limit = int(scheduler.config.num_train_timesteps)
-    for steps in range(num_steps, limit + 1):
-        if int(steps * strength) >= num_steps:
+    if int(limit * strength) < num_steps:
+        raise ValueError(
+            f"--strength: at strength {strength:g} at most {int(limit * strength)} steps can be "
+            f"run, because the bundle has {limit} timesteps; found --num-steps {num_steps}: lower "
+            "it, or raise the strength"
+        )
+    if strength < 1:
+        check_partial(scheduler)
+    whole = [n for n in range(num_steps, limit + 1) if int(n * strength) == num_steps]
+    for steps in whole:
+        if _is_allowed(scheduler, steps):
             return steps
+    allowed = {int(n * strength) for n in range(1, limit + 1) if _is_allowed(scheduler, n)} - {0}
+    nearest = sorted(sorted(allowed, key=lambda n: abs(n - num_steps))[:8])
+    euler = _is_allowed(make_scheduler(scheduler, "euler"), whole[0])
     raise ValueError(
-        f"--strength: at strength {strength:g} at most {int(limit * strength)} steps can be run, "
-        f"because the bundle has {limit} timesteps; found --num-steps {num_steps}: lower it, or "
-        "raise the strength"
+        f"--num-steps: at strength {strength:g} choose from {', '.join(map(str, nearest))}"
+        f"{', or use --scheduler euler' if euler else ''}; found {num_steps}, of a whole schedule "
+        f"of {whole[0]}, with which {type(scheduler).__name__} gives wrong images"
     )
+
+
+def _is_allowed(scheduler: Any, num_steps: int) -> bool:
+    """Returns whether a sampler runs a whole schedule of this length correctly."""
+    try:
+        check_num_steps(scheduler, num_steps)
+    except ValueError:
+        return False
+    return True
 
 
 def cover(mask: Image.Image, downscale: int) -> Image.Image:

@@ -17,7 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latent_t2i.model.bundle import find_bundle
-from latent_t2i.model.generate import decode, denoise, draw_noise, encode_prompt, latent_shape
+from latent_t2i.model.generate import (
+    decode,
+    denoise,
+    draw_noise,
+    encode_prompt,
+    latent_shape,
+    not_finite_advice,
+)
 from latent_t2i.model.grid import comparison_grid, settings_chunks
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings
@@ -60,6 +67,8 @@ def draw_frames(pipeline: Any, config: InterpolateConfig) -> list[Image.Image]:
     text = _way([encode_prompt(pipeline, prompt) for prompt, _ in keys], config.num_frames, 1)
     guided = config.guidance_scale > 1 and guide is None
     negative = encode_prompt(pipeline, config.negative_prompt) if guided else None
+    dtype, scale = pipeline.unet.dtype, config.guidance_scale
+    advice = not_finite_advice(dtype, settings["scheduler"], config.num_steps, scale)
     images: list[Image.Image] = []
     for start in tqdm(range(0, len(noise), config.batch_size), "draw", disable=None, leave=False):
         batch = range(start, min(start + config.batch_size, len(noise)))
@@ -73,7 +82,7 @@ def draw_frames(pipeline: Any, config: InterpolateConfig) -> list[Image.Image]:
             guidance=settings["guidance"],
             generators=[_after_noise(keys, number, config, shape) for number in batch],
         )
-        images += map(Image.fromarray, decode(pipeline.vae, latents).numpy())
+        images += map(Image.fromarray, decode(pipeline.vae, latents, advice=advice).numpy())
     return images
 
 

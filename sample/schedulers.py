@@ -28,22 +28,39 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(kind="DDIMScheduler", unfit=("flow",)),
     "ddpm": Sampler(kind="DDPMScheduler", unfit=("flow",)),
-    "deis": Sampler(kind="DEISMultistepScheduler", unfit=("zero_snr",)),
-    "dpmpp": Sampler(kind="DPMSolverMultistepScheduler", unfit=()),
+    "deis": Sampler(
+        kind="DEISMultistepScheduler", overrides={"algorithm_type": "deis"}, unfit=("zero_snr",)
+    ),
+    "dpmpp": Sampler(
+        kind="DPMSolverMultistepScheduler", overrides={"algorithm_type": "dpmsolver++"}, unfit=()
+    ),
     "dpmpp-sde": Sampler(
         kind="DPMSolverMultistepScheduler",
         overrides={"algorithm_type": "sde-dpmsolver++"},
         unfit=(),
     ),
-    "dpmpp-singlestep": Sampler(kind="DPMSolverSinglestepScheduler", unfit=("zero_snr",)),
+    "dpmpp-singlestep": Sampler(
+        kind="DPMSolverSinglestepScheduler",
+        overrides={"algorithm_type": "dpmsolver++"},
+        unfit=("zero_snr",),
+    ),
     "dpmpp-singlestep-3": Sampler(
         kind="DPMSolverSinglestepScheduler",
         # As DPM-Solver's own code does by default, it ends at the first noise level of training. At
         # the end 0 of diffusers' default the last step would have the first order only.
-        overrides={"solver_order": 3, "lower_order_final": True, "final_sigmas_type": "sigma_min"},
+        overrides={
+            "algorithm_type": "dpmsolver++",
+            "solver_order": 3,
+            "lower_order_final": True,
+            "final_sigmas_type": "sigma_min",
+        },
         unfit=("zero_snr",),
     ),
-    "euler": Sampler(kind="DPMSolverMultistepScheduler", overrides={"solver_order": 1}, unfit=()),
+    "euler": Sampler(
+        kind="DPMSolverMultistepScheduler",
+        overrides={"algorithm_type": "dpmsolver++", "solver_order": 1},
+        unfit=(),
+    ),
     "euler-ancestral": Sampler(kind="EulerAncestralDiscreteScheduler", unfit=("sample", "flow")),
     "euler-discrete": Sampler(kind="EulerDiscreteScheduler", unfit=("flow",)),
     "heun": Sampler(kind="HeunDiscreteScheduler", unfit=("flow", "zero_snr", "cosine")),
@@ -53,7 +70,11 @@ SAMPLERS: dict[str, Sampler] = {
     ),
     "lms": Sampler(kind="LMSDiscreteScheduler", unfit=("flow", "zero_snr")),
     "pndm": Sampler(kind="PNDMScheduler", unfit=("sample", "flow", "zero_snr")),
-    "sa-solver": Sampler(kind="SASolverScheduler", unfit=("zero_snr",)),
+    "sa-solver": Sampler(
+        kind="SASolverScheduler",
+        overrides={"algorithm_type": "data_prediction"},
+        unfit=("zero_snr",),
+    ),
     "unipc": Sampler(kind="UniPCMultistepScheduler", unfit=()),
 }
 
@@ -94,3 +115,20 @@ def traits(own: Any) -> set[str]:
     zero_snr = bool(config.get("rescale_betas_zero_snr"))
     cosine = config.beta_schedule == "squaredcos_cap_v2"
     return {prediction} | ({"zero_snr"} if zero_snr else set()) | ({"cosine"} if cosine else set())
+
+
+def check_partial(scheduler: Any) -> None:
+    """Raises ValueError for a sampler that fails if it starts in the middle of its schedule.
+
+    PNDM takes the first steps for those of its Runge-Kutta start, and the noise that diffusers'
+    SA-Solver adds to an image is not that of rectified flow.
+    """
+    kind, config = type(scheduler), scheduler.config
+    flow = config.prediction_type == "flow_prediction"
+    if (kind is diffusers.PNDMScheduler and not config.skip_prk_steps) or (
+        kind is diffusers.SASolverScheduler and flow
+    ):
+        raise ValueError(
+            f"--scheduler: {kind.__name__} cannot start in the middle of this bundle's schedule, "
+            "as a --strength below 1 needs; expected another, such as dpmpp"
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latent_t2i.model.encoders import quiet
-from latent_t2i.model.generate import check_num_steps, latent_shape
+from latent_t2i.model.generate import check_num_steps, latent_shape, not_finite_advice
 from latent_t2i.sample import sampler
 from latent_t2i.sample.schedulers import choose_scheduler
 from latent_t2i.sample.settings import EditConfig
@@ -96,7 +96,9 @@ def draw_stock(
                 output_type="pt",
                 callback_on_step_end=_callback(on_step),
             ).images  # (B, 3, H, W) in [0, 1]
-            yield from _to_images(pixels, settings)
+            dtype, scale = pipeline.unet.dtype, settings.guidance_scale
+            advice = not_finite_advice(dtype, pipeline.scheduler, steps, scale)
+            yield from _to_images(pixels, settings, advice)
             bar.update(len(pixels))
 
 
@@ -118,12 +120,11 @@ def _callback(on_step: OnStep | None) -> Any:
     return call
 
 
-def _to_images(pixels: Tensor, settings: EditConfig) -> list[Image.Image]:
+def _to_images(pixels: Tensor, settings: EditConfig, advice: str) -> list[Image.Image]:
     if not bool(pixels.isfinite().all()):
         raise ValueError(
             f"--bundle: the images of {settings.bundle} are not finite with --dtype "
-            f"{settings.dtype}; the weights have NaN, or overflow: try --dtype float32, or another "
-            "bundle"
+            f"{settings.dtype}; {advice}"
         )
     arrays = pixels.float().mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in arrays]

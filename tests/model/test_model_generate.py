@@ -23,6 +23,7 @@ from latent_t2i.model.generate import (
     generate,
     latent_shape,
     noise_levels,
+    not_finite_advice,
 )
 from latent_t2i.sample import sampler, schedulers
 from tests import tiny
@@ -216,6 +217,9 @@ def test_values_that_are_not_finite_are_an_error_or_black() -> None:
     with pytest.raises(ValueError, match=r"not finite in torch.float32"):
         decode(vae, latents)
     assert not decode(vae, latents, require_finite=False).any()
+    scheduler = ddim()
+    assert "try --dtype float32" in not_finite_advice(torch.float16, scheduler, 3, 4.0)
+    assert "DDIMScheduler fails with" in not_finite_advice(torch.float32, scheduler, 3, 4.0)
 
 
 def test_sizes_are_width_and_height(pipeline: Any) -> None:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import tempfile
 from typing import Any
 
 import diffusers
@@ -12,7 +13,7 @@ import torch
 
 from latent_t2i.model.bundle import sampling_scheduler
 from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
-from latent_t2i.model.generate import Guidance, denoise, generate
+from latent_t2i.model.generate import Guidance, check_num_steps, denoise, generate
 from latent_t2i.model.paths import ROOT
 from latent_t2i.sample import sampler, schedulers
 from latent_t2i.sample.config import SchedulerName
@@ -82,7 +83,11 @@ class Denoiser:
 
 @functools.cache
 def own_scheduler(trait: str) -> Any:
-    return sampling_scheduler(make_scheduler(COLUMNS[trait]))
+    """Returns the scheduler of a bundle as it is stored: its config has no defaults left out."""
+    own = sampling_scheduler(make_scheduler(COLUMNS[trait]))
+    with tempfile.TemporaryDirectory() as folder:
+        own.save_pretrained(folder)
+        return type(own).from_pretrained(folder)
 
 
 def measure(name: str, trait: str, num_steps: int) -> tuple[float, float]:
@@ -100,6 +105,28 @@ def measure(name: str, trait: str, num_steps: int) -> tuple[float, float]:
     )
     std, mean = latents.std() / closed_form.STD, latents.mean() - closed_form.MEAN
     return 100 * float(std - 1), 100 * float(mean / closed_form.STD)
+
+
+def measure_edit(name: str, trait: str, num_steps: int, strength: float) -> tuple[float, float]:
+    """Returns the errors of `measure` for image to image, as the stock pipeline runs it."""
+    scheduler = schedulers.make_scheduler(own_scheduler(trait), name)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 4, 4, 16, 16, generator=generator)
+    clean = closed_form.MEAN + closed_form.STD * clean
+    first = (num_steps - int(num_steps * strength)) * scheduler.order
+    scheduler.set_timesteps(num_steps)
+    timesteps = scheduler.timesteps[first:]
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    latents = scheduler.add_noise(clean, noise, timesteps[:1].repeat(4))
+    stochastic = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if stochastic else {}
+    denoiser = Denoiser(COLUMNS[trait])
+    for timestep in timesteps:
+        (prediction,) = denoiser(scheduler.scale_model_input(latents, timestep), timestep)
+        latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
+    std, mean = latents.std() / clean.std(), latents.mean() - clean.mean()
+    return 100 * float(std - 1), 100 * float(mean / clean.std())
 
 
 def row(name: str) -> str:
@@ -138,6 +165,61 @@ def test_what_fits_reaches_the_solution_with_more_steps(name: str, trait: str) -
         except (ValueError, NotImplementedError):
             return
         assert abs(std) > 5 or abs(mean) > 2.5
+
+
+@pytest.mark.parametrize("trait", ["v", "flow"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_that_can_start_in_the_middle(name: str, trait: str) -> None:
+    """Image to image with a part of the schedule leaves the distribution as it is."""
+    if trait in SAMPLERS[name].unfit:
+        return
+    std, mean = measure_edit(name, trait, 50, 0.3)
+    try:
+        schedulers.check_partial(schedulers.make_scheduler(own_scheduler(trait), name))
+    except ValueError:
+        assert abs(std) > 25
+    else:
+        assert abs(std) < 22 and abs(mean) < 10
+
+
+@pytest.mark.parametrize("algorithm", ["dpmsolver++", "sde-dpmsolver++"])
+@pytest.mark.parametrize(
+    "name", [name for name in SAMPLERS if name.startswith(("deis", "dpmpp", "euler", "sa"))]
+)
+def test_a_sampler_does_not_depend_on_the_stored_solver(name: str, algorithm: str) -> None:
+    """Stable Diffusion's folders have several solvers, each with settings of its own."""
+    own = diffusers.DPMSolverMultistepScheduler.from_config(
+        own_scheduler("v").config, algorithm_type=algorithm
+    )
+    made, usual = (schedulers.make_scheduler(o, name) for o in (own, own_scheduler("v")))
+    assert type(made) is type(usual)
+    if "algorithm_type" in inspect.signature(type(made).__init__).parameters:
+        assert made.config.algorithm_type == usual.config.algorithm_type
+
+
+@pytest.mark.parametrize(("spacing", "error"), [("trailing", 5), ("leading", 0)])
+def test_pndm_needs_steps_that_divide_trailing_timesteps(spacing: str, error: float) -> None:
+    own = own_scheduler("v")
+    pndm = diffusers.PNDMScheduler.from_config(own.config, timestep_spacing=spacing)
+    if error:
+        assert measure("pndm", "v", 150)[0] > error
+        with pytest.raises(ValueError, match=r"--num-steps: PNDM .* divisor, found 150: .* euler$"):
+            check_num_steps(pndm, 150)
+    else:
+        check_num_steps(pndm, 150)
+
+
+def test_step_counts_that_a_sampler_cannot_run_are_errors() -> None:
+    pndm = schedulers.make_scheduler(own_scheduler("v"), "pndm")
+    for num_steps in (1, 2, 3):
+        with pytest.raises(ValueError, match=rf"expected at least 4, found {num_steps}: .* euler$"):
+            check_num_steps(pndm, num_steps)
+    check_num_steps(pndm, 4)
+    check_num_steps(diffusers.PNDMScheduler.from_config(pndm.config, skip_prk_steps=True), 2)
+    leading = {"timestep_spacing": "leading", "steps_offset": 1}
+    ddim = diffusers.DDIMScheduler.from_config(own_scheduler("v").config, **leading)
+    with pytest.raises(ValueError, match="first timestep is 1000, but the bundle's end at 999"):
+        check_num_steps(ddim, 1000)
 
 
 def test_a_sampler_for_zero_snr_has_diffusers_setting_for_it() -> None:

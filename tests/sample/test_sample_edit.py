@@ -1,5 +1,6 @@
 """Image to image, inpainting and variations: the stock pipelines' images, masks and errors."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from latent_t2i.configs.cli import ConfigError, parse
-from latent_t2i.model.diffusion import ObjectiveConfig
+from latent_t2i.model.bundle import sampling_scheduler
+from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
 from latent_t2i.model.grid import read_settings, save_png
 from latent_t2i.sample import editing
 from latent_t2i.sample.schedulers import choose_scheduler
+from latent_t2i.sample.schedulers import make_scheduler as make_sampler
 from latent_t2i.sample.settings import EditConfig
 from latent_t2i.sample.stock import load_stock
 from tests.bundles import COMPUTED, make_bundle
+from tests.sample import test_sample_closed_form as closed_form
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -155,7 +159,7 @@ def test_the_steps_are_those_that_are_run(
     num_steps=st.integers(1, 60), strength=st.floats(0, 1, exclude_min=True, allow_subnormal=False)
 )
 def test_the_schedule_is_the_shortest_that_runs_the_steps(num_steps: int, strength: float) -> None:
-    scheduler = StableScheduler()
+    scheduler = make_sampler(own_scheduler("v"), "dpmpp")
     try:
         steps = editing.schedule_steps(num_steps, strength, scheduler)
     except ValueError as error:
@@ -166,9 +170,42 @@ def test_the_schedule_is_the_shortest_that_runs_the_steps(num_steps: int, streng
         assert steps == num_steps or int((steps - 1) * strength) < num_steps
 
 
-class StableScheduler:
-    class config:
-        num_train_timesteps = 1000
+@pytest.mark.parametrize(
+    ("name", "num_steps", "strength", "steps"),
+    [("ddim", 24, 0.6, 40), ("ddim", 3, 0.03, 100), ("ddim", 19, 0.152, 125), ("pndm", 5, 1.0, 5)],
+)
+def test_the_schedule_is_one_that_the_sampler_allows(
+    name: str, num_steps: int, strength: float, steps: int
+) -> None:
+    scheduler = make_sampler(own_scheduler("v"), name)
+    assert editing.schedule_steps(num_steps, strength, scheduler) == steps
+
+
+@pytest.mark.parametrize(
+    ("name", "trait", "num_steps", "strength", "error"),
+    [
+        (
+            *("ddim", "v", 25, 0.6),
+            r"--num-steps: at strength 0.6 choose from 2, 3, 4, 6, 12, 15, 24, 30, or use "
+            r"--scheduler euler; found 25, of a whole schedule of 42, with which DDIMScheduler",
+        ),
+        ("pndm", "v", 3, 1.0, "choose from 4, 5, .* whole schedule of 3, with which PNDM"),
+        ("euler", "flow shift 3", 580, 1.0, r"choose from 493, [^;e]*, 500; found 580, .* of 580"),
+        ("pndm", "v", 6, 0.6, "--scheduler: PNDMScheduler cannot start in the middle"),
+        ("sa-solver", "flow", 6, 0.6, "--scheduler: SASolverScheduler cannot start in the middle"),
+    ],
+)
+def test_steps_without_a_schedule_are_refused_by_those_that_have_one(
+    name: str, trait: str, num_steps: int, strength: float, error: str
+) -> None:
+    scheduler = make_sampler(own_scheduler(trait), name)
+    with pytest.raises(ValueError, match=error):
+        editing.schedule_steps(num_steps, strength, scheduler)
+
+
+@functools.cache
+def own_scheduler(trait: str) -> Any:
+    return sampling_scheduler(make_scheduler(closed_form.OBJECTIVES[trait]))
 
 
 def test_a_thin_line_of_a_mask_covers_its_latents() -> None:
@@ -275,7 +312,11 @@ def broken(tmp_path: Path) -> Path:
         ({"mask": "black.png"}, r"black\.png is black everywhere"),
         ({"strength": 0.001}, "--strength: at strength 0.001 at most 1 steps can be run"),
         ({"size": (60, 64)}, "--size: expected multiples of 8"),
-        ({"scheduler": "ddim", "num_steps": 7}, "DDIM leaves noise"),
+        (
+            {"scheduler": "ddim", "num_steps": 7},
+            "strength 0.6 choose from .*, 6, .*; found 7, .*12",
+        ),
+        ({"scheduler": "pndm"}, "--scheduler: PNDMScheduler cannot start in the middle"),
         ({"dtype": "float16"}, "--dtype: found float16, in which the VAE"),
     ],
 )

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -374,3 +375,16 @@ def test_images_that_are_not_finite_are_an_error(bundle: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"--bundle: the images are not finite in torch.float32"):
         pictures.sample(config(broken, tmp_path / "out"))
     assert not list((tmp_path / "out").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheduler": "euler-ancestral", "guidance_scale": 4.0}, "EulerAncestral.* 3 and .* 4: "),
+        ({"scheduler": "dpmpp", "guidance_scale": 1e39}, "DPMSolverMulti.* 3 and .* 1e[+]39: "),
+    ],
+)
+def test_a_sampler_that_fails_is_named(settings: dict[str, Any], message: str) -> None:
+    pipeline = sampler.load(ROOT / "scenes" / "bundle")
+    with pytest.raises(ValueError, match=rf"in torch.float32; .* {message}try other steps"):
+        sampler.draw(pipeline, ["a circle"], [0], num_steps=3, **settings)

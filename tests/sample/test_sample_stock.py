@@ -44,7 +44,14 @@ MORE = {
     "VAE with statistics": Case(objective=V, vae="per_channel"),
     "VAE that decodes more": Case(objective=V, vae="asymmetric"),
 }
-QUICK = ("euler-ancestral",)
+SAMPLED = {
+    "v": ObjectiveConfig(prediction="v"),
+    "zero_snr": ObjectiveConfig(prediction="v", zero_terminal_snr=True),
+    "flow": ObjectiveConfig(prediction="flow"),
+}
+"""The bundles on which samplers are compared, by their trait."""
+QUICK = dict.fromkeys(SAMPLERS, ("v",)) | {"sa-solver": ("v", "flow")}
+"""Without the slow tests, each sampler is compared on these."""
 
 
 def make(case: Case, folder: Path) -> Path:
@@ -81,25 +88,35 @@ def test_stock_pipelines_make_the_same_images(name: str, tmp_path: Path) -> None
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = make(MORE["v zero snr"], tmp_path_factory.mktemp("stock") / "bundle")
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+def stocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The stock pipelines of the bundles in SAMPLED."""
+    folder, found = tmp_path_factory.mktemp("stock"), {}
+    for trait, objective in SAMPLED.items():
+        bundle = make_bundle(folder / trait, objective)
+        found[trait] = StableDiffusionPipeline.from_pretrained(bundle)
+        found[trait].set_progress_bar_config(disable=True)
+    return found
 
 
 @pytest.mark.filterwarnings("ignore")  # some schedulers print warnings of their own
 @pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS],
+    ("trait", "name"),
+    [
+        pytest.param(trait, name, marks=[] if trait in QUICK[name] else pytest.mark.slow)
+        for trait in SAMPLED
+        for name in SAMPLERS
+        if trait not in SAMPLERS[name].unfit
+    ],
 )
-def test_stock_pipelines_make_the_same_images_with_each_sampler(stock: Any, name: str) -> None:
+def test_stock_pipelines_make_the_same_images_with_each_sampler(
+    stocks: dict[str, Any], trait: str, name: str
+) -> None:
+    stock = stocks[trait]
     own_scheduler = stock.scheduler
-    if name not in fitting(own_scheduler):
-        pytest.skip("does not fit the bundle")
-    common: dict[str, Any] = {"negative_prompt": "blurry", "guidance_rescale": 0.3}
+    assert name in fitting(own_scheduler)
+    common: dict[str, Any] = {"guidance_scale": 3.0, "guidance_rescale": 0.3}
     images = sampler.draw(
-        stock, PROMPTS, SEEDS, scheduler=name, num_steps=4, guidance_scale=3.0, **common
+        stock, PROMPTS, SEEDS, scheduler=name, num_steps=4, negative_prompt="blurry", **common
     )
     own = np.stack([np.asarray(image, int) for image in images])
     sample = SAMPLERS[name]
@@ -107,7 +124,7 @@ def test_stock_pipelines_make_the_same_images_with_each_sampler(stock: Any, name
     stock.scheduler = kind.from_config(own_scheduler.config, **sample.overrides)
     try:
         common["negative_prompt"] = ["blurry"] * len(PROMPTS)
-        found = stock_images(stock, num_inference_steps=4, guidance_scale=3.0, **common)
+        found = stock_images(stock, num_inference_steps=4, **common)
     finally:
         stock.scheduler = own_scheduler
     assert np.abs(found - own).max() <= 2
