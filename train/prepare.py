@@ -63,13 +63,19 @@ def _to_channels_last(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor,
 
 
 def compile_blocks(unet: UNet2DConditionModel, *, num_shapes: int) -> None:
-    """Compiles each block for every one of `num_shapes` latent shapes, at its first use."""
+    """Compiles each block for every one of `num_shapes` latent shapes, at its first use.
+
+    Each block is one graph also under DistributedDataParallel. The trade-off: the gradients of a
+    block are reduced when its whole backward pass is done, not bucket by bucket within it.
+    """
     parts = blocks(unet)
     # Blocks of one class share the limit, and beyond it a block silently runs without compilation.
     limit = len(parts) * num_shapes + SPARE_RECOMPILATIONS
     dynamo: Any = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, limit)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, limit)
+    # By default torch divides each block into a graph per bucket, for compiling whole networks.
+    dynamo.optimize_ddp = False
     # diffusers asks for torch's version through a cache. Its value never changes.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     for part in parts:

@@ -1,6 +1,7 @@
 """Compiled blocks, channels_last, activation checkpointing, and the tools of compilation."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from latent_t2i.model.denoiser import build
 from latent_t2i.train import loop, prepare
@@ -72,26 +75,57 @@ def test_two_compiled_processes_continue_a_run_of_one_that_is_not_compiled(
         assert tuple(found[name] for name in ("_read", "fingerprint", "check_overlap")) == reads
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # while torch traces
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.usefixtures("one_process")
+def test_a_block_is_one_graph_however_many_buckets_its_gradients_fill(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    num_graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal num_graphs
+        num_graphs += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(prepare, "BACKEND", backend)
+    unet = make_unet(channels=(64, 128), attention=(False, False))
+    if checkpointing:
+        prepare.checkpoint_activations(unet, dropout=0.0)
+    model = DistributedDataParallel(unet, gradient_as_bucket_view=True, bucket_cap_mb=1)
+    with torch._dynamo.config.patch(optimize_ddp=True):  # torch's default
+        prepare.compile_blocks(unet, num_shapes=1)
+        model(*INPUTS, return_dict=False)[0].square().mean().backward()
+    assert num_graphs == len(prepare.blocks(unet))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # while torch traces
 def test_no_bucket_exceeds_the_recompile_limit(
     make_config: MakeConfig, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(prepare, "BACKEND", "eager")
     sizes = {"32x32": (8,), "64x64": (8,), "96x64": (8,)}
     model = replace(MODEL, channels=(8, 8, 8), attention=(True, True, True))
-    loop.train(
-        make_config(
-            shards=str(make_buckets(tmp_path / "buckets", sizes, shards)),
-            num_steps=12,
-            compile=True,
-            gradient_checkpointing=True,
-            model=model,
-        )
+    config = make_config(
+        shards=str(make_buckets(tmp_path / "buckets", sizes, shards)),
+        num_steps=12,
+        compile=True,
+        gradient_checkpointing=True,
+        model=model,
     )
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        loop.train(config)
 
 
 def test_activations_are_converted_where_weights_must_stay_contiguous() -> None:
