@@ -17,7 +17,6 @@ from latent_t2i.evaluation.metrics.metric import FeatureMetric
 from latent_t2i.evaluation.missing_rows import missing_rows, without_figures
 from latent_t2i.evaluation.report import render_report
 from latent_t2i.evaluation.rows import Row, merge_figures
-from latent_t2i.model.paths import hash_file
 from latent_t2i.sample.pictures import describe_bundle
 from latent_t2i.sample.schedulers import choose_scheduler
 

@@ -14,7 +14,7 @@ from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from PIL import Image
 
-from latent_t2i.evaluation import clip_model, compare, draws, inputs, protocol
+from latent_t2i.evaluation import clip_model, compare, draws, inputs
 from latent_t2i.evaluation.config import EvaluationConfig, SweepConfig
 from latent_t2i.evaluation.evaluate import evaluate
 from latent_t2i.evaluation.feature_stats import stats_of
