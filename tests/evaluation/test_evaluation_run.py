@@ -60,7 +60,7 @@ def evaluated(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_snapshot(snapshots, average, averages, step=2, train_s=1.0, settings={"batch_size": 4})
     sweep = SweepConfig(
         guidance_intervals=((0.1, 5.0),),
-        guides=(str(bundle),),
+        guides=(str(bundle), str(snapshots)),
         num_steps=(1, 2),
         checkpoints=(str(bundle), str(snapshots)),
     )
@@ -179,8 +179,9 @@ def test_sweeps(evaluated: Path) -> None:
     assert [point["num_steps"] for point in sweeps["sampler"]] == [1, 2]
     assert {point["num_images"] for points in sweeps.values() for point in points} == {6}
     assert len(sweeps["guidance_interval"]) == 1, "a single point is a result, too"
-    guided = sweeps["guide"][0]["folder"]
-    assert (evaluated / guided / "000000.png").is_file()
+    guided = [point["folder"] for point in sweeps["guide"]]
+    assert [Path(point["value"]).name for point in sweeps["guide"]] == ["bundle", "step-00000002"]
+    assert all((evaluated / folder / "000000.png").is_file() for folder in guided)
     assert [(p["step"], p["images_seen"]) for p in sweeps["checkpoints"]] == [(2, 8), (3, None)]
     assert len({p["figures"]["clip_score"] for p in sweeps["checkpoints"]}) == 2
     main = {p["value"]: p["folder"] for p in sweeps["guidance_scale"]}[4.0]
