@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from PIL import Image
 
 from latent_t2i.evaluation import clip_model, compare, draws, inputs, protocol
-from latent_t2i.evaluation.config import EvaluationConfig, SweepConfig
+from latent_t2i.evaluation.config import EvaluationConfig, SweepConfig, WeightsConfig
 from latent_t2i.evaluation.evaluate import evaluate
 from latent_t2i.evaluation.feature_stats import stats_of
 from latent_t2i.evaluation.metrics import METRICS, lpips, metric_class
@@ -303,6 +304,21 @@ def test_faulty_inputs_are_named(folders: tuple[Path, Path], tmp_path: Path) -> 
     few = tmp_path / "few.jsonl"
     few.write_text('{"text": "a red circle"}\n{"text": "a blue square"}\n')
     (tmp_path / "images").mkdir()
+    one, corrupt, mixed = (tmp_path / name for name in ("one", "corrupt", "mixed"))
+    for folder in (corrupt, mixed):
+        shutil.copytree(folders[0], folder)
+    first, *_, last = sorted(corrupt.iterdir())
+    one.mkdir()
+    shutil.copy(first, one)
+    last.write_bytes(last.read_bytes()[:60])
+    Image.new("RGB", (32, 32)).save(mixed / last.name)
+    statistics = tmp_path / "other.npz"
+    stats = stats_of(np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32))
+    stats.identity = {"network": "other", "weights_sha256": "0" * 64}
+    stats.save(statistics)
+    wrong = tmp_path / "wrong.pth"
+    torch.save({"conv.weight": torch.zeros(2)}, wrong)
+    plain = {"captions": None, "metrics": ("cmmd",)}
     for changes, message in (
         ({"captions": str(few)}, r"--captions: .* captions of 2 images, fewer than the 8 images"),
         ({"images": str(tmp_path / "images")}, r"--images: .* has 0 images; expected two or more"),
@@ -310,11 +326,22 @@ def test_faulty_inputs_are_named(folders: tuple[Path, Path], tmp_path: Path) -> 
         ({"compare": ("absent",)}, r"^absent does not exist; expected the output folder of"),
         ({"metrics": ("fid",)}, r"--metrics fid: --weights.inception: .* download"),
         ({"metrics": ("oracle",)}, r"--metrics oracle: needs generated scenes: --oracle"),
+        (plain | {"images": str(one)}, r"^--images: .*one has 1 images; expected two or more"),
+        (plain | {"images": str(corrupt)}, rf"{last.name}"),
+        (plain | {"reference": str(corrupt)}, rf"{last.name}"),
+        (plain | {"images": str(mixed)}, rf"{last.name}.* 32 x 32"),
+        (plain | {"reference": str(statistics)}, r"--reference: .*other\.npz"),
+        (
+            {"metrics": ("clip_score",), "weights": WeightsConfig(clip=str(wrong))},
+            r"--weights.clip: .*wrong\.pth",
+        ),
+        (plain | {"weights": WeightsConfig(features=str(one))}, r"--weights.features: .*one"),
         ({"metrics": ("fidd",)}, r"--metrics: found 'fidd', expected all or some of oracle, "),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as caught:
             evaluate(replace(settings, **changes))
-    assert not (tmp_path / "out").exists(), "nothing is half-written"
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists(), "nothing is half-written"
 
 
 def test_images_of_the_training_set_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
