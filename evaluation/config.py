@@ -44,14 +44,15 @@ class SweepConfig:
     guidance_intervals: tuple[tuple[float, float], ...] = ()
     """Guidance intervals to compare, in sigma, at the main guidance scale."""
     guides: tuple[str, ...] = ()
-    """Weaker bundles for autoguidance: an earlier snapshot, or a shorter EMA."""
+    """Weaker models for autoguidance: bundles, or snapshots of earlier steps, each with its
+    shortest average or as the file of another one; a folder of snapshots is all of them."""
     schedulers: tuple[SchedulerName, ...] = ()
     """Samplers to compare, each at all of `num_steps`."""
     num_steps: tuple[int, ...] = ()
     """Numbers of steps to compare, with each of `schedulers`."""
     checkpoints: tuple[str, ...] = ()
-    """Bundles of one run at different steps, for the metrics against images seen: bundle folders,
-    or one folder that contains them."""
+    """Weights of one run at different steps, for the metrics against images seen: bundles,
+    snapshots with their shortest average, or folders of either."""
 
     def __post_init__(self) -> None:
         if self.num_prompts is not None:

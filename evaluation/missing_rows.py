@@ -53,8 +53,8 @@ def missing_rows(
                 lost = cls.lost_without.get(row)
                 found.setdefault((row, f"{reason}; {lost}" if lost else reason), []).append(name)
         for figure, reason in cls.without_ceiling.items():
-            metric, _, row = figure.partition("/")
-            if figures.get(row, {}).get(metric):
+            metric, _, judged = figure.partition("/")
+            if figures.get(judged, {}).get(metric):
                 found.setdefault(("real", reason), []).append(figure)
     return [
         {"row": row, "metrics": metrics, "reason": reason}

@@ -20,7 +20,7 @@ from latent_t2i.evaluation.draws import Draw, main_settings, part_of
 from latent_t2i.evaluation.metrics.metric import Item, Metric
 from latent_t2i.model.bundle import INFO_FILE, find_bundle, read_info
 from latent_t2i.model.paths import find_path, hash_file
-from latent_t2i.model.posthoc import average_file, find_folders, read_snapshot
+from latent_t2i.model.posthoc import SNAPSHOT_FILE, average_file, find_folders, read_snapshot
 from latent_t2i.sample import sampler
 from latent_t2i.sample.pictures import describe_bundle
 
@@ -61,7 +61,7 @@ def settings_points(run: Evaluation) -> list[Point]:
     points += [
         Point(sweep="guide", label={"value": guide}, name=f"guide-{number}",
               changes={"guide": guide})
-        for number, guide in enumerate(sweep.guides)
+        for number, guide in enumerate(_each_guide(sweep.guides))
     ]  # fmt: skip
     if sweep.schedulers or sweep.num_steps:
         points += [
@@ -72,6 +72,16 @@ def settings_points(run: Evaluation) -> list[Point]:
             for steps in sweep.num_steps or (config.num_steps,)
         ]  # fmt: skip
     return points
+
+
+def _each_guide(names: Sequence[str]) -> list[str]:
+    """Returns the guides, with the snapshots in place of a folder that contains them."""
+    found: list[str] = []
+    for name in names:
+        folder = find_path(name)
+        snapshots = find_folders(folder) if folder is not None and folder.is_dir() else []
+        found += [str(snapshot) for snapshot in snapshots] or [name]
+    return found
 
 
 def judge_sweeps(run: Evaluation, main: Draw | None) -> dict[str, list[dict[str, Any]]]:
@@ -148,6 +158,8 @@ def find_checkpoints(config: EvaluationConfig) -> list[Checkpoint]:
             found.append(_bundle_checkpoint(folder))
         elif children:
             found += [_bundle_checkpoint(child) for child in children]
+        elif (folder / SNAPSHOT_FILE).is_file():
+            found.append(_snapshot_checkpoint(folder))
         elif snapshots := find_folders(folder):
             found += [_snapshot_checkpoint(snapshot) for snapshot in snapshots]
         else:

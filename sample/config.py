@@ -48,8 +48,9 @@ class DrawSettings:
     """Share of the guided prediction that gets the standard deviation of the conditional one,
     against overexposure (Lin et al. 2023, 2305.08891, section 3.4); 0.7 is usual."""
     guide: str | None = None
-    """Bundle of a weaker model, such as an earlier or shorter average of the same run, whose
-    prediction replaces the unconditional one (autoguidance, Karras et al. 2024, 2406.02507)."""
+    """A weaker model of the same run, whose prediction replaces the unconditional one
+    (autoguidance, Karras et al. 2024, 2406.02507): a bundle, a snapshot, whose shortest average
+    counts, or the file of another of its averages."""
     num_steps: int = 25
     """Number of sampler steps."""
     scheduler: SchedulerName = "dpmpp"

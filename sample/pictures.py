@@ -24,6 +24,7 @@ from latent_t2i.sample.folder import (
     save_whole,
     write_index,
 )
+from latent_t2i.sample.guides import hash_guide
 from latent_t2i.sample.prompts import list_pictures
 from latent_t2i.sample.prompts import read_text as read_text
 
@@ -186,8 +187,8 @@ def _note_sizes(pipeline: "StableDiffusionPipeline", pictures: Sequence[Picture]
 
 
 def describe_guide(guide: str | None) -> dict[str, str]:
-    """Returns the sha256 of the guide's bundle, if there is one."""
-    return {} if guide is None else {"guide_sha256": digest(find_bundle(guide))}
+    """Returns the sha256 of the guide, if there is one."""
+    return {} if guide is None else {"guide_sha256": hash_guide(guide)}
 
 
 def choose_bundle(bundle: str | None, name: str | None) -> Path:

@@ -31,6 +31,7 @@ from latent_t2i.model.generate import (
     noise_levels,
 )
 from latent_t2i.sample.config import DrawSettings, DtypeName
+from latent_t2i.sample.guides import find_average, load_average
 from latent_t2i.sample.schedulers import choose_scheduler
 
 if TYPE_CHECKING:
@@ -146,9 +147,12 @@ def _no_progress_bar() -> Iterator[None]:
 def load_guide(folder: str | Path, pipeline: "StableDiffusionPipeline") -> Any:
     """Returns the denoiser of a weaker bundle, on the device and in the data type of `pipeline`.
 
-    Raises ValueError for a bundle with another prediction, noise schedule, VAE or text encoder, or
-    with the same weights.
+    `folder` may be a snapshot too, or the file of one of its averages. Raises ValueError for a
+    bundle with another prediction, noise schedule, VAE or text encoder, or with the same weights.
     """
+    average = find_average(folder)
+    if average is not None:
+        return load_average(average, pipeline)
     dtype: Any = str(pipeline.unet.dtype).removeprefix("torch.")
     guide = load(folder, device=str(pipeline.unet.device), dtype=dtype)
     other = _properties(guide)

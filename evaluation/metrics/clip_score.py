@@ -1,7 +1,8 @@
 """CLIP score: how well an image fits its prompt, 0 to 100 (Hessel et al. 2021, 2104.08718).
 
-The definition is torchmetrics': 100 times the cosine of the image's and the text's embeddings, at
-least 0, averaged over the images. The constant 2.5 of the paper is left out, as everywhere.
+100 times the cosine of the image's and the text's embeddings, at least 0, averaged over the images.
+The paper's clamp at 0 is for each image; torchmetrics clamps the mean only, so the two differ if an
+image has a negative cosine. The constant 2.5 of the paper is left out, as in torchmetrics.
 """
 
 from collections.abc import Mapping, Sequence

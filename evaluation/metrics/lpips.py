@@ -181,10 +181,10 @@ def find_net(weights: Mapping[str, torch.Tensor], path: Path) -> str:
     for name, expected in shapes[net].items():
         found = getattr(weights[name], "shape", type(weights[name]).__name__)
         if found != expected:
-            shown = tuple(found) if isinstance(found, torch.Size) else found
+            size = tuple(found) if isinstance(found, torch.Size) else found
             raise ValueError(
                 f"{FLAG}: {path}: expected the weights of torchvision's VGG16 or AlexNet, with "
-                f"{name} of the shape {expected}, found {shown}"
+                f"{name} of the shape {expected}, found {size}"
             )
     return net
 

@@ -12,6 +12,7 @@ import yaml
 
 from latent_t2i.configs.cli import EXTRAS, SECTIONS, dump, parse
 from latent_t2i.configs.presets import PRESETS_DIR, ConfigError, find_preset
+from latent_t2i.evaluation.protocols import apply_protocol
 from tests.commands import COMMANDS
 
 PRESETS = sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))
@@ -61,6 +62,18 @@ def test_help_fits_80_columns_and_lists_flags(
 def test_prompts_replace_those_of_the_preset(flags: list[str]) -> None:
     config = parse(COMMANDS["sample"], "sample", ["--config", "demo", *flags])
     assert config.prompts == ("a", "b")
+
+
+@pytest.mark.parametrize("name", ["coco64", "coco256", "coco512"])
+def test_coco_presets_judge_by_all_metrics(name: str) -> None:
+    """A metric whose weights are absent is skipped; one named by the preset would be an error."""
+    config = parse(COMMANDS["evaluation"], "evaluation", ["--config", name])
+    assert config.metrics == ("all",)
+    weights = config.weights
+    assert None not in (weights.captioner, weights.detector, config.objects)
+    pipeline = parse(COMMANDS["pipeline"], "pipeline", ["--config", name])
+    assert weights.clip != pipeline.text_encoder, "the scorer must not condition the model"
+    assert apply_protocol(config).reference == "data/coco/val2014"
 
 
 def test_coco64_has_the_documented_settings() -> None:

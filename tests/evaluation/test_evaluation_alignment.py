@@ -1,5 +1,6 @@
 """CLIP score and R-precision against torchmetrics, and on drawn scenes, whose captions fit."""
 
+import importlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -110,6 +111,32 @@ def test_clip_score_equals_torchmetrics(context: Context, scenes: Batch) -> None
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
         single = clip_score(image, text, model_name_or_path=lambda: (plain, processor))
         assert metric.values[number]["clip_score"] == pytest.approx(float(single), abs=1e-4)
+
+
+def test_a_negative_cosine_counts_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clamp is for each image, as in the paper; torchmetrics clamps the mean only."""
+
+    class Known:
+        name = fingerprint = "known"
+        warning = ""
+
+        def embed_images(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return np.array([[1, 0], [1, 0]], np.float32)
+
+        def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            cosines = np.array([0.3, -0.1])
+            return np.stack([cosines, np.sqrt(1 - cosines**2)], 1).astype(np.float32)
+
+    items = [Item(position=n, key="", captions=(text,)) for n, text in enumerate("ab")]
+    batch = Batch(images=np.zeros((2, 8, 8, 3), np.uint8), items=items)
+    metric = judge(ClipScore(make_context(Known())), batch)  # type: ignore[arg-type]
+    assert [values["clip_score"] for values in metric.values.values()] == pytest.approx([30, 0])
+    assert metric.compute()["clip_score"] == pytest.approx(15)
+    module = importlib.import_module("torchmetrics.functional.multimodal.clip_score")
+    monkeypatch.setattr(module, "_get_clip_model_and_processor", lambda _: (None, None))
+    update = lambda *_: (torch.tensor([30.0, -10.0]), 2)  # noqa: E731
+    monkeypatch.setattr(module, "_clip_score_update", update)
+    assert float(clip_score(batch.images, ["a", "b"])) == pytest.approx(10)
 
 
 def test_the_clip_score_is_that_of_the_released_metric(context: Context) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from numpy.typing import NDArray
 from PIL import Image
 
 from latent_t2i.evaluation import clip_model, compare, draws, inputs
-from latent_t2i.evaluation.config import EvaluationConfig, SweepConfig
+from latent_t2i.evaluation.config import EvaluationConfig, SweepConfig, WeightsConfig
 from latent_t2i.evaluation.evaluate import evaluate
 from latent_t2i.evaluation.feature_stats import stats_of
 from latent_t2i.evaluation.metrics import METRICS, lpips, metric_class
@@ -60,7 +61,7 @@ def evaluated(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_snapshot(snapshots, average, averages, step=2, train_s=1.0, settings={"batch_size": 4})
     sweep = SweepConfig(
         guidance_intervals=((0.1, 5.0),),
-        guides=(str(make_bundle(snapshots.parent / "guide", seed=1)),),
+        guides=(str(make_bundle(snapshots.parent / "guide", seed=1)), str(snapshots)),
         num_steps=(1, 2),
         checkpoints=(str(bundle), str(snapshots)),
     )
@@ -179,8 +180,9 @@ def test_sweeps(evaluated: Path) -> None:
     assert [point["num_steps"] for point in sweeps["sampler"]] == [1, 2]
     assert {point["num_images"] for points in sweeps.values() for point in points} == {6}
     assert len(sweeps["guidance_interval"]) == 1, "a single point is a result, too"
-    guided = sweeps["guide"][0]["folder"]
-    assert (evaluated / guided / "000000.png").is_file()
+    guided = [point["folder"] for point in sweeps["guide"]]
+    assert [Path(point["value"]).name for point in sweeps["guide"]] == ["bundle", "step-00000002"]
+    assert all((evaluated / folder / "000000.png").is_file() for folder in guided)
     assert [(p["step"], p["images_seen"]) for p in sweeps["checkpoints"]] == [(2, 8), (3, None)]
     assert len({p["figures"]["clip_score"] for p in sweeps["checkpoints"]}) == 2
     main = {p["value"]: p["folder"] for p in sweeps["guidance_scale"]}[4.0]
@@ -302,6 +304,21 @@ def test_faulty_inputs_are_named(folders: tuple[Path, Path], tmp_path: Path) -> 
     few = tmp_path / "few.jsonl"
     few.write_text('{"text": "a red circle"}\n{"text": "a blue square"}\n')
     (tmp_path / "images").mkdir()
+    one, corrupt, mixed = (tmp_path / name for name in ("one", "corrupt", "mixed"))
+    for folder in (corrupt, mixed):
+        shutil.copytree(folders[0], folder)
+    first, *_, last = sorted(corrupt.iterdir())
+    one.mkdir()
+    shutil.copy(first, one)
+    last.write_bytes(last.read_bytes()[:60])
+    Image.new("RGB", (32, 32)).save(mixed / last.name)
+    statistics = tmp_path / "other.npz"
+    stats = stats_of(np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32))
+    stats.identity = {"network": "other", "weights_sha256": "0" * 64}
+    stats.save(statistics)
+    wrong = tmp_path / "wrong.pth"
+    torch.save({"conv.weight": torch.zeros(2)}, wrong)
+    plain = {"captions": None, "metrics": ("cmmd",)}
     for changes, message in (
         ({"captions": str(few)}, r"--captions: .* captions of 2 images, .* none of the 8 images"),
         ({"images": str(tmp_path / "images")}, r"--images: .* has 0 images; expected two or more"),
@@ -309,11 +326,22 @@ def test_faulty_inputs_are_named(folders: tuple[Path, Path], tmp_path: Path) -> 
         ({"compare": ("absent",)}, r"^absent does not exist; expected the output folder of"),
         ({"metrics": ("fid",)}, r"--metrics fid: --weights.inception: .* download"),
         ({"metrics": ("oracle",)}, r"--metrics oracle: needs generated scenes: --oracle"),
+        (plain | {"images": str(one)}, r"^--images: .*one has 1 images; expected two or more"),
+        (plain | {"images": str(corrupt)}, rf"{last.name}"),
+        (plain | {"reference": str(corrupt)}, rf"{last.name}"),
+        (plain | {"images": str(mixed)}, rf"{last.name}.* 32 x 32"),
+        (plain | {"reference": str(statistics)}, r"--reference: .*other\.npz"),
+        (
+            {"metrics": ("clip_score",), "weights": WeightsConfig(clip=str(wrong))},
+            r"--weights.clip: .*wrong\.pth",
+        ),
+        (plain | {"weights": WeightsConfig(features=str(one))}, r"--weights.features: .*one"),
         ({"metrics": ("fidd",)}, r"--metrics: found 'fidd', expected all or some of oracle, "),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as caught:
             evaluate(replace(settings, **changes))
-    assert not (tmp_path / "out").exists(), "nothing is half-written"
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists(), "nothing is half-written"
 
 
 def test_images_of_the_training_set_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:

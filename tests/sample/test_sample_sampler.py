@@ -13,11 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from latent_t2i.model.config import EMAConfig
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.generate import Guidance, generate
+from latent_t2i.model.paths import hash_file
+from latent_t2i.model.posthoc import average_file, folder_of, save_snapshot
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings, SampleConfig, SchedulerName
+from latent_t2i.sample.pictures import describe_guide
 from latent_t2i.sample.settings import GridConfig, InterpolateConfig
 from tests.bundles import make_bundle
 
@@ -155,6 +160,55 @@ def test_an_interval_without_a_step_is_refused(bundle: Path, scheduler: Schedule
     assert 0 < low < high
     for interval in ((0.0, low * 1.01), (high * 0.99, high * 1.01)):
         sampler.keywords(pipeline, replace(settings, guidance_interval=interval))
+
+
+def make_snapshot(folder: Path, pipeline: Any, **settings: Any) -> Path:
+    """Writes a snapshot of two averages: the weights times 0.9 (the shortest) and 0.8."""
+    averages = {
+        width: {n: tensor.detach() * share for n, tensor in pipeline.unet.named_parameters()}
+        for width, share in ((0.05, 0.9), (0.1, 0.8))
+    }
+    average = EMAConfig(sigma_rels=(0.05, 0.1), snapshot_every_steps=2)
+    save_snapshot(folder, average, averages, step=2, train_s=1.0, settings=settings)
+    return folder_of(folder, 2)
+
+
+def test_a_guide_may_be_an_average_of_a_snapshot(bundle: Path, tmp_path: Path) -> None:
+    pipeline = sampler.load(bundle)
+    objective = {"prediction": "v", "beta_schedule": "linear"}
+    folder = make_snapshot(tmp_path, pipeline, objective=objective)
+    for name, share in ((folder, 0.9), (average_file(folder, 0.1), 0.8)):
+        guide = sampler.load_guide(name, pipeline)
+        weight = pipeline.unet.conv_in.weight
+        assert torch.allclose(guide.conv_in.weight, weight * share, atol=1e-3)
+        assert (guide.dtype, guide.device) == (pipeline.unet.dtype, pipeline.unet.device)
+    hashes = [describe_guide(str(n)) for n in (folder, average_file(folder, 0.1))]
+    assert hashes[0] == {"guide_sha256": hash_file(average_file(folder, 0.05))} != hashes[1]
+
+
+def test_a_guide_of_another_run_is_named(bundle: Path, tmp_path: Path) -> None:
+    pipeline = sampler.load(bundle)
+    file = tmp_path / "weights.safetensors"
+    file.touch()
+    for guide, message in (
+        (file, "is not an average of a snapshot; expected the folder of a bundle or snapshot"),
+        (
+            make_snapshot(tmp_path / "a", pipeline, objective={"prediction": "epsilon"}),
+            r"another prediction_type .*\(found epsilon, expected v_prediction\)",
+        ),
+        (
+            make_snapshot(
+                tmp_path / "b", pipeline, objective={"prediction": "v", "beta_schedule": "sigmoid"}
+            ),
+            "another noise schedule than the bundle",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^--guide: .*{message}"):
+            sampler.load_guide(guide, pipeline)
+    folder = make_snapshot(tmp_path / "c", pipeline)
+    save_file({"conv_in.weight": torch.zeros(2)}, average_file(folder, 0.05))
+    with pytest.raises(ValueError, match=r"^--guide: .* weights of the bundle's denoiser: [^\n]*$"):
+        sampler.load_guide(folder, pipeline)
 
 
 @pytest.mark.parametrize(
