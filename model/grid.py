@@ -22,8 +22,7 @@ PILLOW_ERRORS = (
 CELL_PX = 192
 MIN_COLUMN_PX = 128  # room for the label of a narrow image
 PADDING_PX = 12
-FONT_PX = 14
-LINE_PX = FONT_PX + 4
+FONT_PX = 14  # at least
 INK, PAPER = (30, 30, 34), (250, 250, 248)
 
 
@@ -73,16 +72,17 @@ def labelled_grid(
     """Returns the images in rows, each with its label wrapped below it.
 
     Images may have different sizes. Small ones are enlarged without smoothing by one whole factor.
+    The type grows with the images, as in `comparison_grid`.
     """
     assert len(images) == len(labels) > 0, (len(images), len(labels))
     columns = num_columns or min(len(images), 4)
-    font = ImageFont.load_default(FONT_PX)
     factor = _factor(images)
     cells = [_enlarged(image, factor) for image in images]
     cell_width = max(MIN_COLUMN_PX, *(cell.width for cell in cells))
     cell_height = max(cell.height for cell in cells)
+    font, line_px = _load_font(max(cell.width for cell in cells), cell_height)
     texts = [_wrap(label, font, cell_width) for label in labels]
-    label_px = max(len(text) for text in texts) * LINE_PX + 6
+    label_px = max(len(text) for text in texts) * line_px + 6
     rows = -(-len(images) // columns)
     step_x, step_y = cell_width + PADDING_PX, cell_height + label_px + PADDING_PX
     size = (columns * step_x + PADDING_PX, rows * step_y + PADDING_PX)
@@ -93,8 +93,19 @@ def labelled_grid(
         y = PADDING_PX + number // columns * step_y
         grid.paste(cell, (x, y))
         for line_number, line in enumerate(lines):
-            pen.text((x, y + cell.height + 4 + line_number * LINE_PX), line, fill=INK, font=font)
+            pen.text((x, y + cell.height + 4 + line_number * line_px), line, fill=INK, font=font)
     return grid
+
+
+def label_seeds(prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """Returns the prompts as labels, with the seed in front of those that occur several times.
+
+    A long prompt is cut at its end, so the seed would be lost there.
+    """
+    return [
+        f"seed {seed}: {prompt}" if prompts.count(prompt) > 1 else prompt
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
 
 
 def comparison_grid(
@@ -111,8 +122,7 @@ def comparison_grid(
     cells = [[_enlarged(image, _factor([image])) for image in row] for row in images]
     width = max(cell.width for row in cells for cell in row)
     height = max(cell.height for row in cells for cell in row)
-    font_px = max(FONT_PX, min(width, height) // 12)
-    font, line_px = ImageFont.load_default(font_px), font_px * 5 // 4
+    font, line_px = _load_font(width, height)
     header_px = max(MIN_COLUMN_PX, width * 3 // 4) if any(rows) else 0
     tops = [_wrap(label, font, width, max_lines=3) for label in columns]
     top_px = max(len(lines) for lines in tops) * line_px
@@ -133,6 +143,12 @@ def comparison_grid(
         for column, cell in enumerate(cells[number]):
             grid.paste(cell, (left + column * step_x, y))
     return grid
+
+
+def _load_font(width: int, height: int) -> tuple["Font", int]:
+    """Returns the font for images of at most this size, and the height of its lines."""
+    font_px = max(FONT_PX, min(width, height) // 12)
+    return ImageFont.load_default(font_px), font_px * 5 // 4
 
 
 def _factor(images: Sequence[Image.Image]) -> int:

@@ -49,7 +49,8 @@ def headers(config: GridConfig, folders: Sequence[Path]) -> list[str]:
     )
     if axis == "bundle":
         return [describe(folder) for folder in folders]
-    return [f"{HEADERS[axis]} {value:g}" for value in values]
+    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    return [f"{HEADERS[axis]} {text}" for text in texts]
 
 
 def describe(folder: Path) -> str:

@@ -181,7 +181,7 @@ class SampleConfig(DrawSettings):
         if self.num_prompts is not None:
             check_number("--num-prompts", self.num_prompts, least=1)
         if (self.num_prompts, self.prompt_seed) != (None, 0) and not (
-            self.prompt_file and self.prompt_file.endswith(".json")
+            self.prompt_file and self.prompt_file.lower().endswith(".json")
         ):
             raise ValueError(
                 "--num-prompts, --prompt-seed: need COCO captions; expected --prompt-file with a "

@@ -269,4 +269,5 @@ def _sha256(path: Path) -> str:
 
 
 def _label(prompt: str, seed: int) -> str:
-    return f"{prompt or 'variation'}, seed {seed}"
+    # A long prompt is cut at its end.
+    return f"seed {seed}: {prompt or 'variation'}"

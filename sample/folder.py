@@ -9,8 +9,9 @@ Each process draws the pictures of its own batches and needs no connection to th
 import json
 import os
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -314,9 +315,16 @@ class Writer:
 
 def save_whole(image: Image.Image, path: Path, record: Mapping[str, Any]) -> None:
     """Writes a PNG with its text chunks; the file is complete or absent."""
+    with whole_file(path) as partial:
+        save_png(image, partial, record)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path; what the block writes there is flushed to disk and renamed."""
     # Always the same name, so that the picture that a kill interrupted replaces its partial file.
     partial = path.with_name(f".{path.name}")
-    save_png(image, partial, record)
+    yield partial
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     try:

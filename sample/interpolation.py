@@ -28,7 +28,7 @@ from latent_t2i.model.generate import (
 from latent_t2i.model.grid import comparison_grid, settings_chunks
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings
-from latent_t2i.sample.folder import describe_computation, refuse_foreign, save_whole
+from latent_t2i.sample.folder import describe_computation, refuse_foreign, save_whole, whole_file
 from latent_t2i.sample.pictures import describe_bundle, describe_guide
 from latent_t2i.sample.settings import InterpolateConfig
 
@@ -133,16 +133,17 @@ def slerp(first: Tensor, last: Tensor, fraction: float, *, dims: tuple[int, ...]
 def save_animation(
     images: Sequence[Image.Image], path: Path, *, frame_ms: int, settings: dict[str, Any]
 ) -> None:
-    """Writes an endless GIF or APNG that runs forth and back."""
+    """Writes an endless GIF or APNG that runs forth and back; the file is complete or absent."""
     frames = [*images, *images[-2:0:-1]]
     frames = [frame.convert("RGB") for frame in frames]
     shared: dict[str, Any] = {"save_all": True, "append_images": frames[1:], "loop": 0}
     shared |= {"duration": frame_ms}
-    if path.suffix.lower() == ".gif":
-        # Without a palette per frame, colours that the first frame lacks would be lost.
-        frames[0].save(path, format="GIF", optimize=False, **shared)
-    else:
-        frames[0].save(path, format="PNG", pnginfo=settings_chunks(settings), **shared)
+    with whole_file(path) as partial:
+        if path.suffix.lower() == ".gif":
+            # Without a palette per frame, colours that the first frame lacks would be lost.
+            frames[0].save(partial, format="GIF", optimize=False, **shared)
+        else:
+            frames[0].save(partial, format="PNG", pnginfo=settings_chunks(settings), **shared)
 
 
 def _way(keys: Sequence[Tensor], num_frames: int, num_dims: int) -> list[Tensor]:

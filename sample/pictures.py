@@ -10,7 +10,7 @@ from PIL import Image
 
 from latent_t2i.model.bundle import digest, find_bundle
 from latent_t2i.model.generate import latent_shape
-from latent_t2i.model.grid import labelled_grid, read_settings
+from latent_t2i.model.grid import label_seeds, labelled_grid, read_settings
 from latent_t2i.model.paths import find_path, output_root
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import BATCH_SIZE, DrawSettings, SampleConfig
@@ -105,7 +105,7 @@ def write_grid(path: Path, pictures: Sequence[Picture], identity: Mapping[str, s
     same = len({picture.settings for picture in shown}) == 1
     settings: dict[str, Any] = asdict(shown[0].settings) if same else {}
     save_whole(
-        labelled_grid(images, prompts),
+        labelled_grid(images, label_seeds(prompts, [picture.seed for picture in shown])),
         path,
         {"prompts": prompts} | settings | dict(identity) | describe_versions(),
     )

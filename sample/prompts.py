@@ -67,11 +67,11 @@ def read_prompts(config: SampleConfig) -> list[Prompt]:
 def _read_file(path: Path, config: SampleConfig) -> Iterable[Prompt]:
     """Returns the prompts of a file, whose kind its ending tells."""
     text = read_text(path)
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         return choose_captions(text, path, num=config.num_prompts, seed=config.prompt_seed)
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     lines = [(number, line) for number, line in lines if line]
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         return [_read_line(line, f"{path}: line {number}") for number, line in lines]
     return [Prompt(text=line) for _, line in lines]
 

@@ -13,11 +13,12 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from latent_t2i.model.bundle import INFO_FILE, digest, find_bundle, read_info
 from latent_t2i.model.checks import read_json_object
-from latent_t2i.model.grid import labelled_grid, save_png
+from latent_t2i.model.grid import label_seeds, labelled_grid, save_png
 from latent_t2i.model.paths import complete_or_absent, find_path, format_bytes
 from latent_t2i.sample import sampler
 from latent_t2i.sample.card import MARK, write_card
@@ -41,11 +42,10 @@ def export(config: ExportConfig, api: HfApi | None = None) -> Path:
     info = read_info(source) if (source / INFO_FILE).is_file() else None
     identity = digest(source)
     metrics = read_metrics(config.metrics, source, identity)
+    pipeline = sampler.load(source, device="cpu", dtype="float32")
     with complete_or_absent(out) as folder:
         _copy(source, folder)
-        if config.fp16:
-            add_fp16(folder)
-        pipeline = sampler.load(source, device="cpu", dtype="float32")
+        has_fp16 = config.fp16 and add_fp16(folder)
         grid = _draw_grid(pipeline, config, info, folder / GRID_FILE)
         card = write_card(
             title=config.title or (info or {}).get("name") or source.name,
@@ -54,7 +54,7 @@ def export(config: ExportConfig, api: HfApi | None = None) -> Path:
             metrics=metrics,
             size=output_size(pipeline, None),
             digest=identity,
-            has_fp16=config.fp16,
+            has_fp16=has_fp16,
             grid=grid,
         )
         (folder / CARD_FILE).write_text(card, "utf-8")
@@ -102,12 +102,21 @@ def read_metrics(name: str | None, source: Path, identity: str) -> dict[str, Any
     raise ValueError(f"--metrics: {text}; evaluate this bundle with evaluation.run")
 
 
-def add_fp16(folder: Path) -> None:
+def add_fp16(folder: Path) -> bool:
     """Adds `NAME.fp16.safetensors` to each `NAME.safetensors`, for `variant="fp16"`.
 
-    Raises ValueError for weights in several files or beyond the range of float16.
+    Returns False, and adds nothing, if a network has other weights only. Raises ValueError for
+    weights in several files, beyond the range of float16, or in a damaged file.
     """
-    for path in sorted(folder.rglob("*.safetensors")):
+    paths = sorted(folder.rglob("*.safetensors"))
+    others = sorted(folder.rglob("*.bin"))
+    if other := [path for path in others if path.parent not in {p.parent for p in paths}]:
+        print(
+            f"--fp16: {other[0].relative_to(folder)} is not a safetensors file: no float16 files "
+            "were added"
+        )
+        return False
+    for path in paths:
         if path.name.endswith(".fp16.safetensors"):
             continue
         if path.with_name(f"{path.name}.index.json").exists() or "-of-" in path.stem:
@@ -115,9 +124,13 @@ def add_fp16(folder: Path) -> None:
                 f"--fp16: {path.relative_to(folder)} is a part of weights in several files, which "
                 "is not supported; expected one file per network, or --no-fp16"
             )
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"--fp16: {path.relative_to(folder)} is damaged: {error}") from error
         halved = {
             name: tensor.half() if tensor.is_floating_point() else tensor
-            for name, tensor in load_file(path).items()
+            for name, tensor in tensors.items()
         }
         for name, tensor in halved.items():
             if not bool(tensor.isfinite().all()):
@@ -126,6 +139,7 @@ def add_fp16(folder: Path) -> None:
                     "float16; expected --no-fp16"
                 )
         save_file(halved, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    return True
 
 
 def push(folder: Path, repo: str, *, private: bool, api: HfApi | None = None) -> str:
@@ -202,7 +216,7 @@ def _draw_grid(
     images = sampler.draw(pipeline, prompts, list(seeds), batch_size=size, **settings)
     settings |= {"prompts": list(prompts), "seed": config.seed}
     computed = describe_computation(pipeline, batch_size=size)
-    save_png(labelled_grid(images, prompts), path, settings | computed)
+    save_png(labelled_grid(images, label_seeds(prompts, seeds)), path, settings | computed)
     return settings
 
 

@@ -61,6 +61,11 @@ class GridConfig:
             check_number("--guidance-scale", scale, least=1)
         for steps in self.num_steps:
             check_number("--num-steps", steps, least=1)
+        if self.negative_prompt and set(self.guidance_scale) == {1}:
+            raise ValueError(
+                "--negative-prompt: has no effect with --guidance-scale 1, which turns guidance "
+                f"off; expected a larger scale, found {self.negative_prompt!r}"
+            )
         several = [f"--{name}" for name, values in self.axes().items() if len(values) > 1]
         if len(several) > 1:
             raise ValueError(

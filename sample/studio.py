@@ -19,12 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from latent_t2i.model.bundle import find_bundle
-from latent_t2i.model.grid import save_png
 from latent_t2i.model.paths import output_root
 from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings, DtypeName, check_text
 from latent_t2i.sample.editing import describe_edit, edit_image, read_image, read_mask
-from latent_t2i.sample.folder import describe_computation
+from latent_t2i.sample.folder import describe_computation, save_whole
 from latent_t2i.sample.latent_preview import fit_latent_to_rgb, preview
 from latent_t2i.sample.pictures import SHIPPED_BUNDLE, describe_bundle
 from latent_t2i.sample.settings import AppConfig, EditConfig
@@ -77,7 +76,7 @@ class Stopped(Exception):
 
 @dataclass(eq=False, kw_only=True)
 class _Loaded:
-    key: tuple[Path, DtypeName]
+    key: tuple[object, ...]
     pipeline: Any
     matrix: Tensor  # (C + 1, 3)
     identity: dict[str, Any]
@@ -199,11 +198,12 @@ class Studio:
         device = sampler.choose_device(self.config.device)
         if dtype == "auto" and device == "cpu":
             dtype = "float32"
-        if self._loaded is None or self._loaded.key != (folder, dtype):
+        key = (folder, dtype, _stamp(folder))
+        if self._loaded is None or self._loaded.key != key:
             self._loaded = None  # frees the memory before the next bundle needs it
             pipeline = sampler.load(folder, device=device, dtype=dtype)
             self._loaded = _Loaded(
-                key=(folder, dtype),
+                key=key,
                 pipeline=pipeline,
                 matrix=fit_latent_to_rgb(pipeline.vae),
                 # Pictures are drawn one by one.
@@ -215,8 +215,15 @@ class Studio:
         self.out.mkdir(parents=True, exist_ok=True)
         taken = [int(path.stem) for path in self.out.glob("[0-9]*.png") if path.stem.isdigit()]
         path = self.out / f"{max(taken, default=-1) + 1:06d}.png"
-        save_png(picture, path, settings)
+        save_whole(picture, path, settings)
         return Finished(number=number, picture=picture, path=path)
+
+
+def _stamp(folder: Path) -> tuple[object, ...]:
+    """Returns what changes when a bundle is replaced by that of a later training."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    states = [(path, path.stat()) for path in files]
+    return tuple((path, state.st_size, state.st_mtime_ns, state.st_ino) for path, state in states)
 
 
 def parse_scales(text: str) -> list[float]:

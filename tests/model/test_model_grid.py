@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from latent_t2i.model import grid
-from latent_t2i.model.grid import PADDING_PX, comparison_grid
+from latent_t2i.model.grid import PADDING_PX, comparison_grid, label_seeds, labelled_grid
 
 FONT = ImageFont.load_default(grid.FONT_PX)
 LONG = "a small red star above a large blue circle on a grey background " * 4
@@ -39,14 +39,24 @@ def test_a_table_shows_every_image_whole_beside_its_headers(side: int, shown: in
     assert (pixels[-PADDING_PX:] > 128).all()
 
 
-def test_the_type_of_a_table_grows_with_its_images() -> None:
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_type_grows_with_the_images(labelled: bool) -> None:
     def height_of_letters(side: int) -> int:
-        pixels = np.asarray(comparison_grid(table([[(side, side)]]), rows=[" "], columns=["H"]))
+        images = table([[(side, side)]])
+        pixels = np.asarray(
+            labelled_grid(images[0], ["H"])
+            if labelled
+            else comparison_grid(images, rows=[" "], columns=["H"])
+        )
         above = (pixels < 128).all(-1)
         return int(np.ptp(np.nonzero(above)[0])) + 1
 
     assert height_of_letters(960) > 3 * height_of_letters(192)
     assert height_of_letters(192) >= 9
+
+
+def test_labels_of_a_repeated_prompt_start_with_the_seed() -> None:
+    assert label_seeds(["a", "b", "a"], [1, 2, 3]) == ["seed 1: a", "b", "seed 3: a"]
 
 
 def test_a_table_accepts_images_of_several_sizes() -> None:

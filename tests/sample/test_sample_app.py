@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from latent_t2i.model.bundle import digest
 from latent_t2i.model.encoders import encode_images, load_vae
 from latent_t2i.model.grid import read_settings
 from latent_t2i.sample import sampler, studio
@@ -56,6 +57,22 @@ def test_pictures_arrive_one_by_one_with_previews(page: Studio, bundle: Path) ->
     assert len(found["bundle_sha256"]) == 64
     assert found.keys() >= COMPUTED
     assert [event.path.name for event in finished] == ["000000.png", "000001.png"]
+
+
+def test_a_bundle_that_was_trained_again_is_loaded_again(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    page = Studio(AppConfig(bundle=str(bundle), out=str(tmp_path / "pictures")))
+    name = next(iter(page.bundles()))
+    digests = []
+    for seed in (0, 0, 1):
+        if seed:
+            make_bundle(bundle, seed=seed)
+        *_, last = page.draw(name, "a red circle", [(5, SETTINGS)])
+        assert isinstance(last, Finished)
+        found = read_settings(last.path)["bundle_sha256"]
+        assert found == digest(bundle)
+        digests.append(found)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_closed_request_stops_at_the_next_step(page: Studio) -> None:

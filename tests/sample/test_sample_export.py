@@ -31,6 +31,11 @@ PROMPTS = ("a red circle", "a blue star")
 REPO = "someone/scenes"
 
 
+PICKLED = {"text_encoder": "pytorch_model.bin"} | dict.fromkeys(
+    ("unet", "vae"), "diffusion_pytorch_model.bin"
+)
+
+
 @pytest.fixture(scope="module")
 def exported(bundle: Path) -> Path:
     """An export with metrics beside the bundle, samples and float16 files."""
@@ -129,6 +134,29 @@ def test_weights_beyond_float16_are_refused_and_nothing_is_left(
     with pytest.raises(ValueError, match=r"--fp16: conv_in\.bias of unet/.* beyond the range"):
         publishing.export(config(large, tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["large"]
+
+
+def test_the_card_names_float16_files_only_if_there_are_some(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pickled = shutil.copytree(bundle, tmp_path / "pickled")
+    for path in pickled.rglob("*.safetensors"):
+        torch.save(load_file(path), path.with_name(PICKLED[path.parent.name]))
+        path.unlink()
+    out = publishing.export(config(pickled, tmp_path / "out"))
+    assert "--fp16: text_encoder/pytorch_model.bin is not a safetensors" in capsys.readouterr().out
+    assert 'variant="fp16"' not in (out / "README.md").read_text()
+    assert not list(out.rglob("*.fp16.*"))
+
+
+def test_damaged_weights_are_refused(bundle: Path, tmp_path: Path) -> None:
+    cut = shutil.copytree(bundle, tmp_path / "cut")
+    path = cut / "text_encoder" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"--bundle: .*cut does not load"):
+        publishing.export(config(cut, tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"--fp16: text_encoder/.* is damaged"):
+        publishing.add_fp16(cut)
 
 
 def test_an_export_replaces_an_earlier_one_and_nothing_else(

@@ -74,7 +74,11 @@ def test_an_image_of_another_program_is_not_replaced(bundle: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("flags", "headers"),
-    [(["--num-steps", "1", "3"], ["steps 1", "steps 3"]), ([], ["guidance 4"])],
+    [
+        (["--num-steps", "1", "3"], ["steps 1", "steps 3"]),
+        ([], ["guidance 4"]),
+        (["--seed", "1234567", "1234568"], ["seed 1234567", "seed 1234568"]),
+    ],
 )
 def test_a_column_is_named_by_what_varies(flags: list[str], headers: list[str]) -> None:
     config = parse(GridConfig, None, ["--prompt", "x", *flags], prog="grid")
@@ -109,6 +113,7 @@ def test_bundles_are_columns_named_by_run_and_step(bundle: Path, tmp_path: Path)
         ({"guidance_scale": ()}, "--guidance-scale: expected at least one"),
         ({"guidance_scale": (0.5,)}, "--guidance-scale: expected 1 or more"),
         ({"num_steps": (0,)}, "--num-steps: expected"),
+        ({"guidance_scale": (1.0,), "negative_prompt": "x"}, "--negative-prompt: has no effect"),
         ({"out": "grid.jpg"}, "--out: expected a file name that ends in .png"),
     ],
 )

@@ -133,6 +133,24 @@ def test_an_animation_runs_forth_and_back_for_ever(
         assert read_settings(out)["prompts"] == list(PROMPTS)
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".apng"])
+def test_an_interrupted_animation_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    def interrupted(_: Image.Image, path: Path, **__: Any) -> None:
+        Path(path).write_bytes(b"half an animation")
+        raise OSError("disk full")
+
+    out = tmp_path / f"way{suffix}"
+    images = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(3)]
+    interpolation.save_animation(images, out, frame_ms=80, settings={})
+    earlier = out.read_bytes()
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(OSError, match="disk full"):
+        interpolation.save_animation(images, out, frame_ms=80, settings={})
+    assert out.read_bytes() == earlier
+
+
 @pytest.mark.usefixtures("loaded")
 def test_a_strip_names_key_frames_and_shares(bundle: Path, tmp_path: Path) -> None:
     own = config(bundle, seed=(1, 2), out=str(tmp_path / "strip.png"))

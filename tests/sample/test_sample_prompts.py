@@ -110,6 +110,14 @@ def test_captions_are_chosen_by_seed_one_of_each_image(tmp_path: Path) -> None:
         texts(num_prompts=51)
 
 
+def test_endings_of_files_may_be_upper_case(tmp_path: Path) -> None:
+    upper = write(tmp_path / "captions.JSON", coco({1: ["a"], 2: ["b"]}))
+    (prompt,) = read_prompts(SampleConfig(prompt_file=upper, num_prompts=1))
+    assert prompt.text in ("a", "b")
+    upper = write(tmp_path / "prompts.JSONL", lines({"prompt": "c"}))
+    assert read_prompts(SampleConfig(prompt_file=upper))[0].text == "c"
+
+
 @given(st.randoms(use_true_random=False))
 def test_chosen_captions_do_not_depend_on_the_order_of_the_file(random: Any) -> None:
     document = json.loads(coco({image: ["a", "b", str(image)] for image in range(9)}))
