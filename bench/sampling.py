@@ -4,8 +4,9 @@
     python -m bench.sampling --quick
     python -m bench.sampling --bundle runs/coco512/bundle --device cuda --num-images 16
 
-Every contender turns the same prompts and seeds into PNG files. Its images are compared with the
-stock pipeline's before anything is timed. They take turns, and a ratio is the median of the ratios
+Every contender turns the same prompts and seeds into PNG files. Before anything is timed, images
+that should be the stock pipeline's are compared with them: not those of an option that makes other
+images by design. They take turns, and a ratio is the median of the ratios
 within a round.
 """
 

@@ -1,8 +1,8 @@
 """Generates images with the parts of a `StableDiffusionPipeline`: sampling and training previews.
 
 The loop makes the images of the stock pipeline, and adds what that one lacks: each distinct prompt
-is encoded once, guidance can be limited to an interval of noise levels or use a weaker network, the
-VAE decodes in a data type that does not overflow and, on a GPU, beside the next batch.
+is encoded once per call, guidance can be limited to an interval of noise levels or use a weaker
+network, the VAE decodes in a data type that does not overflow and, on a GPU, beside the next batch.
 
 Each image has its own seed and its own CPU generator, also for the noise of stochastic samplers.
 Every batch is filled up to the same size. On a CPU an image therefore depends bit for bit on its

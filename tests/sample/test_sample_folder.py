@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
+from latent_t2i.configs.cli import parse
 from latent_t2i.model.grid import read_settings
 from latent_t2i.model.paths import ROOT
 from latent_t2i.sample import folder as folders
 from latent_t2i.sample import sampler
-from latent_t2i.sample.config import DrawSettings
+from latent_t2i.sample.config import DrawSettings, SampleConfig
 from latent_t2i.sample.folder import Picture, draw_folder, picture_path
+from latent_t2i.sample.pictures import sample
 from tests.bundles import COMPUTED
 
 IDENTITY = {"bundle": "here", "bundle_sha256": "ab", "dtype": "float32"}
@@ -155,6 +158,68 @@ def test_unsuitable_settings_are_refused_before_anything_is_drawn(
     assert not list(tmp_path.iterdir())
 
 
+KILL = """
+import os, signal, sys
+
+pictures = []
+
+def hook(event, arguments):
+    if event == "os.rename" and str(arguments[1]).endswith(".png"):
+        pictures.append(arguments[1])
+        if len(pictures) == 4:
+            os.killpg(0, signal.SIGKILL)
+
+sys.addaudithook(hook)
+"""
+"""A `sitecustomize` module: the first process to finish a fourth picture kills all of them."""
+
+
+def launch(folder: Path, *arguments: str, num_processes: int = 2) -> "subprocess.Popen[bytes]":
+    """Starts `sample.run` in `folder`, under the launcher if there are several processes."""
+    flags = "-m accelerate.commands.launch --cpu --num_machines 1 --mixed_precision no"
+    flags += f" --dynamo_backend no --num_cpu_threads_per_process 1 --num_processes {num_processes}"
+    start = [sys.executable, *(flags.split() if num_processes > 1 else []), "-m", "sample.run"]
+    path = os.pathsep.join([str(folder / "site"), str(ROOT)])
+    return subprocess.Popen(
+        [*start, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path},
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: "subprocess.Popen[bytes]") -> None:
+    """Waits for a process and requires its success."""
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+
+
+def test_killed_under_the_launcher_the_same_command_continues(bundle: Path, tmp_path: Path) -> None:
+    """Two processes, killed once: the files are those of one process that is not interrupted."""
+    (tmp_path / "prompts.txt").write_text("\n".join(f"a red circle {n}" for n in range(4)))
+    flags = f"--prompt-file {tmp_path}/prompts.txt --num-images 5 --num-steps 2 --batch-size 2"
+    arguments = [*flags.split(), "--scheduler", "dpmpp-sde", "--bundle", str(bundle)]
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(KILL)
+    process = launch(tmp_path, *arguments, "--out", "killed")
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    left = names_and_bytes(tmp_path / "killed")
+    assert 3 <= sum(not Path(name).name.startswith(".") for name in left) < 20
+    (tmp_path / "site" / "sitecustomize.py").unlink()
+    finish(launch(tmp_path, *arguments, "--out", "killed"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        sample(parse(SampleConfig, "sample", [*arguments, "--out", str(tmp_path / "whole")]))
+    finally:
+        torch.set_num_threads(threads)
+    killed, whole = (names_and_bytes(tmp_path / name) for name in ("killed", "whole"))
+    assert len(whole) == 22
+    assert killed == whole
+
+
 def until_drawn(out: Path, num: int) -> Iterator[None]:
     """Yields until there are that many pictures."""
     end = time.monotonic() + 300
@@ -171,16 +236,10 @@ def test_killed_while_drawing_200_pictures(tmp_path: Path, num_processes: int) -
     settings = "--prompt-file prompts.txt --num-images 20 --num-steps 2 --batch-size 8"
     flags = settings.split()
     (tmp_path / "prompts.txt").write_text("\n".join(f"a red circle {n}" for n in range(10)))
-    launch = f"-m accelerate.commands.launch --cpu --num_processes {num_processes} --num_machines 1"
-    launch += " --num_cpu_threads_per_process 1 --mixed_precision no --dynamo_backend no"
-    start = [sys.executable, *(launch.split() if num_processes > 1 else []), "-m", "sample.run"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
-    def run(out: str) -> subprocess.Popen[bytes]:
-        command = [*start, *flags, "--bundle", str(ROOT / "scenes" / "bundle"), "--out", out]
-        return subprocess.Popen(
-            command, cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.PIPE
-        )
+    def run(out: str) -> "subprocess.Popen[bytes]":
+        arguments = [*flags, "--bundle", str(ROOT / "scenes" / "bundle"), "--out", out]
+        return launch(tmp_path, *arguments, num_processes=num_processes)
 
     for num in (1, 70, 140):
         process = run("killed")
@@ -190,9 +249,7 @@ def test_killed_while_drawing_200_pictures(tmp_path: Path, num_processes: int) -
         process.communicate()
         assert not (tmp_path / "killed" / "samples.png").exists()
     for out in ("killed", "whole"):
-        process = run(out)
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors.decode()
+        finish(run(out))
     killed, whole = (names_and_bytes(tmp_path / name) for name in ("killed", "whole"))
     assert len(whole) == 202
     assert killed == whole
