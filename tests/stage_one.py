@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from random import Random
 from typing import Any, cast
 
 from latent_t2i.pipeline import report, stage, upload, writing
@@ -80,6 +81,15 @@ def run(forks: ForkServerContext, config: PipelineConfig, **changes: Any) -> int
     process = start(forks, config, **changes)
     process.join()
     return cast(int, process.exitcode)
+
+
+def random_kills(random: Random, num: int) -> Iterator[Moment]:
+    """Yields moments at which a run writes something; they do not depend on its speed.
+
+    A run that is killed at one of them finishes one shard at most.
+    """
+    for _ in range(num):
+        yield random.choice(["write", "fsync", "link"]), random.randint(1, 3)
 
 
 @contextmanager

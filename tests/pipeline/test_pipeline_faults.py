@@ -24,10 +24,9 @@ from latent_t2i.shards.schema import Manifest
 from latent_t2i.shards.verify import verify
 from tests.coco_folders import CocoFolder, make_coco
 from tests.hostile import write_hostile, write_special
-from tests.stage_one import Moment, begun, contents, make_config, run, start
+from tests.stage_one import Moment, begun, contents, make_config, random_kills, run, start
 
 NUM_KILLS = 20
-LONGEST_RUN_S = 0.6
 NUM_SHARDS = 6
 
 KILLS: list[Moment] = [
@@ -67,19 +66,16 @@ def test_killed_at_random_and_started_again(
     """The bytes are those of one run, and no shard is begun again once it has its report."""
     config = make_config(folder, tmp_path / "killed", text_dtype=text_dtype)
     build(replace(config, out=str(tmp_path / "whole")))
-    times = random.Random(text_dtype)
     finished: set[str] = set()
     num_killed = 0
-    for number in range(NUM_KILLS):
+    for number, kill in enumerate(random_kills(random.Random(text_dtype), NUM_KILLS)):
         log = tmp_path / f"{number}.log"
-        process = start(forks, config, log=log)
-        process.join(times.uniform(0, LONGEST_RUN_S))
-        process.kill()
-        process.join()
-        num_killed += process.exitcode == -signal.SIGKILL
+        exit_code = run(forks, config, kill_at=kill, log=log)
+        assert exit_code in (0, -signal.SIGKILL)
+        num_killed += exit_code == -signal.SIGKILL
         assert not finished & {*begun(log)}
         finished |= {path.stem for path in (tmp_path / "killed/progress").glob("shard-*.json")}
-    assert num_killed >= 3
+    assert num_killed >= NUM_SHARDS - 1
     assert run(forks, config) == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 

@@ -27,10 +27,19 @@ from latent_t2i.shards.reader import open_shards
 from latent_t2i.shards.schema import Example, FormatError, Manifest
 from latent_t2i.shards.verify import verify
 from tests.shard_sets import edit_json
-from tests.stage_one import Moment, begun, build_one, contents, make_config, run, start, stopped
+from tests.stage_one import (
+    Moment,
+    begun,
+    build_one,
+    contents,
+    make_config,
+    random_kills,
+    run,
+    start,
+    stopped,
+)
 
 NUM_KILLS = 10
-LONGEST_RUN_S = 3.0
 
 
 class Source:
@@ -522,16 +531,14 @@ def test_a_thousand_images_grow_through_kills(
     for append in (True, False):
         killed = str(tmp_path / "killed")
         of_flags = replace(config, out=killed, append=append, retry=not append)
-        for _ in range(NUM_KILLS // 2):
-            process = start(forks, of_flags)
-            process.join(moments.uniform(0.2, LONGEST_RUN_S))
-            process.kill()
-            process.join()
-            num_killed += process.exitcode == -signal.SIGKILL
+        for kill in random_kills(moments, NUM_KILLS // 2):
+            exit_code = run(forks, of_flags, kill_at=kill)
+            assert exit_code in (0, -signal.SIGKILL)
+            num_killed += exit_code == -signal.SIGKILL
             if (tmp_path / "killed/manifest.json").exists():
                 assert list(verify(tmp_path / "killed")) == []
         assert run(forks, of_flags) == 0
-    assert num_killed >= 3
+    assert num_killed >= NUM_KILLS // 2
     assert contents(tmp_path / "killed") == contents(tmp_path / "out")
 
 
