@@ -164,6 +164,20 @@ def write_set(
     )
 
 
+def write_records_of_version_2(folder: Path, **changes: Any) -> Manifest:
+    """Writes the records of tests/shards/data/v2/float16 in the present version."""
+    examples = {"views": 2, "size": (4, 4)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "TEXT_WIDTH", 8)
+        patch.setattr(sys.modules[__name__], "MAX_TOKENS", 5)
+        shards = [
+            make_examples(2, num_captions=2, seed=0, **examples),
+            make_examples(1, num_captions=3, seed=1, **examples),
+        ]
+    provenance = make_provenance(max_tokens=5, **changes)
+    return write_set(folder, shards, provenance, quarantined={"lost": "OSError: truncated"})
+
+
 def write_buckets(
     folder: Path,
     sizes: Mapping[str, Sequence[int]],

@@ -113,12 +113,12 @@ def _root() -> Path:
     return root
 
 
-def make_encoders(root: Path, seed: int = 0) -> TinyEncoders:
+def make_encoders(root: Path, seed: int = 0, text_width: int = TEXT_WIDTH) -> TinyEncoders:
     """Writes a VAE folder and a whole-CLIP folder under `root`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _make_vae(root / "vae")
-        _make_clip(root / "clip")
+        _make_clip(root / "clip", text_width)
     return TinyEncoders(vae=str(root / "vae"), clip=str(root / "clip"))
 
 
@@ -232,8 +232,8 @@ VISION_NETWORKS: dict[str, Callable[[], Any]] = {
 }
 
 
-def _make_clip(folder: Path) -> None:
-    text = _text_settings(_make_tokenizer(folder))
+def _make_clip(folder: Path, text_width: int) -> None:
+    text = _text_settings(_make_tokenizer(folder)) | {"hidden_size": text_width}
     vision = _TOWER | {"image_size": 64, "patch_size": 16}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     with quiet():
@@ -272,6 +272,20 @@ def _make_tokenizer(folder: Path, *pairs: str) -> CLIPTokenizer:
     return tokenizer
 
 
+def make_identities(folders: TinyEncoders) -> dict[str, Identity]:
+    """Returns what a manifest says of encoders, by key."""
+    tokenizer, text_encoder = load_text_encoder(folders.clip)
+    hashes = {
+        "vae": (folders.vae, fingerprint(load_vae(folders.vae))),
+        "text_encoder": (folders.clip, fingerprint(text_encoder)),
+        "tokenizer": (folders.clip, tokenizer_fingerprint(tokenizer)),
+    }
+    return {
+        key: Identity(name=name, revision=None, sha256=sha256)
+        for key, (name, sha256) in hashes.items()
+    }
+
+
 def make_shards(
     folder: Path,
     *,
@@ -291,17 +305,11 @@ def make_shards(
     folders = encoders()
     vae = vae or folders.vae
     network = load_vae(vae)
-    tokenizer, text_encoder = load_text_encoder(folders.clip)
+    identities = make_identities(TinyEncoders(vae=vae, clip=folders.clip))
+    if text_name:
+        identities["text_encoder"] = replace(identities["text_encoder"], name=text_name)
     provenance = shard_sets.make_provenance(
-        latent_kind(network),
-        vae=Identity(name=vae, revision=None, sha256=fingerprint(network)),
-        text_encoder=Identity(
-            name=text_name or folders.clip, revision=None, sha256=fingerprint(text_encoder)
-        ),
-        tokenizer=Identity(
-            name=folders.clip, revision=None, sha256=tokenizer_fingerprint(tokenizer)
-        ),
-        text_dtype=text_dtype,
+        latent_kind(network), text_dtype=text_dtype, **identities
     )
     shards = [
         shard_sets.make_examples(

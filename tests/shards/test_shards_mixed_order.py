@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from latent_t2i.shards.bucket_order import interleave
 from latent_t2i.shards.mixed_order import MixedOrder, interleave_span
-from latent_t2i.shards.order import Cursor, share
+from latent_t2i.shards.order import Cursor
 
 PARTS = st.lists(
     st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple), min_size=2, max_size=4
@@ -107,15 +107,6 @@ def test_visits_do_not_depend_on_the_batch_size(order: MixedOrder, step: int, ot
     found = np.concatenate([again.records(one) for one in steps]).tolist()
     first = start - steps.start * other
     assert found[first : first + stop - start] == order.records(step).tolist()
-
-
-@pytest.mark.parametrize("num_processes", [1, 2, 4])
-def test_ranks_divide_the_same_global_batch(num_processes: int) -> None:
-    order = MixedOrder(parts=((9, 4), (7,), (3, 3)), weights=(1, 0.5, 2), batch_size=8, seed=1)
-    for step in range(20):
-        records = order.records(step)
-        shares = [records[share(8, rank, num_processes)] for rank in range(num_processes)]
-        assert np.concatenate(shares).tolist() == records.tolist()
 
 
 COUNTS = st.lists(st.integers(1, 50), min_size=1, max_size=5).map(tuple)
