@@ -20,10 +20,10 @@ import torch
 
 from latent_t2i import __version__
 from latent_t2i.configs.presets import PRESETS_DIR
+from latent_t2i.model.build_tools import find_build_tools
 from latent_t2i.model.paths import ROOT, format_bytes, free_bytes, output_root
 from latent_t2i.sizes import size_preset
 from latent_t2i.train.estimate import available_bytes
-from latent_t2i.train.prepare import find_build_tools
 
 CORE = ("torch", "diffusers", "transformers", "accelerate", "safetensors", "webdataset", "numpy")
 # Feature, the modules it needs, and the requirement that installs them.

@@ -146,6 +146,7 @@ def generate(
             on_step=on_step,
         )
 
+    convert_vae(pipeline.vae)  # here, since the memory of its old weights is this stream's
     batches = [range(i, min(i + batch_size, len(seeds))) for i in range(0, len(seeds), batch_size)]
     padded = ([*batch, *[batch[-1]] * (batch_size - len(batch))] for batch in batches)
     device = pipeline.unet.device
@@ -176,7 +177,7 @@ def _overlap(
         yield from map(finish, batches)
         return
     on_gpu = device.type == "cuda"
-    stream = torch.cuda.Stream(device) if on_gpu else None
+    stream = _decode_stream(device) if on_gpu else None
 
     def finish_beside(latents: Tensor, ready: Any) -> Tensor:
         if stream is None:
@@ -194,6 +195,12 @@ def _overlap(
             if len(waiting) > 1:
                 yield waiting.popleft().result()
         yield from (future.result() for future in waiting)
+
+
+@lru_cache
+def _decode_stream(device: torch.device) -> Any:
+    # One for all calls: memory that was freed on a stream is reused on this stream only.
+    return torch.cuda.Stream(device)
 
 
 @torch.no_grad()
@@ -330,18 +337,24 @@ def not_finite_advice(
     )
 
 
+def convert_vae(vae: Any) -> None:
+    """Converts a VAE to the data type in which it decodes."""
+    dtype = decode_dtype(vae.config, vae.dtype)
+    if vae.dtype != dtype:
+        vae.to(dtype)
+
+
 @torch.no_grad()
 def decode(
     vae: Any, latents: Tensor, *, require_finite: bool = True, advice: str = OVERFLOW_ADVICE
 ) -> Tensor:
     """Returns images as bytes, on the CPU, of latents (B, C, h, w).  # (B, H, W, 3) uint8
 
-    Converts the VAE to `decode_dtype`. Raises ValueError, with `advice`, for images that are not
-    finite, or makes such pixels black.
+    Converts the VAE as `convert_vae` does. Raises ValueError, with `advice`, for images that are
+    not finite, or makes such pixels black.
     """
-    dtype = decode_dtype(vae.config, vae.dtype)
-    if vae.dtype != dtype:
-        vae.to(dtype)
+    convert_vae(vae)
+    dtype = vae.dtype
     latents = (latents / vae.config.scaling_factor).to(dtype)
     images: Tensor = vae.decode(latents, return_dict=False)[0].float()  # (B, 3, H, W)
     if require_finite and not images.isfinite().all():

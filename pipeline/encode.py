@@ -22,6 +22,10 @@ CAPTIONS_PER_IMAGE = 4
 """The batch size of captions, as a multiple of that of views."""
 CPU_BATCH_SIZE = 32
 MAX_GPU_BATCH_SIZE = 256
+MAX_ACTIVATION_SIZE = 2**31 - 1
+"""Largest index of many GPU kernels; those of cuDNN for larger tensors are slow or missing."""
+ENCODER_CHANNELS = 128
+"""Of the encoder's largest activation, in a Stable Diffusion VAE."""
 BYTES_PER_PIXEL = 2048
 """Most memory of a Stable Diffusion VAE's encoder: four float32 activations of 128 channels."""
 TF32_CAPABILITY = (8, 0)
@@ -123,8 +127,12 @@ def default_batch_size(device: torch.device, num_pixels: int) -> int:
 
 
 def fitting_batch_size(memory_bytes: int, num_pixels: int) -> int:
-    """Returns the largest power of two with which two batches fit into half of a GPU's memory."""
-    most = memory_bytes // 4 // (BYTES_PER_PIXEL * num_pixels)
+    """Returns the largest power of two with which two batches fit into half of a GPU's memory.
+
+    The largest activation has fewer than 2**31 numbers.
+    """
+    by_memory = memory_bytes // 4 // (BYTES_PER_PIXEL * num_pixels)
+    most = min(by_memory, MAX_ACTIVATION_SIZE // (ENCODER_CHANNELS * num_pixels))
     return min(1 << max(most.bit_length() - 1, 0), MAX_GPU_BATCH_SIZE)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from latent_t2i.model.build_tools import require_build_tools
 from latent_t2i.model.paths import format_bytes, free_bytes, output_root
 from latent_t2i.pipeline import cluster, growth, report
 from latent_t2i.pipeline.buckets import make_buckets
@@ -89,7 +90,8 @@ def build(config: PipelineConfig) -> dict[str, Manifest]:
         load = partial(load_encoders, config)
         with cluster.connect(config.ray_address, load, config.device, config.num_threads) as actors:
             # The actors encode; the driver needs the tokenizer and the networks' shapes only.
-            encoders = replace(load(device), **actors.find_device()._asdict())
+            own = load_encoders(replace(config, compile=False), device)
+            encoders = replace(own, **actors.find_device()._asdict())
             return write_shards(config, encoders, processes, owner, actors=actors)
 
 
@@ -121,7 +123,9 @@ def own_output(
 
 
 def load_encoders(config: PipelineConfig, device: torch.device) -> Encoders:
-    """Loads the encoders. Raises ValueError for one that is missing or does not fit."""
+    """Loads the encoders. Raises ValueError for one that is missing, or cannot be compiled here."""
+    if config.compile:
+        require_build_tools(device.type)
     batch_size = config.batch_size or default_batch_size(device, config.image_size_px**2)
     latent = load_vae_producer(
         config.vae,

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from latent_t2i.model.build_tools import require_build_tools
 from latent_t2i.model.bundle import find_bundle
 from latent_t2i.model.checks import read_json_object
 from latent_t2i.model.encoders import quiet
@@ -199,27 +200,15 @@ def _is_same(one: Any, other: Any) -> bool:
 def speed_up(unet: Any, *, channels_last: bool = False, compiled: bool = False) -> None:
     """Changes how a denoiser computes, and its images by rounding only.
 
-    Raises ValueError if there is no compiler for the CPU.
+    Raises ValueError if torch.compile has no tools to build kernels for the denoiser's device.
     """
+    if compiled:
+        require_build_tools(unet.device.type)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
     if compiled:
-        if unet.device.type == "cpu":
-            _require_compiler()
         # All batches have one shape, so the kernels do not depend on what was drawn before.
         unet.compile(dynamic=False)
-
-
-def _require_compiler() -> None:
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler as error:
-        raise ValueError(
-            "--compile: needs a C++ compiler such as g++ on a CPU, found none; install one, or "
-            "omit --compile"
-        ) from error
 
 
 def keywords(

@@ -16,6 +16,9 @@ from latent_t2i.train import trackers
 from latent_t2i.train.fsdp import is_fsdp
 from latent_t2i.train.setup import Run
 
+BATCH_SIZE = 4
+"""Images drawn at once: the memory estimate does not count previews, which decode in float32."""
+
 
 def preview_path(folder: Path, step: int) -> Path:
     """Returns the file of a step's preview in a run's folder."""
@@ -56,6 +59,7 @@ def draw_images(run: Run) -> list[Image.Image]:
                 range(config.seed, config.seed + len(config.prompts)),
                 guidance_scale=config.guidance_scale,
                 num_steps=config.num_steps,
+                batch_size=BATCH_SIZE,
                 title="preview",
                 require_finite=False,  # `write` reports black images
             )

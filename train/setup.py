@@ -19,6 +19,7 @@ from accelerate.utils import (
 from torch import nn
 
 from latent_t2i.model import denoiser, diffusion
+from latent_t2i.model.build_tools import require_build_tools
 from latent_t2i.model.ema import EMA
 from latent_t2i.model.encoders import latent_affine
 from latent_t2i.shards.access import make_loader
@@ -137,7 +138,7 @@ def dry_run(config: TrainConfig) -> Path:
 def make_plan(config: TrainConfig, accelerator: Accelerator) -> Plan:
     """Checks a configuration on this machine; raises ValueError as `validate` does."""
     if config.compile:
-        prepare.require_build_tools(accelerator.device.type)
+        require_build_tools(accelerator.device.type)
     return validate(config, accelerator.num_processes)
 
 

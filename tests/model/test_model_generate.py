@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from threading import current_thread
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from torch import Tensor
 
+from latent_t2i.model import generate as generation
 from latent_t2i.model.bundle import sampling_scheduler
 from latent_t2i.model.diffusion import ObjectiveConfig, make_scheduler
 from latent_t2i.model.encoders import load_vae
@@ -210,6 +212,25 @@ def test_loading_in_float16_keeps_the_vae_in_float32(tmp_path: Path, upcast: boo
     loaded = sampler.load(make_bundle(tmp_path / "bundle", vae=vae), device="cpu", dtype="float16")
     assert (loaded.unet.dtype, loaded.text_encoder.dtype) == (torch.float16, torch.float16)
     assert loaded.vae.dtype == (torch.float32 if upcast else torch.float16)
+
+
+def test_a_vae_is_converted_before_it_decodes_in_another_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory of its old weights must not be reused while a stream still reads them."""
+    pipeline = sampler.load(make_bundle(tmp_path / "bundle"))
+    pipeline.vae.to(torch.float16)
+    convert, converting, decoding = pipeline.vae.to, [], []
+    monkeypatch.setattr(generation, "decodes_beside", lambda device: True)
+    monkeypatch.setattr(
+        pipeline.vae, "to", lambda dtype: converting.append(current_thread()) or convert(dtype)
+    )
+    pipeline.vae.decoder.register_forward_pre_hook(lambda *_: decoding.append(current_thread()))
+    settings: dict[str, Any] = {"guidance": Guidance(), "num_steps": 1, "batch_size": 1}
+    assert len(list(generate(pipeline, PROMPTS[:2], SEEDS[:2], **settings))) == 2
+    assert pipeline.vae.dtype == torch.float32
+    assert converting == [current_thread()]
+    assert len(decoding) == 2 and current_thread() not in decoding
 
 
 def test_values_that_are_not_finite_are_an_error_or_black() -> None:

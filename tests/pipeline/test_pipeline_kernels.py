@@ -20,6 +20,7 @@ from latent_t2i.pipeline import stage, workers
 from latent_t2i.pipeline.config import PipelineConfig, ViewsConfig
 from latent_t2i.pipeline.encode import (
     BYTES_PER_PIXEL,
+    ENCODER_CHANNELS,
     Encoders,
     default_batch_size,
     encode_views,
@@ -200,11 +201,13 @@ def test_the_default_batch_size_depends_on_the_device(folder: CocoFolder) -> Non
     assert load_encoders(config, CPU).batch_size == default_batch_size(CPU, 64**2) == 32
     sizes = {
         (gib, side): fitting_batch_size(gib << 30, side**2)
-        for gib in (16, 24, 80)
+        for gib in (16, 24, 80, 139)
         for side in (64, 256, 512, 1024)
     }
     assert [sizes[24, side] for side in (64, 256, 512, 1024)] == [256, 32, 8, 2]
     assert [sizes[80, side] for side in (64, 256, 512, 1024)] == [256, 128, 32, 8]
+    # Memory would allow 256 at 256 px: 2**31 numbers at 128 channels.
+    assert [sizes[139, side] for side in (64, 256, 512, 1024)] == [256, 128, 32, 8]
 
 
 @settings(max_examples=30)
@@ -212,4 +215,5 @@ def test_the_default_batch_size_depends_on_the_device(folder: CocoFolder) -> Non
 def test_two_batches_fit_into_half_of_the_memory(memory_bytes: int, num_pixels: int) -> None:
     size = fitting_batch_size(memory_bytes, num_pixels)
     assert 1 <= size <= 256 and size & (size - 1) == 0
+    assert size == 1 or size * num_pixels * ENCODER_CHANNELS < 2**31
     assert size == 1 or 2 * size * num_pixels * BYTES_PER_PIXEL <= memory_bytes / 2

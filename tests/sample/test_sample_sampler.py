@@ -244,17 +244,6 @@ def test_denoisers_with_other_inputs_are_refused(
         sampler._check_networks(pipeline, tmp_path)
 
 
-def test_compiling_on_a_cpu_needs_a_compiler(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import cpp_builder, exc
-
-    def missing() -> str:
-        raise exc.InvalidCxxCompiler
-
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
-    with pytest.raises(ValueError, match=r"--compile: needs a C\+\+ compiler such as g\+\+"):
-        sampler.speed_up(sampler.load(bundle).unet, compiled=True)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # of inductor
 def test_a_compiled_denoiser_draws_the_same_images(bundle: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from latent_t2i.model.denoiser import build
 from latent_t2i.model.ema import EMA, EMAConfig
-from latent_t2i.train import fsdp, prepare
-from latent_t2i.train.config import PreviewConfig, ValidationConfig
+from latent_t2i.train import fsdp, optim, prepare
+from latent_t2i.train.config import OptimConfig, PreviewConfig, ValidationConfig
 from latent_t2i.train.loop import train
 from tests import tiny
 from tests.train import process_groups
@@ -55,6 +56,57 @@ def test_each_process_keeps_its_shard_of_weights_and_averages(one_of_two: Accele
     for name, parameter in unet.named_parameters():
         part = fsdp.local_shard(before[name], parameter)
         assert part.to_local().equal(parameter.to_local())  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # while torch traces
+@pytest.mark.parametrize(("precision", "compiled"), [("no", False), ("bf16", False), ("no", True)])
+@pytest.mark.usefixtures("one_process")
+def test_sharded_weights_are_scaled_and_skipped_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, precision: str, compiled: bool
+) -> None:
+    """As on a GPU: the clipping factor and the flag are plain tensors, the weights are sharded."""
+    accelerator: Any = SimpleNamespace(
+        mixed_precision=precision, device=torch.device("cpu"), num_processes=1
+    )
+    unets = [make_unet(), make_unet()]
+    prepare.use_channels_last(unets[0], sharded=True)
+    fsdp.apply_fsdp(unets[0], accelerator)
+    if compiled:
+        monkeypatch.setattr(prepare, "BACKEND", "eager")
+        prepare.compile_blocks(unets[0], num_shapes=1)
+    found = [update_on_device(unet.train(), precision) for unet in unets]
+    for one, other in zip(*found, strict=True):
+        assert type(one) is torch.Tensor
+        torch.testing.assert_close(
+            one, other, rtol=2e-2 if precision == "bf16" else 1e-4, atol=1e-5
+        )
+
+
+def update_on_device(unet: UNet2DConditionModel, precision: str) -> list[torch.Tensor]:
+    """Takes a clipped step and one that is skipped; returns norms, flags and a weight."""
+    adamw = optim.make_optimizer(OptimConfig(), unet.parameters())
+    optimizer: Any = SimpleNamespace(
+        optimizer=adamw, scaler=None, step=adamw.step, zero_grad=adamw.zero_grad
+    )
+    found = []
+    for scale in (1.0, torch.inf):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            inputs = torch.ones(2, 4, 8, 8), torch.tensor([1, 2]), torch.ones(2, 7, 32)
+            output = unet(*inputs, return_dict=False)[0]
+        (output.float().square().mean() * scale).backward()
+        found += optim.update(
+            optimizer, list(unet.parameters()), rate=1e-3, max_norm=1e-3, on_device=True
+        )
+        found += fsdp.full_tensors({"": unet.conv_out.bias.detach()}, keep=True).values()
+    return found
 
 
 def test_plain_tensors_are_not_copied() -> None:

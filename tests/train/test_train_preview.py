@@ -64,6 +64,15 @@ def test_drawing_restores_weights_and_random_state(previewed: Any, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["one.png", "two.png"]
 
 
+def test_few_images_are_decoded_at_once(make_config: MakeConfig) -> None:
+    prompts = tuple(map(str, range(6)))
+    preview = PreviewConfig(every_steps=4, prompts=prompts, num_steps=1, guidance_scale=1.0)
+    run, sizes = start(make_config(preview=preview)), []
+    run.plan.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    assert len(draw_images(run)) == 6
+    assert sizes == [4, 4]
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
 def test_black_images_are_reported(previewed: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run = start(previewed())
