@@ -181,7 +181,7 @@ def test_sweeps(evaluated: Path) -> None:
     assert {point["num_images"] for points in sweeps.values() for point in points} == {6}
     assert len(sweeps["guidance_interval"]) == 1, "a single point is a result, too"
     guided = [point["folder"] for point in sweeps["guide"]]
-    assert [Path(point["value"]).name for point in sweeps["guide"]] == ["bundle", "step-00000002"]
+    assert [Path(point["value"]).name for point in sweeps["guide"]] == ["guide", "step-00000002"]
     assert all((evaluated / folder / "000000.png").is_file() for folder in guided)
     assert [(p["step"], p["images_seen"]) for p in sweeps["checkpoints"]] == [(2, 8), (3, None)]
     assert len({p["figures"]["clip_score"] for p in sweeps["checkpoints"]}) == 2
