@@ -329,8 +329,8 @@ def convert_vae(vae: Any) -> None:
 def decode(vae: Any, latents: Tensor, *, require_finite: bool = True) -> Tensor:
     """Returns images as bytes, on the CPU, of latents (B, C, h, w).  # (B, H, W, 3) uint8
 
-    Converts the VAE as `convert_vae` does. Raises ValueError for images that are not finite, or makes
-    such pixels black.
+    Converts the VAE as `convert_vae` does. Raises ValueError for images that are not finite, or
+    makes such pixels black.
     """
     convert_vae(vae)
     dtype = vae.dtype
