@@ -15,6 +15,7 @@ from PIL import Image
 from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.generate import Guidance, generate
 from latent_t2i.sample import sampler
+from tests import on_device
 from tests.bundles import make_bundle
 
 PROMPTS = ["a red circle", "two blue squares", ""]
@@ -155,6 +156,10 @@ def test_denoisers_with_other_inputs_are_refused(
     pipeline.unet.register_to_config(**{key: value})
     with pytest.raises(ValueError, match=f"--bundle: the denoiser of .*{message}"):
         sampler._check_networks(pipeline, tmp_path)
+
+
+def test_pictures_in_float16_are_not_flat(tmp_path: Path) -> None:
+    on_device.check_that_float16_pictures_are_not_flat(tmp_path, "cpu")
 
 
 @pytest.mark.slow
