@@ -4,6 +4,7 @@ Without a GPU every test is skipped. The rest of the suite hides GPUs (tests/con
 its bitwise comparisons hold on CPUs only.
 """
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
@@ -19,11 +20,11 @@ from latent_t2i.model.diffusion import ObjectiveConfig
 from latent_t2i.model.ema import EMAConfig
 from latent_t2i.train import checkpoint, loop
 from latent_t2i.train.batches import make_positions
-from latent_t2i.train.config import PreviewConfig
+from latent_t2i.train.config import PreviewConfig, TrainConfig
 from latent_t2i.train.draws import draw
 from latent_t2i.train.estimate import count_memory, measure
 from latent_t2i.train.philox import philox
-from latent_t2i.train.setup import make_source, start
+from latent_t2i.train.setup import Run, make_source, start
 from tests.train import process_groups
 from tests.train.conftest import MakeConfig, assert_same_batch, losses, metrics
 from tests.train.test_train_checkpoint import SETTINGS
@@ -47,6 +48,15 @@ def _quiet_gpu() -> Iterator[None]:
     yield
 
 
+def start_with_low_scale(config: TrainConfig) -> Run:
+    """Starts a run with a loss scale with which no gradient of the small network overflows."""
+    run = start(config)
+    scaler = run.state.optimizer.scaler
+    if scaler is not None:
+        scaler.load_state_dict(scaler.state_dict() | {"scale": 256.0})
+    return run
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -62,16 +72,24 @@ def _quiet_gpu() -> Iterator[None]:
     ids=lambda changes: " ".join(map(str, changes.values())),
 )
 def test_losses_are_close_to_float32_ones(
-    make_config: MakeConfig, tmp_path: Path, changes: dict[str, Any]
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
 ) -> None:
-    """Ten steps, of which the last six replay the graph, with a preview and checkpoints."""
+    """Ten steps, of which the last six replay the graph, with a preview and checkpoints.
+
+    With fp16 the loss scale is low from the start. A skipped step would leave its loss out of the
+    mean of its interval, which could then not be compared.
+    """
+    monkeypatch.setattr(loop, "start", start_with_low_scale)
     preview = PreviewConfig(every_steps=5, prompts=("a",), num_steps=2)
     config = make_config(preview=preview, **changes)
     loop.train(config)
     AcceleratorState._reset_state(True)  # another precision
     loop.train(make_config(out=str(tmp_path / "whole"), tf32=False))
     assert losses(config.out) == pytest.approx(losses(tmp_path / "whole"), rel=0.03)
-    assert metrics(config.out)[-1]["skipped"] <= (3 if "fp16" in changes.values() else 0)
+    assert metrics(config.out)[-1]["skipped"] == 0
 
 
 def test_a_run_resumes_from_its_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -134,7 +152,7 @@ def test_autocast_follows_the_rules_that_the_estimate_counts_with() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_memory_estimate_is_close_to_the_peak(
-    make_config: MakeConfig, checkpointing: bool
+    make_config: MakeConfig, tmp_path: Path, checkpointing: bool
 ) -> None:
     settings: dict[str, Any] = {
         "mixed_precision": "bf16",
@@ -143,6 +161,10 @@ def test_the_memory_estimate_is_close_to_the_peak(
         "gradient_checkpointing": checkpointing,
         "ema": EMAConfig(decay=0.9),
     }
+    # cuDNN's search for kernels takes memory of its own, once per shape and process.
+    loop.train(make_config(num_steps=1, out=str(tmp_path / "warm-up"), **settings))
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loop.train(make_config(num_steps=3, **settings))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from latent_t2i.pipeline import stage, workers
+from latent_t2i.pipeline import workers
 from latent_t2i.pipeline.config import PipelineConfig, ViewsConfig
 from latent_t2i.pipeline.encode import (
     BYTES_PER_PIXEL,
@@ -31,9 +31,9 @@ from latent_t2i.pipeline.encode import (
 from latent_t2i.pipeline.processes import ProcessInfo
 from latent_t2i.pipeline.producers import vae
 from latent_t2i.pipeline.stage import load_encoders, make_shards
-from tests import tiny
+from tests import on_device
 from tests.coco_folders import CocoFolder, make_coco
-from tests.stage_one import contents, make_config, run
+from tests.stage_one import make_config, run
 
 CPU = torch.device("cpu")
 
@@ -105,22 +105,15 @@ def test_every_size_is_compiled_once_by_many_threads(folder: CocoFolder) -> None
     assert len(graphs) == 10
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_compiled_run_that_was_killed_ends_with_the_same_bytes(
-    folder: CocoFolder, tmp_path: Path, forks: ForkServerContext
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_killed_run_ends_with_the_same_bytes(
+    tmp_path: Path, forks: ForkServerContext, compiled: bool
 ) -> None:
     """The resumed run begins with the batch of three images, which the other compiles last."""
-    folder_of_vae = tiny.vae_folder("tiny")  # has the fewest kernels to build
-    config = make_config(
-        folder, tmp_path / "killed", records_per_shard=4, compile=True, vae=folder_of_vae
+    on_device.check_that_a_killed_set_ends_with_the_same_bytes(
+        tmp_path, forks, "cpu", compiled=compiled
     )
-    stage.build(replace(config, out=str(tmp_path / "whole")))
-    assert run(forks, config, kill_at="shard-000001.tar") == -signal.SIGKILL
-    torch.compiler.reset()
-    stage.build(config)
-    found, expected = contents(tmp_path / "killed"), contents(tmp_path / "whole")
-    assert found == expected and len(found) == 5
 
 
 def test_kernels_are_fixed_while_shards_are_written(

@@ -24,6 +24,7 @@ from latent_t2i.sample import sampler
 from latent_t2i.sample.config import DrawSettings, SampleConfig, SchedulerName
 from latent_t2i.sample.pictures import describe_guide
 from latent_t2i.sample.settings import GridConfig, InterpolateConfig
+from tests import on_device
 from tests.bundles import make_bundle
 
 PROMPTS = ["a red circle", "two blue squares", ""]
@@ -242,6 +243,10 @@ def test_denoisers_with_other_inputs_are_refused(
     pipeline.unet.register_to_config(**{key: value})
     with pytest.raises(ValueError, match=f"--bundle: the denoiser of .*{message}"):
         sampler._check_networks(pipeline, tmp_path)
+
+
+def test_pictures_in_float16_are_not_flat(tmp_path: Path) -> None:
+    on_device.check_that_float16_pictures_are_not_flat(tmp_path, "cpu")
 
 
 @pytest.mark.slow
