@@ -4,9 +4,9 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -248,20 +248,29 @@ def test_killed_anywhere_and_started_again(
 def test_the_working_folder_holds_two_shards_at_most(
     folder: CocoFolder, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: list[int] = []
-    original = Store.put_file
+    """Each shard but the last is put when the next one is finished and waits."""
+    num_shards, found = 6, []
+    waits = [threading.Event() for _ in range(num_shards)]
+    original_put, original_file = Mirror.put, Store.put_file
 
-    def put(self: Store, lpath: str, rpath: str, **kwargs: Any) -> None:
-        time.sleep(0.1)  # the next shard is written meanwhile
-        folder = Path(lpath).parent
-        with suppress(FileNotFoundError):
-            found.append(len({path.stat().st_ino for path in folder.glob("shard-*.tar*")}))
-        original(self, lpath, rpath, **kwargs)
+    def put(self: Mirror, shard: ShardPlan) -> None:
+        waits[shard.index].set()
+        original_put(self, shard)
 
-    monkeypatch.setattr(Store, "put_file", put)
+    def put_file(self: Store, lpath: str, rpath: str, **kwargs: Any) -> None:
+        if lpath.endswith(".tar"):
+            for waiting in waits[len(found) + 1 :][:1]:
+                assert waiting.wait(60)
+                time.sleep(0.1)  # time enough for a third one to begin, if it did not wait
+            paths = Path(lpath).parent.glob("shard-*.tar*")
+            found.append(len({path.stat().st_ino for path in paths}))
+        original_file(self, lpath, rpath, **kwargs)
+
+    monkeypatch.setattr(Mirror, "put", put)
+    monkeypatch.setattr(Store, "put_file", put_file)
     config = make_config(folder, tmp_path / "local", records_per_shard=1, batch_size=1)
     build(at_url(config, store, tmp_path))
-    assert max(found) == NUM_LOCAL_SHARDS
+    assert found == [NUM_LOCAL_SHARDS] * (num_shards - 1) + [1]
 
 
 @pytest.mark.parametrize("text_dtype", [pytest.param("float16", marks=SLOW), "int8"])

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -14,10 +13,12 @@ from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from latent_t2i.shards.files import HashingFile
 from latent_t2i.shards.schema import BLOCK_BYTES, Layout, Manifest
 from latent_t2i.shards.verify import verify
 from latent_t2i.shards.writer import (
@@ -41,6 +42,15 @@ from tests.shard_sets import (
 NUM_KILLS = 20
 NUM_SHARDS, RECORDS_PER_SHARD = 4, 6
 PAUSE_S = 0.002
+CHANGES = (
+    (HashingFile, "write"),
+    (os, "fsync"),
+    (os, "link"),
+    (os, "unlink"),
+    (Path, "replace"),
+    (shutil, "rmtree"),
+)
+"""Owners and names of functions that change files."""
 
 
 def write_slowly(folder: Path, pause_s: float = 0.0, finish: bool = True) -> None:
@@ -101,34 +111,43 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found
 
 
+def write_until(folder: Path, kill_at: int) -> int:
+    """Writes or resumes a set; kills this process at a call, counted from 1, that changes a file.
+
+    Returns the number of these calls.
+    """
+    num_calls = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return count
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in CHANGES:
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        write_slowly(folder)
+    return num_calls
+
+
 def test_killed_writer_resumes_to_identical_bytes(
     tmp_path: Path, forks: ForkServerContext, whole: dict[str, bytes]
 ) -> None:
-    def start(name: str) -> "multiprocessing.process.BaseProcess":
-        process = forks.Process(target=write_slowly, args=(tmp_path / name, PAUSE_S))
-        process.start()
-        return process
-
-    started = time.monotonic()
-    process = start("timed")
-    process.join()
-    duration_s = time.monotonic() - started
-    assert process.exitcode == 0
+    num_calls = write_until(tmp_path / "counted", 0)
     rng = np.random.default_rng(0)
     num_files = set()
     for kill in range(NUM_KILLS):
-        delay_s = (kill + rng.random()) / NUM_KILLS * duration_s
-        while True:
-            name = f"{kill}-{delay_s:.6f}"
-            process = start(name)
-            time.sleep(delay_s)
-            process.kill()
-            process.join()
-            if process.exitcode != 0:
-                break
-            delay_s *= 0.9  # it had finished before
-        assert process.exitcode == -9
-        folder = tmp_path / name
+        folder = tmp_path / str(kill)
+        kill_at = 1 + int((kill + rng.random()) / NUM_KILLS * num_calls)
+        process = forks.Process(target=write_until, args=(folder, kill_at))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert_none_partial(folder, whole)
         num_files.add(len(contents(folder)))
         write_slowly(folder)
