@@ -126,12 +126,17 @@ def test_pairing_shows_a_small_difference_that_the_intervals_hide() -> None:
     assert single[1] - single[0] > 5 * (high - low)
 
 
+def in_one_line(lines: list[str]) -> str:
+    """Returns a text without the line breaks and indentation of wrapped lines."""
+    return " ".join(" ".join(lines).split())
+
+
 def test_contamination_is_marked(folder: Path, tmp_path: Path) -> None:
     results = json.loads((folder / "one/evaluation.json").read_text())
     results["contamination"] = {"count": 7, "examples": ["42"]}
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps(results))
-    text = " ".join(compare.compare([str(folder / "one"), str(path)]))
+    text = in_one_line(compare.compare([str(folder / "one"), str(path)]))
     assert "CONTAMINATED: 7 images" in text
     assert "contamination not" not in text
 
@@ -150,7 +155,7 @@ def test_what_was_not_checked_for_contamination_is_said(
     results = json.loads((folder / "one/evaluation.json").read_text())
     path = tmp_path / "evaluation.json"
     path.write_text(json.dumps(results | {"contamination": found}))
-    text = " ".join(compare.compare([str(folder / "one"), str(path)]))
+    text = in_one_line(compare.compare([str(folder / "one"), str(path)]))
     assert expected in text
     assert text.count("contamination") == bool(expected)
 
