@@ -137,14 +137,16 @@ def test_kernels_are_fixed_while_shards_are_written(
         assert torch.backends.cudnn.benchmark
 
 
-def test_settings_of_kernels_are_restored() -> None:
+def test_settings_of_kernels_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An actor of another test keeps its own settings for as long as it lives.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     before = torch.get_float32_matmul_precision()
     with fixed_kernels(tf32=True):
         assert torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32
     with fixed_kernels(tf32=False):
         assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == before
-    assert torch.backends.cudnn.allow_tf32, "PyTorch's default"
+    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("first", [True, False])
