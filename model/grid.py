@@ -14,9 +14,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 SETTINGS_CHUNK = "latent-t2i"
-PILLOW_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error),
-    Image.DecompressionBombError,
+DECODE_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, RuntimeError),
+    *(ZeroDivisionError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 """What Pillow raises for files that are damaged or no images."""
 CELL_PX = 192
@@ -53,7 +53,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         with Image.open(path) as image:
             image.load()  # a cut file still has its text chunks
             text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
-    except PILLOW_ERRORS as error:
+    except DECODE_ERRORS as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise DamagedImageError(f"{path}: not a whole image: {error}") from error

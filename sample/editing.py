@@ -5,7 +5,6 @@ the noised original after each step, as in Lugmayr et al. 2022 (2201.09865) with
 needs no special U-Net.
 """
 
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from PIL import Image, ImageOps
 
 from latent_t2i.model.bundle import find_bundle
 from latent_t2i.model.generate import check_num_steps
-from latent_t2i.model.grid import labelled_grid, read_settings, save_png
+from latent_t2i.model.grid import DECODE_ERRORS, labelled_grid, read_settings, save_png
 from latent_t2i.model.paths import complete_or_absent, find_path, hash_file, output_root
 from latent_t2i.sample.folder import describe_computation, refuse_foreign, save_whole
 from latent_t2i.sample.pictures import describe_bundle
@@ -25,11 +24,6 @@ from latent_t2i.sample.schedulers import check_partial, choose_scheduler, make_s
 from latent_t2i.sample.settings import EditConfig
 from latent_t2i.sample.stock import OnStep, as_pipeline, draw_stock, load_stock, output_size
 
-DECODE_ERRORS = (
-    *(OSError, SyntaxError, ValueError, IndexError, TypeError, RuntimeError),
-    *(ZeroDivisionError, struct.error, Image.DecompressionBombError),
-)
-"""What Pillow raises for broken files."""
 MAX_PIXELS = 89_478_485
 """Larger images count as decompression bombs."""
 PLAIN_CHANNELS = 4

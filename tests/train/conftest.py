@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -154,3 +155,11 @@ def join(parts: Iterable[Batch]) -> Batch:
 def skipped_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The lines on standard error that name skipped steps."""
     return [line for line in capsys.readouterr().err.splitlines() if "skipped, not" in line]
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

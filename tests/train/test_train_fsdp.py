@@ -58,14 +58,6 @@ def test_each_process_keeps_its_shard_of_weights_and_averages(one_of_two: Accele
         assert part.to_local().equal(parameter.to_local())  # type: ignore[attr-defined]
 
 
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # while torch traces
 @pytest.mark.parametrize(
     ("precision", "compiled"),

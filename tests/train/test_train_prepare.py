@@ -1,7 +1,6 @@
 """Compiled blocks, channels_last, activation checkpointing, and the compiler's check."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -73,14 +71,6 @@ def test_two_compiled_processes_continue_a_run_of_one_that_is_not_compiled(
         assert set(found["evaluated_in"]) == {"torch.bfloat16"}
         assert found["timeout_s"] == 3600
         assert tuple(found[name] for name in ("_read", "fingerprint", "check_overlap")) == reads
-
-
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # while torch traces
